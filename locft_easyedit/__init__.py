@@ -1,0 +1,48 @@
+"""LocFT-BF for EasyEdit: edit thousands of facts by localized, breadth-first fine-tuning."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .easyedit import register, unregister
+    from .editing import EditResult, EditSession, edit_model
+    from .errors import LocFTError
+    from .hparams import LocFTBFHyperParams
+    from .requests import make_requests
+
+__version__ = "0.1.0"
+
+# Loaded on first use: `import locft_easyedit` must stay quick and without effects.
+_HOMES = {
+    "EditResult": "editing",
+    "EditSession": "editing",
+    "LocFTBFHyperParams": "hparams",
+    "LocFTError": "errors",
+    "edit_model": "editing",
+    "make_requests": "requests",
+    "register": "easyedit",
+    "unregister": "easyedit",
+}
+__all__ = [
+    "EditResult",
+    "EditSession",
+    "LocFTBFHyperParams",
+    "LocFTError",
+    "__version__",
+    "edit_model",
+    "make_requests",
+    "register",
+    "unregister",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

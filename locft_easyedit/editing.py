@@ -1,0 +1,252 @@
+"""From a model and requests to an edited model: the pieces in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .hparams import LocFTBFHyperParams
+from .loop import breadth_first_
+from .place import Place, select_place
+from .requests import EditSet, distinct_edits
+from .runner import EditRunner, choose_runner
+from .tokens import tokenize_edits
+from .weights import TrainedWeights, write_
+
+
+@dataclass
+class EditResult:
+    """What an edit did to a model.
+
+    Attributes:
+        losses: Mean loss of each epoch.
+        step_losses: Loss of each mini-batch.
+        original: The trained parameters' values before, by name.
+        new: Their values after.
+        timings: Seconds by phase: `prepare` (checks and tokens), `prefix`, `train`.
+        n_updates: Mini-batches that made an update.
+        converged: Whether training stopped because the loss fell below the threshold.
+        edits: The distinct edits, and how many requests were merged, in conflict or left out.
+        packed: Whether rows were packed.
+        frozen_prefix: Whether the frozen layers were computed only once.
+    """
+
+    losses: list[float]
+    step_losses: list[float]
+    original: dict[str, torch.Tensor]
+    new: dict[str, torch.Tensor]
+    timings: dict[str, float]
+    n_updates: int
+    converged: bool
+    edits: EditSet
+    packed: bool
+    frozen_prefix: bool
+
+    def restore_(self, model: nn.Module) -> None:
+        """Gives `model` the original values back, bit for bit."""
+        write_(dict(model.named_parameters()), self.original)
+
+    def apply_(self, model: nn.Module) -> None:
+        """Gives `model` the edited values."""
+        write_(dict(model.named_parameters()), self.new)
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the figures without the tensors, ready for JSON."""
+        return {
+            "losses": self.losses,
+            "epochs": len(self.losses),
+            "updates": self.n_updates,
+            "converged": self.converged,
+            "requests": self.edits.n_requests,
+            "trained_edits": len(self.edits.edits),
+            "merged_duplicates": self.edits.n_merged,
+            "conflicting_prompts": self.edits.n_conflicts,
+            "replaced_by_later": self.edits.n_replaced,
+            "trained_parameters": {name: list(value.shape) for name, value in self.new.items()},
+            "packed": self.packed,
+            "frozen_prefix": self.frozen_prefix,
+            "seconds": self.timings,
+        }
+
+
+def edit_model(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Mapping[str, Any]],
+    hparams: LocFTBFHyperParams,
+    *,
+    progress: bool = True,
+) -> EditResult:
+    """Edits a causal language model in place, with LocFT-BF.
+
+    All requests are trained together. The model keeps its vocabulary, its training mode and its
+    `requires_grad` flags. If anything fails, or Ctrl-C interrupts, its weights are as before.
+
+    Args:
+        model: A causal language model of transformers, loaded.
+        tokenizer: Its tokenizer.
+        requests: Dictionaries with `prompt` and `target_new` (see `make_requests`).
+        hparams: The hyper-parameters; `model_name`, `device` and `dtype` play no part here.
+        progress: Show progress bars.
+
+    Raises:
+        LocFTError: The requests, the place or the model cannot be used; nothing was changed.
+        NonFiniteLossError: Training diverged; the weights are restored.
+    """
+    with EditSession(model, tokenizer, requests, hparams, progress=progress) as session:
+        return session.train_()
+
+
+@dataclass
+class EditSession:
+    """A model, requests and a place, checked and prepared: the prefix serves every training.
+
+    A context manager. Entering tokenizes the requests and records the prefix; `train_` can then
+    be called for all edits or for a few, as often as wanted. Nothing is trained on entering.
+
+    Attributes:
+        model: The model.
+        tokenizer: Its tokenizer.
+        requests: EasyEdit's request dictionaries.
+        hparams: The hyper-parameters.
+        progress: Show progress bars.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    requests: Sequence[Mapping[str, Any]]
+    hparams: LocFTBFHyperParams
+    progress: bool = True
+    edits: EditSet = field(init=False)
+    place: Place = field(init=False)
+    timings: dict[str, float] = field(init=False, default_factory=dict)
+    _runner: EditRunner = field(init=False)
+    _cleanup: ExitStack = field(init=False, default_factory=ExitStack)
+
+    def __enter__(self) -> EditSession:
+        h = self.hparams
+        with self._timed("prepare"):
+            h.check()
+            self.edits = distinct_edits(self.requests, h.on_conflict)
+            self.place = select_place(self.model, h.layers, h.templates)
+            texts = tokenize_edits(
+                self.tokenizer,
+                self.edits.edits,
+                append_eos=h.append_eos,
+                max_positions=context_length(self.model),
+            )
+        with self._cleanup:
+            self._cleanup.enter_context(_only_trainable(self.model, self.place))
+            with self._timed("prefix"):
+                self._runner = choose_runner(
+                    self.model,
+                    texts,
+                    self.place,
+                    row_tokens=h.row_tokens,
+                    batch_size=h.eval_batch_size,
+                    packing=h.packing,
+                    frozen_prefix=h.frozen_prefix,
+                    progress=self.progress,
+                )
+            self._cleanup = self._cleanup.pop_all()  # all went well: clean up on exit, not now
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._cleanup.close()
+
+    def train_(self, only: Sequence[int] | None = None, *, progress: bool | None = None) -> EditResult:
+        """Trains the model's present weights on the edits, in place.
+
+        Args:
+            only: Indices of requests to train; all if `None`.
+            progress: Show a progress bar; as the session does if `None`.
+
+        Raises:
+            NonFiniteLossError: Training diverged; the weights are as they were before the call.
+        """
+        indices = np.arange(len(self.edits.edits))
+        if only is not None:
+            wanted = {(self.requests[i]["prompt"], self.requests[i]["target_new"]) for i in only}
+            pairs = [(edit.prompt, edit.target) for edit in self.edits.edits]
+            indices = np.array([i for i in indices if pairs[i] in wanted])
+        weights = TrainedWeights(self.place.parameters)
+        try:
+            with self._timed("train"), self._runner.ready():
+                result = breadth_first_(
+                    self._runner.edit_losses,
+                    weights,
+                    indices,
+                    self.hparams,
+                    describe=self._describe,
+                    progress=self.progress if progress is None else progress,
+                )
+        except BaseException:  # Ctrl-C as well: a half-trained model is of no use to anybody
+            weights.restore_()
+            weights.clear_gradients_()
+            raise
+        return EditResult(
+            losses=result.losses,
+            step_losses=result.step_losses,
+            original=weights.original,
+            new=weights.values(),
+            timings=dict(self.timings),
+            n_updates=result.n_updates,
+            converged=result.converged,
+            edits=self.edits,
+            packed=self._runner.packed,
+            frozen_prefix=self._runner.prefix is not None,
+        )
+
+    def _describe(self, index: int) -> str:
+        edit = self.edits.edits[index]
+        return f"request {edit.request}: {edit.prompt!r} -> {edit.target!r}"
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # once a phase: launched work belongs to the phase
+            self.timings[phase] = time.perf_counter() - start
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Returns the model's context in tokens, if its configuration names one."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return None
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    length = getattr(text_config, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
+@contextmanager
+def _only_trainable(model: nn.Module, place: Place) -> Iterator[None]:
+    """Within, only the place requires gradients and dropout is off; flags are restored."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    trained = {id(parameter) for parameter in place.parameters.values()}
+    try:
+        model.eval()
+        for parameter, _ in flags:
+            if parameter.is_floating_point():
+                parameter.requires_grad_(id(parameter) in trained)
+        yield
+    finally:
+        for parameter, flag in flags:
+            if parameter.is_floating_point():
+                parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+
+

@@ -1,0 +1,53 @@
+"""The exceptions that a user can meet; each is a `ValueError` with a message to act on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class LocFTError(ValueError):
+    """Base of every error that this library raises on purpose."""
+
+
+class HyperParamsError(LocFTError):
+    """The hyper-parameters are unknown, missing, ill-typed or out of range."""
+
+
+class RequestError(LocFTError):
+    """The edit requests cannot be used."""
+
+
+class DataError(LocFTError):
+    """A data file cannot be read, or its records lack fields."""
+
+
+class PlaceError(LocFTError):
+    """The layers and the module template select nothing that can be trained."""
+
+
+class ModelError(LocFTError):
+    """The model or its tokenizer cannot be loaded or used."""
+
+
+class NonFiniteLossError(LocFTError):
+    """Training met a NaN or infinite value; the weights are as they were before."""
+
+
+class OutputError(LocFTError):
+    """A result cannot be written."""
+
+
+class EasyEditNotFoundError(LocFTError, ImportError):
+    """EasyEdit is not installed and `EASYEDIT_HOME` does not lead to it."""
+
+
+class MissingDependencyError(LocFTError, ImportError):
+    """A package that is needed for this step is not installed."""
+
+
+def one_message(title: str, problems: Sequence[str], limit: int = 10) -> str:
+    """Returns one message that lists all `problems`, at most `limit` of them in full."""
+    lines = [f"  - {problem}" for problem in problems[:limit]]
+    if len(problems) > limit:
+        lines.append(f"  - ... and {len(problems) - limit} more of the kind.")
+    return "\n".join([title, *lines])

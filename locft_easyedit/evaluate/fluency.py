@@ -1,0 +1,111 @@
+"""EasyEdit's fluency: the n-gram entropy of a sampled continuation."""
+
+from __future__ import annotations
+
+import logging
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import MissingDependencyError
+from ..runner import input_device
+
+logger = logging.getLogger(__name__)
+
+_TOP_K = 5
+_TOTAL_TOKENS = 100
+_WEIGHTS = {2: 2 / 3, 3: 4 / 3}
+
+
+def word_tokenizer() -> Callable[[str], list[str]]:
+    """Returns nltk's word tokenizer, which EasyEdit counts n-grams with.
+
+    It needs nltk's data `punkt_tab`. Without it, words are split without splitting sentences
+    first, and a warning says that figures can differ from EasyEdit's.
+
+    Raises:
+        MissingDependencyError: nltk is not installed.
+    """
+    try:
+        import nltk
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Fluency (`test_generation=True`) needs nltk, which is not installed. "
+            "Install it: pip install nltk"
+        ) from error
+    try:
+        nltk.word_tokenize("A test. Of two.")
+    except LookupError:
+        logger.warning(
+            "nltk's data `punkt_tab` is not there, so fluency is computed without splitting "
+            "sentences first and can differ a little from EasyEdit's. To have its exact words: "
+            "python -m nltk.downloader punkt_tab"
+        )
+        return lambda text: list(nltk.word_tokenize(text, preserve_line=True))
+    return lambda text: list(nltk.word_tokenize(text))
+
+
+def ngram_entropy(words: Sequence[str]) -> float:
+    """Returns the weighted mean of the entropies, in bits, of the text's bigrams and trigrams."""
+    weighted = []
+    for n, weight in _WEIGHTS.items():
+        counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
+        frequencies = np.array(list(counts.values()), dtype=np.float64)
+        frequencies /= frequencies.sum() if len(frequencies) else 1.0
+        weighted.append(weight * -np.sum(frequencies * np.log(frequencies) / np.log(2)))
+    return float(np.mean(weighted))
+
+
+@torch.no_grad()
+def fluency_of(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Mapping[str, Any]],
+    *,
+    progress: bool = False,
+) -> list[dict[str, float]]:
+    """Returns `ngram_entropy` of each record, as EasyEdit's `test_generation_quality`.
+
+    A text of 100 tokens, prompt included, is sampled from the five likeliest tokens at each step.
+    The draws come from PyTorch's global random state in EasyEdit's order.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        records: Requests with `prompt`.
+        progress: Show a progress bar.
+
+    Raises:
+        MissingDependencyError: nltk is not installed.
+    """
+    words = word_tokenizer()
+    was_training = model.training
+    model.eval()
+    try:
+        return [
+            {"ngram_entropy": ngram_entropy(words(_sample(model, tokenizer, record["prompt"])))}
+            for record in tqdm(records, desc="fluency", unit="text", disable=not progress)
+        ]
+    finally:
+        model.train(was_training)
+
+
+def _sample(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=input_device(model))
+    new, cache = ids, None
+    while ids.shape[1] < _TOTAL_TOKENS:
+        output = model(input_ids=new, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        top = torch.softmax(output.logits[:, -1, :], dim=1).topk(_TOP_K, dim=1)
+        drawn = torch.multinomial(top.values / top.values.sum(1, keepdim=True), 1)
+        new = top.indices.gather(1, drawn).to(ids.device)
+        ids = torch.cat([ids, new], dim=1)
+    text = unicodedata.normalize("NFKD", tokenizer.decode(ids[0].tolist(), skip_special_tokens=True))
+    return text.replace("\n\n", " ").replace("<|endoftext|>", "")

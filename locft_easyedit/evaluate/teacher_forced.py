@@ -1,0 +1,224 @@
+"""EasyEdit's teacher-forced metrics, for many records at once.
+
+The values are those of EasyEdit's `compute_edit_quality`, which runs one record at a time: the
+share of a target's tokens that are the model's first choice given the tokens before. How EasyEdit
+counts prompt tokens is followed to the letter, with its consequences: tokens equal to the pad
+token do not count, and a prompt is tokenized apart from its target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import RequestError, one_message
+from ..forward import run_rows
+from ..packing import lay_out, length_sorted_batches
+from ..runner import can_pack, input_device
+from ..tokens import TokenizedTexts
+
+Metrics = dict[str, Any]
+
+_PROTOCOL = "decoder_only_teacher_forcing"
+_META = {
+    "protocol": _PROTOCOL,
+    "scorer": "token_accuracy",
+    "comparable_group": f"lm.{_PROTOCOL}.token_accuracy",
+}
+_LOCALITY_META = {
+    "protocol": "pre_post_argmax_token_match",
+    "scorer": "token_match",
+    "comparable_group": "locality.lm.pre_post_argmax_token_match",
+}
+
+
+@dataclass(frozen=True)
+class _Question:
+    """The prompts that EasyEdit scores in one call, with their answers."""
+
+    record: int
+    part: str  # rewrite, rephrase, locality, portability
+    name: str  # the locality's or portability's name
+    prompts: list[str]
+    answers: list[str]
+
+
+def score_records(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Mapping[str, Any]],
+    *,
+    batch_size: int = 64,
+    row_tokens: int = 128,
+    progress: bool = False,
+    description: str = "evaluation",
+) -> list[Metrics]:
+    """Returns EasyEdit's metrics of each record, as `compute_edit_quality` gives them.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        records: Requests as `make_requests` returns them: `prompt`, `target_new`, and where given
+            `rephrase_prompt`, `locality` and `portability`.
+        batch_size: Prompts a forward pass.
+        row_tokens: Length of packed rows.
+        progress: Show a progress bar.
+        description: Its label.
+
+    Returns:
+        For each record `rewrite_acc`, `rephrase_acc` (lists of shares), `locality` (the predicted
+        tokens, under `NAME_output`), `portability` (`NAME_acc`) and `metric_meta`.
+
+    Raises:
+        RequestError: A prompt is blank, or prompts and answers differ in number.
+    """
+    questions = [q for i, record in enumerate(records) for q in _questions(i, record)]
+    _check(questions)
+    texts, first_position = _tokenize(tokenizer, questions)
+    predicted = _predict(model, texts, first_position, batch_size, row_tokens, progress, description)
+
+    metrics: list[Metrics] = [{"locality": {}, "portability": {}} for _ in records]
+    i = 0
+    for question in questions:
+        members = range(i, i + len(question.prompts))
+        i = members.stop
+        answers = [predicted[j] for j in members]
+        if question.part == "locality":
+            metrics[question.record]["locality"][f"{question.name}_output"] = answers
+            continue
+        labels = [_labels(texts, j) for j in members]
+        shares = [_share(a, b) for a, b in zip(answers, labels, strict=True)]
+        if len(shares) > 1:  # EasyEdit drops answers without a token, unless there is but one
+            shares = [share for share in shares if not np.isnan(share)]
+        if question.part == "portability":
+            metrics[question.record]["portability"][f"{question.name}_acc"] = shares
+        else:
+            metrics[question.record][f"{question.part}_acc"] = shares
+            meta = metrics[question.record].setdefault("metric_meta", {})
+            meta[question.part] = {"result_key": f"{question.part}_acc", **_META}
+    return metrics
+
+
+def finish_locality_(pre: Mapping[str, Any], post: Metrics) -> None:
+    """Adds `NAME_acc` to `post["locality"]`: the share of tokens that are as before the edit.
+
+    Raises:
+        ValueError: The two were not measured on the same prompts.
+    """
+    for key in [k for k in post["locality"] if k.endswith("_output")]:
+        name = key.removesuffix("_output")
+        before, after = pre["locality"][key], post["locality"][key]
+        if len(before) != len(after):
+            raise ValueError(
+                f"Locality `{name}`: {len(before)} outputs before the edit and {len(after)} after. "
+                "Measure both on the same requests."
+            )
+        post["locality"][f"{name}_acc"] = [_share(a, b) for a, b in zip(before, after, strict=True)]
+        meta = {"result_key": f"locality.{name}_acc", **_LOCALITY_META}
+        post.setdefault("metric_meta", {})[f"locality.{name}"] = meta
+
+
+def _questions(index: int, record: Mapping[str, Any]) -> Iterable[_Question]:
+    target = record["target_new"]
+    yield _question(index, "rewrite", "", record["prompt"], target)
+    if record.get("rephrase_prompt") is not None:
+        yield _question(index, "rephrase", "", record["rephrase_prompt"], target)
+    for part in ("locality", "portability"):
+        for name, fields in (record.get(part) or {}).items():
+            yield _question(index, part, name, fields["prompt"], fields["ground_truth"])
+
+
+def _question(index: int, part: str, name: str, prompts: Any, answers: Any) -> _Question:
+    prompt_list = [prompts] if isinstance(prompts, str) else list(prompts)
+    answer_list = [answers] * len(prompt_list) if isinstance(answers, str) else list(answers)
+    return _Question(index, part, name, prompt_list, answer_list)
+
+
+def _check(questions: Sequence[_Question]) -> None:
+    problems = []
+    for q in questions:
+        where = f"request {q.record}, {q.part}{f' {q.name!r}' if q.name else ''}"
+        if len(q.prompts) != len(q.answers):
+            problems.append(f"{where}: {len(q.prompts)} prompts, {len(q.answers)} answers. Pair them.")
+        problems += [
+            f"{where}: `{text!r}` must be a text that is not blank. Fill it in or drop it."
+            for text in (*q.prompts, *q.answers)
+            if not isinstance(text, str) or not text.strip()
+        ]
+    if problems:
+        raise RequestError(one_message("The requests cannot be evaluated:", problems))
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[_Question]
+) -> tuple[TokenizedTexts, np.ndarray]:
+    """Returns all prompts with their answers, and the position of each one's first token."""
+    prompts = [p for q in questions for p in q.prompts]
+    answers = [a for q in questions for a in q.answers]
+    both = [f"{prompt} {answer}" for prompt, answer in zip(prompts, answers, strict=True)]
+    sequences = tokenizer(both, padding=False, truncation=False)["input_ids"]
+    prompt_ids = tokenizer(prompts, padding=False, truncation=False)["input_ids"]
+    pad = tokenizer.pad_token_id
+    # EasyEdit: pads in the padded row (filler and any in the text) plus prompt tokens that are none.
+    starts = [
+        min(ids.count(pad) + len(p) - p.count(pad), len(ids))
+        for ids, p in zip(sequences, prompt_ids, strict=True)
+    ]
+    # EasyEdit pads the prompts of one call on the left without telling the model, so that a
+    # shorter one starts at a later position; models with learned positions notice.
+    first_position: list[int] = []
+    for question in questions:
+        lengths = [len(ids) for ids in sequences[len(first_position) :][: len(question.prompts)]]
+        first_position += [max(lengths) - length for length in lengths]
+    return TokenizedTexts.from_lists(sequences, starts), np.array(first_position, np.int64)
+
+
+@torch.no_grad()
+def _predict(
+    model: nn.Module,
+    texts: TokenizedTexts,
+    first_position: np.ndarray,
+    batch_size: int,
+    row_tokens: int,
+    progress: bool,
+    description: str,
+) -> list[list[int]]:
+    """Returns the model's first choice for each answer token, a list for each text."""
+    device = input_device(model)
+    ids = torch.from_numpy(texts.ids).to(device)
+    predicted: list[list[int]] = [[] for _ in range(len(texts))]
+    was_training = model.training
+    model.eval()
+    try:
+        packed, _ = can_pack(model, texts)
+        with tqdm(total=len(texts), desc=description, unit="prompt", disable=not progress) as bar:
+            for batch in length_sorted_batches(texts.lengths, batch_size):
+                rows = lay_out(
+                    texts, batch, row_tokens=row_tokens, packed=packed, first_position=first_position
+                ).to(device)
+                logits = run_rows(model, rows, input_ids=ids[rows.gather_index])
+                choices = logits.argmax(-1).tolist()  # [S]
+                for owner, choice in zip(rows.owner.tolist(), choices, strict=True):
+                    predicted[batch[owner]].append(choice)
+                bar.update(len(batch))
+    finally:
+        model.train(was_training)
+    return predicted
+
+
+def _labels(texts: TokenizedTexts, i: int) -> list[int]:
+    start = int(texts.offsets[i] + texts.target_start[i])
+    labels: list[int] = texts.ids[start : int(texts.offsets[i + 1])].tolist()
+    return labels
+
+
+def _share(a: Sequence[int], b: Sequence[int]) -> float:
+    """Returns the share of equal entries; NaN for none at all, as numpy's mean has it."""
+    return float(np.mean(np.equal(a, b))) if len(a) else float("nan")

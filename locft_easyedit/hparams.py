@@ -1,0 +1,295 @@
+"""The hyper-parameters of LocFT-BF: EasyEdit's fields and `from_hparams`, read strictly."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, List, Optional, Union  # noqa: UP035
+
+import torch
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .errors import HyperParamsError, one_message
+
+ALG_NAME = "LocFT-BF"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ON_CONFLICT = ("train", "error", "last")
+EVALUATION_TYPES = ("LLM-judge", "generate-text")
+
+REQUIRED_IN_FILE = ("alg_name", "model_name", "layers", "rewrite_module_tmp", "lr")
+# Keys of EasyEdit's other fine-tuning YAMLs: a copied file is told that they do nothing here.
+OTHER_METHODS_KEYS = frozenset(
+    "layer_module_tmp mlp_module_tmp attn_module_tmp ln_f_module lm_head_module kl_factor "
+    "norm_constraint objective_optimization fact_token v_lr v_loss_layer stats_dir".split()
+)
+
+
+# OmegaConf reads these annotations at run time and knows no PEP 604 unions on Python 3.10.
+@dataclass(kw_only=True)
+class LocFTBFHyperParams:
+    """Everything that a YAML with `alg_name: LocFT-BF` can say.
+
+    Keys that EasyEdit has keep EasyEdit's names. `num_steps`, `batch_size`, `lr` and the two
+    thresholds are those of "Fine-tuning Done Right in Model Editing" (arXiv 2509.22072).
+
+    Attributes:
+        alg_name: Always `LocFT-BF`.
+        model_name: Folder or hub name of a causal language model; in EasyEdit also a pair
+            `(model, tokenizer)` that is loaded already.
+        device: `cpu`, `cuda`, `cuda:N` or the number N; `None` takes a GPU where there is one.
+        layers: Layers to train, counted from 0.
+        rewrite_module_tmp: What to train in each layer, with `{}` for the layer number: a
+            parameter, a module (all its parameters), or a list of them.
+        lr: Learning rate of Adam.
+        num_steps: Passes over all edits at most (epochs).
+        batch_size: Edits in a mini-batch. It never limits how many edits are trained together.
+        weight_decay: Adam's L2 penalty.
+        max_length: Read by EasyEdit's own evaluators only; nothing is ever truncated here.
+        model_parallel: Spread the model over the visible GPUs (`device_map="auto"`).
+        fp16: EasyEdit's older way to say `dtype: float16`.
+        dtype: Precision of weights and computation: float32, bfloat16 or float16. The trained
+            matrices have float32 masters in every case. `None` is float32, or float16 with fp16.
+        seed: Seed of the shuffling.
+        append_eos: Train an end-of-sequence token after each target.
+        batch_loss_threshold: A mini-batch whose loss is below this makes no update.
+        epoch_loss_threshold: Training stops after an epoch whose mean loss is below this.
+        on_conflict: Edits with one prompt and different targets: `train` all of them as
+            published, stop with an `error`, or keep the `last`.
+        eval_batch_size: Prompts evaluated together.
+        row_tokens: Packed rows hold about this many tokens (more if one edit is longer).
+        micro_batch_size: Edits in one forward pass; gradients accumulate up to `batch_size`.
+            `None` is the whole mini-batch.
+        frozen_prefix: Compute the frozen layers below the first trained one only once.
+        packing: Put several edits into one row instead of padding each.
+        trust_remote_code: Allow a model folder to bring Python code of its own.
+        evaluation_type: EasyEdit's: `None` (teacher-forced), `LLM-judge` or `generate-text`.
+        api_key: EasyEdit's, for `LLM-judge`.
+    """
+
+    alg_name: str = ALG_NAME
+    model_name: Any = None
+    device: Optional[Union[int, str]] = None  # noqa: UP007, UP045
+    layers: List[int]  # noqa: UP006
+    rewrite_module_tmp: Any
+    lr: float
+    num_steps: int = 25
+    batch_size: int = 100
+    weight_decay: float = 0.0
+    max_length: int = 40
+    model_parallel: bool = False
+    fp16: bool = False
+    dtype: Optional[str] = None  # noqa: UP045
+    seed: int = 42
+    append_eos: bool = True
+    batch_loss_threshold: float = 1e-2
+    epoch_loss_threshold: float = 1e-2
+    on_conflict: str = "train"
+    eval_batch_size: int = 64
+    row_tokens: int = 128
+    micro_batch_size: Optional[int] = None  # noqa: UP045
+    frozen_prefix: bool = True
+    packing: bool = True
+    trust_remote_code: bool = False
+    evaluation_type: Optional[str] = None  # noqa: UP045
+    api_key: Optional[str] = None  # noqa: UP045
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Checks all values, also after a caller changed some.
+
+        Raises:
+            HyperParamsError: Lists every value that breaks a rule.
+        """
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(LocFTBFHyperParams)}
+        _, problems = _typed(values)
+        # A rule about a value makes sense only once its type is right.
+        problems = problems or _broken_rules(self)
+        if problems:
+            raise HyperParamsError(one_message("Hyper-parameters of LocFT-BF:", problems))
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The precision that `dtype` and `fp16` ask for."""
+        return DTYPES[self.dtype or ("float16" if self.fp16 else "float32")]
+
+    @property
+    def templates(self) -> list[str]:
+        """`rewrite_module_tmp` as a list."""
+        tmp = self.rewrite_module_tmp
+        return [tmp] if isinstance(tmp, str) else list(tmp)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the values as plain Python objects; a loaded model is given by its class."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if values["model_name"] is not None and not isinstance(values["model_name"], str):
+            values["model_name"] = type(values["model_name"][0]).__name__
+        return values
+
+    @classmethod
+    def from_hparams(cls, hparams_name_or_path: str | Path) -> LocFTBFHyperParams:
+        """Reads a YAML (or JSON) file, as EasyEdit's classes do.
+
+        Args:
+            hparams_name_or_path: The file; `.yaml` may be left out.
+
+        Raises:
+            HyperParamsError: The file is missing or does not parse, or keys are unknown, missing,
+                ill-typed or out of range (one error that lists them all).
+        """
+        path, config = read_mapping(hparams_name_or_path)
+        return cls.from_mapping(config, source=str(path))
+
+    @classmethod
+    def from_json(cls, fpath: str | Path) -> LocFTBFHyperParams:
+        """Reads a JSON file; EasyEdit's other name for `from_hparams`."""
+        return cls.from_hparams(fpath)
+
+    @classmethod
+    def from_mapping(cls, config: Mapping[str, Any], *, source: str) -> LocFTBFHyperParams:
+        """Returns the hyper-parameters that `config` holds; `source` names it in errors.
+
+        Raises:
+            HyperParamsError: As for `from_hparams`.
+        """
+        alg_name = config.get("alg_name")
+        if alg_name is not None and alg_name != ALG_NAME:
+            raise HyperParamsError(
+                f"`alg_name={alg_name!r}` in {source} is another method; these are the "
+                f"hyper-parameters of {ALG_NAME}. Use a file with `alg_name: {ALG_NAME}`."
+            )
+        missing = [
+            f"`{key}` is missing. Add it."
+            for key in REQUIRED_IN_FILE
+            if config.get(key) in (None, "???")
+        ]
+        present = {k: v for k, v in config.items() if v is not None and v != "???"}
+        typed, problems = _typed(present)
+        problems = missing + problems
+        if not problems:
+            candidate = object.__new__(cls)  # the rules need the values, not yet a valid object
+            for field in dataclasses.fields(cls):
+                default = None if field.default is dataclasses.MISSING else field.default
+                setattr(candidate, field.name, typed.get(field.name, default))
+            problems = _broken_rules(candidate)
+        if problems:
+            raise HyperParamsError(one_message(f"{source}:", problems))
+        return cls(**typed)
+
+
+def read_mapping(name_or_path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """Returns the file that EasyEdit's naming rule leads to, and what it holds.
+
+    Raises:
+        HyperParamsError: The file is missing, does not parse, or is not a mapping.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        path = path.with_name(path.name + ".yaml")
+    if not path.is_file():
+        raise HyperParamsError(f"`{path}` is not a file. Give the path of an hparams YAML.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        config = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise HyperParamsError(f"`{path}` does not parse: {error}. Correct the file.") from error
+    if not isinstance(config, dict):
+        raise HyperParamsError(
+            f"`{path}` holds {type(config).__name__}, not keys with values. "
+            f"See hparams/{ALG_NAME}/ for examples."
+        )
+    return path, config
+
+
+def _typed(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Returns the values converted to their fields' types, and a line for each that is not."""
+    schema = OmegaConf.structured(LocFTBFHyperParams)
+    known = list(schema.keys())
+    typed: dict[str, Any] = {}
+    problems = []
+    for key, value in values.items():
+        if key not in known:
+            problems.append(_unknown_key(str(key), known))
+        elif key == "model_name" and not isinstance(value, str):
+            typed[key] = value  # a loaded (model, tokenizer); OmegaConf holds plain values only
+        else:
+            try:
+                merged = OmegaConf.merge(schema, {key: value})[key]
+                typed[key] = OmegaConf.to_container(merged) if OmegaConf.is_config(merged) else merged
+            except OmegaConfBaseException as error:
+                reason = str(error).split("\n")[0]
+                problems.append(f"`{key}={value!r}`: {reason}. Allowed: {_type_name(key)}.")
+    return typed, problems
+
+
+def _type_name(key: str) -> str:
+    annotation = next(f.type for f in dataclasses.fields(LocFTBFHyperParams) if f.name == key)
+    names = {
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "str": "a text",
+        "List[int]": "a list of whole numbers, for example [22]",
+        "Optional[int]": "a whole number, or null",
+        "Optional[str]": "a text, or null",
+        "Optional[Union[int, str]]": "cpu, cuda, cuda:N or N",
+    }
+    return names.get(str(annotation), "a text or a list of texts")
+
+
+def _unknown_key(key: str, known: list[str]) -> str:
+    if key in OTHER_METHODS_KEYS:
+        return f"`{key}` belongs to other methods of EasyEdit; {ALG_NAME} has no use for it. Remove it."
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"Did you mean `{close[0]}`?" if close else f"Known keys: {', '.join(known)}."
+    return f"`{key}` is not a key of {ALG_NAME}. {hint}"
+
+
+def _broken_rules(h: LocFTBFHyperParams) -> list[str]:
+    """Returns a line for each well-typed value that breaks a rule."""
+    rules = [
+        (h.alg_name == ALG_NAME, "alg_name", f"must be {ALG_NAME}"),
+        (bool(h.layers), "layers", "is empty; name at least one layer"),
+        (all(layer >= 0 for layer in h.layers), "layers", "has a negative layer; count from 0"),
+        (len(set(h.layers)) == len(h.layers), "layers", "names a layer twice"),
+        (math.isfinite(h.lr) and h.lr > 0, "lr", "must be above 0 and finite"),
+        (math.isfinite(h.weight_decay) and h.weight_decay >= 0, "weight_decay", "must be 0 or more"),
+        (h.num_steps >= 1, "num_steps", "must be 1 or more"),
+        (h.batch_size >= 1, "batch_size", "must be 1 or more"),
+        (h.eval_batch_size >= 1, "eval_batch_size", "must be 1 or more"),
+        (h.max_length >= 1, "max_length", "must be 1 or more"),
+        (h.row_tokens >= 1, "row_tokens", "must be 1 or more"),
+        (h.micro_batch_size is None or h.micro_batch_size >= 1, "micro_batch_size", "must be 1 or more, or null"),
+        (h.seed >= 0, "seed", "must be 0 or more"),
+        (h.batch_loss_threshold >= 0, "batch_loss_threshold", "must be 0 or more (0 turns it off)"),
+        (h.epoch_loss_threshold >= 0, "epoch_loss_threshold", "must be 0 or more (0 turns it off)"),
+        (h.dtype is None or h.dtype in DTYPES, "dtype", f"must be one of {', '.join(DTYPES)}"),
+        (not h.fp16 or h.dtype in (None, "float16"), "fp16", f"contradicts `dtype={h.dtype!r}`; keep one of them"),
+        (h.on_conflict in ON_CONFLICT, "on_conflict", f"must be one of {', '.join(ON_CONFLICT)}"),
+        (h.evaluation_type in (None, *EVALUATION_TYPES), "evaluation_type", f"must be null or one of {', '.join(EVALUATION_TYPES)}"),
+    ]  # fmt: skip
+    problems = [f"`{key}={getattr(h, key)!r}` {rule}." for holds, key, rule in rules if not holds]
+    return problems + _template_problems(h.rewrite_module_tmp)
+
+
+def _template_problems(template: Any) -> list[str]:
+    templates = [template] if isinstance(template, str) else template
+    if not isinstance(templates, (list, tuple)) or not templates:
+        return [
+            f"`rewrite_module_tmp={template!r}` must be a text or a list of texts, for example "
+            '"model.layers.{}.mlp.down_proj.weight".'
+        ]
+    return [
+        f"`rewrite_module_tmp={one!r}` must hold {{}} once, in place of the layer number, for "
+        'example "model.layers.{}.mlp.down_proj.weight".'
+        for one in templates
+        if not isinstance(one, str) or one.count("{}") != 1
+    ]

@@ -1,0 +1,205 @@
+"""EasyEdit's request dictionaries, checked, and turned into the edits to train."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import RequestError, one_message
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One prompt and the target to train for it; `request` is its index in the user's list."""
+
+    prompt: str
+    target: str
+    request: int
+
+
+@dataclass(frozen=True)
+class EditSet:
+    """The distinct edits of a list of requests.
+
+    Attributes:
+        edits: What is trained, in the order of the requests.
+        n_requests: Requests that were given.
+        n_merged: Requests that repeat another one's prompt and target.
+        n_conflicts: Prompts that come with more than one target.
+        n_replaced: Requests left out because `on_conflict="last"` keeps a later one.
+    """
+
+    edits: list[Edit]
+    n_requests: int
+    n_merged: int = 0
+    n_conflicts: int = 0
+    n_replaced: int = 0
+
+
+def make_requests(
+    prompts: str | Sequence[str],
+    target_new: str | Sequence[str],
+    ground_truth: str | Sequence[str | None] | None = None,
+    target_neg: str | Sequence[str] | None = None,
+    rephrase_prompts: str | Sequence[str] | None = None,
+    locality_inputs: Mapping[str, Mapping[str, Any]] | None = None,
+    portability_inputs: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    subject: str | Sequence[str] | None = None,
+    loc_prompts: str | Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Returns EasyEdit's request dictionaries for N prompts and N targets.
+
+    The same dictionaries as EasyEdit's `_prepare_requests`, except that a subject need not be in
+    its prompt (LocFT-BF does not use it) and that the arguments are left as they were.
+
+    Args:
+        prompts: N prompts, or one.
+        target_new: N targets, or one.
+        ground_truth: N former answers (or `None` for each).
+        target_neg: N targets to move away from, kept for other methods.
+        rephrase_prompts: N rewordings, for evaluation only.
+        locality_inputs: Name -> `prompt` and `ground_truth`, each a list of N; an entry is a text,
+            a list of texts, or `None`.
+        portability_inputs: As `locality_inputs`.
+        subject: N subjects.
+        loc_prompts: Prompts that other methods regularise with; repeated up to N.
+
+    Raises:
+        RequestError: Lists of different lengths (all of them in one error).
+    """
+    prompts, targets = _as_list(prompts), _as_list(target_new)
+    n = len(prompts)
+    columns: dict[str, list[Any]] = {"prompt": prompts, "target_new": targets}
+    columns["ground_truth"] = [None] * n if ground_truth is None else _as_list(ground_truth)
+    optional = {
+        "target_neg": target_neg,
+        "subject": subject,
+        "rephrase_prompt": rephrase_prompts,
+    }
+    columns |= {key: _as_list(value) for key, value in optional.items() if value is not None}
+    if loc_prompts is not None and n:
+        repeated = _as_list(loc_prompts)
+        columns["loc_prompt"] = (repeated * -(-n // max(len(repeated), 1)))[:n]
+
+    problems = [f"{key}: {len(values)}" for key, values in columns.items() if len(values) != n]
+    parts = {"locality": locality_inputs or {}, "portability": portability_inputs or {}}
+    for part, inputs in parts.items():
+        for name, fields in inputs.items():
+            for key in ("prompt", "ground_truth"):
+                length = len(_as_list(fields[key])) if key in fields else "missing"
+                if length != n:
+                    problems.append(f"{part}_inputs[{name!r}][{key!r}]: {length}")
+    if problems:
+        raise RequestError(
+            one_message(f"{n} prompts, but lists of other lengths. Give one entry each:", problems)
+        )
+
+    requests: list[dict[str, Any]] = []
+    for i in range(n):
+        request: dict[str, Any] = {key: values[i] for key, values in columns.items()}
+        for part, inputs in parts.items():
+            request[part] = {
+                name: {key: _as_list(fields[key])[i] for key in ("prompt", "ground_truth")}
+                for name, fields in inputs.items()
+                # EasyEdit's scripts leave an empty list where a record has no such prompt.
+                if _as_list(fields["prompt"])[i] not in (None, [])
+            }
+        requests.append(request)
+    return requests
+
+
+def distinct_edits(requests: Sequence[Mapping[str, Any]], on_conflict: str = "train") -> EditSet:
+    """Returns the edits to train: duplicates merged, conflicts treated as `on_conflict` says.
+
+    Args:
+        requests: Dictionaries with `prompt` and `target_new`; other keys are left to evaluation.
+        on_conflict: `train` keeps all targets of a prompt, as published; `error` stops; `last`
+            keeps the latest target of a prompt.
+
+    Raises:
+        RequestError: No requests, fields that are missing, blank or no text, or conflicts with
+            `on_conflict="error"`.
+    """
+    if isinstance(requests, (str, bytes, Mapping)) or not isinstance(requests, Sequence):
+        raise RequestError(
+            f"requests is a {type(requests).__name__}; it must be a list of dictionaries with "
+            "`prompt` and `target_new`. Make one with `make_requests(prompts, targets)`."
+        )
+    if not requests:
+        raise RequestError("The list of requests is empty. Give at least one edit.")
+    problems = [p for i, request in enumerate(requests) for p in _request_problems(i, request)]
+    if problems:
+        raise RequestError(one_message("The requests cannot be trained:", problems))
+
+    edits: dict[tuple[str, str], Edit] = {}
+    for i, request in enumerate(requests):
+        pair = (request["prompt"], request["target_new"])
+        if on_conflict == "last":
+            edits.pop(pair, None)  # the latest mention decides which target is the last
+        edits.setdefault(pair, Edit(*pair, request=i))
+    n_merged = len(requests) - len(edits)
+
+    by_prompt: dict[str, list[Edit]] = {}
+    for edit in edits.values():
+        by_prompt.setdefault(edit.prompt, []).append(edit)
+    conflicts = [group for group in by_prompt.values() if len(group) > 1]
+    kept = list(edits.values())
+    if conflicts and on_conflict == "error":
+        raise RequestError(
+            one_message(
+                f"{len(conflicts)} prompts come with different targets. Keep one target each, or "
+                "set `on_conflict` to `train` or `last`:",
+                [_describe(group) for group in conflicts],
+            )
+        )
+    if conflicts and on_conflict == "last":
+        kept = sorted((g[-1] for g in by_prompt.values()), key=lambda edit: edit.request)
+    elif conflicts:
+        logger.warning(
+            "%d prompts come with different targets; all are trained, as published, and cannot "
+            "all be learned. The first: %s. `on_conflict: last` keeps the latest of each.",
+            len(conflicts),
+            _describe(conflicts[0]),
+        )
+    if n_merged:
+        logger.info("%d requests repeat another one and are trained once.", n_merged)
+    return EditSet(kept, len(requests), n_merged, len(conflicts), len(edits) - len(kept))
+
+
+def _request_problems(i: int, request: Any) -> list[str]:
+    if not isinstance(request, Mapping):
+        return [f"request {i} is a {type(request).__name__}, not a dictionary."]
+    problems = []
+    for key in ("prompt", "target_new"):
+        value = request.get(key)
+        if key not in request:
+            problems.append(f"request {i} has no `{key}`. Add it.")
+        elif not isinstance(value, str):
+            problems.append(f"request {i}: `{key}={value!r}` is not a text. Give one text.")
+        elif not value.strip():
+            problems.append(f"request {i}: `{key}={value!r}` is blank. Fill it in or drop the request.")
+        elif not _encodable(value):
+            problems.append(f"request {i}: `{key}={value!r}` holds a lone surrogate. Clean the text.")
+    return problems
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _describe(group: list[Edit]) -> str:
+    targets = ", ".join(f"{edit.target!r} (request {edit.request})" for edit in group)
+    return f"{group[0].prompt!r} -> {targets}"
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str) else list(value)

@@ -1,0 +1,238 @@
+"""How a batch of edits is run: the fastest way that gives this model's own logits.
+
+Packing and the frozen prefix change nothing in the result for the architectures of transformers
+that follow its conventions. Whether a model does is measured, not assumed: before training, a few
+edits are run both ways.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .forward import mean_by_owner, run_rows
+from .packing import Rows, lay_out
+from .place import Place
+from .prefix import FrozenPrefix
+from .tokens import TokenizedTexts
+
+logger = logging.getLogger(__name__)
+
+# Relative error ||a - b|| / ||b|| of the logits. Rounding gives about 1e-6 in float32 and 1e-2 in
+# the half precisions; a wrong mask, position or layer gives 0.1 and more.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 4e-2}
+_N_PROBES = 4
+
+
+class EditRunner:
+    """Runs batches of edits through the model.
+
+    Args:
+        model: The model.
+        texts: All edits as tokens.
+        row_tokens: Length of packed rows.
+        packed: Whether rows are packed.
+        prefix: The recorded prefix, or `None` for full forward passes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        texts: TokenizedTexts,
+        *,
+        row_tokens: int,
+        packed: bool,
+        prefix: FrozenPrefix | None,
+    ) -> None:
+        self.model = model
+        self.texts = texts
+        self.row_tokens = row_tokens
+        self.packed = packed
+        self.prefix = prefix
+        self.device = input_device(model)
+        self.ids = torch.from_numpy(texts.ids).to(self.device)
+
+    @contextmanager
+    def ready(self) -> Iterator[EditRunner]:
+        """Within, batches can be run; the model's module tree is as it was afterwards."""
+        with self.prefix.replaying() if self.prefix else nullcontext():
+            yield self
+
+    def logits(self, batch: np.ndarray) -> tuple[torch.Tensor, Rows]:
+        """Returns the logits that predict the batch's target tokens, [S, V], and the layout."""
+        rows = lay_out(self.texts, batch, row_tokens=self.row_tokens, packed=self.packed)
+        rows = rows.to(self.device)
+        if self.prefix is None:
+            return run_rows(self.model, rows, input_ids=self.ids[rows.gather_index]), rows
+        with self.prefix.put_in(rows) as zeros:
+            return run_rows(self.model, rows, inputs_embeds=zeros), rows
+
+    def edit_losses(self, batch: np.ndarray) -> torch.Tensor:
+        """Returns each edit's loss, [B] float32: the mean cross-entropy of its target tokens."""
+        logits, rows = self.logits(batch)
+        labels = self.ids[rows.label_index].to(logits.device)
+        token_losses = F.cross_entropy(logits.float(), labels, reduction="none")  # [S]
+        return mean_by_owner(token_losses, rows.owner.to(logits.device), len(batch))
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Returns the device that takes the model's token ids."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return device
+
+
+def can_pack(model: nn.Module, texts: TokenizedTexts) -> tuple[bool, float]:
+    """Returns whether packed rows give the model's own logits, and the relative error measured."""
+    probes = _probes(texts)
+    reference = _plain_logits(model, probes)
+    error = _error_of(_probe_runner(model, probes, packed=True, prefix=None), reference)
+    return error <= _TOLERANCE[reference.dtype], error
+
+
+def choose_runner(
+    model: nn.Module,
+    texts: TokenizedTexts,
+    place: Place,
+    *,
+    row_tokens: int,
+    batch_size: int,
+    packing: bool = True,
+    frozen_prefix: bool = True,
+    progress: bool = False,
+) -> EditRunner:
+    """Returns the fastest runner that gives the model's own logits, with its prefix recorded.
+
+    Args:
+        model: The model, in evaluation mode.
+        texts: All edits as tokens.
+        place: What is trained.
+        row_tokens: Length of packed rows.
+        batch_size: Sequences a forward pass while the prefix is recorded.
+        packing: Allow packed rows.
+        frozen_prefix: Allow the frozen prefix.
+        progress: Show a progress bar.
+    """
+    probes = _probes(texts)
+    reference = _plain_logits(model, probes)
+    tolerance = _TOLERANCE[reference.dtype]
+
+    packed = packing
+    if packing:
+        error = _error_of(_probe_runner(model, probes, packed=True, prefix=None), reference)
+        packed = error <= tolerance
+        if not packed:
+            logger.warning(
+                "Packed rows change the logits of %s (relative error %.1e, allowed %.0e): edits "
+                "are padded instead, which costs more time.",
+                type(model).__name__,
+                error,
+                tolerance,
+            )
+    why_not = "it is turned off" if not frozen_prefix else _why_no_prefix(place)
+    if why_not is None:
+        try:
+            prefix = _recorded(model, place, probes, packed=packed, row_tokens=_probe_row(probes))
+            error = _error_of(_probe_runner(model, probes, packed=packed, prefix=prefix), reference)
+            if error > tolerance:
+                why_not = f"replaying it changes the logits (relative error {error:.1e})"
+        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as failure:
+            # Unknown architectures may refuse in any way that Python code can; an edit is still
+            # possible without the prefix, and the warning says what happened.
+            why_not = f"its layers cannot be split ({type(failure).__name__}: {failure})"
+    if why_not is not None:
+        if frozen_prefix:
+            logger.warning(
+                "No frozen prefix for %s: %s. Every step runs the full model.",
+                type(model).__name__,
+                why_not,
+            )
+        return EditRunner(model, texts, row_tokens=row_tokens, packed=packed, prefix=None)
+    prefix = _recorded(
+        model,
+        place,
+        texts,
+        packed=packed,
+        row_tokens=row_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return EditRunner(model, texts, row_tokens=row_tokens, packed=packed, prefix=prefix)
+
+
+def _why_no_prefix(place: Place) -> str | None:
+    if place.stack is None:
+        return "no list of layers as long as `config.num_hidden_layers` was found in it"
+    if place.first_layer is None:
+        return "a trained parameter lies outside its layers"
+    return None
+
+
+def _recorded(
+    model: nn.Module,
+    place: Place,
+    texts: TokenizedTexts,
+    *,
+    packed: bool,
+    row_tokens: int,
+    batch_size: int = _N_PROBES,
+    progress: bool = False,
+) -> FrozenPrefix:
+    assert place.stack is not None
+    assert place.first_layer is not None
+    prefix = FrozenPrefix(model, place.stack, place.first_layer, len(texts.ids))
+    prefix.record(
+        texts,
+        torch.from_numpy(texts.ids).to(input_device(model)),
+        batch_size=batch_size,
+        row_tokens=row_tokens,
+        packed=packed,
+        progress=progress,
+    )
+    return prefix
+
+
+def _probes(texts: TokenizedTexts) -> TokenizedTexts:
+    """Returns the longest, the shortest and a few edits between as texts of their own."""
+    order = np.argsort(texts.lengths, kind="stable")
+    chosen = sorted({int(i) for i in np.linspace(0, len(order) - 1, _N_PROBES)})
+    sequences = [
+        texts.ids[texts.offsets[i] : texts.offsets[i + 1]].tolist() for i in order[chosen]
+    ]
+    return TokenizedTexts.from_lists(sequences, texts.target_start[order[chosen]].tolist())
+
+
+def _probe_row(probes: TokenizedTexts) -> int:
+    """Returns a row length that makes several rows, some of them with several probes."""
+    return int(probes.lengths.max() + probes.lengths.min())
+
+
+def _probe_runner(
+    model: nn.Module, probes: TokenizedTexts, *, packed: bool, prefix: FrozenPrefix | None
+) -> EditRunner:
+    return EditRunner(model, probes, row_tokens=_probe_row(probes), packed=packed, prefix=prefix)
+
+
+@torch.no_grad()
+def _plain_logits(model: nn.Module, probes: TokenizedTexts) -> torch.Tensor:
+    """Returns the logits of each probe run alone, with nothing of ours in between, [S, V]."""
+    device = input_device(model)
+    parts = []
+    for i in range(len(probes)):
+        ids = torch.from_numpy(probes.ids[probes.offsets[i] : probes.offsets[i + 1]]).to(device)
+        logits = model(input_ids=ids[None], use_cache=False).logits[0]  # [L, V]
+        parts.append(logits[int(probes.target_start[i]) - 1 : -1])
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def _error_of(runner: EditRunner, reference: torch.Tensor) -> float:
+    with runner.ready():
+        logits, _ = runner.logits(np.arange(len(runner.texts)))
+    difference = (logits.float() - reference.float()).norm() / reference.float().norm()
+    return float(difference) if torch.isfinite(difference) else float("inf")

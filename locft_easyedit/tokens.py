@@ -1,0 +1,149 @@
+"""From texts to token ids, with the exact place where the target begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from .errors import ModelError, RequestError, one_message
+from .requests import Edit
+
+_CHUNK = 4096  # texts a tokenizer call: bounds the memory of 100,000 edits
+
+
+@dataclass(frozen=True)
+class TokenizedTexts:
+    """N token sequences in one flat array.
+
+    Attributes:
+        ids: Token ids, [T] int64.
+        offsets: Sequence i is `ids[offsets[i]:offsets[i + 1]]`, [N + 1] int64.
+        target_start: Index of the first target token within its sequence, [N] int64. Every token
+            from there to the end of the sequence is predicted.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    target_start: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.target_start)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence, [N]."""
+        return np.diff(self.offsets)
+
+    @classmethod
+    def from_lists(cls, sequences: Sequence[Sequence[int]], target_start: Sequence[int]) -> TokenizedTexts:
+        """Returns the flat form of `sequences`."""
+        offsets = np.cumsum([0, *(len(sequence) for sequence in sequences)], dtype=np.int64)
+        ids = np.fromiter((i for s in sequences for i in s), dtype=np.int64, count=int(offsets[-1]))
+        return cls(ids, offsets, np.asarray(target_start, dtype=np.int64))
+
+
+def tokenize_edits(
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[Edit],
+    *,
+    append_eos: bool = True,
+    max_positions: int | None = None,
+) -> TokenizedTexts:
+    """Returns the edits as token ids: prompt, target with one leading space, end of sequence.
+
+    Prompt and target are tokenized together. A token that reaches from the prompt into the target
+    counts as target. The tokenizer's own special tokens (a BOS, say) stay. No padding takes part,
+    so nothing depends on the pad token.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        edits: What to train.
+        append_eos: Append the end-of-sequence token unless the tokenizer did.
+        max_positions: The model's context in tokens; `None` is unbounded.
+
+    Raises:
+        ModelError: `append_eos` and the tokenizer has no EOS token.
+        RequestError: An edit is longer than the context, or its target has no token.
+    """
+    eos = tokenizer.eos_token_id
+    if append_eos and eos is None:
+        raise ModelError(
+            "`append_eos=True` needs an end-of-sequence token, and the tokenizer has none. "
+            "Set `tokenizer.eos_token` or `append_eos: false`."
+        )
+    sequences: list[list[int]] = []
+    starts: list[int] = []
+    problems = []
+    for first in range(0, len(edits), _CHUNK):
+        chunk = edits[first : first + _CHUNK]
+        texts = [edit.prompt + _with_leading_space(edit.target) for edit in chunk]
+        for edit, (ids, start) in zip(chunk, _split(tokenizer, [e.prompt for e in chunk], texts), strict=True):
+            if append_eos and ids[-1:] != [eos]:
+                ids = [*ids, eos]
+            name = f"request {edit.request} ({_shortened(edit.prompt)} -> {_shortened(edit.target)})"
+            if max_positions is not None and len(ids) > max_positions:
+                problems.append(
+                    f"{name} has {len(ids)} tokens; the model's context is {max_positions}. Shorten it."
+                )
+            elif not 0 < start < len(ids):
+                # The first token of all has no predecessor that could predict it.
+                problems.append(f"{name}: no token of the target can be predicted. Change its text.")
+            sequences.append(ids)
+            starts.append(start)
+    if problems:
+        raise RequestError(one_message("The requests cannot be trained:", problems))
+    return TokenizedTexts.from_lists(sequences, starts)
+
+
+def _with_leading_space(target: str) -> str:
+    return target if target.startswith(" ") else " " + target
+
+
+def _shortened(text: str, limit: int = 60) -> str:
+    return repr(text if len(text) <= limit else text[: limit - 3] + "...")
+
+
+def _split(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], texts: list[str]
+) -> list[tuple[list[int], int]]:
+    """Returns the ids of each text, and the index of the first token that goes past its prompt."""
+    if tokenizer.is_fast:
+        batch = tokenizer(texts, return_offsets_mapping=True, padding=False, truncation=False)
+        return [
+            (ids, next((i for i, (_, end) in enumerate(spans) if end > len(prompt)), len(ids)))
+            for prompt, ids, spans in zip(
+                prompts, batch["input_ids"], batch["offset_mapping"], strict=True
+            )
+        ]
+    full = tokenizer(texts, padding=False, truncation=False)["input_ids"]
+    alone = tokenizer(prompts, padding=False, truncation=False)["input_ids"]
+    return [
+        (ids, _boundary_by_decoding(tokenizer, prompt, ids, prompt_ids))
+        for prompt, ids, prompt_ids in zip(prompts, full, alone, strict=True)
+    ]
+
+
+def _boundary_by_decoding(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, ids: list[int], prompt_ids: list[int]
+) -> int:
+    """Returns where the target begins, for tokenizers that give no character offsets.
+
+    Tokens that prompt and text share are prompt. Where the segmentation differs, tokens belong to
+    the prompt as long as what they decode to is still a part of it.
+    """
+    start = 0
+    while start < min(len(ids), len(prompt_ids)) and ids[start] == prompt_ids[start]:
+        start += 1
+
+    def within_prompt(n_tokens: int) -> bool:
+        text = tokenizer.decode(
+            ids[:n_tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return prompt.lstrip().startswith(text.lstrip())
+
+    while start < len(ids) and within_prompt(start + 1):
+        start += 1
+    return start

@@ -1,0 +1,76 @@
+"""The trained parameters: originals kept, float32 masters, restored bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+
+class TrainedWeights:
+    """Float32 masters of the trained parameters, and copies of their original values.
+
+    A parameter in float32 is its own master. One in a half precision is written from its master
+    after every update: small steps would round away otherwise.
+
+    Args:
+        parameters: The parameters by name.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = dict(parameters)
+        # A copy, because adding and subtracting a change does not give the original bits back.
+        self.original = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._separate = {
+            name: p.detach().float().clone().requires_grad_()
+            for name, p in self.parameters.items()
+            if p.dtype != torch.float32
+        }
+
+    @property
+    def masters(self) -> list[torch.Tensor]:
+        """What the optimizer updates."""
+        return [self._separate.get(name, p) for name, p in self.parameters.items()]
+
+    def collect_gradients_(self) -> None:
+        """Adds the parameters' gradients to their masters', in float32, and clears them."""
+        for name, master in self._separate.items():
+            gradient = self.parameters[name].grad
+            if gradient is not None:
+                # Micro-batches add up in float32: eight bits of mantissa would lose the small ones.
+                master.grad = gradient.float() if master.grad is None else master.grad + gradient
+                self.parameters[name].grad = None
+
+    @torch.no_grad()
+    def publish_(self) -> None:
+        """Writes the masters into the model."""
+        for name, master in self._separate.items():
+            self.parameters[name].copy_(master)
+
+    @torch.no_grad()
+    def restore_(self) -> None:
+        """Gives the model its original values back, bit for bit."""
+        write_(self.parameters, self.original)
+        for name, master in self._separate.items():
+            master.copy_(self.original[name])
+
+    def clear_gradients_(self) -> None:
+        """Drops all gradients."""
+        for parameter in (*self.parameters.values(), *self._separate.values()):
+            parameter.grad = None
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """Returns copies of the model's present values."""
+        return {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    def finite(self) -> bool:
+        """Returns whether all values are finite."""
+        return all(bool(torch.isfinite(p).all()) for p in self.parameters.values())
+
+
+@torch.no_grad()
+def write_(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    """Copies `values` into `parameters`, in place."""
+    for name, value in values.items():
+        parameters[name].copy_(value)
