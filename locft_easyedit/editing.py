@@ -118,6 +118,7 @@ class EditSession:
         requests: EasyEdit's request dictionaries.
         hparams: The hyper-parameters.
         progress: Show progress bars.
+        alone: Requests will be trained one at a time, so that no two of them are in conflict.
     """
 
     model: nn.Module
@@ -125,6 +126,7 @@ class EditSession:
     requests: Sequence[Mapping[str, Any]]
     hparams: LocFTBFHyperParams
     progress: bool = True
+    alone: bool = False
     edits: EditSet = field(init=False)
     place: Place = field(init=False)
     timings: dict[str, float] = field(init=False, default_factory=dict)
@@ -135,7 +137,7 @@ class EditSession:
         h = self.hparams
         with self._timed("prepare"):
             h.check()
-            self.edits = distinct_edits(self.requests, h.on_conflict)
+            self.edits = distinct_edits(self.requests, None if self.alone else h.on_conflict)
             self.place = select_place(self.model, h.layers, h.templates)
             texts = tokenize_edits(
                 self.tokenizer,
@@ -162,7 +164,9 @@ class EditSession:
     def __exit__(self, *exc: object) -> None:
         self._cleanup.close()
 
-    def train_(self, only: Sequence[int] | None = None, *, progress: bool | None = None) -> EditResult:
+    def train_(
+        self, only: Sequence[int] | None = None, *, progress: bool | None = None
+    ) -> EditResult:
         """Trains the model's present weights on the edits, in place.
 
         Args:
@@ -248,5 +252,3 @@ def _only_trainable(model: nn.Module, place: Place) -> Iterator[None]:
                 parameter.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
-
-

@@ -26,8 +26,20 @@ EVALUATION_TYPES = ("LLM-judge", "generate-text")
 REQUIRED_IN_FILE = ("alg_name", "model_name", "layers", "rewrite_module_tmp", "lr")
 # Keys of EasyEdit's other fine-tuning YAMLs: a copied file is told that they do nothing here.
 OTHER_METHODS_KEYS = frozenset(
-    "layer_module_tmp mlp_module_tmp attn_module_tmp ln_f_module lm_head_module kl_factor "
-    "norm_constraint objective_optimization fact_token v_lr v_loss_layer stats_dir".split()
+    [
+        "layer_module_tmp",
+        "mlp_module_tmp",
+        "attn_module_tmp",
+        "ln_f_module",
+        "lm_head_module",
+        "kl_factor",
+        "norm_constraint",
+        "objective_optimization",
+        "fact_token",
+        "v_lr",
+        "v_loss_layer",
+        "stats_dir",
+    ]
 )
 
 
@@ -223,7 +235,9 @@ def _typed(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         else:
             try:
                 merged = OmegaConf.merge(schema, {key: value})[key]
-                typed[key] = OmegaConf.to_container(merged) if OmegaConf.is_config(merged) else merged
+                typed[key] = (
+                    OmegaConf.to_container(merged) if OmegaConf.is_config(merged) else merged
+                )
             except OmegaConfBaseException as error:
                 reason = str(error).split("\n")[0]
                 problems.append(f"`{key}={value!r}`: {reason}. Allowed: {_type_name(key)}.")

@@ -148,7 +148,9 @@ def _untrainable(
     if torch.finfo(parameter.dtype).bits < 16:
         return f"`{name}` is {parameter.dtype}; train float32, bfloat16 or float16 weights."
     if owners[_memory(parameter)] > 1:
-        others = [o for o, p in everywhere.items() if o != name and _memory(p) == _memory(parameter)]
+        others = [
+            o for o, p in everywhere.items() if o != name and _memory(p) == _memory(parameter)
+        ]
         return f"`{name}` is tied to {', '.join(others)}; an edit would change both. Choose another place."
     return None
 

@@ -113,13 +113,15 @@ def make_requests(
     return requests
 
 
-def distinct_edits(requests: Sequence[Mapping[str, Any]], on_conflict: str = "train") -> EditSet:
+def distinct_edits(
+    requests: Sequence[Mapping[str, Any]], on_conflict: str | None = "train"
+) -> EditSet:
     """Returns the edits to train: duplicates merged, conflicts treated as `on_conflict` says.
 
     Args:
         requests: Dictionaries with `prompt` and `target_new`; other keys are left to evaluation.
         on_conflict: `train` keeps all targets of a prompt, as published; `error` stops; `last`
-            keeps the latest target of a prompt.
+            keeps the latest target of a prompt; `None` is `train` without a warning.
 
     Raises:
         RequestError: No requests, fields that are missing, blank or no text, or conflicts with
@@ -159,7 +161,7 @@ def distinct_edits(requests: Sequence[Mapping[str, Any]], on_conflict: str = "tr
         )
     if conflicts and on_conflict == "last":
         kept = sorted((g[-1] for g in by_prompt.values()), key=lambda edit: edit.request)
-    elif conflicts:
+    elif conflicts and on_conflict == "train":
         logger.warning(
             "%d prompts come with different targets; all are trained, as published, and cannot "
             "all be learned. The first: %s. `on_conflict: last` keeps the latest of each.",
@@ -182,9 +184,13 @@ def _request_problems(i: int, request: Any) -> list[str]:
         elif not isinstance(value, str):
             problems.append(f"request {i}: `{key}={value!r}` is not a text. Give one text.")
         elif not value.strip():
-            problems.append(f"request {i}: `{key}={value!r}` is blank. Fill it in or drop the request.")
+            problems.append(
+                f"request {i}: `{key}={value!r}` is blank. Fill it in or drop the request."
+            )
         elif not _encodable(value):
-            problems.append(f"request {i}: `{key}={value!r}` holds a lone surrogate. Clean the text.")
+            problems.append(
+                f"request {i}: `{key}={value!r}` holds a lone surrogate. Clean the text."
+            )
     return problems
 
 

@@ -141,7 +141,14 @@ def choose_runner(
             error = _error_of(_probe_runner(model, probes, packed=packed, prefix=prefix), reference)
             if error > tolerance:
                 why_not = f"replaying it changes the logits (relative error {error:.1e})"
-        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as failure:
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            KeyError,
+            IndexError,
+        ) as failure:
             # Unknown architectures may refuse in any way that Python code can; an edit is still
             # possible without the prefix, and the warning says what happened.
             why_not = f"its layers cannot be split ({type(failure).__name__}: {failure})"
@@ -201,9 +208,7 @@ def _probes(texts: TokenizedTexts) -> TokenizedTexts:
     """Returns the longest, the shortest and a few edits between as texts of their own."""
     order = np.argsort(texts.lengths, kind="stable")
     chosen = sorted({int(i) for i in np.linspace(0, len(order) - 1, _N_PROBES)})
-    sequences = [
-        texts.ids[texts.offsets[i] : texts.offsets[i + 1]].tolist() for i in order[chosen]
-    ]
+    sequences = [texts.ids[texts.offsets[i] : texts.offsets[i + 1]].tolist() for i in order[chosen]]
     return TokenizedTexts.from_lists(sequences, texts.target_start[order[chosen]].tolist())
 
 

@@ -38,7 +38,9 @@ class TokenizedTexts:
         return np.diff(self.offsets)
 
     @classmethod
-    def from_lists(cls, sequences: Sequence[Sequence[int]], target_start: Sequence[int]) -> TokenizedTexts:
+    def from_lists(
+        cls, sequences: Sequence[Sequence[int]], target_start: Sequence[int]
+    ) -> TokenizedTexts:
         """Returns the flat form of `sequences`."""
         offsets = np.cumsum([0, *(len(sequence) for sequence in sequences)], dtype=np.int64)
         ids = np.fromiter((i for s in sequences for i in s), dtype=np.int64, count=int(offsets[-1]))
@@ -80,17 +82,23 @@ def tokenize_edits(
     for first in range(0, len(edits), _CHUNK):
         chunk = edits[first : first + _CHUNK]
         texts = [edit.prompt + _with_leading_space(edit.target) for edit in chunk]
-        for edit, (ids, start) in zip(chunk, _split(tokenizer, [e.prompt for e in chunk], texts), strict=True):
+        for edit, (ids, start) in zip(
+            chunk, _split(tokenizer, [e.prompt for e in chunk], texts), strict=True
+        ):
             if append_eos and ids[-1:] != [eos]:
                 ids = [*ids, eos]
-            name = f"request {edit.request} ({_shortened(edit.prompt)} -> {_shortened(edit.target)})"
+            name = (
+                f"request {edit.request} ({_shortened(edit.prompt)} -> {_shortened(edit.target)})"
+            )
             if max_positions is not None and len(ids) > max_positions:
                 problems.append(
                     f"{name} has {len(ids)} tokens; the model's context is {max_positions}. Shorten it."
                 )
             elif not 0 < start < len(ids):
                 # The first token of all has no predecessor that could predict it.
-                problems.append(f"{name}: no token of the target can be predicted. Change its text.")
+                problems.append(
+                    f"{name}: no token of the target can be predicted. Change its text."
+                )
             sequences.append(ids)
             starts.append(start)
     if problems:

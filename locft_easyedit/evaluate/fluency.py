@@ -69,6 +69,7 @@ def fluency_of(
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Mapping[str, Any]],
     *,
+    words: Callable[[str], list[str]],
     progress: bool = False,
 ) -> list[dict[str, float]]:
     """Returns `ngram_entropy` of each record, as EasyEdit's `test_generation_quality`.
@@ -80,12 +81,9 @@ def fluency_of(
         model: A causal language model.
         tokenizer: Its tokenizer.
         records: Requests with `prompt`.
+        words: Splits a text into words (see `word_tokenizer`).
         progress: Show a progress bar.
-
-    Raises:
-        MissingDependencyError: nltk is not installed.
     """
-    words = word_tokenizer()
     was_training = model.training
     model.eval()
     try:
@@ -107,5 +105,7 @@ def _sample(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str) -
         drawn = torch.multinomial(top.values / top.values.sum(1, keepdim=True), 1)
         new = top.indices.gather(1, drawn).to(ids.device)
         ids = torch.cat([ids, new], dim=1)
-    text = unicodedata.normalize("NFKD", tokenizer.decode(ids[0].tolist(), skip_special_tokens=True))
+    text = unicodedata.normalize(
+        "NFKD", tokenizer.decode(ids[0].tolist(), skip_special_tokens=True)
+    )
     return text.replace("\n\n", " ").replace("<|endoftext|>", "")

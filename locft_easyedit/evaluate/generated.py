@@ -16,7 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from ..packing import length_sorted_batches
 from ..runner import input_device
@@ -64,9 +69,10 @@ def generate_answers(
     stops = StoppingCriteriaList([_AtToken(_stop_table(tokenizer, model))])
     device = input_device(model)
     answers = [""] * len(sequences)
-    with _plain_greedy(model, ends, max_new_tokens), tqdm(
-        total=len(sequences), desc=description, unit="prompt", disable=not progress
-    ) as bar:
+    with (
+        _plain_greedy(model, ends, max_new_tokens),
+        tqdm(total=len(sequences), desc=description, unit="prompt", disable=not progress) as bar,
+    ):
         for batch in length_sorted_batches(lengths, batch_size) if len(sequences) else []:
             width = int(lengths[batch].max())
             # Any token fills the left side: the mask hides it.

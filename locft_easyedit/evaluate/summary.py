@@ -33,7 +33,9 @@ def _phase(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             key: None
             for part in parts
             for key, value in part.items()
-            if (key.endswith("acc") if section in ("locality", "portability") else _is_number(value))
+            if (
+                key.endswith("acc") if section in ("locality", "portability") else _is_number(value)
+            )
         }
         section_means: dict[str, Any] = {}
         for key in numeric:

@@ -82,7 +82,9 @@ def score_records(
     questions = [q for i, record in enumerate(records) for q in _questions(i, record)]
     _check(questions)
     texts, first_position = _tokenize(tokenizer, questions)
-    predicted = _predict(model, texts, first_position, batch_size, row_tokens, progress, description)
+    predicted = _predict(
+        model, texts, first_position, batch_size, row_tokens, progress, description
+    )
 
     metrics: list[Metrics] = [{"locality": {}, "portability": {}} for _ in records]
     i = 0
@@ -146,7 +148,9 @@ def _check(questions: Sequence[_Question]) -> None:
     for q in questions:
         where = f"request {q.record}, {q.part}{f' {q.name!r}' if q.name else ''}"
         if len(q.prompts) != len(q.answers):
-            problems.append(f"{where}: {len(q.prompts)} prompts, {len(q.answers)} answers. Pair them.")
+            problems.append(
+                f"{where}: {len(q.prompts)} prompts, {len(q.answers)} answers. Pair them."
+            )
         problems += [
             f"{where}: `{text!r}` must be a text that is not blank. Fill it in or drop it."
             for text in (*q.prompts, *q.answers)
@@ -201,7 +205,11 @@ def _predict(
         with tqdm(total=len(texts), desc=description, unit="prompt", disable=not progress) as bar:
             for batch in length_sorted_batches(texts.lengths, batch_size):
                 rows = lay_out(
-                    texts, batch, row_tokens=row_tokens, packed=packed, first_position=first_position
+                    texts,
+                    batch,
+                    row_tokens=row_tokens,
+                    packed=packed,
+                    first_position=first_position,
                 ).to(device)
                 logits = run_rows(model, rows, input_ids=ids[rows.gather_index])
                 choices = logits.argmax(-1).tolist()  # [S]

@@ -1,0 +1,51 @@
+"""`locft` and `python -m locft_easyedit`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from .errors import LocFTError
+
+USAGE = """LocFT-BF for EasyEdit: edit facts by localized, breadth-first fine-tuning.
+
+Usage:
+  locft edit --config-name NAME data=FILE ...   edit a model, measure before and after
+  locft run SCRIPT ...                          run one of EasyEdit's scripts with LocFT-BF
+  locft demo [OPTION ...]                       edit 100 facts into SmolLM2-135M on this machine
+
+`locft edit --help` and `locft demo --help` say more.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status (2 for a user's mistake)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(USAGE)
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    try:
+        if command == "edit":
+            from .cli.edit import main as edit
+
+            return edit(rest)
+        if command == "demo":
+            from .demo.run import main as demo
+
+            return demo(rest)
+        if command == "run":
+            if not rest:
+                raise LocFTError("`locft run` needs the path of a script. See locft --help.")
+            from .easyedit.script import run_script
+
+            run_script(rest[0], rest[1:])
+            return 0
+        raise LocFTError(f"`{command}` is no command. Use edit, run or demo (locft --help).")
+    except LocFTError as error:
+        sys.stderr.write(f"locft {command}: {error}\n")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

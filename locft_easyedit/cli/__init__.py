@@ -1,0 +1,1 @@
+"""The command line: `locft edit`, `locft run`, `locft demo`."""

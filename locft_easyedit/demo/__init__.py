@@ -1,0 +1,1 @@
+"""Demo data: counterfactual edits about well-known things, written for this project."""

@@ -1,0 +1,363 @@
+"""The editor that `BaseEditor.from_hparams` gives for LocFT-BF."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..editing import EditResult, EditSession
+from ..errors import HyperParamsError, LocFTError
+from ..evaluate.summary import summarize
+from ..evaluate.teacher_forced import Metrics
+from ..hparams import ALG_NAME, LocFTBFHyperParams
+from ..models import load_model
+from ..requests import make_requests
+from ..weights import write_
+from .algorithm import apply_locft_bf_to_model
+from .chat import chat_answers
+from .loading import EasyEdit
+from .measures import Measures
+
+logger = logging.getLogger(__name__)
+
+Request = Mapping[str, Any]
+Returned = tuple[Any, Any, dict[str, torch.Tensor]]
+
+
+class LocFTBFMethods:
+    """EasyEdit's editor interface for LocFT-BF; `register` joins it with `BaseEditor`.
+
+    Same signatures, metric dictionaries and returned tuples as EasyEdit's `BaseEditor`, with the
+    meaning that its users expect:
+
+    - All edits of a call are trained together, and metrics are taken after all of them are in.
+      `edit` and `edit_requests` without `sequential_edit` keep EasyEdit's meaning instead: each
+      edit alone, on the original model.
+    - The model that is returned carries the edits. With `sequential_edit=False` the next call
+      starts from the original weights again; with `sequential_edit=True` edits accumulate.
+
+    Attributes:
+        model: The model; edits change it in place.
+        tok: Its tokenizer.
+        hparams: The hyper-parameters.
+        last_result: The `EditResult` of the last call.
+    """
+
+    easyedit: EasyEdit  # set by `register`
+
+    def __init__(self, hparams: LocFTBFHyperParams) -> None:
+        if not isinstance(hparams, LocFTBFHyperParams):
+            raise HyperParamsError(
+                f"{type(hparams).__name__} are not the hyper-parameters of {ALG_NAME}. Read them "
+                "with `LocFTBFHyperParams.from_hparams`."
+            )
+        hparams.check()
+        self.hparams = hparams
+        self.alg_name = hparams.alg_name
+        self.apply_algo = apply_locft_bf_to_model
+        self.model, self.tok = load_model(hparams)
+        self.model_name = hparams.model_name
+        self.device = self.model.get_input_embeddings().weight.device
+        self.last_result: EditResult | None = None
+        self._original: dict[str, torch.Tensor] = {}  # to restore when the next call begins
+
+    def edit(
+        self,
+        prompts: str | list[str],
+        target_new: str | list[str],
+        ground_truth: str | list[str] | None = None,
+        target_neg: str | list[str] | None = None,
+        rephrase_prompts: str | list[str] | None = None,
+        locality_inputs: dict[str, Any] | None = None,
+        portability_inputs: dict[str, Any] | None = None,
+        sequential_edit: bool = False,
+        verbose: bool = True,
+        **kwargs: Any,
+    ) -> Returned:
+        """Edits, and measures before and after; see the class for `sequential_edit`.
+
+        Args:
+            prompts: N prompts, or one.
+            target_new: N targets, or one.
+            ground_truth: N former answers.
+            target_neg: Kept in the requests; LocFT-BF does not use it.
+            rephrase_prompts: N rewordings, for evaluation.
+            locality_inputs: Name -> `prompt` and `ground_truth`, lists of N.
+            portability_inputs: The same for portability.
+            sequential_edit: Train all edits together and keep them; else each alone.
+            verbose: Show progress bars and log the summary.
+            **kwargs: EasyEdit's others: `requests`, `subject`, `loc_prompts`, `test_generation`
+                (fluency), `eval_metric`, `pre_edit`, `pre_file`; those of other methods
+                (`train_ds`, `keep_original_weight`) change nothing.
+
+        Returns:
+            A list of metric dictionaries, the edited model, and the former weights by name.
+
+        Raises:
+            LocFTError: The requests cannot be used; nothing was changed.
+        """
+        requests = kwargs.pop("requests", None)
+        if requests is None:
+            requests = make_requests(
+                prompts,
+                target_new,
+                ground_truth,
+                target_neg,
+                rephrase_prompts,
+                locality_inputs,
+                portability_inputs,
+                subject=kwargs.get("subject"),
+                loc_prompts=kwargs.get("loc_prompts"),
+            )
+        return self.edit_requests(requests, sequential_edit, verbose, **kwargs)
+
+    def edit_requests(
+        self,
+        requests: Sequence[Request],
+        sequential_edit: bool = False,
+        verbose: bool = True,
+        test_generation: bool = False,
+        **kwargs: Any,
+    ) -> Returned:
+        """Edits with EasyEdit's request dictionaries; otherwise as `edit`."""
+        if kwargs.get("metric_kwargs") is not None:
+            raise LocFTError(
+                "`metric_kwargs` asks for ConvSent's metrics, which compare two models side by "
+                f"side; {ALG_NAME} edits in place. Leave it out."
+            )
+        metrics, _ = self._edit_and_measure(
+            requests,
+            sequential=sequential_edit,
+            alone=not sequential_edit,
+            verbose=verbose,
+            test_generation=test_generation,
+            eval_metric=kwargs.get("eval_metric", "exact match"),
+            pre_edit=kwargs.get("pre_edit"),
+            pre_file=kwargs.get("pre_file"),
+        )
+        return metrics, self.model, self._former_weights()
+
+    def batch_edit(
+        self,
+        prompts: list[str],
+        target_new: list[str],
+        ground_truth: list[str] | None = None,
+        target_neg: list[str] | None = None,
+        rephrase_prompts: list[str] | None = None,
+        locality_inputs: dict[str, Any] | None = None,
+        portability_inputs: dict[str, Any] | None = None,
+        sequential_edit: bool = False,
+        verbose: bool = True,
+        **kwargs: Any,
+    ) -> Returned:
+        """Edits with all requests together, whatever `batch_size`: that is the mini-batch.
+
+        Arguments, result and errors as for `edit`; each metric dictionary has `time` as well, the
+        seconds of the whole edit.
+        """
+        requests = make_requests(
+            prompts,
+            target_new,
+            ground_truth,
+            target_neg,
+            rephrase_prompts,
+            locality_inputs,
+            portability_inputs,
+            subject=kwargs.get("subject"),
+            loc_prompts=kwargs.get("loc_prompts"),
+        )
+        metrics, seconds = self._edit_and_measure(
+            requests,
+            sequential=sequential_edit,
+            alone=False,
+            verbose=verbose,
+            test_generation=kwargs.get("test_generation", False),
+            eval_metric="exact match",
+        )
+        for entry in metrics:
+            entry["time"] = seconds
+        return metrics, self.model, self._former_weights()
+
+    def normal_edit(
+        self, prompts: list[str], target_new: list[str], sequential_edit: bool = False
+    ) -> Returned:
+        """Edits with all requests together and measures nothing: returns `None` for metrics."""
+        requests = make_requests(prompts, target_new)
+        self._begin()
+        with self._session(requests) as session:
+            self._done(session.train_(), sequential_edit)
+        return None, self.model, self._former_weights()
+
+    def generate_edit(
+        self,
+        prompts: str | list[str],
+        target_new: str | list[str],
+        ground_truth: str | list[str] | None = None,
+        target_neg: str | list[str] | None = None,
+        rephrase_prompts: str | list[str] | None = None,
+        locality_inputs: dict[str, Any] | None = None,
+        portability_inputs: dict[str, Any] | None = None,
+        sequential_edit: bool = False,
+        verbose: bool = True,
+        **kwargs: Any,
+    ) -> Returned:
+        """Edits as `edit`, and records chat answers before and after instead of scores.
+
+        Each entry has `rewrite_ans`, and where the request has the prompts `rephrase_ans`,
+        `portability_ans` (`por_hop`) and `locality_ans` (`loc_hop`), as in EasyEdit.
+        """
+        requests = kwargs.get("requests") or make_requests(
+            prompts,
+            target_new,
+            ground_truth,
+            target_neg,
+            rephrase_prompts,
+            locality_inputs,
+            portability_inputs,
+            subject=kwargs.get("subject"),
+            loc_prompts=kwargs.get("loc_prompts"),
+        )
+        measures = self._measures("exact match", kwargs.get("test_generation", False), verbose)
+
+        def answers(records: Sequence[Request], description: str, **options: Any) -> list[Metrics]:
+            return chat_answers(measures, records, description, **options)
+
+        results = self._train_and_call(
+            requests,
+            answers,
+            sequential=sequential_edit,
+            alone=not sequential_edit,
+            verbose=verbose,
+            pre_edit=kwargs.get("pre_edit"),
+            pre_file=kwargs.get("pre_file"),
+        )
+        return results, self.model, self._former_weights()
+
+    def _edit_and_measure(
+        self,
+        requests: Sequence[Request],
+        *,
+        sequential: bool,
+        alone: bool,
+        verbose: bool,
+        test_generation: bool,
+        eval_metric: str,
+        pre_edit: list[dict[str, Any]] | None = None,
+        pre_file: str | None = None,
+    ) -> tuple[list[dict[str, Any]], float]:
+        """Returns the metrics of every request, and the seconds that editing took."""
+        measures = self._measures(eval_metric, test_generation, verbose)
+        metrics = self._train_and_call(
+            requests,
+            measures.of,
+            sequential=sequential,
+            alone=alone,
+            verbose=verbose,
+            pre_edit=pre_edit,
+            pre_file=pre_file,
+        )
+        for entry in metrics:
+            measures.finish_(entry, entry["requested_rewrite"])
+        if verbose:
+            logger.info("Metrics Summary: %s", json.dumps(summarize(metrics)))
+        return metrics, self._seconds
+
+    def _train_and_call(
+        self,
+        requests: Sequence[Request],
+        measure: Callable[..., list[Any]],
+        *,
+        sequential: bool,
+        alone: bool,
+        verbose: bool,
+        pre_edit: list[dict[str, Any]] | None,
+        pre_file: str | None,
+    ) -> list[dict[str, Any]]:
+        """Measures, edits and measures again; returns an entry with `pre` and `post` a request."""
+        if pre_edit is not None and len(pre_edit) != len(requests):
+            raise LocFTError(
+                f"`pre_edit` has {len(pre_edit)} entries for {len(requests)} requests. Measure "
+                "again, or give those of the same requests."
+            )
+        self._begin()
+        alone = alone and len(requests) > 1
+        # Entered first: bad requests and places show before any time is spent on measuring.
+        with self._session(requests, progress=verbose, alone=alone) as session:
+            if pre_edit is not None:
+                entries = pre_edit
+            else:
+                entries = [{"pre": value} for value in measure(requests, "before the edit")]
+                if pre_file is not None:
+                    with open(pre_file, "w", encoding="utf-8") as file:
+                        json.dump(entries, file, indent=4)
+            start = time.perf_counter()
+            if alone:
+                after = self._each_alone(session, requests, measure)
+            else:
+                self._done(session.train_(), sequential)
+                self._seconds = time.perf_counter() - start + session.timings["prefix"]
+                after = measure(requests, "after the edit")
+        for i, (entry, request, value) in enumerate(zip(entries, requests, after, strict=True)):
+            entry.update({"case_id": i, "requested_rewrite": request, "post": value})
+        return entries
+
+    def _each_alone(
+        self,
+        session: EditSession,
+        requests: Sequence[Request],
+        measure: Callable[..., list[Any]],
+    ) -> list[Any]:
+        """Edits and measures each request on the original model; the last one stays in."""
+        from tqdm import tqdm
+
+        after = []
+        start = time.perf_counter()
+        for i, request in enumerate(
+            tqdm(requests, desc="edits, each alone", unit="edit", disable=not session.progress)
+        ):
+            self._begin()
+            self._done(session.train_([i], progress=False), sequential=False)
+            after += measure([request], "after the edit", progress=False)
+        self._seconds = time.perf_counter() - start
+        logger.info(
+            "Each of %d edits was made alone, on the original model; the model returned carries "
+            "the last. For all of them in one model use batch_edit or sequential_edit=True.",
+            len(requests),
+        )
+        return after
+
+    def _session(
+        self, requests: Sequence[Request], *, progress: bool = True, alone: bool = False
+    ) -> EditSession:
+        return EditSession(
+            self.model, self.tok, requests, self.hparams, progress=progress, alone=alone
+        )
+
+    def _measures(self, eval_metric: str, fluency: bool, verbose: bool) -> Measures:
+        return Measures(
+            self.easyedit,
+            self.model,
+            self.tok,
+            self.hparams,
+            self.device,
+            eval_metric=eval_metric,
+            fluency=fluency,
+            progress=verbose,
+        )
+
+    def _begin(self) -> None:
+        """Gives the model the weights that the next edit starts from."""
+        write_(dict(self.model.named_parameters()), self._original)
+        self._original = {}
+
+    def _done(self, result: EditResult, sequential: bool) -> None:
+        self.last_result = result
+        self._original = {} if sequential else result.original
+
+    def _former_weights(self) -> dict[str, torch.Tensor]:
+        return self.last_result.original if self.last_result is not None else {}

@@ -1,0 +1,193 @@
+"""Finds EasyEdit and imports it, without what its import does to the rest of the program."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..errors import EasyEditNotFoundError, LocFTError, MissingDependencyError
+from .shield import shielded
+from .standins import standing_in
+
+# What EasyEdit cannot do without: import name -> what to install. See `standins` for the rest.
+REQUIREMENTS = {
+    "higher": "higher",
+    "hydra": "hydra-core",
+    "nltk": "nltk",
+    "omegaconf": "omegaconf",
+    "peft": "peft",
+}
+HOW_TO_GET_IT = (
+    "Either `pip install --no-deps easyeditor` (the release on PyPI; its pins are of 2023), or "
+    "clone https://github.com/zjunlp/EasyEdit and set EASYEDIT_HOME to the clone."
+)
+
+
+@dataclass(frozen=True)
+class EasyEdit:
+    """What this library uses of an EasyEdit, under EasyEdit's own names.
+
+    Attributes:
+        package: The module `easyeditor`.
+        home: The folder that holds `easyeditor/`.
+        is_release: Whether it is the PyPI release of 2023 and not the current source.
+        ALG_DICT: From `alg_name` to the function that edits; may be added to.
+        BatchEditor: The enumeration of methods that edit in batches.
+        BaseEditor: The editor class.
+        HyperParams: The base of all hyper-parameter classes.
+        compute_edit_quality: Scores one request.
+        test_generation_quality: Scores the fluency of generated text.
+    """
+
+    package: ModuleType
+    home: Path
+    is_release: bool
+    ALG_DICT: dict[str, Callable[..., Any]]
+    BatchEditor: type
+    BaseEditor: type
+    HyperParams: type
+    compute_edit_quality: Callable[..., dict[str, Any]]
+    test_generation_quality: Callable[..., dict[str, Any]]
+
+
+def load_easyedit(home: str | os.PathLike[str] | None = None, *, shield: bool = True) -> EasyEdit:
+    """Returns EasyEdit, imported if it was not yet.
+
+    Looked for in this order: an `easyeditor` that is already imported, `home`, the environment
+    variable `EASYEDIT_HOME`, an installed `easyeditor`.
+
+    Args:
+        home: Folder that holds `easyeditor/`, such as a clone of EasyEdit.
+        shield: Undo what the import does to random states, the root logger and
+            `CUDA_LAUNCH_BLOCKING`. Otherwise all of that is as after EasyEdit's own import.
+
+    Raises:
+        EasyEditNotFoundError: It is nowhere, or not in the home given.
+        LocFTError: It is already imported, and not from the home given.
+        MissingDependencyError: Packages that EasyEdit needs are not installed.
+    """
+    init = _wanted_init(home)
+    package = sys.modules.get("easyeditor")
+    if package is None:
+        spec = _spec(init)
+        _check_requirements()
+        with shielded() if shield else nullcontext():
+            package = _import(spec)
+    found = Path(str(package.__file__)).resolve()
+    if init is not None and found != init:
+        raise LocFTError(
+            f"easyeditor is already imported from {found.parent.parent}, not from the home asked "
+            f"for, {init.parent.parent}. Start a new process, or do not give a home."
+        )
+    return _handles(package, found.parent.parent)
+
+
+def _wanted_init(home: str | os.PathLike[str] | None) -> Path | None:
+    """Returns the `easyeditor/__init__.py` that was asked for, or None for any."""
+    source = "home" if home is not None else "EASYEDIT_HOME"
+    value = home if home is not None else os.environ.get("EASYEDIT_HOME")
+    # An empty variable is the usual way to say that it is not set.
+    if value is None or (home is None and not value):
+        return None
+    init = Path(value).expanduser().resolve() / "easyeditor" / "__init__.py"
+    if not init.is_file():
+        raise EasyEditNotFoundError(
+            f"{source}={os.fspath(value)!r} holds no easyeditor/__init__.py. It must be the folder "
+            "that holds the folder easyeditor, such as a clone of "
+            "https://github.com/zjunlp/EasyEdit."
+        )
+    return init
+
+
+def _spec(init: Path | None) -> ModuleSpec:
+    # Not by way of `sys.path`: a clone holds other modules at its top, such as `edit`.
+    spec = (
+        importlib.util.find_spec("easyeditor")
+        if init is None
+        else importlib.util.spec_from_file_location("easyeditor", init)
+    )
+    # A folder that happens to be called easyeditor makes a namespace package: no origin.
+    if spec is None or spec.origin is None:
+        raise EasyEditNotFoundError(f"EasyEdit is not installed. {HOW_TO_GET_IT}")
+    return spec
+
+
+def _check_requirements() -> None:
+    missing = {
+        name: package
+        for name, package in REQUIREMENTS.items()
+        if sys.modules.get(name) is None and importlib.util.find_spec(name) is None
+    }
+    if missing:
+        raise _missing(missing)
+
+
+def _missing(missing: dict[str, str]) -> MissingDependencyError:
+    names = ", ".join(repr(name) for name in missing)
+    return MissingDependencyError(
+        f"easyeditor needs {names}, not installed. Install: pip install "
+        f"{' '.join(missing.values())}"
+    )
+
+
+def _import(spec: ModuleSpec) -> ModuleType:
+    """Imports EasyEdit; leaves nothing of it behind where that fails."""
+    assert spec.loader is not None  # a spec with an origin has one
+    # Parts left by somebody's failed import may be of another EasyEdit.
+    _forget()
+    package = importlib.util.module_from_spec(spec)
+    sys.modules["easyeditor"] = package
+    try:
+        with standing_in(importers=("easyeditor",), lenient=True):
+            spec.loader.exec_module(package)
+    except ModuleNotFoundError as error:
+        _forget()
+        root = str(error.name).partition(".")[0]
+        if root == "easyeditor":
+            raise
+        raise _missing({root: root}) from error
+    except BaseException:
+        _forget()
+        raise
+    return package
+
+
+def _forget() -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "easyeditor"]:
+        del sys.modules[name]
+
+
+def _handles(package: ModuleType, home: Path) -> EasyEdit:
+    # `import easyeditor.util.alg_dict as A` fails: star imports rebind `easyeditor.util`.
+    from easyeditor.editors.batch_editor import BatchEditor
+    from easyeditor.editors.editor import BaseEditor
+    from easyeditor.evaluate.evaluate import compute_edit_quality
+    from easyeditor.evaluate.evaluate_utils import test_generation_quality
+    from easyeditor.util.alg_dict import ALG_DICT
+    from easyeditor.util.hparams import HyperParams
+
+    try:
+        from easyeditor.editors.utils import summary_metrics  # noqa: F401
+    except ImportError:
+        is_release = True
+    else:
+        is_release = False
+    return EasyEdit(
+        package=package,
+        home=home,
+        is_release=is_release,
+        ALG_DICT=ALG_DICT,
+        BatchEditor=BatchEditor,
+        BaseEditor=BaseEditor,
+        HyperParams=HyperParams,
+        compute_edit_quality=compute_edit_quality,
+        test_generation_quality=test_generation_quality,
+    )

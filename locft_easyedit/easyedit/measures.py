@@ -1,0 +1,115 @@
+"""Metrics for the editor: ours in batches where they are the same, EasyEdit's own elsewhere."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from ..errors import HyperParamsError
+from ..evaluate.fluency import fluency_of, word_tokenizer
+from ..evaluate.teacher_forced import Metrics, finish_locality_, score_records
+from ..hparams import LocFTBFHyperParams
+from .cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
+from .loading import EasyEdit
+
+# `eval_metric` values that EasyEdit computes otherwise than by teacher forcing.
+_PERPLEXITIES = ("ppl", "ood_ppl")
+
+
+@dataclass
+class Measures:
+    """The metrics that one call of the editor asks for.
+
+    Attributes:
+        easyedit: EasyEdit, for what only it computes.
+        model: The model, edited or not.
+        tokenizer: Its tokenizer.
+        hparams: The hyper-parameters (`evaluation_type`, `eval_batch_size` and so on).
+        device: The model's device.
+        eval_metric: EasyEdit's argument of that name.
+        fluency: Whether fluency is asked for (`test_generation=True`).
+        progress: Show progress bars.
+        words: Splits a text into words, if fluency is asked for.
+    """
+
+    easyedit: EasyEdit
+    model: Any
+    tokenizer: Any
+    hparams: LocFTBFHyperParams
+    device: Any
+    eval_metric: str
+    fluency: bool
+    progress: bool
+    words: Callable[[str], list[str]] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.fluency:
+            self.words = word_tokenizer()  # what is missing must show before hours of editing
+        if self.hparams.evaluation_type is not None and self.easyedit.is_release:
+            raise HyperParamsError(
+                f"`evaluation_type={self.hparams.evaluation_type!r}` needs the current EasyEdit; "
+                "this is the PyPI release. Set EASYEDIT_HOME to a clone, or remove the key."
+            )
+
+    def of(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        description: str,
+        *,
+        progress: bool | None = None,
+    ) -> list[Metrics]:
+        """Returns what EasyEdit's `compute_edit_quality` gives, for each record."""
+        progress = self.progress if progress is None else progress
+        if self.hparams.evaluation_type is None and self.eval_metric not in _PERPLEXITIES:
+            metrics = score_records(
+                self.model,
+                self.tokenizer,
+                records,
+                batch_size=self.hparams.eval_batch_size,
+                row_tokens=self.hparams.row_tokens,
+                progress=progress,
+                description=description,
+            )
+        else:
+            metrics = self._by_easyedit(records, description, progress)
+        if self.words is not None:
+            values = fluency_of(
+                self.model, self.tokenizer, records, words=self.words, progress=progress
+            )
+            for entry, value in zip(metrics, values, strict=True):
+                entry["fluency"] = value
+        return metrics
+
+    def finish_(self, metrics: Metrics, request: Mapping[str, Any]) -> None:
+        """Adds locality's `NAME_acc` to the post-edit metrics, as EasyEdit does."""
+        if self.hparams.evaluation_type is None:
+            finish_locality_(metrics["pre"], metrics["post"])
+        else:
+            editor = importlib.import_module("easyeditor.editors.editor")
+            editor.finalize_locality_metrics(
+                metrics, request, self.hparams, str(self.hparams.model_name)
+            )
+
+    def _by_easyedit(
+        self, records: Sequence[Mapping[str, Any]], description: str, progress: bool
+    ) -> list[Metrics]:
+        mode = CudaAsCPU() if needs_cuda_as_cpu(self.easyedit) else nullcontext()
+        with mode:
+            return [
+                self.easyedit.compute_edit_quality(
+                    self.model,
+                    str(self.hparams.model_name),
+                    self.hparams,
+                    self.tokenizer,
+                    record,
+                    self.device,
+                    eval_metric=self.eval_metric,
+                    test_generation=False,
+                )
+                for record in tqdm(records, desc=description, unit="record", disable=not progress)
+            ]

@@ -1,0 +1,148 @@
+"""Makes LocFT-BF one of EasyEdit's methods, and undoes it."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+from ..errors import HyperParamsError
+from ..hparams import ALG_NAME, LocFTBFHyperParams, read_mapping
+from .algorithm import apply_locft_bf_to_model
+from .cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
+from .editor import LocFTBFMethods
+from .loading import EasyEdit, load_easyedit
+
+# What `unregister` has to undo; empty while LocFT-BF is not registered.
+_undo = ExitStack()
+_editor_class: type | None = None
+
+
+def register(home: str | os.PathLike[str] | None = None, *, shield: bool = True) -> EasyEdit:
+    """Adds LocFT-BF to EasyEdit; a second call changes nothing.
+
+    Afterwards `ALG_DICT["LocFT-BF"]` exists, `BatchEditor.is_batchable_method("LocFT-BF")` is
+    true, `BaseEditor.from_hparams` gives a `LocFTBFEditor` for our hyper-parameters, and
+    `from_hparams` of any of EasyEdit's hyper-parameter classes gives ours for a YAML that says
+    `alg_name: LocFT-BF`. All other methods behave as before.
+
+    Args:
+        home: Folder that holds `easyeditor/`; else `EASYEDIT_HOME` or the installed one.
+        shield: Keep the effects of EasyEdit's import (seeding, root logging) from the program.
+
+    Returns:
+        EasyEdit's classes and functions (`register().BaseEditor`, for example).
+
+    Raises:
+        EasyEditNotFoundError: There is no EasyEdit.
+        MissingDependencyError: Packages that EasyEdit needs are not installed.
+    """
+    global _editor_class
+    easyedit = load_easyedit(home, shield=shield)
+    if _editor_class is not None:
+        return easyedit
+    with ExitStack() as done:  # if anything fails halfway, all of it is undone
+        easyedit.ALG_DICT[ALG_NAME] = apply_locft_bf_to_model
+        done.callback(easyedit.ALG_DICT.pop, ALG_NAME, None)
+        editor_class = type(
+            "LocFTBFEditor", (LocFTBFMethods, easyedit.BaseEditor), {"easyedit": easyedit}
+        )
+        _make_batchable(easyedit, done)
+        _dispatch_editor(easyedit, editor_class, done)
+        for cls in _subclasses(easyedit.HyperParams):
+            if "from_hparams" in vars(cls):
+                _dispatch_hparams(cls, done)
+        if needs_cuda_as_cpu(easyedit):
+            _run_on_cpu(easyedit.BaseEditor, done)
+        done.callback(_forget_editor_class)
+        _editor_class = editor_class
+        _undo.push(done.pop_all())
+    return easyedit
+
+
+def unregister() -> None:
+    """Puts EasyEdit back as it was before `register`; a second call changes nothing."""
+    _undo.close()
+
+
+def editor_class() -> type | None:
+    """Returns the class `LocFTBFEditor`, or `None` while LocFT-BF is not registered."""
+    return _editor_class
+
+
+def _forget_editor_class() -> None:
+    global _editor_class
+    _editor_class = None
+
+
+def _replace(cls: type, name: str, new: Any, done: ExitStack) -> None:
+    """Sets a class attribute, to be put back when `done` closes."""
+    own = vars(cls).get(name)  # the classmethod object itself, not what it binds to
+    setattr(cls, name, new)
+    done.callback(setattr, cls, name, own) if own is not None else done.callback(delattr, cls, name)
+
+
+def _make_batchable(easyedit: EasyEdit, done: ExitStack) -> None:
+    # The enumeration's members do not count: the method is a fixed chain of comparisons.
+    original = easyedit.BatchEditor.is_batchable_method  # type: ignore[attr-defined]
+
+    @functools.wraps(original)
+    def is_batchable_method(alg_name: str) -> bool:
+        return alg_name == ALG_NAME or original(alg_name)
+
+    _replace(easyedit.BatchEditor, "is_batchable_method", staticmethod(is_batchable_method), done)
+
+
+def _dispatch_editor(easyedit: EasyEdit, editor_class: type, done: ExitStack) -> None:
+    original = vars(easyedit.BaseEditor)["from_hparams"].__func__
+
+    @functools.wraps(original)
+    def from_hparams(cls: type, hparams: Any) -> Any:
+        ours = getattr(hparams, "alg_name", None) == ALG_NAME
+        return editor_class(hparams) if ours else original(cls, hparams)
+
+    _replace(easyedit.BaseEditor, "from_hparams", classmethod(from_hparams), done)
+
+
+def _dispatch_hparams(cls: type, done: ExitStack) -> None:
+    original = vars(cls)["from_hparams"].__func__
+
+    @functools.wraps(original)
+    def from_hparams(cls: type, hparams_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
+        if _is_ours(hparams_name_or_path):
+            return LocFTBFHyperParams.from_hparams(hparams_name_or_path)
+        return original(cls, hparams_name_or_path, *args, **kwargs)
+
+    _replace(cls, "from_hparams", classmethod(from_hparams), done)
+
+
+def _is_ours(name_or_path: str) -> bool:
+    try:
+        _, config = read_mapping(name_or_path)
+    except (HyperParamsError, OSError, TypeError):
+        return False  # the class that was asked says what is wrong, in its own words
+    return config.get("alg_name") == ALG_NAME
+
+
+def _run_on_cpu(base_editor: type, done: ExitStack) -> None:
+    """Wraps the release's editor, which sends everything to a CUDA device, for a CPU."""
+
+    def on_cpu(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with CudaAsCPU():
+                return method(*args, **kwargs)
+
+        return wrapped
+
+    for name in ("__init__", "edit", "edit_requests", "batch_edit", "edit_dataset"):
+        if name in vars(base_editor):
+            _replace(base_editor, name, on_cpu(vars(base_editor)[name]), done)
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)

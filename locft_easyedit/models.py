@@ -1,0 +1,95 @@
+"""Loading a causal language model and its tokenizer, whatever its architecture or name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from .errors import HyperParamsError, ModelError
+from .hparams import LocFTBFHyperParams
+
+
+def resolve_device(device: int | str | None) -> torch.device:
+    """Returns the device that EasyEdit's `device` key means; `None` takes a GPU if there is one.
+
+    Raises:
+        HyperParamsError: It is no device, or there is no such GPU.
+    """
+    if device is None or device == "":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    text = str(device)
+    try:
+        resolved = torch.device(f"cuda:{text}" if text.isdigit() else text)
+    except RuntimeError as error:
+        raise HyperParamsError(
+            f"`device={device!r}` is no device. Use cpu, cuda, or the number of a GPU."
+        ) from error
+    if resolved.type == "cuda":
+        n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (resolved.index or 0) >= n_gpus:
+            found = f"{n_gpus} GPUs were found" if n_gpus else "no usable GPU was found"
+            raise HyperParamsError(
+                f"`device={device!r}` needs a CUDA GPU of that number; {found}. "
+                "Use `device: cpu`, or another number."
+            )
+    return resolved
+
+
+def load_model(hparams: LocFTBFHyperParams) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Returns the model and tokenizer of `hparams.model_name`, on their device.
+
+    The tokenizer pads on the left with its own pad token, or with EOS where it has none: as
+    EasyEdit sets it. Training and evaluation here do not depend on it.
+
+    Raises:
+        HyperParamsError: `model_name` or `device` cannot be used.
+        ModelError: The folder does not exist or holds no causal language model.
+    """
+    name = hparams.model_name
+    device = resolve_device(hparams.device)
+    if isinstance(name, (tuple, list)) and len(name) == 2:
+        model, tokenizer = name
+        return (model if hparams.model_parallel else model.to(device)), tokenizer
+    if not isinstance(name, str) or not name.strip():
+        raise HyperParamsError(
+            f"`model_name={name!r}` must be a model's folder or hub name, or a pair "
+            "(model, tokenizer) that is loaded."
+        )
+    _check_folder(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=hparams.trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=hparams.torch_dtype,
+            device_map="auto" if hparams.model_parallel else None,
+            trust_remote_code=hparams.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"`model_name={name!r}` cannot be loaded as a causal language model: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return (model if hparams.model_parallel else model.to(device)), tokenizer
+
+
+def _check_folder(name: str) -> None:
+    """Tells a folder that is missing from a hub name, before anybody asks the hub."""
+    path = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"`model_name={name!r}` is a folder without config.json. Give the folder of a "
+                "model saved with `save_pretrained`."
+            )
+    elif looks_local:
+        raise ModelError(
+            f"`model_name={name!r}` does not exist. Download the model to that folder, or give its "
+            "hub name or another folder."
+        )

@@ -1,0 +1,154 @@
+"""A whole run without EasyEdit: measure, edit, measure again, and write what there is to see."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .editing import EditResult, EditSession
+from .evaluate.generated import generated_metrics
+from .evaluate.summary import summarize
+from .evaluate.teacher_forced import finish_locality_, score_records
+from .hparams import LocFTBFHyperParams
+from .report import prepare_folder, save_edited_matrices, write_json, write_loss_curve
+
+logger = logging.getLogger(__name__)
+
+SAVE = ("matrices", "model", "none")
+
+
+@dataclass
+class Run:
+    """The outcome of a run.
+
+    Attributes:
+        metrics: A dictionary for each request, with `pre` and `post`.
+        result: What the edit did.
+        seconds: Seconds by phase.
+    """
+
+    metrics: list[dict[str, Any]]
+    result: EditResult
+    seconds: dict[str, float]
+
+
+class Stopwatch:
+    """Collects the seconds of named phases; a phase ends where the next begins."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Counts the time since the last lap to `phase`."""
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+def edit_and_measure(
+    model: Any,
+    tokenizer: Any,
+    requests: Sequence[Mapping[str, Any]],
+    hparams: LocFTBFHyperParams,
+    *,
+    progress: bool = True,
+) -> Run:
+    """Edits `model` in place with all `requests`; measures before, and after all are in.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        requests: EasyEdit's request dictionaries.
+        hparams: The hyper-parameters.
+        progress: Show progress bars.
+
+    Raises:
+        LocFTError: The requests, the place or the model cannot be used; nothing was changed.
+    """
+    watch = Stopwatch()
+
+    def measure(when: str) -> list[dict[str, Any]]:
+        options: dict[str, Any] = {"batch_size": hparams.eval_batch_size, "progress": progress}
+        scores = score_records(
+            model,
+            tokenizer,
+            requests,
+            row_tokens=hparams.row_tokens,
+            description=f"metrics {when}",
+            **options,
+        )
+        answers = generated_metrics(
+            model, tokenizer, requests, description=f"answers {when}", **options
+        )
+        for score, answer in zip(scores, answers, strict=True):
+            score["generated"] = answer
+        return scores
+
+    with EditSession(model, tokenizer, requests, hparams, progress=progress) as session:
+        watch.lap("checks and frozen prefix")
+        before = measure("before")
+        watch.lap("metrics before")
+        result = session.train_()
+        watch.lap("training")
+        after = measure("after")
+        watch.lap("metrics after")
+    metrics = []
+    for i, (request, pre, post) in enumerate(zip(requests, before, after, strict=True)):
+        finish_locality_(pre, post)
+        metrics.append({"case_id": i, "requested_rewrite": dict(request), "pre": pre, "post": post})
+    return Run(metrics, result, watch.seconds)
+
+
+def write_run(
+    folder: str | Path,
+    run: Run,
+    hparams: LocFTBFHyperParams,
+    *,
+    save: str = "matrices",
+    model: Any = None,
+    tokenizer: Any = None,
+) -> dict[str, Path]:
+    """Writes a run's files into `folder`; returns what is where.
+
+    `metrics.json` (summary, training and every record), `hparams.json` (the resolved
+    hyper-parameters), `loss.png`, and as `save` asks `edited_matrices.safetensors` or the whole
+    model in `model/`.
+
+    Args:
+        folder: Made if need be.
+        run: The outcome.
+        hparams: The hyper-parameters it was made with.
+        save: `matrices`, `model` or `none`.
+        model: For `save="model"`.
+        tokenizer: For `save="model"`.
+
+    Raises:
+        OutputError: The folder cannot be written to.
+    """
+    path = prepare_folder(folder)
+    written = {"metrics": path / "metrics.json", "hyper-parameters": path / "hparams.json"}
+    write_json(
+        written["metrics"],
+        {
+            "summary": summarize(run.metrics),
+            "training": run.result.summary(),
+            "seconds": run.seconds,
+            "records": run.metrics,
+        },
+    )
+    write_json(written["hyper-parameters"], hparams.to_dict())
+    written["loss curve"] = path / "loss.png"
+    write_loss_curve(written["loss curve"], run.result.losses, hparams.epoch_loss_threshold)
+    if save == "matrices":
+        written["edited matrices"] = path / "edited_matrices.safetensors"
+        save_edited_matrices(written["edited matrices"], run.result, str(hparams.model_name))
+    elif save == "model":
+        written["edited model"] = path / "model"
+        model.save_pretrained(written["edited model"])
+        tokenizer.save_pretrained(written["edited model"])
+    return written

@@ -1,0 +1,138 @@
+"""What a run leaves to look at: tables on the terminal, `metrics.json`, the loss curve."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+
+from .editing import EditResult
+from .errors import OutputError
+
+_LABELS = {
+    "rewrite_acc": "rewrite_acc (teacher-forced)",
+    "rephrase_acc": "rephrase_acc (teacher-forced)",
+    "generated.reliability": "reliability (generated)",
+    "generated.generalization": "generalization (generated)",
+}
+
+
+def metrics_table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Returns a table of the means before and after the edit (see `summarize`)."""
+    pre, post = flat(summary.get("pre", {})), flat(summary.get("post", {}))
+    table = Table(title="Metrics: means over all edits", title_justify="left")
+    table.add_column("metric")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    for key in dict.fromkeys([*pre, *post]):
+        # Locality compares with the model before the edit: it has no value of its own there.
+        cells = [f"{values[key]:.3f}" if key in values else "-" for values in (pre, post)]
+        table.add_row(_LABELS.get(key, key.replace(".", ": ", 1)), *cells)
+    return table
+
+
+def answers_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
+    """Returns a table of (prompt, target, answer before, answer after)."""
+    table = Table(title="A few questions", title_justify="left")
+    for heading in ("prompt", "new target", "answer before", "answer after"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        # A model's answer is text, never markup.
+        table.add_row(*(cell.replace("[", "\\[") for cell in row))
+    return table
+
+
+def seconds_table(seconds: Mapping[str, float]) -> Table:
+    """Returns a table of the seconds that each phase took."""
+    table = Table(title="Seconds", title_justify="left")
+    table.add_column("phase")
+    table.add_column("seconds", justify="right")
+    for phase, value in seconds.items():
+        table.add_row(phase, f"{value:.1f}")
+    table.add_row("sum", f"{sum(seconds.values()):.1f}")
+    return table
+
+
+def show(*tables: Table) -> None:
+    """Prints tables to the terminal."""
+    console = Console()
+    for table in tables:
+        console.print(table)
+
+
+def flat(means: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Returns nested means under dotted names."""
+    out: dict[str, float] = {}
+    for key, value in means.items():
+        if isinstance(value, Mapping):
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = float(value)
+    return out
+
+
+def prepare_folder(folder: str | Path) -> Path:
+    """Returns the folder, made if need be.
+
+    Raises:
+        OutputError: It cannot be made or written to.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"`output={folder}` cannot be made: {error}. Choose another.") from error
+    if not os.access(path, os.W_OK):
+        raise OutputError(f"`output={folder}` is not writable. Choose another.")
+    return path
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as JSON; NaN, which JSON does not have, becomes null."""
+    text = json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _without_nan(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_loss_curve(path: Path, losses: Sequence[float], threshold: float) -> None:
+    """Draws the mean loss of each epoch as a PNG, with the threshold that ends training."""
+    from matplotlib.figure import Figure  # slow to import, and needed only here
+
+    figure = Figure(figsize=(6, 3.6), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    epochs = range(1, len(losses) + 1)
+    axes.plot(epochs, losses, marker="o", markersize=4, label="mean loss")
+    if threshold > 0:
+        axes.axhline(threshold, color="gray", linestyle="--", linewidth=1, label="stops below")
+    if min(losses) > 0:
+        axes.set_yscale("log")
+    axes.set(
+        xlabel="epoch", ylabel="cross-entropy of target tokens", title="LocFT-BF training loss"
+    )
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+
+
+def save_edited_matrices(path: Path, result: EditResult, base_model: str) -> None:
+    """Writes the edited parameters alone, as safetensors under their names in the model."""
+    tensors: dict[str, torch.Tensor] = {k: v.cpu().contiguous() for k, v in result.new.items()}
+    save_file(tensors, path, metadata={"format": "pt", "base_model": base_model})
