@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .hparams import LocFTBFHyperParams
 from .loop import breadth_first_
@@ -78,7 +78,7 @@ class EditResult:
 
 
 def edit_model(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[Mapping[str, Any]],
     hparams: LocFTBFHyperParams,
@@ -121,7 +121,7 @@ class EditSession:
         alone: Requests will be trained one at a time, so that no two of them are in conflict.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     requests: Sequence[Mapping[str, Any]]
     hparams: LocFTBFHyperParams

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .packing import Rows
 
 
 def run_rows(
-    model: nn.Module,
+    model: PreTrainedModel,
     rows: Rows,
     *,
     input_ids: torch.Tensor | None = None,

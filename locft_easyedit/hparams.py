@@ -234,7 +234,7 @@ def _typed(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             typed[key] = value  # a loaded (model, tokenizer); OmegaConf holds plain values only
         else:
             try:
-                merged = OmegaConf.merge(schema, {key: value})[key]
+                merged = OmegaConf.merge(schema, {str(key): value})[str(key)]  # type: ignore[index]
                 typed[key] = (
                     OmegaConf.to_container(merged) if OmegaConf.is_config(merged) else merged
                 )
@@ -261,7 +261,7 @@ def _type_name(key: str) -> str:
 
 def _unknown_key(key: str, known: list[str]) -> str:
     if key in OTHER_METHODS_KEYS:
-        return f"`{key}` belongs to other methods of EasyEdit; {ALG_NAME} has no use for it. Remove it."
+        return f"`{key}` belongs to other methods of EasyEdit and does nothing here. Remove it."
     close = difflib.get_close_matches(key, known, n=1)
     hint = f"Did you mean `{close[0]}`?" if close else f"Known keys: {', '.join(known)}."
     return f"`{key}` is not a key of {ALG_NAME}. {hint}"
@@ -269,27 +269,38 @@ def _unknown_key(key: str, known: list[str]) -> str:
 
 def _broken_rules(h: LocFTBFHyperParams) -> list[str]:
     """Returns a line for each well-typed value that breaks a rule."""
+    decay, micro, kinds = h.weight_decay, h.micro_batch_size, EVALUATION_TYPES
+    one = "must be 1 or more"
+    off = "must be 0 or more (0 turns it off)"
     rules = [
         (h.alg_name == ALG_NAME, "alg_name", f"must be {ALG_NAME}"),
         (bool(h.layers), "layers", "is empty; name at least one layer"),
         (all(layer >= 0 for layer in h.layers), "layers", "has a negative layer; count from 0"),
         (len(set(h.layers)) == len(h.layers), "layers", "names a layer twice"),
         (math.isfinite(h.lr) and h.lr > 0, "lr", "must be above 0 and finite"),
-        (math.isfinite(h.weight_decay) and h.weight_decay >= 0, "weight_decay", "must be 0 or more"),
-        (h.num_steps >= 1, "num_steps", "must be 1 or more"),
-        (h.batch_size >= 1, "batch_size", "must be 1 or more"),
-        (h.eval_batch_size >= 1, "eval_batch_size", "must be 1 or more"),
-        (h.max_length >= 1, "max_length", "must be 1 or more"),
-        (h.row_tokens >= 1, "row_tokens", "must be 1 or more"),
-        (h.micro_batch_size is None or h.micro_batch_size >= 1, "micro_batch_size", "must be 1 or more, or null"),
+        (math.isfinite(decay) and decay >= 0, "weight_decay", "must be 0 or more"),
+        (h.num_steps >= 1, "num_steps", one),
+        (h.batch_size >= 1, "batch_size", one),
+        (h.eval_batch_size >= 1, "eval_batch_size", one),
+        (h.max_length >= 1, "max_length", one),
+        (h.row_tokens >= 1, "row_tokens", one),
+        (micro is None or micro >= 1, "micro_batch_size", f"{one}, or null"),
         (h.seed >= 0, "seed", "must be 0 or more"),
-        (h.batch_loss_threshold >= 0, "batch_loss_threshold", "must be 0 or more (0 turns it off)"),
-        (h.epoch_loss_threshold >= 0, "epoch_loss_threshold", "must be 0 or more (0 turns it off)"),
+        (h.batch_loss_threshold >= 0, "batch_loss_threshold", off),
+        (h.epoch_loss_threshold >= 0, "epoch_loss_threshold", off),
         (h.dtype is None or h.dtype in DTYPES, "dtype", f"must be one of {', '.join(DTYPES)}"),
-        (not h.fp16 or h.dtype in (None, "float16"), "fp16", f"contradicts `dtype={h.dtype!r}`; keep one of them"),
+        (
+            not h.fp16 or h.dtype in (None, "float16"),
+            "fp16",
+            f"contradicts `dtype={h.dtype!r}`; keep one of them",
+        ),
         (h.on_conflict in ON_CONFLICT, "on_conflict", f"must be one of {', '.join(ON_CONFLICT)}"),
-        (h.evaluation_type in (None, *EVALUATION_TYPES), "evaluation_type", f"must be null or one of {', '.join(EVALUATION_TYPES)}"),
-    ]  # fmt: skip
+        (
+            h.evaluation_type in (None, *kinds),
+            "evaluation_type",
+            f"must be null or one of {', '.join(kinds)}",
+        ),
+    ]
     problems = [f"`{key}={getattr(h, key)!r}` {rule}." for holds, key, rule in rules if not holds]
     return problems + _template_problems(h.rewrite_module_tmp)
 

@@ -182,7 +182,7 @@ def _explain(
     shown = "; ".join(describe(int(i)) for i in batch[:3])
     more = f"; and {len(batch) - 3} more" if len(batch) > 3 else ""
     return (
-        f"The loss became {loss} in epoch {epoch + 1}, mini-batch {start // hparams.batch_size + 1} "
-        f"({shown}{more}). The weights are as they were before the edit. Lower `lr={hparams.lr}`, "
-        "or use `dtype: float32` if it is float16."
+        f"The loss became {loss} in epoch {epoch + 1}, mini-batch "
+        f"{start // hparams.batch_size + 1} ({shown}{more}). The weights are as they were "
+        f"before the edit. Lower `lr={hparams.lr}`, or use `dtype: float32` if it is float16."
     )

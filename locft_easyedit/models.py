@@ -51,8 +51,8 @@ def load_model(hparams: LocFTBFHyperParams) -> tuple[Any, PreTrainedTokenizerBas
     name = hparams.model_name
     device = resolve_device(hparams.device)
     if isinstance(name, (tuple, list)) and len(name) == 2:
-        model, tokenizer = name
-        return (model if hparams.model_parallel else model.to(device)), tokenizer
+        loaded, tokenizer = name
+        return (loaded if hparams.model_parallel else loaded.to(device)), tokenizer
     if not isinstance(name, str) or not name.strip():
         raise HyperParamsError(
             f"`model_name={name!r}` must be a model's folder or hub name, or a pair "
@@ -61,7 +61,7 @@ def load_model(hparams: LocFTBFHyperParams) -> tuple[Any, PreTrainedTokenizerBas
     _check_folder(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=hparams.trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=hparams.torch_dtype,
             device_map="auto" if hparams.model_parallel else None,

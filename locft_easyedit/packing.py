@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ class Rows:
 
     def to(self, device: torch.device) -> Rows:
         """Returns the rows on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             name: None if tensor is None else tensor.to(device, non_blocking=True)
             for name, tensor in vars(self).items()
         }

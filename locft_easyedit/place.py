@@ -133,7 +133,10 @@ def _no_match(
     inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     shown = ", ".join(inside[:40]) + (", ..." if len(inside) > 40 else "")
     where = f"`{stack.path}.{{}}` has: {shown}" if stack else f"The model has: {shown}"
-    return f"`rewrite_module_tmp={template!r}` matches nothing in layer {layer}. {where}. Choose among them."
+    return (
+        f"`rewrite_module_tmp={template!r}` matches nothing in layer {layer}. {where}. "
+        "Choose among them."
+    )
 
 
 def _untrainable(
@@ -144,14 +147,15 @@ def _untrainable(
         return f"`{name}` is not loaded (meta device). Load the model's weights first."
     if not parameter.is_floating_point() or hasattr(parameter, "quant_state"):
         kind = "quantized" if hasattr(parameter, "quant_state") else str(parameter.dtype)
-        return f"`{name}` is {kind}; only floating-point weights are trained. Load that layer unquantized."
+        return f"`{name}` is {kind}; only floating-point weights train. Load it unquantized."
     if torch.finfo(parameter.dtype).bits < 16:
         return f"`{name}` is {parameter.dtype}; train float32, bfloat16 or float16 weights."
     if owners[_memory(parameter)] > 1:
         others = [
             o for o, p in everywhere.items() if o != name and _memory(p) == _memory(parameter)
         ]
-        return f"`{name}` is tied to {', '.join(others)}; an edit would change both. Choose another place."
+        tied = ", ".join(others)
+        return f"`{name}` is tied to {tied}; an edit would change both. Choose another place."
     return None
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from .packing import Rows, lay_out, length_sorted_batches
 from .place import LayerList
@@ -54,7 +55,9 @@ class FrozenPrefix:
         n_tokens: Tokens of all edits, T.
     """
 
-    def __init__(self, model: nn.Module, stack: LayerList, first_layer: int, n_tokens: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, stack: LayerList, first_layer: int, n_tokens: int
+    ) -> None:
         self.model = model
         self.stack = stack
         self.first_layer = first_layer
@@ -166,8 +169,8 @@ class FrozenPrefix:
                 return (states_here, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": states_here}
 
-        embedding = self.model.get_input_embeddings()
-        width = embedding.weight.shape[1]
+        embedding: Any = self.model.get_input_embeddings()
+        width = int(embedding.weight.shape[1])
         zeros = torch.zeros(1, 1, width, dtype=hidden.dtype, device=rows.token_index.device)
         hook = self._first.register_forward_pre_hook(substitute, with_kwargs=True)
         try:

@@ -50,14 +50,16 @@ def answers_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
     return table
 
 
-def seconds_table(seconds: Mapping[str, float]) -> Table:
-    """Returns a table of the seconds that each phase took."""
+def seconds_table(seconds: Mapping[str, float], within: Mapping[str, float] | None = None) -> Table:
+    """Returns a table of the seconds that each phase took, and of parts `within` these."""
     table = Table(title="Seconds", title_justify="left")
     table.add_column("phase")
     table.add_column("seconds", justify="right")
     for phase, value in seconds.items():
         table.add_row(phase, f"{value:.1f}")
-    table.add_row("sum", f"{sum(seconds.values()):.1f}")
+    table.add_row("sum", f"{sum(seconds.values()):.1f}", end_section=True)
+    for phase, value in (within or {}).items():
+        table.add_row(f"of which {phase}", f"{value:.1f}")
     return table
 
 
@@ -114,6 +116,7 @@ def _without_nan(value: Any) -> Any:
 def write_loss_curve(path: Path, losses: Sequence[float], threshold: float) -> None:
     """Draws the mean loss of each epoch as a PNG, with the threshold that ends training."""
     from matplotlib.figure import Figure  # slow to import, and needed only here
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6, 3.6), dpi=150, layout="constrained")
     axes = figure.subplots()
@@ -126,7 +129,7 @@ def write_loss_curve(path: Path, losses: Sequence[float], threshold: float) -> N
     axes.set(
         xlabel="epoch", ylabel="cross-entropy of target tokens", title="LocFT-BF training loss"
     )
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from .forward import mean_by_owner, run_rows
 from .packing import Rows, lay_out
@@ -43,7 +44,7 @@ class EditRunner:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         texts: TokenizedTexts,
         *,
         row_tokens: int,
@@ -81,13 +82,14 @@ class EditRunner:
         return mean_by_owner(token_losses, rows.owner.to(logits.device), len(batch))
 
 
-def input_device(model: nn.Module) -> torch.device:
+def input_device(model: PreTrainedModel) -> torch.device:
     """Returns the device that takes the model's token ids."""
-    device: torch.device = model.get_input_embeddings().weight.device
+    embedding: Any = model.get_input_embeddings()
+    device: torch.device = embedding.weight.device
     return device
 
 
-def can_pack(model: nn.Module, texts: TokenizedTexts) -> tuple[bool, float]:
+def can_pack(model: PreTrainedModel, texts: TokenizedTexts) -> tuple[bool, float]:
     """Returns whether packed rows give the model's own logits, and the relative error measured."""
     probes = _probes(texts)
     reference = _plain_logits(model, probes)
@@ -96,7 +98,7 @@ def can_pack(model: nn.Module, texts: TokenizedTexts) -> tuple[bool, float]:
 
 
 def choose_runner(
-    model: nn.Module,
+    model: PreTrainedModel,
     texts: TokenizedTexts,
     place: Place,
     *,
@@ -181,7 +183,7 @@ def _why_no_prefix(place: Place) -> str | None:
 
 
 def _recorded(
-    model: nn.Module,
+    model: PreTrainedModel,
     place: Place,
     texts: TokenizedTexts,
     *,
@@ -218,13 +220,13 @@ def _probe_row(probes: TokenizedTexts) -> int:
 
 
 def _probe_runner(
-    model: nn.Module, probes: TokenizedTexts, *, packed: bool, prefix: FrozenPrefix | None
+    model: PreTrainedModel, probes: TokenizedTexts, *, packed: bool, prefix: FrozenPrefix | None
 ) -> EditRunner:
     return EditRunner(model, probes, row_tokens=_probe_row(probes), packed=packed, prefix=prefix)
 
 
 @torch.no_grad()
-def _plain_logits(model: nn.Module, probes: TokenizedTexts) -> torch.Tensor:
+def _plain_logits(model: PreTrainedModel, probes: TokenizedTexts) -> torch.Tensor:
     """Returns the logits of each probe run alone, with nothing of ours in between, [S, V]."""
     device = input_device(model)
     parts = []

@@ -92,7 +92,8 @@ def tokenize_edits(
             )
             if max_positions is not None and len(ids) > max_positions:
                 problems.append(
-                    f"{name} has {len(ids)} tokens; the model's context is {max_positions}. Shorten it."
+                    f"{name} has {len(ids)} tokens; the model's context is {max_positions}. "
+                    "Shorten it."
                 )
             elif not 0 < start < len(ids):
                 # The first token of all has no predecessor that could predict it.
@@ -147,8 +148,10 @@ def _boundary_by_decoding(
         start += 1
 
     def within_prompt(n_tokens: int) -> bool:
-        text = tokenizer.decode(
-            ids[:n_tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        text = str(
+            tokenizer.decode(
+                ids[:n_tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
         )
         return prompt.lstrip().startswith(text.lstrip())
 

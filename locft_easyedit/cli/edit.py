@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
@@ -137,7 +136,7 @@ def _with_stored_configs(arguments: list[str]) -> list[str]:
         )
     _, values = read_mapping(files[asked])
     LocFTBFHyperParams.from_mapping(values, source=str(files[asked]))
-    node = OmegaConf.merge(OmegaConf.structured(EditConfig), values)
+    node: Any = OmegaConf.merge(OmegaConf.structured(EditConfig), values)
     hydra_settings = {
         "run": {"dir": "${output}"},
         "sweep": {"dir": "${output}", "subdir": "${hydra.job.num}"},
@@ -147,5 +146,3 @@ def _with_stored_configs(arguments: list[str]) -> list[str]:
         name=asked, node={"hydra": hydra_settings, **{k: node._get_node(k) for k in node}}
     )
     return arguments
-
-

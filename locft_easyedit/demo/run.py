@@ -72,12 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     show(
         answers_table(rows),
         metrics_table(summarize(metrics)),
-        seconds_table(
-            {
-                **watch.seconds,
-                **{f"  of which {k}": v for k, v in editor.last_result.timings.items()},
-            }
-        ),
+        seconds_table(watch.seconds, within=editor.last_result.timings),
     )
     for what, path in written.items():
         sys.stdout.write(f"{what}: {path}\n")

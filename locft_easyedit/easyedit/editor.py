@@ -46,9 +46,12 @@ class LocFTBFMethods:
         tok: Its tokenizer.
         hparams: The hyper-parameters.
         last_result: The `EditResult` of the last call.
+        keeps_locality_outputs: Whether `post` keeps the tokens that locality was computed from,
+            as EasyEdit's does.
     """
 
     easyedit: EasyEdit  # set by `register`
+    keeps_locality_outputs = True
 
     def __init__(self, hparams: LocFTBFHyperParams) -> None:
         if not isinstance(hparams, LocFTBFHyperParams):
@@ -263,6 +266,11 @@ class LocFTBFMethods:
         )
         for entry in metrics:
             measures.finish_(entry, entry["requested_rewrite"])
+            if not self.keeps_locality_outputs:
+                locality = entry["post"]["locality"]
+                entry["post"]["locality"] = {
+                    key: value for key, value in locality.items() if not key.endswith("_output")
+                }
         if verbose:
             logger.info("Metrics Summary: %s", json.dumps(summarize(metrics)))
         return metrics, self._seconds

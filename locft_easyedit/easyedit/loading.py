@@ -51,8 +51,8 @@ class EasyEdit:
     home: Path
     is_release: bool
     ALG_DICT: dict[str, Callable[..., Any]]
-    BatchEditor: type
-    BaseEditor: type
+    BatchEditor: Any
+    BaseEditor: Any
     HyperParams: type
     compute_edit_quality: Callable[..., dict[str, Any]]
     test_generation_quality: Callable[..., dict[str, Any]]

@@ -86,7 +86,7 @@ def _replace(cls: type, name: str, new: Any, done: ExitStack) -> None:
 
 def _make_batchable(easyedit: EasyEdit, done: ExitStack) -> None:
     # The enumeration's members do not count: the method is a fixed chain of comparisons.
-    original = easyedit.BatchEditor.is_batchable_method  # type: ignore[attr-defined]
+    original = easyedit.BatchEditor.is_batchable_method
 
     @functools.wraps(original)
     def is_batchable_method(alg_name: str) -> bool:
@@ -143,6 +143,7 @@ def _run_on_cpu(base_editor: type, done: ExitStack) -> None:
 
 
 def _subclasses(cls: type) -> Iterator[type]:
-    for subclass in cls.__subclasses__():
+    subclasses: list[type] = cls.__subclasses__()
+    for subclass in subclasses:
         yield subclass
         yield from _subclasses(subclass)

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import MissingDependencyError
 from ..runner import input_device
@@ -65,7 +64,7 @@ def ngram_entropy(words: Sequence[str]) -> float:
 
 @torch.no_grad()
 def fluency_of(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Mapping[str, Any]],
     *,
@@ -95,7 +94,7 @@ def fluency_of(
         model.train(was_training)
 
 
-def _sample(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+def _sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=input_device(model))
     new, cache = ids, None
     while ids.shape[1] < _TOTAL_TOKENS:
@@ -105,7 +104,6 @@ def _sample(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str) -
         drawn = torch.multinomial(top.values / top.values.sum(1, keepdim=True), 1)
         new = top.indices.gather(1, drawn).to(ids.device)
         ids = torch.cat([ids, new], dim=1)
-    text = unicodedata.normalize(
-        "NFKD", tokenizer.decode(ids[0].tolist(), skip_special_tokens=True)
-    )
+    decoded = str(tokenizer.decode(ids[0].tolist(), skip_special_tokens=True))
+    text = unicodedata.normalize("NFKD", decoded)
     return text.replace("\n\n", " ").replace("<|endoftext|>", "")

