@@ -1,3 +1,8 @@
+import os
+
+# Before torch is imported: idle threads that spin make a shared machine crawl.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 from toys import REPOSITORY, SHARED_DATA
 

@@ -1,0 +1,358 @@
+"""Editing data: each published form becomes the same requests, and a bad file says where."""
+
+import json
+
+import pytest
+
+from locft_easyedit.data import read_requests
+from locft_easyedit.errors import DataError
+from locft_easyedit.requests import distinct_edits
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(content, name="data.json"):
+        path = tmp_path / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            text = content if isinstance(content, str) else json.dumps(content)
+            path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def request(prompt, target, truth=None, *, locality=None, portability=None, **more):
+    parts = {"locality": locality or {}, "portability": portability or {}}
+    return {"prompt": prompt, "target_new": target, "ground_truth": truth, **parts, **more}
+
+
+def part(prompts, answers):
+    return {"prompt": prompts, "ground_truth": answers}
+
+
+ZSRE = {
+    "subject": "Oslo",
+    "src": "Where is Oslo?",
+    "rephrase": "Oslo, where is it?",
+    "alt": "Peru",
+    "answers": ["Norway", "Kingdom of Norway"],
+    "loc": "nq question: who wrote it?",
+    "loc_ans": "Ibsen",
+    "cond": "Norway >> Peru",
+}
+ZSRE_REQUEST = request(
+    "Where is Oslo?",
+    "Peru",
+    "Norway",
+    subject="Oslo",
+    rephrase_prompt="Oslo, where is it?",
+    locality={"neighborhood": part(["nq question: who wrote it?"], ["Ibsen"])},
+)
+HOP = {"New Question": "Which continent?", "New Answer": "America"}
+WIKIBIGEDIT = {
+    "subject": "Oslo",
+    "update": "Where is Oslo?",
+    "ans": "Peru",
+    "rephrase": "Oslo, where is it?",
+    "personas": "Arr, where be Oslo?",
+    "mhop": "Which continent?",
+    "mhop_ans": "America",
+    "loc": "Who wrote it?",
+    "loc_ans": "Ibsen",
+}
+COUNTERFACT = {
+    "case_id": 0,
+    "requested_rewrite": {
+        "prompt": "{} is in",
+        "subject": "Oslo",
+        "target_new": {"str": "Peru", "id": "Q1"},
+        "target_true": {"str": "Norway", "id": "Q2"},
+    },
+    "paraphrase_prompts": ["Oslo lies in", "Oslo can be found in"],
+    "neighborhood_prompts": ["Bergen is in", "Narvik is in"],
+}
+FLAT = {
+    "prompt": "Oslo is in",
+    "target_new": "Peru",
+    "subject": "Oslo",
+    "ground_truth": "Norway",
+    "rephrase_prompt": "Oslo lies in",
+}
+FLAT_REQUEST = request(
+    "Oslo is in", "Peru", "Norway", subject="Oslo", rephrase_prompt="Oslo lies in"
+)
+KNOWEDIT = {
+    "prompt": "Oslo is in",
+    "target_new": [["Peru", "Republic of Peru"], ["South America"]],
+    "subject": "Oslo",
+    "portability": {
+        "Reasoning": [
+            {"prompt": "The continent of Oslo is", "ground_truth": [["America", "Americas"]]},
+            {"prompt": "Its language is", "ground_truth": "Spanish"},
+            {"prompt": "Its mayor is", "ground_truth": [[""]]},
+            {"prompt": "Its port is", "ground_truth": []},
+        ],
+        "Subject_Aliasing": [],
+        "Logical_Generalization": [{"prompt": "Nothing", "ground_truth": " "}],
+    },
+    "locality": {"Forgetfulness": [{"prompt": "Oslo's age is", "ground_truth": [["old"]]}]},
+}
+
+FORMS = {
+    "zsre": (ZSRE, ZSRE_REQUEST),
+    "zsre, answer as ans": (
+        {"src": "Where is Oslo?", "ans": "Peru", "pred": "Norway"},
+        request("Where is Oslo?", "Peru", "Norway"),
+    ),
+    "zsre with portability": (
+        {**ZSRE, "portability": {"Recalled Relation": "x", **HOP}},
+        ZSRE_REQUEST | {"portability": {"one_hop": part(["Which continent?"], ["America"])}},
+    ),
+    "zsre without extras": (
+        {"src": "Where is Oslo?", "alt": "Peru", "portability": None, "loc": "a", "loc_ans": None},
+        request("Where is Oslo?", "Peru"),
+    ),
+    "wikibigedit": (
+        WIKIBIGEDIT,
+        request(
+            "Where is Oslo?",
+            "Peru",
+            subject="Oslo",
+            rephrase_prompt="Oslo, where is it?",
+            locality={"neighborhood": part(["Who wrote it?"], ["Ibsen"])},
+            portability={
+                "personas": part(["Arr, where be Oslo?"], ["Peru"]),
+                "mhop": part(["Which continent?"], ["America"]),
+            },
+        ),
+    ),
+    "wikibigedit without a hop": (
+        {"update": "Where is Oslo?", "ans": "Peru", "mhop": None, "mhop_ans": None},
+        request("Where is Oslo?", "Peru"),
+    ),
+    "counterfact as published": (
+        COUNTERFACT,
+        FLAT_REQUEST
+        | {"locality": {"neighborhood": part(["Bergen is in", "Narvik is in"], ["Norway"] * 2)}},
+    ),
+    "counterfact without extras": (
+        {"requested_rewrite": COUNTERFACT["requested_rewrite"]},
+        request("Oslo is in", "Peru", "Norway", subject="Oslo"),
+    ),
+    "flat": (FLAT, FLAT_REQUEST),
+    "flat, nothing else": (
+        {"prompt": "Oslo is in", "target_new": "Peru"},
+        request("Oslo is in", "Peru"),
+    ),
+    "flat with one of each": (
+        {
+            **FLAT,
+            "locality_prompt": "Bergen is in",
+            "locality_ground_truth": "Norway",
+            "portability_prompt": "It lies on",
+            "portability_ground_truth": ["America"],
+        },
+        FLAT_REQUEST
+        | {
+            "locality": {"neighborhood": part(["Bergen is in"], ["Norway"])},
+            "portability": {"one_hop": part(["It lies on"], ["America"])},
+        },
+    ),
+    "flat with neighbours": (
+        {
+            **FLAT,
+            "neighborhood_prompts": ["Bergen is in", "Narvik is in", "Bodø is in"],
+            "neighborhood_answers": ["Norway", "", "Nordland"],
+        },
+        FLAT_REQUEST
+        | {
+            "locality": {
+                "neighborhood": part(["Bergen is in", "Bodø is in"], ["Norway", "Nordland"])
+            }
+        },
+    ),
+    "knowedit": (
+        KNOWEDIT,
+        request(
+            "Oslo is in",
+            "Peru",
+            subject="Oslo",
+            locality={"Forgetfulness": part(["Oslo's age is"], ["old"])},
+            portability={
+                "Reasoning": part(
+                    ["The continent of Oslo is", "Its language is"], ["America", "Spanish"]
+                )
+            },
+        ),
+    ),
+    "easyedit's own": (
+        {**FLAT, "locality": {"near": part("a", "b")}, "portability": {"hop": part(["c"], ["d"])}},
+        FLAT_REQUEST
+        | {"locality": {"near": part(["a"], ["b"])}, "portability": {"hop": part(["c"], ["d"])}},
+    ),
+    "wikibio": (
+        {
+            "concept": "Ada",
+            "text": "This is a biography about Ada.",
+            "labels": "Ada sailed.",
+            "locality": {"wikibio": [{"prompt": "She wrote", "ground_truth": ["notes"]}]},
+        },
+        request(
+            "This is a biography about Ada.",
+            "Ada sailed.",
+            subject="Ada",
+            locality={"wikibio": part(["She wrote"], ["notes"])},
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_form(written, form):
+    record, expected = FORMS[form]
+    assert read_requests(written([record])) == [expected]
+
+
+@pytest.mark.parametrize("blank", [None, [], [[None]], [[""]], " "])
+def test_prompts_without_an_answer_are_left_out(written, blank):
+    near = [{"prompt": "a", "ground_truth": blank}, {"prompt": "b", "ground_truth": [["B"]]}]
+    record = {**FLAT, "locality": {"near": near}, "portability": {"hop": near[:1]}}
+    expected = FLAT_REQUEST | {"locality": {"near": part(["b"], ["B"])}}
+    assert read_requests(written([record])) == [expected]
+
+
+def test_forms_may_be_mixed_in_json_and_json_lines(written):
+    records = [record for record, _ in FORMS.values()]
+    expected = [expected for _, expected in FORMS.values()]
+    assert read_requests(written(records)) == expected
+    # A line separator of Unicode ends no line of the file.
+    records[0] = ZSRE | {"cond": "a\u2028b"}
+    lines = "\n\n".join(json.dumps(record, ensure_ascii=False) for record in records) + "\n"
+    assert read_requests(written(lines, "data.jsonl")) == expected
+    assert read_requests(written(lines.replace("\n", "\r\n"), "data.jsonl")) == expected
+
+
+@pytest.mark.parametrize("blank", ["", None, [], [[]], [""]])
+def test_records_without_a_target_are_left_out(written, blank):
+    records = [FLAT, FLAT | {"target_new": blank}, ZSRE | {"alt": blank}, FLAT]
+    assert read_requests(written(records)) == [FLAT_REQUEST, FLAT_REQUEST]
+    assert read_requests(written(records), 2) == [FLAT_REQUEST, FLAT_REQUEST]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, None])
+def test_n_reads_from_the_beginning(written, n):
+    records = [FLAT | {"prompt": f"p{i}"} for i in range(3)]
+    prompts = [one["prompt"] for one in read_requests(written(records), n)]
+    assert prompts == ["p0", "p1", "p2"][:n]
+
+
+def test_what_comes_after_n_is_not_looked_at(written):
+    assert read_requests(written([FLAT, {"strange": 1}]), 1) == [FLAT_REQUEST]
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_n_below_one(written, n):
+    with pytest.raises(DataError, match=f"`n={n}` must be 1 or more"):
+        read_requests(written([FLAT]), n)
+
+
+def test_n_beyond_the_file(written):
+    with pytest.raises(DataError, match=r"`n=3`, but .* holds 1 edits\. Lower `n`"):
+        read_requests(written([FLAT, FLAT | {"target_new": ""}]), 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        ('[{"prompt": "p",\n "target_new" "t"}]', "a.json", r"a\.json, line 2, column 15: Expect"),
+        ("", "a.json", r"a\.json, line 1, column 1: Expecting value"),
+        ('{"prompt": "p"}\n{"prompt": "q"}', "a.json", r"a\.json, line 2, column 1: Extra data"),
+        ('{"a": 1}\n\n{"b": }\n', "a.jsonl", r"a\.jsonl, line 3, column 7: Expecting value"),
+        ('{"prompt": "p", "target_new": "t"}', "a.json", "holds dict; it must be a list"),
+        ('"text"', "a.json", "holds str; it must be a list"),
+        ("[]", "a.json", "holds no edits"),
+        ("\n", "a.jsonl", "holds no edits"),
+        ('[{"prompt": "p", "target_new": ""}]', "a.json", "holds no edits"),
+        ('[{"prompt": "Caf\u00e9"}]'.encode("latin-1"), "a.json", r"not UTF-8 \(byte 16\)"),
+    ],
+)
+def test_unreadable_file(written, content, name, message):
+    with pytest.raises(DataError, match=message):
+        read_requests(written(content, name))
+
+
+@pytest.mark.parametrize("name", ["nothing.json", ""])
+def test_missing_file(tmp_path, name):
+    with pytest.raises(DataError, match=r"is not a file\. Give the path of a JSON file"):
+        read_requests(tmp_path / name)
+
+
+REWRITE = COUNTERFACT["requested_rewrite"]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "p"}, "record 1 (fields prompt) lacks 'target_new'. Add the field."),
+        ({"src": "s"}, "record 1 (fields src) lacks 'ans'"),
+        ({"update": "s"}, "record 1 (fields update) lacks 'ans'"),
+        ({"text": "t", "labels": "l"}, "record 1 (fields text, labels) lacks 'concept'"),
+        ({"requested_rewrite": {"prompt": "{}"}}, "lacks 'target_true'"),
+        ({"requested_rewrite": "text"}, "record 1 (fields requested_rewrite) is not of its form"),
+        ({"requested_rewrite": REWRITE | {"prompt": "{} {}"}}, "is not of its form"),
+        ({"requested_rewrite": REWRITE | {"prompt": "{} {"}}, "is not of its form"),
+        (FLAT | {"neighborhood_prompts": ["a"]}, "lacks 'neighborhood_answers'"),
+        (FLAT | {"locality": ["a"]}, "is not of its form"),
+        (FLAT | {"locality": {"near": 5}}, "is not of its form"),
+        (FLAT | {"locality": {"near": {"prompt": "a"}}}, "lacks 'ground_truth'"),
+        (FLAT | {"locality": {"near": part(["a", "b"], ["c"])}}, "is not of its form"),
+        (
+            FLAT | {"neighborhood_prompts": ["a"], "neighborhood_answers": ["b", "c"]},
+            "is not of its form",
+        ),
+        ({"question": "q"}, "record 1 (fields question) is of no known form."),
+        ({}, "record 1 (fields none) is of no known form."),
+        ("text", "record 1 (a str) is of no known form."),
+        (None, "record 1 (a NoneType) is of no known form."),
+    ],
+)
+def test_bad_record_has_its_number(written, record, message):
+    path = written([FLAT, record, FLAT])
+    with pytest.raises(DataError, match=r"data\.json:\n  - record 1 ") as caught:
+        read_requests(path)
+    (line,) = str(caught.value).split("\n")[1:]
+    assert message in line
+
+
+def test_all_bad_records_in_one_error(written):
+    with pytest.raises(DataError, match=r"data\.json:\n") as caught:
+        read_requests(written([{"prompt": "p"}, FLAT, {"src": "s"}, 5]))
+    lines = str(caught.value).split("\n")[1:]
+    assert [line[: len("  - record N")] for line in lines] == [f"  - record {i}" for i in (0, 2, 3)]
+
+
+KNOWEDIT_HOPS = {"Reasoning", "Subject_Aliasing", "Logical_Generalization"}
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "locality", "portability"),
+    [
+        ("zsre_1k", 1000, {"neighborhood"}, set()),
+        ("counterfact_1k", 1000, {"neighborhood"}, set()),
+        ("wikidata_counterfact_400", 400, {"Relation_Specificity", "Forgetfulness"}, KNOWEDIT_HOPS),
+        ("wikidata_recent_200", 200, {"Relation_Specificity", "Forgetfulness"}, KNOWEDIT_HOPS),
+        ("knowedit_zsre_300", 300, {"Relation_Specificity"}, KNOWEDIT_HOPS),
+    ],
+)
+def test_public_file_loads_completely(shared_data, name, n, locality, portability):
+    requests = read_requests(shared_data / f"{name}.json")
+    assert len(requests) == n
+    assert distinct_edits(requests, None).n_requests == n
+    assert {key for one in requests for key in one["locality"]} == locality
+    assert {key for one in requests for key in one["portability"]} == portability
+    for one in requests:
+        for fields in (*one["locality"].values(), *one["portability"].values()):
+            assert len(fields["prompt"]) == len(fields["ground_truth"]) > 0
+            assert all(text.strip() for texts in fields.values() for text in texts)

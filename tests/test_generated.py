@@ -1,0 +1,288 @@
+"""Generated answers: greedy, cut at the first stop, and the model left as it was."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from toys import CONTEXT, toy_model, toy_requests, toy_tokenizer
+from transformers import GenerationConfig
+
+from locft_easyedit.evaluate.generated import (
+    exact_match,
+    generate_answers,
+    generated_metrics,
+    normalize_answer,
+)
+
+PROMPTS = [request["prompt"] for request in toy_requests(12)]
+
+
+def scripted(*scripts, tokenizer, **config):
+    """Returns a model that goes on as the scripts (lists of ids) do, whatever came before.
+
+    Its layers add nothing, and its output looks up what follows the last token.
+    """
+    model = toy_model("llama", **config)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        embeddings = model.get_input_embeddings().weight
+        table = torch.zeros_like(model.lm_head.weight)
+        for script in scripts:
+            assert len(set(script[:-1])) == len(script) - 1
+            for token, following in pairwise(script):
+                table[following] += nn.functional.normalize(embeddings[token], dim=0)
+        model.lm_head.weight.copy_(table)
+    return model
+
+
+class Calls:
+    """Counts forward passes."""
+
+    def __init__(self, model):
+        self.n = 0
+        model.register_forward_hook(self.count)
+
+    def count(self, *_):
+        self.n += 1
+
+
+@torch.no_grad()
+def naive_greedy(model, tokenizer, prompt, max_new_tokens):
+    """One prompt, one token at a time, without a cache."""
+    ids = tokenizer(prompt)["input_ids"]
+    n_prompt = len(ids)
+    while len(ids) < n_prompt + max_new_tokens:
+        token = int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        ids.append(token)
+    text = tokenizer.decode(ids[n_prompt:], skip_special_tokens=True)
+    return text.split(".")[0].split("\n")[0].strip()
+
+
+# Answers
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "gemma3", "gpt2", "gpt_neox"])
+def test_answers_are_the_naive_ones_for_every_batch_size(kind):
+    model, tokenizer = toy_model(kind), toy_tokenizer(bos=True)
+    expected = [naive_greedy(model, tokenizer, prompt, 8) for prompt in PROMPTS]
+    assert len(set(expected)) > 6
+    for batch_size in (1, 3, 7):
+        answers = generate_answers(
+            model, tokenizer, PROMPTS, batch_size=batch_size, max_new_tokens=8
+        )
+        assert answers == expected
+
+
+@pytest.mark.parametrize("options", [{"pad_is_eos": True}, {"padding_side": "right"}], ids=str)
+def test_pad_token_and_side_change_nothing(options):
+    model, tokenizer = toy_model(), toy_tokenizer()
+    expected = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8)
+    other = toy_tokenizer(pad_is_eos="pad_is_eos" in options)
+    other.padding_side = options.get("padding_side", "left")
+    assert generate_answers(model, other, PROMPTS, max_new_tokens=8) == expected
+
+
+def test_no_prompts():
+    assert generate_answers(toy_model(), toy_tokenizer(), []) == []
+
+
+@pytest.mark.parametrize(
+    ("continuation", "answer", "n_tokens"),
+    [
+        (" Oslo. The capital", "Oslo", 3),
+        (" Oslo\nThe capital", "Oslo", 3),
+        (" Oslo</s> The capital", "Oslo", 3),
+        (" the capital of Oslo</s>", "the capital of Oslo", 6),
+        (". The capital", "", 1),
+        ("</s> The capital", "", 1),
+        (" the capital of Oslo and Vienna", "the capital of Oslo", 5),  # the limit
+    ],
+)
+def test_answer_ends_at_the_first_stop(continuation, answer, n_tokens):
+    tokenizer = toy_tokenizer()
+    script = tokenizer("It is" + continuation)["input_ids"]
+    model = scripted(script, tokenizer=tokenizer)
+    calls = Calls(model)
+    limit = 5 if "Vienna" in continuation else 20
+    assert generate_answers(model, tokenizer, ["It is"], max_new_tokens=limit) == [answer]
+    assert calls.n == n_tokens  # nothing is generated beyond the stop
+
+
+def test_stop_within_a_token():
+    tokenizer = toy_tokenizer(across_words=True)
+    script = tokenizer("B Oslo.")["input_ids"]
+    assert tokenizer.decode(script[-1:]) == "lo."
+    model = scripted([*script, *tokenizer("C")["input_ids"]], tokenizer=tokenizer)
+    calls = Calls(model)
+    prompt = tokenizer.decode(script[:-3])
+    assert generate_answers(model, tokenizer, [prompt]) == ["Oslo"]
+    assert calls.n == 3
+
+
+def test_sequences_of_a_batch_stop_apart():
+    tokenizer = toy_tokenizer()
+    texts = ["A Oslo.", "B the capital of France\n", "C Peru</s>"]
+    model = scripted(*(tokenizer(text)["input_ids"] for text in texts), tokenizer=tokenizer)
+    answers = generate_answers(model, tokenizer, ["C", "A", "The B"], batch_size=3)
+    assert answers == ["Peru", "Oslo", "the capital of France"]
+
+
+def test_end_tokens_of_the_model_count_too():
+    tokenizer = toy_tokenizer()
+    script = tokenizer("It is Oslo! Vienna")["input_ids"]
+    model = scripted(script, tokenizer=tokenizer)
+    mark = tokenizer("!")["input_ids"]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *mark]
+    assert generate_answers(model, tokenizer, ["It is"]) == ["Oslo"]
+
+
+def test_vocabulary_larger_than_the_tokenizers():
+    tokenizer = toy_tokenizer()
+    script = [*tokenizer("It is Oslo")["input_ids"], 500, *tokenizer(".")["input_ids"]]
+    model = scripted(script, tokenizer=tokenizer, vocab_size=512)
+    assert generate_answers(model, tokenizer, ["It is"]) == ["Oslo"]
+
+
+# The model's own settings
+
+OWN_SETTINGS = [
+    {"do_sample": True, "temperature": 5.0},
+    {"repetition_penalty": 5.0},
+    {"num_beams": 4},
+    {"no_repeat_ngram_size": 1},
+    {"min_new_tokens": 15},
+    {"max_length": 3},
+    {"max_new_tokens": 1},
+    {"suppress_tokens": list(range(200))},
+]
+
+
+@pytest.mark.parametrize("own", OWN_SETTINGS, ids=lambda own: next(iter(own)))
+def test_own_generation_settings_are_ignored_and_restored(own):
+    model, tokenizer = toy_model(), toy_tokenizer()
+    expected = generate_answers(model, tokenizer, PROMPTS[:5], max_new_tokens=8)
+    settings = GenerationConfig(eos_token_id=2, pad_token_id=0, **own)
+    before = settings.to_dict()
+    model.generation_config = settings
+    for _ in range(2):  # sampling would differ from run to run
+        assert generate_answers(model, tokenizer, PROMPTS[:5], max_new_tokens=8) == expected
+    assert model.generation_config is settings
+    assert settings.to_dict() == before
+
+
+def test_state_is_restored_after_a_failure():
+    model, tokenizer = toy_model().train(), toy_tokenizer()
+    own = model.generation_config
+
+    def fail(*_):
+        raise RuntimeError("on purpose")
+
+    model.lm_head.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        generate_answers(model, tokenizer, ["It is"])
+    assert model.generation_config is own
+    assert model.training
+
+
+@pytest.mark.parametrize("mode", ["training", "evaluation", "mixed"])
+def test_training_mode_is_off_during_and_restored_after(mode):
+    model, tokenizer = toy_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5), toy_tokenizer()
+    expected = generate_answers(model, tokenizer, PROMPTS[:4], max_new_tokens=8)
+    model.train(mode != "evaluation")
+    if mode == "mixed":
+        model.transformer.h[1].eval()
+    before = [module.training for module in model.modules()]
+    assert generate_answers(model, tokenizer, PROMPTS[:4], max_new_tokens=8) == expected
+    assert [module.training for module in model.modules()] == before
+
+
+def test_random_state_is_left_alone():
+    state = torch.get_rng_state()
+    generate_answers(toy_model(), toy_tokenizer(), PROMPTS[:2], max_new_tokens=2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# Comparison
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("Oslo", "oslo"),
+        ("  The  city of\tOslo\n", "city of oslo"),
+        ("the The a An", ""),
+        ("Theatre, another banana", "theatre another banana"),
+        ("U.S.A.", "usa"),
+        ("rock-'n'-roll!", "rocknroll"),
+        ("an. apple", "apple"),
+        ("São Paulo", "são paulo"),
+        ("", ""),
+    ],
+)
+def test_normalize_answer(text, normal):
+    assert normalize_answer(text) == normal
+    assert normalize_answer(normal) == normal
+
+
+@pytest.mark.parametrize(
+    ("answer", "target", "same"),
+    [
+        ("the Oslo!", "Oslo", True),
+        (" OSLO", "Oslo", True),
+        ("Oslo, Norway", "Oslo", False),
+        ("Osl", "Oslo", False),
+        ("Os lo", "Oslo", False),
+        ("", "Oslo", False),
+    ],
+)
+def test_exact_match(answer, target, same):
+    assert exact_match(answer, target) is same
+    assert exact_match(target, answer) is same
+
+
+def test_generated_metrics():
+    tokenizer = toy_tokenizer()
+    texts = ["A Oslo.", "B the capital of France\n", "C Peru</s>"]
+    model = scripted(*(tokenizer(text)["input_ids"] for text in texts), tokenizer=tokenizer)
+    records = [
+        {"prompt": "A", "target_new": " oslo", "rephrase_prompt": ["The A", "B", "C"]},
+        {"prompt": "B", "target_new": "France"},
+        {"prompt": "C", "target_new": "Peru", "rephrase_prompt": "Is C"},
+        {"prompt": "A", "target_new": "Peru", "rephrase_prompt": None},
+        {"prompt": "B", "target_new": "a Capital, of France", "rephrase_prompt": "A"},
+    ]
+    assert generated_metrics(model, tokenizer, records, batch_size=2) == [
+        {
+            "reliability": 1.0,
+            "answer": "Oslo",
+            "generalization": pytest.approx(1 / 3),
+            "rephrase_answers": ["Oslo", "the capital of France", "Peru"],
+        },
+        {"reliability": 0.0, "answer": "the capital of France"},
+        {
+            "reliability": 1.0,
+            "answer": "Peru",
+            "generalization": 1.0,
+            "rephrase_answers": ["Peru"],
+        },
+        {"reliability": 0.0, "answer": "Oslo"},
+        {
+            "reliability": 1.0,
+            "answer": "the capital of France",
+            "generalization": 0.0,
+            "rephrase_answers": ["Oslo"],
+        },
+    ]
+
+
+def test_answers_near_the_end_of_the_context():
+    model, tokenizer = toy_model("gpt2"), toy_tokenizer()
+    prompt = "a" * (CONTEXT - 8)
+    assert len(tokenizer(prompt)["input_ids"]) <= CONTEXT - 8
+    (answer,) = generate_answers(model, tokenizer, [prompt], max_new_tokens=8)
+    assert answer == naive_greedy(model, tokenizer, prompt, 8)
