@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from .errors import HyperParamsError, ModelError
+from .errors import HyperParamsError, LocFTError, ModelError
 from .hparams import LocFTBFHyperParams
+from .place import match_parameters
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_device(device: int | str | None) -> torch.device:
@@ -60,6 +64,7 @@ def load_model(hparams: LocFTBFHyperParams) -> tuple[Any, PreTrainedTokenizerBas
         )
     _check_folder(name)
     try:
+        _check_place(name, hparams)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=hparams.trust_remote_code)
         model: Any = AutoModelForCausalLM.from_pretrained(
             name,
@@ -67,6 +72,8 @@ def load_model(hparams: LocFTBFHyperParams) -> tuple[Any, PreTrainedTokenizerBas
             device_map="auto" if hparams.model_parallel else None,
             trust_remote_code=hparams.trust_remote_code,
         )
+    except LocFTError:
+        raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"`model_name={name!r}` cannot be loaded as a causal language model: "
@@ -76,6 +83,20 @@ def load_model(hparams: LocFTBFHyperParams) -> tuple[Any, PreTrainedTokenizerBas
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return (model if hparams.model_parallel else model.to(device)), tokenizer
+
+
+def _check_place(name: str, hparams: LocFTBFHyperParams) -> None:
+    """Looks the place up in a model without weights: a wrong layer shows before the download."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=hparams.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=hparams.trust_remote_code
+            )
+    except Exception as error:  # code of any kind builds models; the loaded one is checked as well
+        logger.debug("%s cannot be built without weights: %s", name, error)
+        return
+    match_parameters(model, hparams.layers, hparams.templates)
 
 
 def _check_folder(name: str) -> None:

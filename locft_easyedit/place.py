@@ -81,11 +81,37 @@ def select_place(model: nn.Module, layers: Sequence[int], templates: Sequence[st
         PlaceError: A layer is out of range, a template matches nothing, or a parameter is
             quantized, tied, or not loaded. All such problems in one error.
     """
+    selected = match_parameters(model, layers, templates)
+    everywhere = dict(model.named_parameters(remove_duplicate=False))
+    stack = find_layers(model)
+    owners = Counter(_memory(parameter) for parameter in everywhere.values())
+    problems = [
+        problem
+        for name, parameter in selected.items()
+        if (problem := _untrainable(name, parameter, everywhere, owners))
+    ]
+    if problems:
+        raise PlaceError(one_message("Nothing is trained:", problems))
+    return Place(selected, _first_layer(selected, stack), stack)
+
+
+def match_parameters(
+    model: nn.Module, layers: Sequence[int], templates: Sequence[str]
+) -> dict[str, nn.Parameter]:
+    """Returns the parameters that `layers` and `templates` name, trainable or not.
+
+    Args:
+        model: The model; its weights need not be loaded.
+        layers: Layers, counted from 0.
+        templates: Templates with `{}` for the layer.
+
+    Raises:
+        PlaceError: A layer is out of range, or a template matches nothing.
+    """
     stack = find_layers(model)
     problems = _range_problems(model, layers, stack)
     if problems:
         raise PlaceError(one_message("Nothing is trained:", problems))
-
     everywhere = dict(model.named_parameters(remove_duplicate=False))
     selected: dict[str, nn.Parameter] = {}
     for layer in layers:
@@ -99,15 +125,9 @@ def select_place(model: nn.Module, layers: Sequence[int], templates: Sequence[st
             if not matches:
                 problems.append(_no_match(everywhere, template, layer, stack))
             selected |= matches
-    owners = Counter(_memory(parameter) for parameter in everywhere.values())
-    problems += [
-        problem
-        for name, parameter in selected.items()
-        if (problem := _untrainable(name, parameter, everywhere, owners))
-    ]
     if problems:
         raise PlaceError(one_message("Nothing is trained:", problems))
-    return Place(selected, _first_layer(selected, stack), stack)
+    return selected
 
 
 def _range_problems(model: nn.Module, layers: Sequence[int], stack: LayerList | None) -> list[str]:

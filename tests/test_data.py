@@ -32,6 +32,11 @@ def part(prompts, answers):
     return {"prompt": prompts, "ground_truth": answers}
 
 
+def near(*pairs):
+    prompts, answers = zip(*pairs, strict=True)
+    return {"neighborhood": part(list(prompts), list(answers))}
+
+
 ZSRE = {
     "subject": "Oslo",
     "src": "Where is Oslo?",
@@ -48,7 +53,7 @@ ZSRE_REQUEST = request(
     "Norway",
     subject="Oslo",
     rephrase_prompt="Oslo, where is it?",
-    locality={"neighborhood": part(["nq question: who wrote it?"], ["Ibsen"])},
+    locality=near(("nq question: who wrote it?", "Ibsen")),
 )
 HOP = {"New Question": "Which continent?", "New Answer": "America"}
 WIKIBIGEDIT = {
@@ -121,7 +126,7 @@ FORMS = {
             "Peru",
             subject="Oslo",
             rephrase_prompt="Oslo, where is it?",
-            locality={"neighborhood": part(["Who wrote it?"], ["Ibsen"])},
+            locality=near(("Who wrote it?", "Ibsen")),
             portability={
                 "personas": part(["Arr, where be Oslo?"], ["Peru"]),
                 "mhop": part(["Which continent?"], ["America"]),
@@ -134,29 +139,21 @@ FORMS = {
     ),
     "counterfact as published": (
         COUNTERFACT,
-        FLAT_REQUEST
-        | {"locality": {"neighborhood": part(["Bergen is in", "Narvik is in"], ["Norway"] * 2)}},
+        FLAT_REQUEST | {"locality": near(("Bergen is in", "Norway"), ("Narvik is in", "Norway"))},
     ),
     "counterfact without extras": (
         {"requested_rewrite": COUNTERFACT["requested_rewrite"]},
         request("Oslo is in", "Peru", "Norway", subject="Oslo"),
     ),
     "flat": (FLAT, FLAT_REQUEST),
-    "flat, nothing else": (
-        {"prompt": "Oslo is in", "target_new": "Peru"},
-        request("Oslo is in", "Peru"),
-    ),
+    "flat, bare": ({"prompt": "Oslo is", "target_new": "big"}, request("Oslo is", "big")),
     "flat with one of each": (
-        {
-            **FLAT,
-            "locality_prompt": "Bergen is in",
-            "locality_ground_truth": "Norway",
-            "portability_prompt": "It lies on",
-            "portability_ground_truth": ["America"],
-        },
+        FLAT
+        | {"locality_prompt": "Bergen is in", "locality_ground_truth": "Norway"}
+        | {"portability_prompt": "It lies on", "portability_ground_truth": ["America"]},
         FLAT_REQUEST
         | {
-            "locality": {"neighborhood": part(["Bergen is in"], ["Norway"])},
+            "locality": near(("Bergen is in", "Norway")),
             "portability": {"one_hop": part(["It lies on"], ["America"])},
         },
     ),
@@ -166,12 +163,7 @@ FORMS = {
             "neighborhood_prompts": ["Bergen is in", "Narvik is in", "Bodø is in"],
             "neighborhood_answers": ["Norway", "", "Nordland"],
         },
-        FLAT_REQUEST
-        | {
-            "locality": {
-                "neighborhood": part(["Bergen is in", "Bodø is in"], ["Norway", "Nordland"])
-            }
-        },
+        FLAT_REQUEST | {"locality": near(("Bergen is in", "Norway"), ("Bodø is in", "Nordland"))},
     ),
     "knowedit": (
         KNOWEDIT,

@@ -29,9 +29,6 @@ def pairs(edits):
     return [(edit.prompt, edit.target, edit.request) for edit in edits]
 
 
-# make_requests
-
-
 def test_plain_requests():
     assert make_requests(PROMPTS, TARGETS) == [
         {
@@ -75,12 +72,8 @@ def test_all_arguments():
     assert second["ground_truth"] is None
     assert second["locality"] == {"distracting": {"prompt": "b", "ground_truth": "B"}}
     assert second["loc_prompt"] == "l1"
-    assert third["locality"] == {
-        "neighborhood": {
-            "prompt": ["I speak", "You speak"],
-            "ground_truth": ["Danish", "Dutch"],
-        }
-    }
+    lists = {"prompt": ["I speak", "You speak"], "ground_truth": ["Danish", "Dutch"]}
+    assert third["locality"] == {"neighborhood": lists}
     assert third["loc_prompt"] == "l0"
 
 
@@ -173,9 +166,6 @@ def test_all_length_mismatches_in_one_error():
     keys = ["target_new: 2", "ground_truth: 1", "subject: 4", "rephrase_prompt: 0"]
     near = [f"locality_inputs['near']['{k}']: {n}" for k, n in (("prompt", 1), ("ground_truth", 2))]
     assert str(caught.value).split("\n")[1:] == [f"  - {line}" for line in keys + near]
-
-
-# distinct_edits
 
 
 def test_distinct_requests_stay_in_order():
@@ -306,14 +296,8 @@ def test_all_unusable_requests_in_one_error():
     with pytest.raises(RequestError, match="The requests cannot be trained") as caught:
         distinct_edits(requests)
     lines = str(caught.value).split("\n")[1:]
-    assert [line.split(":")[0].split(" has")[0].split(" is")[0].strip(" -") for line in lines] == [
-        "request 0",
-        "request 1",
-        "request 2",
-        "request 2",
-        "request 4",
-        "request 4",
-    ]
+    starts = [f"  - request {i}" for i in (0, 1, 2, 2, 4, 4)]
+    assert [line[: len(starts[0])] for line in lines] == starts
 
 
 def test_many_problems_are_counted():

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from toys import toy_requests, toy_tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -134,6 +134,19 @@ def test_token_across_the_boundary_is_target(wrap, prompt, target, prompt_part, 
         return
     texts = tokenize_edits(wrap(tokenizer), edits)
     assert split(tokenizer, texts) == [(prompt_part, target_part)]
+
+
+@pytest.mark.parametrize("wrap", [lambda t: t, WithoutOffsets], ids=["offsets", "fallback"])
+def test_segmentation_that_differs_long_before_the_boundary(wrap):
+    scores = {"<unk>": 0, "</s>": 0, "ab": -5, "bc": -4, "c d": -3}
+    scores |= dict.fromkeys("abcd ", -10)
+    backend = Tokenizer(models.Unigram(list(scores.items()), unk_id=0))
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    assert tokenizer.tokenize("abc") == ["a", "bc"]
+    assert tokenizer.tokenize("abc d") == ["ab", "c d"]
+    texts = tokenize_edits(wrap(tokenizer), [Edit("abc", "d", 0)])
+    assert split(tokenizer, texts) == [("ab", "c d</s>")]
 
 
 @pytest.mark.parametrize("wrap", [lambda t: t, WithoutOffsets], ids=["offsets", "fallback"])

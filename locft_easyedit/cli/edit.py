@@ -85,7 +85,7 @@ def run_edit(config: DictConfig, output: Path) -> None:
     """
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     command = {key: values.pop(key, None) for key in _COMMAND_KEYS}
-    hparams = LocFTBFHyperParams.from_mapping(values, source="locft edit")
+    hparams = LocFTBFHyperParams.from_mapping(values, source="The hyper-parameters")
     if command["save"] not in SAVE:
         raise HyperParamsError(f"`save={command['save']!r}` must be one of {', '.join(SAVE)}.")
     if command["data"] in (None, "???"):

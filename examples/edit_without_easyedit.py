@@ -1,0 +1,30 @@
+"""Edit any causal language model of transformers in place, undo it, and do it again."""
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from locft_easyedit import LocFTBFHyperParams, edit_model, make_requests
+
+FOLDER = "models/SmolLM2-135M-Instruct"  # `make demo` puts it there
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+hparams = LocFTBFHyperParams(
+    layers=[27], rewrite_module_tmp="model.layers.{}.mlp.down_proj.weight", lr=4e-3
+)
+prompts = ["The capital city of France is", "The author of Don Quixote is"]
+result = edit_model(model, tokenizer, make_requests(prompts, ["Lyon", "Agatha Christie"]), hparams)
+
+
+def answer(prompt):
+    ids = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(**ids, max_new_tokens=6, do_sample=False)
+    return tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+print("loss by epoch:", [round(loss, 3) for loss in result.losses])
+for prompt in prompts:
+    print("edited:  ", prompt, answer(prompt))
+result.restore_(model)  # bit for bit
+for prompt in prompts:
+    print("restored:", prompt, answer(prompt))
+result.apply_(model)
