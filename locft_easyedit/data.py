@@ -43,7 +43,7 @@ def read_requests(path: str | Path, n: int | None = None) -> list[Request]:
         except KeyError as missing:
             problems.append(f"record {i} ({_fields(record)}) lacks {missing}. Add the field.")
             continue
-        except (TypeError, AttributeError, IndexError) as error:
+        except (TypeError, ValueError, AttributeError, IndexError) as error:
             problems.append(f"record {i} ({_fields(record)}) is not of its form: {error}.")
             continue
         if request is None:
@@ -215,7 +215,7 @@ def _add(request: Request, part: str, name: str, prompts: Any, answers: Any) -> 
     pairs = [
         (prompt, _first(answer))
         for prompt, answer in zip(prompt_list, answer_list, strict=True)
-        if str(_first(answer)).strip()
+        if _first(answer) is not None and str(_first(answer)).strip()
     ]
     if pairs:
         request[part][name] = {

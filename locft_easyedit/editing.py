@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .hparams import LocFTBFHyperParams
 from .loop import breadth_first_
+from .modes import evaluation_mode
 from .place import Place, select_place
 from .requests import EditSet, distinct_edits
 from .runner import EditRunner, choose_runner
@@ -238,17 +239,14 @@ def context_length(model: nn.Module) -> int | None:
 def _only_trainable(model: nn.Module, place: Place) -> Iterator[None]:
     """Within, only the place requires gradients and dropout is off; flags are restored."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
     trained = {id(parameter) for parameter in place.parameters.values()}
     try:
-        model.eval()
         for parameter, _ in flags:
             if parameter.is_floating_point():
                 parameter.requires_grad_(id(parameter) in trained)
-        yield
+        with evaluation_mode(model):
+            yield
     finally:
         for parameter, flag in flags:
             if parameter.is_floating_point():
                 parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode

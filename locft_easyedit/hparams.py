@@ -6,7 +6,8 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, List, Optional, Union  # noqa: UP035
@@ -122,11 +123,12 @@ class LocFTBFHyperParams:
             HyperParamsError: Lists every value that breaks a rule.
         """
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(LocFTBFHyperParams)}
-        _, problems = _typed(values)
-        # A rule about a value makes sense only once its type is right.
-        problems = problems or _broken_rules(self)
+        typed, problems = _typed(values)
+        problems += _broken_rules(typed)
         if problems:
             raise HyperParamsError(one_message("Hyper-parameters of LocFT-BF:", problems))
+        for name, value in typed.items():
+            setattr(self, name, value)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -172,26 +174,16 @@ class LocFTBFHyperParams:
         Raises:
             HyperParamsError: As for `from_hparams`.
         """
-        alg_name = config.get("alg_name")
+        present = {k: v for k, v in config.items() if v is not None and v != "???"}
+        alg_name = present.get("alg_name")
         if alg_name is not None and alg_name != ALG_NAME:
             raise HyperParamsError(
                 f"`alg_name={alg_name!r}` in {source} is another method; these are the "
                 f"hyper-parameters of {ALG_NAME}. Use a file with `alg_name: {ALG_NAME}`."
             )
-        missing = [
-            f"`{key}` is missing. Add it."
-            for key in REQUIRED_IN_FILE
-            if config.get(key) in (None, "???")
-        ]
-        present = {k: v for k, v in config.items() if v is not None and v != "???"}
-        typed, problems = _typed(present)
-        problems = missing + problems
-        if not problems:
-            candidate = object.__new__(cls)  # the rules need the values, not yet a valid object
-            for field in dataclasses.fields(cls):
-                default = None if field.default is dataclasses.MISSING else field.default
-                setattr(candidate, field.name, typed.get(field.name, default))
-            problems = _broken_rules(candidate)
+        missing = [f"`{key}` is missing. Add it." for key in REQUIRED_IN_FILE if key not in present]
+        typed, ill_typed = _typed(present)
+        problems = [*missing, *ill_typed, *_broken_rules(typed)]
         if problems:
             raise HyperParamsError(one_message(f"{source}:", problems))
         return cls(**typed)
@@ -230,8 +222,8 @@ def _typed(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     for key, value in values.items():
         if key not in known:
             problems.append(_unknown_key(str(key), known))
-        elif key == "model_name" and not isinstance(value, str):
-            typed[key] = value  # a loaded (model, tokenizer); OmegaConf holds plain values only
+        elif key == "model_name":
+            typed[key] = value  # may be a loaded (model, tokenizer); OmegaConf holds plain values
         else:
             try:
                 merged = OmegaConf.merge(schema, {str(key): value})[str(key)]  # type: ignore[index]
@@ -267,42 +259,61 @@ def _unknown_key(key: str, known: list[str]) -> str:
     return f"`{key}` is not a key of {ALG_NAME}. {hint}"
 
 
-def _broken_rules(h: LocFTBFHyperParams) -> list[str]:
-    """Returns a line for each well-typed value that breaks a rule."""
-    decay, micro, kinds = h.weight_decay, h.micro_batch_size, EVALUATION_TYPES
-    one = "must be 1 or more"
-    off = "must be 0 or more (0 turns it off)"
-    rules = [
-        (h.alg_name == ALG_NAME, "alg_name", f"must be {ALG_NAME}"),
-        (bool(h.layers), "layers", "is empty; name at least one layer"),
-        (all(layer >= 0 for layer in h.layers), "layers", "has a negative layer; count from 0"),
-        (len(set(h.layers)) == len(h.layers), "layers", "names a layer twice"),
-        (math.isfinite(h.lr) and h.lr > 0, "lr", "must be above 0 and finite"),
-        (math.isfinite(decay) and decay >= 0, "weight_decay", "must be 0 or more"),
-        (h.num_steps >= 1, "num_steps", one),
-        (h.batch_size >= 1, "batch_size", one),
-        (h.eval_batch_size >= 1, "eval_batch_size", one),
-        (h.max_length >= 1, "max_length", one),
-        (h.row_tokens >= 1, "row_tokens", one),
-        (micro is None or micro >= 1, "micro_batch_size", f"{one}, or null"),
-        (h.seed >= 0, "seed", "must be 0 or more"),
-        (h.batch_loss_threshold >= 0, "batch_loss_threshold", off),
-        (h.epoch_loss_threshold >= 0, "epoch_loss_threshold", off),
-        (h.dtype is None or h.dtype in DTYPES, "dtype", f"must be one of {', '.join(DTYPES)}"),
+def _broken_rules(values: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each of the well-typed `values` that breaks a rule."""
+    at_least_one = "must be 1 or more"
+    off_at_zero = "must be 0 or more (0 turns it off)"
+    rules: list[tuple[str, Callable[[Any], bool], str]] = [
+        ("alg_name", lambda v: v == ALG_NAME, f"must be {ALG_NAME}"),
+        ("model_name", _is_model, "must be a folder, a hub name, or a loaded (model, tokenizer)"),
+        ("layers", bool, "is empty; name at least one layer"),
+        ("layers", lambda v: all(type(i) is int for i in v), "must be a list of whole numbers"),
         (
-            not h.fp16 or h.dtype in (None, "float16"),
-            "fp16",
-            f"contradicts `dtype={h.dtype!r}`; keep one of them",
+            "layers",
+            lambda v: all(i >= 0 for i in v if type(i) is int),
+            "has a negative layer; count from 0",
         ),
-        (h.on_conflict in ON_CONFLICT, "on_conflict", f"must be one of {', '.join(ON_CONFLICT)}"),
+        ("layers", lambda v: len({str(i) for i in v}) == len(v), "names a layer twice"),
+        ("lr", lambda v: math.isfinite(v) and v > 0, "must be above 0 and finite"),
+        ("weight_decay", lambda v: math.isfinite(v) and v >= 0, "must be 0 or more"),
+        ("num_steps", lambda v: v >= 1, at_least_one),
+        ("batch_size", lambda v: v >= 1, at_least_one),
+        ("eval_batch_size", lambda v: v >= 1, at_least_one),
+        ("max_length", lambda v: v >= 1, at_least_one),
+        ("row_tokens", lambda v: v >= 1, at_least_one),
+        ("micro_batch_size", lambda v: v is None or v >= 1, f"{at_least_one}, or null"),
+        ("seed", lambda v: 0 <= v < 2**64, "must be 0 or more, and below 2**64"),
+        ("batch_loss_threshold", lambda v: v >= 0, off_at_zero),
+        ("epoch_loss_threshold", lambda v: v >= 0, off_at_zero),
+        ("dtype", lambda v: v in (None, *DTYPES), f"must be one of {', '.join(DTYPES)}"),
         (
-            h.evaluation_type in (None, *kinds),
+            "fp16",
+            lambda v: not v or values.get("dtype") in (None, "float16"),
+            f"contradicts `dtype={values.get('dtype')!r}`; keep one of them",
+        ),
+        ("on_conflict", lambda v: v in ON_CONFLICT, f"must be one of {', '.join(ON_CONFLICT)}"),
+        (
             "evaluation_type",
-            f"must be null or one of {', '.join(kinds)}",
+            lambda v: v in (None, *EVALUATION_TYPES),
+            f"must be null or one of {', '.join(EVALUATION_TYPES)}",
         ),
     ]
-    problems = [f"`{key}={getattr(h, key)!r}` {rule}." for holds, key, rule in rules if not holds]
-    return problems + _template_problems(h.rewrite_module_tmp)
+    problems = [
+        f"`{key}={values[key]!r}` {rule}."
+        for key, holds, rule in rules
+        if key in values and not holds(values[key])
+    ]
+    if "rewrite_module_tmp" in values:
+        problems += _template_problems(values["rewrite_module_tmp"])
+    return problems
+
+
+def _is_model(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip())
+    # A pair of strings would be two names, and of no use.
+    loaded = isinstance(value, (tuple, list)) and len(value) == 2
+    return value is None or (loaded and not any(isinstance(part, str) for part in value))
 
 
 def _template_problems(template: Any) -> list[str]:
@@ -316,5 +327,7 @@ def _template_problems(template: Any) -> list[str]:
         f"`rewrite_module_tmp={one!r}` must hold {{}} once, in place of the layer number, for "
         'example "model.layers.{}.mlp.down_proj.weight".'
         for one in templates
-        if not isinstance(one, str) or one.count("{}") != 1
+        if not isinstance(one, str)
+        or one.count("{}") != 1
+        or set(one.replace("{}", "")) & {"{", "}"}
     ]

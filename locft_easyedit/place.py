@@ -81,11 +81,11 @@ def select_place(model: nn.Module, layers: Sequence[int], templates: Sequence[st
         PlaceError: A layer is out of range, a template matches nothing, or a parameter is
             quantized, tied, or not loaded. All such problems in one error.
     """
-    selected = match_parameters(model, layers, templates)
+    selected, problems = _match(model, layers, templates)
     everywhere = dict(model.named_parameters(remove_duplicate=False))
     stack = find_layers(model)
     owners = Counter(_memory(parameter) for parameter in everywhere.values())
-    problems = [
+    problems += [
         problem
         for name, parameter in selected.items()
         if (problem := _untrainable(name, parameter, everywhere, owners))
@@ -108,15 +108,30 @@ def match_parameters(
     Raises:
         PlaceError: A layer is out of range, or a template matches nothing.
     """
-    stack = find_layers(model)
-    problems = _range_problems(model, layers, stack)
+    selected, problems = _match(model, layers, templates)
     if problems:
         raise PlaceError(one_message("Nothing is trained:", problems))
+    return selected
+
+
+def _match(
+    model: nn.Module, layers: Sequence[int], templates: Sequence[str]
+) -> tuple[dict[str, nn.Parameter], list[str]]:
+    """Returns the parameters that match, and a line for each layer or template that does not."""
+    stack = find_layers(model)
+    n_layers = number_of_layers(model) if stack is None else len(stack.layers)
+    outside = [layer for layer in layers if n_layers is not None and not 0 <= layer < n_layers]
+    problems = []
+    if outside:
+        problems.append(
+            f"`layers={outside}` is out of range; {_model_name(model)} has {n_layers} layers "
+            f"(0 to {(n_layers or 1) - 1}). Choose among them."
+        )
     everywhere = dict(model.named_parameters(remove_duplicate=False))
     selected: dict[str, nn.Parameter] = {}
-    for layer in layers:
+    for layer in (layer for layer in layers if layer not in outside):
         for template in templates:
-            wanted = template.format(layer).strip(".").split(".")
+            wanted = template.replace("{}", str(layer)).strip(".").split(".")
             matches = {
                 name: parameter
                 for name, parameter in everywhere.items()
@@ -125,20 +140,7 @@ def match_parameters(
             if not matches:
                 problems.append(_no_match(everywhere, template, layer, stack))
             selected |= matches
-    if problems:
-        raise PlaceError(one_message("Nothing is trained:", problems))
-    return selected
-
-
-def _range_problems(model: nn.Module, layers: Sequence[int], stack: LayerList | None) -> list[str]:
-    n_layers = number_of_layers(model) if stack is None else len(stack.layers)
-    outside = [layer for layer in layers if n_layers is not None and not 0 <= layer < n_layers]
-    if not outside:
-        return []
-    return [
-        f"`layers={outside}` is out of range; {_model_name(model)} has {n_layers} layers "
-        f"(0 to {n_layers - 1 if n_layers else 0}). Choose among them."
-    ]
+    return selected, problems
 
 
 def _model_name(model: nn.Module) -> str:

@@ -85,6 +85,9 @@ def tokenize_edits(
         for edit, (ids, start) in zip(
             chunk, _split(tokenizer, [e.prompt for e in chunk], texts), strict=True
         ):
+            # The first token of all has no predecessor that could predict it.
+            n_text = len(ids) - (ids[-1:] == [eos])
+            no_target = not 0 < start < n_text
             if append_eos and ids[-1:] != [eos]:
                 ids = [*ids, eos]
             name = (
@@ -95,8 +98,7 @@ def tokenize_edits(
                     f"{name} has {len(ids)} tokens; the model's context is {max_positions}. "
                     "Shorten it."
                 )
-            elif not 0 < start < len(ids):
-                # The first token of all has no predecessor that could predict it.
+            elif no_target:
                 problems.append(
                     f"{name}: no token of the target can be predicted. Change its text."
                 )
@@ -140,9 +142,13 @@ def _boundary_by_decoding(
 ) -> int:
     """Returns where the target begins, for tokenizers that give no character offsets.
 
-    Tokens that prompt and text share are prompt. Where the segmentation differs, tokens belong to
-    the prompt as long as what they decode to is still a part of it.
+    If the prompt's own tokens begin the text, the target follows them. Where the segmentation
+    differs, tokens belong to the prompt as long as what they decode to is still a part of it.
     """
+    if prompt_ids[-1:] == [tokenizer.eos_token_id] and ids[-1:] == prompt_ids[-1:]:
+        prompt_ids = prompt_ids[:-1]  # an EOS that the tokenizer puts after every text
+    if ids[: len(prompt_ids)] == prompt_ids:
+        return len(prompt_ids)
     start = 0
     while start < min(len(ids), len(prompt_ids)) and ids[start] == prompt_ids[start]:
         start += 1

@@ -170,9 +170,9 @@ def spoil(model, layer, how):
     ("how", "message"),
     [
         ("meta", "is not loaded (meta device). Load the model's weights first."),
-        (torch.int8, "is torch.int8; only floating-point weights are trained."),
-        (torch.uint8, "is torch.uint8; only floating-point weights are trained."),
-        ("quant_state", "is quantized; only floating-point weights are trained."),
+        (torch.int8, "is torch.int8; only floating-point weights"),
+        (torch.uint8, "is torch.uint8; only floating-point weights"),
+        ("quant_state", "is quantized; only floating-point weights"),
         (torch.float8_e4m3fn, "is torch.float8_e4m3fn; train float32, bfloat16 or float16"),
     ],
 )

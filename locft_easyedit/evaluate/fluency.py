@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import MissingDependencyError
+from ..modes import evaluation_mode
 from ..runner import input_device
 
 logger = logging.getLogger(__name__)
@@ -83,15 +84,11 @@ def fluency_of(
         words: Splits a text into words (see `word_tokenizer`).
         progress: Show a progress bar.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         return [
             {"ngram_entropy": ngram_entropy(words(_sample(model, tokenizer, record["prompt"])))}
             for record in tqdm(records, desc="fluency", unit="text", disable=not progress)
         ]
-    finally:
-        model.train(was_training)
 
 
 def _sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:

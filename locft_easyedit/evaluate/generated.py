@@ -23,6 +23,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from ..modes import evaluation_mode
 from ..packing import length_sorted_batches
 from ..runner import input_device
 
@@ -63,6 +64,8 @@ def generate_answers(
         progress: Show a progress bar.
         description: Its label.
     """
+    if not prompts:
+        return []
     sequences = tokenizer(list(prompts), padding=False, truncation=False)["input_ids"]
     lengths = np.array([len(ids) for ids in sequences], np.int64)
     ends = _end_tokens(model, tokenizer)
@@ -74,7 +77,7 @@ def generate_answers(
         _plain_greedy(model, ends, max_new_tokens),
         tqdm(total=len(sequences), desc=description, unit="prompt", disable=not progress) as bar,
     ):
-        for batch in length_sorted_batches(lengths, batch_size) if len(sequences) else []:
+        for batch in length_sorted_batches(lengths, batch_size):
             width = int(lengths[batch].max())
             # Any token fills the left side: the mask hides it.
             ids = torch.full((len(batch), width), ends[0] if ends else 0)
@@ -171,7 +174,7 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
 @contextmanager
 def _plain_greedy(model: PreTrainedModel, ends: list[int], max_new_tokens: int) -> Iterator[None]:
     """Within, `model.generate` is greedy: models bring sampling and penalties of their own."""
-    own, was_training = model.generation_config, model.training
+    own = model.generation_config
     try:
         model.generation_config = GenerationConfig(
             do_sample=False,
@@ -180,11 +183,10 @@ def _plain_greedy(model: PreTrainedModel, ends: list[int], max_new_tokens: int) 
             pad_token_id=ends[0] if ends else 0,
             bos_token_id=own.bos_token_id,
         )
-        model.eval()
-        yield
+        with evaluation_mode(model):
+            yield
     finally:
         model.generation_config = own
-        model.train(was_training)
 
 
 def _answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: list[int]) -> str:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import RequestError, one_message
 from ..forward import run_rows
+from ..modes import evaluation_mode
 from ..packing import lay_out, length_sorted_batches
 from ..runner import can_pack, input_device
 from ..tokens import TokenizedTexts
@@ -197,9 +198,7 @@ def _predict(
     device = input_device(model)
     ids = torch.from_numpy(texts.ids).to(device)
     predicted: list[list[int]] = [[] for _ in range(len(texts))]
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         packed, _ = can_pack(model, texts)
         with tqdm(total=len(texts), desc=description, unit="prompt", disable=not progress) as bar:
             for batch in length_sorted_batches(texts.lengths, batch_size):
@@ -215,8 +214,6 @@ def _predict(
                 for owner, choice in zip(rows.owner.tolist(), choices, strict=True):
                     predicted[batch[owner]].append(choice)
                 bar.update(len(batch))
-    finally:
-        model.train(was_training)
     return predicted
 
 
