@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
