@@ -18,8 +18,8 @@ from .loop import breadth_first_
 from .modes import evaluation_mode
 from .place import Place, select_place
 from .requests import EditSet, distinct_edits
-from .runner import EditRunner, choose_runner
-from .tokens import tokenize_edits
+from .runner import EditRunner, choose_runner, context_length
+from .tokens import TokenizedTexts, tokenize_edits
 from .weights import TrainedWeights, write_
 
 
@@ -35,6 +35,7 @@ class EditResult:
         timings: Seconds by phase: `prepare` (checks and tokens), `prefix`, `train`.
         n_updates: Mini-batches that made an update.
         converged: Whether training stopped because the loss fell below the threshold.
+        n_trained: Distinct edits that were trained.
         edits: The distinct edits, and how many requests were merged, in conflict or left out.
         packed: Whether rows were packed.
         frozen_prefix: Whether the frozen layers were computed only once.
@@ -47,6 +48,7 @@ class EditResult:
     timings: dict[str, float]
     n_updates: int
     converged: bool
+    n_trained: int
     edits: EditSet
     packed: bool
     frozen_prefix: bool
@@ -67,7 +69,7 @@ class EditResult:
             "updates": self.n_updates,
             "converged": self.converged,
             "requests": self.edits.n_requests,
-            "trained_edits": len(self.edits.edits),
+            "trained_edits": self.n_trained,
             "merged_duplicates": self.edits.n_merged,
             "conflicting_prompts": self.edits.n_conflicts,
             "replaced_by_later": self.edits.n_replaced,
@@ -131,27 +133,44 @@ class EditSession:
     edits: EditSet = field(init=False)
     place: Place = field(init=False)
     timings: dict[str, float] = field(init=False, default_factory=dict)
+    _texts: TokenizedTexts | None = field(init=False, default=None)
     _runner: EditRunner = field(init=False)
     _cleanup: ExitStack = field(init=False, default_factory=ExitStack)
 
-    def __enter__(self) -> EditSession:
+    def check(self) -> None:
+        """Checks everything and tokenizes, without touching the model; entering does it too.
+
+        Raises:
+            LocFTError: The hyper-parameters, the requests or the place cannot be used.
+        """
         h = self.hparams
         with self._timed("prepare"):
             h.check()
             self.edits = distinct_edits(self.requests, None if self.alone else h.on_conflict)
             self.place = select_place(self.model, h.layers, h.templates)
-            texts = tokenize_edits(
+            self._texts = tokenize_edits(
                 self.tokenizer,
                 self.edits.edits,
                 append_eos=h.append_eos,
                 max_positions=context_length(self.model),
             )
+
+    @property
+    def packed(self) -> bool:
+        """Whether packed rows give the model's own logits, and are allowed."""
+        return self._runner.packed
+
+    def __enter__(self) -> EditSession:
+        h = self.hparams
+        if self._texts is None:
+            self.check()
+        assert self._texts is not None
         with self._cleanup:
             self._cleanup.enter_context(_only_trainable(self.model, self.place))
-            with self._timed("prefix"):
+            with self._timed("prefix"), _with_gradients():
                 self._runner = choose_runner(
                     self.model,
-                    texts,
+                    self._texts,
                     self.place,
                     row_tokens=h.row_tokens,
                     batch_size=h.eval_batch_size,
@@ -179,12 +198,11 @@ class EditSession:
         """
         indices = np.arange(len(self.edits.edits))
         if only is not None:
-            wanted = {(self.requests[i]["prompt"], self.requests[i]["target_new"]) for i in only}
-            pairs = [(edit.prompt, edit.target) for edit in self.edits.edits]
-            indices = np.array([i for i in indices if pairs[i] in wanted])
+            chosen = {self.edits.edit_of_request[i] for i in only} - {None}
+            indices = np.array(sorted(i for i in chosen if i is not None))
         weights = TrainedWeights(self.place.parameters)
         try:
-            with self._timed("train"), self._runner.ready():
+            with self._timed("train"), self._runner.ready(), _with_gradients():
                 result = breadth_first_(
                     self._runner.edit_losses,
                     weights,
@@ -193,22 +211,23 @@ class EditSession:
                     describe=self._describe,
                     progress=self.progress if progress is None else progress,
                 )
+            return EditResult(
+                losses=result.losses,
+                step_losses=result.step_losses,
+                original=weights.original,
+                new=weights.values(),
+                timings=dict(self.timings),
+                n_updates=result.n_updates,
+                converged=result.converged,
+                n_trained=len(indices),
+                edits=self.edits,
+                packed=self._runner.packed,
+                frozen_prefix=self._runner.prefix is not None,
+            )
         except BaseException:  # Ctrl-C as well: a half-trained model is of no use to anybody
             weights.restore_()
             weights.clear_gradients_()
             raise
-        return EditResult(
-            losses=result.losses,
-            step_losses=result.step_losses,
-            original=weights.original,
-            new=weights.values(),
-            timings=dict(self.timings),
-            n_updates=result.n_updates,
-            converged=result.converged,
-            edits=self.edits,
-            packed=self._runner.packed,
-            frozen_prefix=self._runner.prefix is not None,
-        )
 
     def _describe(self, index: int) -> str:
         edit = self.edits.edits[index]
@@ -217,28 +236,25 @@ class EditSession:
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
-        try:
-            yield
-        finally:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # once a phase: launched work belongs to the phase
-            self.timings[phase] = time.perf_counter() - start
+        yield
+        for device in {parameter.device for parameter in self.model.parameters()}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # once a phase: launched work belongs to the phase
+        self.timings[phase] = time.perf_counter() - start
 
 
-def context_length(model: nn.Module) -> int | None:
-    """Returns the model's context in tokens, if its configuration names one."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return None
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    length = getattr(text_config, "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
+@contextmanager
+def _with_gradients() -> Iterator[None]:
+    """Within, gradients are on, also for a caller who has turned them off for the program."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 @contextmanager
 def _only_trainable(model: nn.Module, place: Place) -> Iterator[None]:
     """Within, only the place requires gradients and dropout is off; flags are restored."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    gradients = [(parameter, parameter.grad) for parameter in place.parameters.values()]
     trained = {id(parameter) for parameter in place.parameters.values()}
     try:
         for parameter, _ in flags:
@@ -247,6 +263,8 @@ def _only_trainable(model: nn.Module, place: Place) -> Iterator[None]:
         with evaluation_mode(model):
             yield
     finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
         for parameter, flag in flags:
             if parameter.is_floating_point():
                 parameter.requires_grad_(flag)

@@ -145,6 +145,7 @@ class LocFTBFHyperParams:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if values["model_name"] is not None and not isinstance(values["model_name"], str):
             values["model_name"] = type(values["model_name"][0]).__name__
+        values["api_key"] = None  # a secret: these values are written to files
         return values
 
     @classmethod
@@ -248,6 +249,11 @@ def _type_name(key: str) -> str:
         "Optional[Union[int, str]]": "cpu, cuda, cuda:N or N",
     }
     return names.get(str(annotation), "a text or a list of texts")
+
+
+def type_problems(values: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each key that is unknown and each value that is ill-typed."""
+    return _typed(values)[1]
 
 
 def _unknown_key(key: str, known: list[str]) -> str:

@@ -162,10 +162,10 @@ def _gradients_(
     for part in parts:
         loss = edit_losses(part).sum() / len(batch)
         if len(parts) == 1:
-            value = loss.item()  # the one synchronisation of a step: the threshold needs the number
+            value = loss.item()  # waits for the GPU: the threshold needs the number
             if not value >= hparams.batch_loss_threshold:  # NaN as well
                 return value, False
-        loss.backward()
+        (loss * weights.loss_scale).backward()
         weights.collect_gradients_()
         losses.append(loss.detach())
     return (value if len(parts) == 1 else torch.stack(losses).sum().item()), True

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from .errors import HyperParamsError, LocFTError, ModelError
@@ -56,12 +57,15 @@ def load_model(hparams: LocFTBFHyperParams) -> tuple[Any, PreTrainedTokenizerBas
     device = resolve_device(hparams.device)
     if isinstance(name, (tuple, list)) and len(name) == 2:
         loaded, tokenizer = name
-        return (loaded if hparams.model_parallel else loaded.to(device)), tokenizer
+        # A model that somebody has placed stays where it is, unless a device is asked for.
+        return (loaded if hparams.device is None else _placed(loaded, hparams, device)), tokenizer
     if not isinstance(name, str) or not name.strip():
         raise HyperParamsError(
             f"`model_name={name!r}` must be a model's folder or hub name, or a pair "
             "(model, tokenizer) that is loaded."
         )
+    if name.startswith("~"):
+        name = str(Path(name).expanduser())
     _check_folder(name)
     try:
         _check_place(name, hparams)
@@ -74,15 +78,21 @@ def load_model(hparams: LocFTBFHyperParams) -> tuple[Any, PreTrainedTokenizerBas
         )
     except LocFTError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"`model_name={name!r}` cannot be loaded as a causal language model: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"`model_name={name!r}` cannot be loaded as a causal language model: {reason}"
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    return (model if hparams.model_parallel else model.to(device)), tokenizer
+    return _placed(model, hparams, device), tokenizer
+
+
+def _placed(model: Any, hparams: LocFTBFHyperParams, device: torch.device) -> Any:
+    """Returns the model on `device`, unless accelerate or a quantizer has placed it."""
+    placed = getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)
+    return model if hparams.model_parallel or placed else model.to(device)
 
 
 def _check_place(name: str, hparams: LocFTBFHyperParams) -> None:
@@ -102,14 +112,15 @@ def _check_place(name: str, hparams: LocFTBFHyperParams) -> None:
 def _check_folder(name: str) -> None:
     """Tells a folder that is missing from a hub name, before anybody asks the hub."""
     path = Path(name).expanduser()
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    in_a_folder_here = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
+    looks_local = name.startswith(".") or path.is_absolute() or name.count("/") > 1
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(
                 f"`model_name={name!r}` is a folder without config.json. Give the folder of a "
                 "model saved with `save_pretrained`."
             )
-    elif looks_local:
+    elif looks_local or in_a_folder_here or "\\" in name:
         raise ModelError(
             f"`model_name={name!r}` does not exist. Download the model to that folder, or give its "
             "hub name or another folder."

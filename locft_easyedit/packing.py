@@ -46,10 +46,11 @@ class Rows:
 
     def to(self, device: torch.device) -> Rows:
         """Returns the rows on `device`."""
-        moved: dict[str, Any] = {
-            name: None if tensor is None else tensor.to(device, non_blocking=True)
-            for name, tensor in vars(self).items()
-        }
+        moved: dict[str, Any] = {}
+        for name, tensor in vars(self).items():
+            if tensor is not None and device.type == "cuda":
+                tensor = tensor.pin_memory()  # a copy from pageable memory would wait for the GPU
+            moved[name] = None if tensor is None else tensor.to(device, non_blocking=True)
         return Rows(**moved)
 
 

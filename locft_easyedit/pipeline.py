@@ -79,6 +79,7 @@ def edit_and_measure(
             tokenizer,
             requests,
             row_tokens=hparams.row_tokens,
+            packed=session.packed,
             description=f"metrics {when}",
             **options,
         )

@@ -35,11 +35,6 @@ class Place:
     first_layer: int | None
     stack: LayerList | None
 
-    @property
-    def n_values(self) -> int:
-        """Numbers that are trained."""
-        return sum(parameter.numel() for parameter in self.parameters.values())
-
 
 def find_layers(model: nn.Module) -> LayerList | None:
     """Returns the `nn.ModuleList` whose length is the configuration's number of layers.
@@ -138,7 +133,7 @@ def _match(
                 if name.split(".")[: len(wanted)] == wanted
             }
             if not matches:
-                problems.append(_no_match(everywhere, template, layer, stack))
+                problems.append(_no_match(model, template, layer, stack))
             selected |= matches
     return selected, problems
 
@@ -148,9 +143,11 @@ def _model_name(model: nn.Module) -> str:
     return getattr(config, "_name_or_path", "") or type(model).__name__
 
 
-def _no_match(
-    names: dict[str, nn.Parameter], template: str, layer: int, stack: LayerList | None
-) -> str:
+def _no_match(model: nn.Module, template: str, layer: int, stack: LayerList | None) -> str:
+    path = template.replace("{}", str(layer)).strip(".").removesuffix(".weight")
+    if any(name.startswith(path + ".qweight") for name, _ in model.named_buffers()):
+        return f"`{path}` is quantized (it has `qweight`); load the model unquantized."
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     prefix = f"{stack.path}.{layer}." if stack else ""
     inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     shown = ", ".join(inside[:40]) + (", ..." if len(inside) > 40 else "")
@@ -170,7 +167,7 @@ def _untrainable(
     if not parameter.is_floating_point() or hasattr(parameter, "quant_state"):
         kind = "quantized" if hasattr(parameter, "quant_state") else str(parameter.dtype)
         return f"`{name}` is {kind}; only floating-point weights train. Load it unquantized."
-    if torch.finfo(parameter.dtype).bits < 16:
+    if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"`{name}` is {parameter.dtype}; train float32, bfloat16 or float16 weights."
     if owners[_memory(parameter)] > 1:
         others = [

@@ -150,15 +150,21 @@ class FrozenPrefix:
                 layers[i] = layer
 
     @contextmanager
-    def put_in(self, rows: Rows) -> Iterator[torch.Tensor]:
+    def put_in(self, rows: Rows, device: torch.device) -> Iterator[torch.Tensor]:
         """Within, the first trained layer receives the recorded states of `rows`.
+
+        Args:
+            rows: The layout, on the host.
+            device: Where the model takes its input.
 
         Yields:
             Zeros to give the model as `inputs_embeds`, [R, L, D of the embedding].
         """
         states = self.states
-        index = rows.gather_index.to(states.device)
-        hidden = states[index].to(rows.token_index.device, non_blocking=True)  # [R, L, D]
+        if states.device.type == "cpu" and device.type == "cuda":
+            hidden = states[rows.gather_index].pin_memory().to(device, non_blocking=True)
+        else:
+            hidden = states[rows.gather_index.to(states.device, non_blocking=True)]  # [R, L, D]
 
         def substitute(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -171,7 +177,7 @@ class FrozenPrefix:
 
         embedding: Any = self.model.get_input_embeddings()
         width = int(embedding.weight.shape[1])
-        zeros = torch.zeros(1, 1, width, dtype=hidden.dtype, device=rows.token_index.device)
+        zeros = torch.zeros(1, 1, width, dtype=hidden.dtype, device=device)
         hook = self._first.register_forward_pre_hook(substitute, with_kwargs=True)
         try:
             yield zeros.expand(*rows.token_index.shape, width)
@@ -185,5 +191,5 @@ def _empty_store(n_tokens: int, hidden: torch.Tensor) -> torch.Tensor:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         if n_tokens * width * hidden.element_size() > _GPU_SHARE * free:
-            return torch.empty(n_tokens, width, dtype=hidden.dtype, pin_memory=True)
+            return torch.empty(n_tokens, width, dtype=hidden.dtype)  # a batch is pinned when used
     return torch.empty(n_tokens, width, dtype=hidden.dtype, device=device)

@@ -11,6 +11,8 @@ from .errors import RequestError, one_message
 
 logger = logging.getLogger(__name__)
 
+_PART_KEYS = ("prompt", "ground_truth")
+
 
 @dataclass(frozen=True)
 class Edit:
@@ -31,10 +33,12 @@ class EditSet:
         n_merged: Requests that repeat another one's prompt and target.
         n_conflicts: Prompts that come with more than one target.
         n_replaced: Requests left out because `on_conflict="last"` keeps a later one.
+        edit_of_request: For each request the index of its edit, or `None` if it was left out.
     """
 
     edits: list[Edit]
     n_requests: int
+    edit_of_request: list[int | None]
     n_merged: int = 0
     n_conflicts: int = 0
     n_replaced: int = 0
@@ -72,6 +76,32 @@ def make_requests(
     Raises:
         RequestError: Lists of different lengths (all of them in one error).
     """
+    given = {
+        "prompts": prompts,
+        "target_new": target_new,
+        "ground_truth": ground_truth,
+        "target_neg": target_neg,
+        "rephrase_prompts": rephrase_prompts,
+        "subject": subject,
+        "loc_prompts": loc_prompts,
+    }
+    required = ("prompts", "target_new")
+    parts = {"locality": locality_inputs or {}, "portability": portability_inputs or {}}
+    problems = [
+        f"{name} is a {type(value).__name__}. Give a text or a list of texts."
+        for name, value in given.items()
+        if not isinstance(value, (str, list, tuple)) and (value is not None or name in required)
+    ]
+    for part, inputs in parts.items():
+        problems += [
+            f"{part}_inputs[{name!r}] needs `prompt` and `ground_truth`, each a list."
+            for name, fields in inputs.items()
+            if not isinstance(fields, Mapping)
+            or not all(isinstance(fields.get(k), (str, list, tuple)) for k in _PART_KEYS)
+        ]
+    if problems:
+        raise RequestError(one_message("The arguments cannot be read:", problems))
+
     prompts, targets = _as_list(prompts), _as_list(target_new)
     n = len(prompts)
     columns: dict[str, list[Any]] = {"prompt": prompts, "target_new": targets}
@@ -87,12 +117,11 @@ def make_requests(
         columns["loc_prompt"] = (repeated * -(-n // max(len(repeated), 1)))[:n]
 
     problems = [f"{key}: {len(values)}" for key, values in columns.items() if len(values) != n]
-    parts = {"locality": locality_inputs or {}, "portability": portability_inputs or {}}
     for part, inputs in parts.items():
         for name, fields in inputs.items():
-            for key in ("prompt", "ground_truth"):
-                length = len(_as_list(fields[key])) if key in fields else "missing"
-                if length != n:
+            for key in _PART_KEYS:
+                if len(_as_list(fields[key])) != n:
+                    length = len(_as_list(fields[key]))
                     problems.append(f"{part}_inputs[{name!r}][{key!r}]: {length}")
     if problems:
         raise RequestError(
@@ -104,7 +133,7 @@ def make_requests(
         request: dict[str, Any] = {key: values[i] for key, values in columns.items()}
         for part, inputs in parts.items():
             request[part] = {
-                name: {key: _as_list(fields[key])[i] for key in ("prompt", "ground_truth")}
+                name: {key: _as_list(fields[key])[i] for key in _PART_KEYS}
                 for name, fields in inputs.items()
                 # EasyEdit's scripts leave an empty list where a record has no such prompt.
                 if _as_list(fields["prompt"])[i] not in (None, [])
@@ -138,12 +167,13 @@ def distinct_edits(
     if problems:
         raise RequestError(one_message("The requests cannot be trained:", problems))
 
+    # "Paris" and " Paris" are one target: training puts the space there.
+    pairs = [(r["prompt"], with_leading_space(r["target_new"])) for r in requests]
     edits: dict[tuple[str, str], Edit] = {}
-    for i, request in enumerate(requests):
-        pair = (request["prompt"], request["target_new"])
+    for i, pair in enumerate(pairs):
         if on_conflict == "last":
             edits.pop(pair, None)  # the latest mention decides which target is the last
-        edits.setdefault(pair, Edit(*pair, request=i))
+        edits.setdefault(pair, Edit(pair[0], requests[i]["target_new"], request=i))
     n_merged = len(requests) - len(edits)
 
     by_prompt: dict[str, list[Edit]] = {}
@@ -170,7 +200,20 @@ def distinct_edits(
         )
     if n_merged:
         logger.info("%d requests repeat another one and are trained once.", n_merged)
-    return EditSet(kept, len(requests), n_merged, len(conflicts), len(edits) - len(kept))
+    index = {pairs[edit.request]: i for i, edit in enumerate(kept)}
+    return EditSet(
+        kept,
+        len(requests),
+        [index.get(pair) for pair in pairs],
+        n_merged,
+        len(conflicts),
+        len(edits) - len(kept),
+    )
+
+
+def with_leading_space(target: str) -> str:
+    """Returns the target with one space before it, unless it begins with one."""
+    return target if target.startswith(" ") else " " + target
 
 
 def _request_problems(i: int, request: Any) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .errors import ModelError, RequestError, one_message
-from .requests import Edit
+from .requests import Edit, with_leading_space
 
 _CHUNK = 4096  # texts a tokenizer call: bounds the memory of 100,000 edits
 
@@ -81,7 +81,7 @@ def tokenize_edits(
     problems = []
     for first in range(0, len(edits), _CHUNK):
         chunk = edits[first : first + _CHUNK]
-        texts = [edit.prompt + _with_leading_space(edit.target) for edit in chunk]
+        texts = [edit.prompt + with_leading_space(edit.target) for edit in chunk]
         for edit, (ids, start) in zip(
             chunk, _split(tokenizer, [e.prompt for e in chunk], texts), strict=True
         ):
@@ -107,10 +107,6 @@ def tokenize_edits(
     if problems:
         raise RequestError(one_message("The requests cannot be trained:", problems))
     return TokenizedTexts.from_lists(sequences, starts)
-
-
-def _with_leading_space(target: str) -> str:
-    return target if target.startswith(" ") else " " + target
 
 
 def _shortened(text: str, limit: int = 60) -> str:

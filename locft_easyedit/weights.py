@@ -25,7 +25,7 @@ class TrainedWeights:
         self._separate = {
             name: p.detach().float().clone().requires_grad_()
             for name, p in self.parameters.items()
-            if p.dtype != torch.float32
+            if p.dtype != torch.float32 or self.loss_scale != 1.0
         }
 
     @property
@@ -33,13 +33,22 @@ class TrainedWeights:
         """What the optimizer updates."""
         return [self._separate.get(name, p) for name, p in self.parameters.items()]
 
+    @property
+    def loss_scale(self) -> float:
+        """What a loss is multiplied by before it is differentiated.
+
+        Small gradients would vanish in float16, whose smallest number is 6e-8.
+        """
+        return 1024.0 if any(p.dtype == torch.float16 for p in self.parameters.values()) else 1.0
+
     def collect_gradients_(self) -> None:
         """Adds the parameters' gradients to their masters', in float32, and clears them."""
         for name, master in self._separate.items():
             gradient = self.parameters[name].grad
             if gradient is not None:
                 # Micro-batches add up in float32: eight bits of mantissa would lose the small ones.
-                master.grad = gradient.float() if master.grad is None else master.grad + gradient
+                added = gradient.float() / self.loss_scale
+                master.grad = added if master.grad is None else master.grad + added
                 self.parameters[name].grad = None
 
     @torch.no_grad()

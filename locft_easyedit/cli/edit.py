@@ -15,9 +15,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from ..data import read_requests
-from ..errors import HyperParamsError, LocFTError
+from ..errors import HyperParamsError, LocFTError, one_message
 from ..evaluate.summary import summarize
-from ..hparams import ALG_NAME, LocFTBFHyperParams, read_mapping
+from ..hparams import ALG_NAME, LocFTBFHyperParams, read_mapping, type_problems
 from ..hparams_files import hparams_folder
 from ..models import load_model
 from ..pipeline import SAVE, edit_and_measure, write_run
@@ -91,7 +91,8 @@ def run_edit(config: DictConfig, output: Path) -> None:
     if command["data"] in (None, "???"):
         raise HyperParamsError("`data` is missing. Add data=FILE, a JSON file with edits.")
     requests = read_requests(command["data"], command["n"])
-    distinct_edits(requests, None)  # bad requests show before a large model is loaded
+    # Bad requests show before a large model is loaded; conflicts are warned of only once.
+    distinct_edits(requests, "error" if hparams.on_conflict == "error" else None)
     prepare_folder(output)
     model, tokenizer = load_model(hparams)
     run = edit_and_measure(model, tokenizer, requests, hparams)
@@ -135,7 +136,9 @@ def _with_stored_configs(arguments: list[str]) -> list[str]:
             "give the path of a YAML."
         )
     _, values = read_mapping(files[asked])
-    LocFTBFHyperParams.from_mapping(values, source=str(files[asked]))
+    problems = type_problems(values)  # what is missing may still come from the command line
+    if problems:
+        raise HyperParamsError(one_message(f"{files[asked]}:", problems))
     node: Any = OmegaConf.merge(OmegaConf.structured(EditConfig), values)
     hydra_settings = {
         "run": {"dir": "${output}"},

@@ -15,6 +15,19 @@ from .measures import Measures
 _MAX_NEW_TOKENS = 512
 
 
+def check_chat(tokenizer: Any) -> None:
+    """Checks that the model can be asked in chat form.
+
+    Raises:
+        ModelError: The tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise ModelError(
+            "`generate_edit` asks in the model's chat format, and this tokenizer has no chat "
+            "template. Use an instruct model, or `edit`."
+        )
+
+
 def chat_answers(
     measures: Measures,
     records: Sequence[Mapping[str, Any]],
@@ -29,15 +42,7 @@ def chat_answers(
         records: Requests.
         description: Label of the progress bar.
         progress: Show it; as `measures` does if `None`.
-
-    Raises:
-        ModelError: The tokenizer has no chat template.
     """
-    if not measures.tokenizer.chat_template:
-        raise ModelError(
-            "`generate_edit` asks in the model's chat format, and this tokenizer has no chat "
-            "template. Use an instruct model, or `edit`."
-        )
     show = measures.progress if progress is None else progress
     return [
         _answers(measures, record)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from ..editing import EditResult, EditSession
 from ..errors import HyperParamsError, LocFTError
@@ -19,7 +20,7 @@ from ..models import load_model
 from ..requests import make_requests
 from ..weights import write_
 from .algorithm import apply_locft_bf_to_model
-from .chat import chat_answers
+from .chat import chat_answers, check_chat
 from .loading import EasyEdit
 from .measures import Measures
 
@@ -190,9 +191,12 @@ class LocFTBFMethods:
         self, prompts: list[str], target_new: list[str], sequential_edit: bool = False
     ) -> Returned:
         """Edits with all requests together and measures nothing: returns `None` for metrics."""
-        requests = make_requests(prompts, target_new)
+        session = EditSession(
+            self.model, self.tok, make_requests(prompts, target_new), self.hparams
+        )
+        session.check()
         self._begin()
-        with self._session(requests) as session:
+        with session:
             self._done(session.train_(), sequential_edit)
         return None, self.model, self._former_weights()
 
@@ -214,17 +218,20 @@ class LocFTBFMethods:
         Each entry has `rewrite_ans`, and where the request has the prompts `rephrase_ans`,
         `portability_ans` (`por_hop`) and `locality_ans` (`loc_hop`), as in EasyEdit.
         """
-        requests = kwargs.get("requests") or make_requests(
-            prompts,
-            target_new,
-            ground_truth,
-            target_neg,
-            rephrase_prompts,
-            locality_inputs,
-            portability_inputs,
-            subject=kwargs.get("subject"),
-            loc_prompts=kwargs.get("loc_prompts"),
-        )
+        requests = kwargs.get("requests")
+        if requests is None:
+            requests = make_requests(
+                prompts,
+                target_new,
+                ground_truth,
+                target_neg,
+                rephrase_prompts,
+                locality_inputs,
+                portability_inputs,
+                subject=kwargs.get("subject"),
+                loc_prompts=kwargs.get("loc_prompts"),
+            )
+        check_chat(self.tok)
         measures = self._measures("exact match", kwargs.get("test_generation", False), verbose)
 
         def answers(records: Sequence[Request], description: str, **options: Any) -> list[Metrics]:
@@ -232,10 +239,10 @@ class LocFTBFMethods:
 
         results = self._train_and_call(
             requests,
+            measures,
             answers,
             sequential=sequential_edit,
             alone=not sequential_edit,
-            verbose=verbose,
             pre_edit=kwargs.get("pre_edit"),
             pre_file=kwargs.get("pre_file"),
         )
@@ -257,10 +264,10 @@ class LocFTBFMethods:
         measures = self._measures(eval_metric, test_generation, verbose)
         metrics = self._train_and_call(
             requests,
+            measures,
             measures.of,
             sequential=sequential,
             alone=alone,
-            verbose=verbose,
             pre_edit=pre_edit,
             pre_file=pre_file,
         )
@@ -278,24 +285,24 @@ class LocFTBFMethods:
     def _train_and_call(
         self,
         requests: Sequence[Request],
+        measures: Measures,
         measure: Callable[..., list[Any]],
         *,
         sequential: bool,
         alone: bool,
-        verbose: bool,
         pre_edit: list[dict[str, Any]] | None,
         pre_file: str | None,
     ) -> list[dict[str, Any]]:
         """Measures, edits and measures again; returns an entry with `pre` and `post` a request."""
-        if pre_edit is not None and len(pre_edit) != len(requests):
-            raise LocFTError(
-                f"`pre_edit` has {len(pre_edit)} entries for {len(requests)} requests. Measure "
-                "again, or give those of the same requests."
-            )
+        session = EditSession(
+            self.model, self.tok, requests, self.hparams, progress=measures.progress, alone=alone
+        )
+        # All that can be wrong shows before any weight changes, the last call's edits included.
+        session.check()
+        measures.check(requests, pre_edit)
         self._begin()
-        alone = alone and len(requests) > 1
-        # Entered first: bad requests and places show before any time is spent on measuring.
-        with self._session(requests, progress=verbose, alone=alone) as session:
+        with session:
+            measures.packed = session.packed
             if pre_edit is not None:
                 entries = pre_edit
             else:
@@ -304,7 +311,7 @@ class LocFTBFMethods:
                     with open(pre_file, "w", encoding="utf-8") as file:
                         json.dump(entries, file, indent=4)
             start = time.perf_counter()
-            if alone:
+            if alone and len(requests) > 1:
                 after = self._each_alone(session, requests, measure)
             else:
                 self._done(session.train_(), sequential)
@@ -321,8 +328,6 @@ class LocFTBFMethods:
         measure: Callable[..., list[Any]],
     ) -> list[Any]:
         """Edits and measures each request on the original model; the last one stays in."""
-        from tqdm import tqdm
-
         after = []
         start = time.perf_counter()
         for i, request in enumerate(
@@ -338,13 +343,6 @@ class LocFTBFMethods:
             len(requests),
         )
         return after
-
-    def _session(
-        self, requests: Sequence[Request], *, progress: bool = True, alone: bool = False
-    ) -> EditSession:
-        return EditSession(
-            self.model, self.tok, requests, self.hparams, progress=progress, alone=alone
-        )
 
     def _measures(self, eval_metric: str, fluency: bool, verbose: bool) -> Measures:
         return Measures(
@@ -365,7 +363,8 @@ class LocFTBFMethods:
 
     def _done(self, result: EditResult, sequential: bool) -> None:
         self.last_result = result
-        self._original = {} if sequential else result.original
+        # Copies: what is returned to the caller may be changed by the caller.
+        self._original = {} if sequential else {k: v.clone() for k, v in result.original.items()}
 
     def _former_weights(self) -> dict[str, torch.Tensor]:
-        return self.last_result.original if self.last_result is not None else {}
+        return dict(self.last_result.original) if self.last_result is not None else {}

@@ -10,15 +10,27 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..errors import HyperParamsError
+from ..errors import HyperParamsError, LocFTError, one_message
 from ..evaluate.fluency import fluency_of, word_tokenizer
-from ..evaluate.teacher_forced import Metrics, finish_locality_, score_records
+from ..evaluate.teacher_forced import Metrics, check_records, finish_locality_, score_records
 from ..hparams import LocFTBFHyperParams
 from .cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
 from .loading import EasyEdit
 
 # `eval_metric` values that EasyEdit computes otherwise than by teacher forcing.
 _PERPLEXITIES = ("ppl", "ood_ppl")
+
+
+def _list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _kept_outputs(entry: Any, name: str) -> list[Any]:
+    """Returns the outputs that an entry of `pre_edit` holds for a locality's name."""
+    try:
+        return list(entry["pre"]["locality"][f"{name}_output"])
+    except (KeyError, TypeError):
+        return []
 
 
 @dataclass
@@ -34,6 +46,7 @@ class Measures:
         eval_metric: EasyEdit's argument of that name.
         fluency: Whether fluency is asked for (`test_generation=True`).
         progress: Show progress bars.
+        packed: Whether packed rows suit the model; `None` until somebody measured it.
         words: Splits a text into words, if fluency is asked for.
     """
 
@@ -45,6 +58,7 @@ class Measures:
     eval_metric: str
     fluency: bool
     progress: bool
+    packed: bool | None = None
     words: Callable[[str], list[str]] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -54,6 +68,31 @@ class Measures:
             raise HyperParamsError(
                 f"`evaluation_type={self.hparams.evaluation_type!r}` needs the current EasyEdit; "
                 "this is the PyPI release. Set EASYEDIT_HOME to a clone, or remove the key."
+            )
+
+    def check(self, requests: Sequence[Mapping[str, Any]], pre_edit: Sequence[Any] | None) -> None:
+        """Checks that the requests can be measured, and that `pre_edit` was measured on them.
+
+        Raises:
+            LocFTError: They cannot, or it was not.
+        """
+        check_records(self.model, self.tokenizer, requests)
+        if pre_edit is None:
+            return
+        if len(pre_edit) != len(requests):
+            raise LocFTError(
+                f"`pre_edit` has {len(pre_edit)} entries for {len(requests)} requests. Measure "
+                "again, or give those of the same requests."
+            )
+        problems = [
+            f"entry {i} has no `pre` with {len(_list(fields['prompt']))} outputs for {name!r}."
+            for i, (entry, request) in enumerate(zip(pre_edit, requests, strict=True))
+            for name, fields in (request.get("locality") or {}).items()
+            if len(_kept_outputs(entry, name)) != len(_list(fields["prompt"]))
+        ]
+        if problems and self.hparams.evaluation_type is None:
+            raise LocFTError(
+                one_message("`pre_edit` is of other requests. Measure again:", problems)
             )
 
     def of(
@@ -72,6 +111,7 @@ class Measures:
                 records,
                 batch_size=self.hparams.eval_batch_size,
                 row_tokens=self.hparams.row_tokens,
+                packed=self.packed,
                 progress=progress,
                 description=description,
             )

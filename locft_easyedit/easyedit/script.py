@@ -37,6 +37,7 @@ def run_script(script: str | Path, arguments: Sequence[str]) -> None:
     # run_knowedit_llama2.py averages every entry of `locality`, and fails on the token lists that
     # the current EasyEdit leaves there. No script reads them after the edit.
     editor: Any = editor_class()
+    keeps = editor.keeps_locality_outputs
     editor.keeps_locality_outputs = False
     argv, search = sys.argv, list(sys.path)
     sys.argv = [str(script), *arguments]
@@ -46,6 +47,7 @@ def run_script(script: str | Path, arguments: Sequence[str]) -> None:
             runpy.run_path(str(path), run_name="__main__")
     finally:
         sys.argv, sys.path[:] = argv, search
+        editor.keeps_locality_outputs = keeps
 
 
 def _clone_of(script: Path) -> Path | None:

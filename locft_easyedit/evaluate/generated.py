@@ -23,9 +23,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from ..errors import RequestError
 from ..modes import evaluation_mode
 from ..packing import length_sorted_batches
-from ..runner import input_device
+from ..runner import context_length, input_device
 
 MAX_NEW_TOKENS = 32
 _STOPS = (".", "\n")
@@ -63,11 +64,21 @@ def generate_answers(
         max_new_tokens: Tokens at most.
         progress: Show a progress bar.
         description: Its label.
+
+    Raises:
+        RequestError: A prompt and its answer are beyond the model's context.
     """
     if not prompts:
         return []
     sequences = tokenizer(list(prompts), padding=False, truncation=False)["input_ids"]
     lengths = np.array([len(ids) for ids in sequences], np.int64)
+    limit = context_length(model)
+    if limit is not None and lengths.max() + max_new_tokens > limit:
+        i = int(lengths.argmax())
+        raise RequestError(
+            f"prompt {i} ({prompts[i][:60]!r}) has {lengths[i]} tokens, and with {max_new_tokens} "
+            f"for the answer is beyond the model's context of {limit}. Shorten it."
+        )
     ends = _end_tokens(model, tokenizer)
     stops = StoppingCriteriaList([_AtToken(_stop_table(tokenizer, model))])
     device = input_device(model)

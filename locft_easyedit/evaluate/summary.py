@@ -9,7 +9,7 @@ import numpy as np
 
 
 def summarize(metrics: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Returns the means that EasyEdit's `summary_metrics` prints, and those of `generated`.
+    """Returns the means that EasyEdit's `summary_metrics` prints, fluency and `generated` besides.
 
     Args:
         metrics: A dictionary for each record, with `pre` and `post`.

@@ -21,7 +21,7 @@ from ..errors import RequestError, one_message
 from ..forward import run_rows
 from ..modes import evaluation_mode
 from ..packing import lay_out, length_sorted_batches
-from ..runner import can_pack, input_device
+from ..runner import can_pack, context_length, input_device
 from ..tokens import TokenizedTexts
 
 Metrics = dict[str, Any]
@@ -57,6 +57,7 @@ def score_records(
     *,
     batch_size: int = 64,
     row_tokens: int = 128,
+    packed: bool | None = None,
     progress: bool = False,
     description: str = "evaluation",
 ) -> list[Metrics]:
@@ -69,6 +70,7 @@ def score_records(
             `rephrase_prompt`, `locality` and `portability`.
         batch_size: Prompts a forward pass.
         row_tokens: Length of packed rows.
+        packed: Whether to pack rows; `None` measures whether this model can be packed.
         progress: Show a progress bar.
         description: Its label.
 
@@ -77,14 +79,11 @@ def score_records(
         tokens, under `NAME_output`), `portability` (`NAME_acc`) and `metric_meta`.
 
     Raises:
-        RequestError: A prompt is blank, or prompts and answers differ in number.
+        RequestError: As for `check_records`.
     """
-    questions = [q for i, record in enumerate(records) for q in _questions(i, record)]
-    _check(questions)
-    texts, first_position = _tokenize(tokenizer, questions)
-    predicted = _predict(
-        model, texts, first_position, batch_size, row_tokens, progress, description
-    )
+    questions, texts, first_position = _checked(model, tokenizer, records)
+    how = _Batches(texts, first_position, batch_size, row_tokens, packed)
+    predicted = _predict(model, how, progress, description)
 
     metrics: list[Metrics] = [{"locality": {}, "portability": {}} for _ in records]
     i = 0
@@ -106,6 +105,18 @@ def score_records(
             meta = metrics[question.record].setdefault("metric_meta", {})
             meta[question.part] = {"result_key": f"{question.part}_acc", **_META}
     return metrics
+
+
+def check_records(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Mapping[str, Any]]
+) -> None:
+    """Checks that `records` can be evaluated, without running the model.
+
+    Raises:
+        RequestError: A prompt or an answer is no text or blank, their numbers differ, or one is
+            beyond the model's context. All such problems in one error.
+    """
+    _checked(model, tokenizer, records)
 
 
 def finish_locality_(pre: Mapping[str, Any], post: Metrics) -> None:
@@ -138,26 +149,49 @@ def _questions(index: int, record: Mapping[str, Any]) -> Iterable[_Question]:
 
 
 def _question(index: int, part: str, name: str, prompts: Any, answers: Any) -> _Question:
-    prompt_list = [prompts] if isinstance(prompts, str) else list(prompts)
-    answer_list = [answers] * len(prompt_list) if isinstance(answers, str) else list(answers)
-    return _Question(index, part, name, prompt_list, answer_list)
+    prompt_list = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
+    is_list = isinstance(answers, (list, tuple))
+    return _Question(
+        index, part, name, prompt_list, list(answers) if is_list else [answers] * len(prompt_list)
+    )
 
 
-def _check(questions: Sequence[_Question]) -> None:
-    problems = []
-    for q in questions:
-        where = f"request {q.record}, {q.part}{f' {q.name!r}' if q.name else ''}"
-        if len(q.prompts) != len(q.answers):
-            problems.append(
-                f"{where}: {len(q.prompts)} prompts, {len(q.answers)} answers. Pair them."
-            )
-        problems += [
-            f"{where}: `{text!r}` must be a text that is not blank. Fill it in or drop it."
-            for text in (*q.prompts, *q.answers)
-            if not isinstance(text, str) or not text.strip()
+def _checked(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Mapping[str, Any]]
+) -> tuple[list[_Question], TokenizedTexts, np.ndarray]:
+    """Returns the questions of all records, their tokens and first positions."""
+    questions = [q for i, record in enumerate(records) for q in _questions(i, record)]
+    problems = [problem for question in questions for problem in _problems(question)]
+    if not problems:
+        texts, first_position = _tokenize(tokenizer, questions)
+        limit = context_length(model)
+        owners = [q for q in questions for _ in q.prompts]
+        problems = [
+            f"{_where(owner)} has {length} tokens; the model's context is {limit}. Shorten it."
+            for owner, length in zip(owners, texts.lengths.tolist(), strict=True)
+            if limit is not None and length > limit
         ]
     if problems:
         raise RequestError(one_message("The requests cannot be evaluated:", problems))
+    return questions, texts, first_position
+
+
+def _where(question: _Question) -> str:
+    name = f" {question.name!r}" if question.name else ""
+    return f"request {question.record}, {question.part}{name}"
+
+
+def _problems(q: _Question) -> list[str]:
+    problems = []
+    if len(q.prompts) != len(q.answers):
+        problems.append(
+            f"{_where(q)}: {len(q.prompts)} prompts, {len(q.answers)} answers. Pair them."
+        )
+    return problems + [
+        f"{_where(q)}: `{text!r}` must be a text that is not blank. Fill it in or drop it."
+        for text in (*q.prompts, *q.answers)
+        if not isinstance(text, str) or not text.strip()
+    ]
 
 
 def _tokenize(
@@ -184,30 +218,36 @@ def _tokenize(
     return TokenizedTexts.from_lists(sequences, starts), np.array(first_position, np.int64)
 
 
+@dataclass(frozen=True)
+class _Batches:
+    """How the texts are run."""
+
+    texts: TokenizedTexts
+    first_position: np.ndarray
+    batch_size: int
+    row_tokens: int
+    packed: bool | None
+
+
 @torch.no_grad()
 def _predict(
-    model: PreTrainedModel,
-    texts: TokenizedTexts,
-    first_position: np.ndarray,
-    batch_size: int,
-    row_tokens: int,
-    progress: bool,
-    description: str,
+    model: PreTrainedModel, how: _Batches, progress: bool, description: str
 ) -> list[list[int]]:
     """Returns the model's first choice for each answer token, a list for each text."""
+    texts = how.texts
     device = input_device(model)
     ids = torch.from_numpy(texts.ids).to(device)
     predicted: list[list[int]] = [[] for _ in range(len(texts))]
     with evaluation_mode(model):
-        packed, _ = can_pack(model, texts)
+        packed = can_pack(model, texts)[0] if how.packed is None else how.packed
         with tqdm(total=len(texts), desc=description, unit="prompt", disable=not progress) as bar:
-            for batch in length_sorted_batches(texts.lengths, batch_size):
+            for batch in length_sorted_batches(texts.lengths, how.batch_size):
                 rows = lay_out(
                     texts,
                     batch,
-                    row_tokens=row_tokens,
+                    row_tokens=how.row_tokens,
                     packed=packed,
-                    first_position=first_position,
+                    first_position=how.first_position,
                 ).to(device)
                 logits = run_rows(model, rows, input_ids=ids[rows.gather_index])
                 choices = logits.argmax(-1).tolist()  # [S]
