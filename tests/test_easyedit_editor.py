@@ -264,6 +264,9 @@ def test_generate_edit_collects_chat_answers(editor, monkeypatch):
             assert set(entry[phase]) == {"rewrite_ans", "rephrase_ans", "portability_ans"}
             assert isinstance(entry[phase]["rewrite_ans"], str)
             assert len(entry[phase]["portability_ans"]) == 1
+    kept = [{"pre": entry["pre"]} for entry in results]
+    again, _, _ = editor.generate_edit(**arguments, pre_edit=kept, verbose=False)
+    assert [entry["pre"] for entry in again] == [entry["pre"] for entry in results]
 
 
 def test_measurements_before_the_edit_can_be_kept_in_a_file(editor, tmp_path):

@@ -233,6 +233,7 @@ class LocFTBFMethods:
             )
         check_chat(self.tok)
         measures = self._measures("exact match", kwargs.get("test_generation", False), verbose)
+        measures.scores = False
 
         def answers(records: Sequence[Request], description: str, **options: Any) -> list[Metrics]:
             return chat_answers(measures, records, description, **options)

@@ -46,6 +46,7 @@ class Measures:
         eval_metric: EasyEdit's argument of that name.
         fluency: Whether fluency is asked for (`test_generation=True`).
         progress: Show progress bars.
+        scores: Whether requests are scored; chat answers are no scores.
         packed: Whether packed rows suit the model; `None` until somebody measured it.
         words: Splits a text into words, if fluency is asked for.
     """
@@ -58,6 +59,7 @@ class Measures:
     eval_metric: str
     fluency: bool
     progress: bool
+    scores: bool = True
     packed: bool | None = None
     words: Callable[[str], list[str]] | None = field(init=False, default=None)
 
@@ -90,7 +92,7 @@ class Measures:
             for name, fields in (request.get("locality") or {}).items()
             if len(_kept_outputs(entry, name)) != len(_list(fields["prompt"]))
         ]
-        if problems and self.hparams.evaluation_type is None:
+        if problems and self.scores and self.hparams.evaluation_type is None:
             raise LocFTError(
                 one_message("`pre_edit` is of other requests. Measure again:", problems)
             )
