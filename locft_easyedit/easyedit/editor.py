@@ -105,19 +105,16 @@ class LocFTBFMethods:
         Raises:
             LocFTError: The requests cannot be used; nothing was changed.
         """
-        requests = kwargs.pop("requests", None)
-        if requests is None:
-            requests = make_requests(
-                prompts,
-                target_new,
-                ground_truth,
-                target_neg,
-                rephrase_prompts,
-                locality_inputs,
-                portability_inputs,
-                subject=kwargs.get("subject"),
-                loc_prompts=kwargs.get("loc_prompts"),
-            )
+        requests = _requests(
+            kwargs,
+            prompts,
+            target_new,
+            ground_truth,
+            target_neg,
+            rephrase_prompts,
+            locality_inputs,
+            portability_inputs,
+        )
         return self.edit_requests(requests, sequential_edit, verbose, **kwargs)
 
     def edit_requests(
@@ -164,7 +161,8 @@ class LocFTBFMethods:
         Arguments, result and errors as for `edit`; each metric dictionary has `time` as well, the
         seconds of the whole edit.
         """
-        requests = make_requests(
+        requests = _requests(
+            kwargs,
             prompts,
             target_new,
             ground_truth,
@@ -172,8 +170,6 @@ class LocFTBFMethods:
             rephrase_prompts,
             locality_inputs,
             portability_inputs,
-            subject=kwargs.get("subject"),
-            loc_prompts=kwargs.get("loc_prompts"),
         )
         metrics, seconds = self._edit_and_measure(
             requests,
@@ -218,19 +214,16 @@ class LocFTBFMethods:
         Each entry has `rewrite_ans`, and where the request has the prompts `rephrase_ans`,
         `portability_ans` (`por_hop`) and `locality_ans` (`loc_hop`), as in EasyEdit.
         """
-        requests = kwargs.get("requests")
-        if requests is None:
-            requests = make_requests(
-                prompts,
-                target_new,
-                ground_truth,
-                target_neg,
-                rephrase_prompts,
-                locality_inputs,
-                portability_inputs,
-                subject=kwargs.get("subject"),
-                loc_prompts=kwargs.get("loc_prompts"),
-            )
+        requests = _requests(
+            kwargs,
+            prompts,
+            target_new,
+            ground_truth,
+            target_neg,
+            rephrase_prompts,
+            locality_inputs,
+            portability_inputs,
+        )
         check_chat(self.tok)
         measures = self._measures("exact match", kwargs.get("test_generation", False), verbose)
         measures.scores = False
@@ -369,3 +362,13 @@ class LocFTBFMethods:
 
     def _former_weights(self) -> dict[str, torch.Tensor]:
         return dict(self.last_result.original) if self.last_result is not None else {}
+
+
+def _requests(kwargs: dict[str, Any], *columns: Any) -> Sequence[Request]:
+    """Returns the requests that EasyEdit's arguments mean; takes `requests` out of `kwargs`."""
+    requests = kwargs.pop("requests", None)
+    if requests is not None:
+        return requests  # type: ignore[no-any-return]
+    return make_requests(
+        *columns, subject=kwargs.get("subject"), loc_prompts=kwargs.get("loc_prompts")
+    )
