@@ -368,7 +368,7 @@ def _requests(kwargs: dict[str, Any], *columns: Any) -> Sequence[Request]:
     """Returns the requests that EasyEdit's arguments mean; takes `requests` out of `kwargs`."""
     requests = kwargs.pop("requests", None)
     if requests is not None:
-        return requests  # type: ignore[no-any-return]
+        return requests
     return make_requests(
         *columns, subject=kwargs.get("subject"), loc_prompts=kwargs.get("loc_prompts")
     )
