@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from .errors import RequestError, one_message
 logger = logging.getLogger(__name__)
 
 _PART_KEYS = ("prompt", "ground_truth")
+# Arguments whose entries have another name in a request.
+_KEYS = {"prompts": "prompt", "rephrase_prompts": "rephrase_prompt", "loc_prompts": "loc_prompt"}
 
 
 @dataclass(frozen=True)
@@ -81,48 +83,23 @@ def make_requests(
         "target_new": target_new,
         "ground_truth": ground_truth,
         "target_neg": target_neg,
-        "rephrase_prompts": rephrase_prompts,
         "subject": subject,
+        "rephrase_prompts": rephrase_prompts,
         "loc_prompts": loc_prompts,
     }
-    required = ("prompts", "target_new")
-    parts = {"locality": locality_inputs or {}, "portability": portability_inputs or {}}
-    problems = [
-        f"{name} is a {type(value).__name__}. Give a text or a list of texts."
-        for name, value in given.items()
-        if not isinstance(value, (str, list, tuple)) and (value is not None or name in required)
-    ]
-    for part, inputs in parts.items():
-        problems += [
-            f"{part}_inputs[{name!r}] needs `prompt` and `ground_truth`, each a list."
-            for name, fields in inputs.items()
-            if not isinstance(fields, Mapping)
-            or not all(isinstance(fields.get(k), (str, list, tuple)) for k in _PART_KEYS)
-        ]
-    if problems:
-        raise RequestError(one_message("The arguments cannot be read:", problems))
-
-    prompts, targets = _as_list(prompts), _as_list(target_new)
-    n = len(prompts)
-    columns: dict[str, list[Any]] = {"prompt": prompts, "target_new": targets}
-    columns["ground_truth"] = [None] * n if ground_truth is None else _as_list(ground_truth)
-    optional = {
-        "target_neg": target_neg,
-        "subject": subject,
-        "rephrase_prompt": rephrase_prompts,
-    }
-    columns |= {key: _as_list(value) for key, value in optional.items() if value is not None}
-    if loc_prompts is not None and n:
-        repeated = _as_list(loc_prompts)
-        columns["loc_prompt"] = (repeated * -(-n // max(len(repeated), 1)))[:n]
-
-    problems = [f"{key}: {len(values)}" for key, values in columns.items() if len(values) != n]
-    for part, inputs in parts.items():
-        for name, fields in inputs.items():
+    for part, inputs in (("locality", locality_inputs), ("portability", portability_inputs)):
+        for name, fields in (inputs or {}).items():
             for key in _PART_KEYS:
-                if len(_as_list(fields[key])) != n:
-                    length = len(_as_list(fields[key]))
-                    problems.append(f"{part}_inputs[{name!r}][{key!r}]: {length}")
+                value = fields.get(key) if isinstance(fields, Mapping) else None
+                given[f"{part}_inputs[{name!r}][{key!r}]"] = value
+    columns = _lists(given)
+    n = len(columns["prompts"])
+    if "loc_prompts" in columns:
+        repeated = columns["loc_prompts"]
+        columns["loc_prompts"] = (repeated * -(-n // max(len(repeated), 1)))[:n]
+    columns.setdefault("ground_truth", [None] * n)
+    problems = [f"{name}: {len(values)}" for name, values in columns.items() if len(values) != n]
+    problems += [f"{name}: missing" for name in given if "_inputs[" in name and name not in columns]
     if problems:
         raise RequestError(
             one_message(f"{n} prompts, but lists of other lengths. Give one entry each:", problems)
@@ -130,16 +107,41 @@ def make_requests(
 
     requests: list[dict[str, Any]] = []
     for i in range(n):
-        request: dict[str, Any] = {key: values[i] for key, values in columns.items()}
-        for part, inputs in parts.items():
-            request[part] = {
-                name: {key: _as_list(fields[key])[i] for key in _PART_KEYS}
-                for name, fields in inputs.items()
+        request: dict[str, Any] = {
+            _KEYS.get(name, name): values[i]
+            for name, values in columns.items()
+            if "_inputs[" not in name
+        }
+        for part, inputs in (("locality", locality_inputs), ("portability", portability_inputs)):
+            request[part] = {}
+            for name in inputs or {}:
+                prompt, truth = (columns[f"{part}_inputs[{name!r}][{k!r}]"][i] for k in _PART_KEYS)
                 # EasyEdit's scripts leave an empty list where a record has no such prompt.
-                if _as_list(fields["prompt"])[i] not in (None, [])
-            }
+                if prompt not in (None, []):
+                    request[part][name] = {"prompt": prompt, "ground_truth": truth}
         requests.append(request)
     return requests
+
+
+def _lists(given: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Returns the arguments that are given as lists; a text is a list of one.
+
+    Raises:
+        RequestError: An argument is neither a text nor a sequence of entries.
+    """
+    lists: dict[str, list[Any]] = {}
+    problems = []
+    for name, value in given.items():
+        if isinstance(value, str):
+            lists[name] = [value]
+        elif isinstance(value, Iterable) and not isinstance(value, (Mapping, bytes)):
+            lists[name] = list(value)
+        elif value is not None or name in ("prompts", "target_new"):
+            kind = type(value).__name__
+            problems.append(f"{name} is a {kind}. Give a text or a list of texts.")
+    if problems:
+        raise RequestError(one_message("The arguments cannot be read:", problems))
+    return lists
 
 
 def distinct_edits(
@@ -248,7 +250,3 @@ def _encodable(text: str) -> bool:
 def _describe(group: list[Edit]) -> str:
     targets = ", ".join(f"{edit.target!r} (request {edit.request})" for edit in group)
     return f"{group[0].prompt!r} -> {targets}"
-
-
-def _as_list(value: Any) -> list[Any]:
-    return [value] if isinstance(value, str) else list(value)

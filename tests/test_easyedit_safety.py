@@ -115,7 +115,10 @@ def test_targets_that_differ_in_their_leading_space_are_one():
         ((None, "x"), "prompts is a NoneType"),
         ((5, "x"), "prompts is a int"),
         ((["a"], None), "target_new is a NoneType"),
-        ((["a"], ["b"], None, None, None, {"near": None}), "locality_inputs\\['near'\\] needs"),
+        (
+            (["a"], ["b"], None, None, None, {"near": None}),
+            r"locality_inputs\['near'\]\['prompt'\]: missing",
+        ),
     ],
     ids=str,
 )

@@ -131,8 +131,8 @@ def test_arguments_are_left_alone():
         ({"ground_truth": ["a", "b"]}, "ground_truth: 2"),
         ({"target_neg": []}, "target_neg: 0"),
         ({"subject": ["a"] * 4}, "subject: 4"),
-        ({"rephrase_prompts": "a"}, "rephrase_prompt: 1"),
-        ({"loc_prompts": []}, "loc_prompt: 0"),
+        ({"rephrase_prompts": "a"}, "rephrase_prompts: 1"),
+        ({"loc_prompts": []}, "loc_prompts: 0"),
         (
             {"locality_inputs": {"near": {"prompt": ["a"], "ground_truth": list("abc")}}},
             "locality_inputs['near']['prompt']: 1",
@@ -163,7 +163,7 @@ def test_all_length_mismatches_in_one_error():
             rephrase_prompts=[],
             locality_inputs={"near": {"prompt": ["a"], "ground_truth": ["b", "c"]}},
         )
-    keys = ["target_new: 2", "ground_truth: 1", "subject: 4", "rephrase_prompt: 0"]
+    keys = ["target_new: 2", "ground_truth: 1", "subject: 4", "rephrase_prompts: 0"]
     near = [f"locality_inputs['near']['{k}']: {n}" for k, n in (("prompt", 1), ("ground_truth", 2))]
     assert str(caught.value).split("\n")[1:] == [f"  - {line}" for line in keys + near]
 
