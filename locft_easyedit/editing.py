@@ -198,7 +198,7 @@ class EditSession:
         """
         indices = np.arange(len(self.edits.edits))
         if only is not None:
-            chosen = {self.edits.edit_of_request[i] for i in only} - {None}
+            chosen = {self.edits.edit_of_request[i] for i in only}
             indices = np.array(sorted(i for i in chosen if i is not None))
         weights = TrainedWeights(self.place.parameters)
         try:

@@ -104,12 +104,11 @@ def context_length(model: PreTrainedModel) -> int | None:
     return length if isinstance(length, int) and length > 0 else None
 
 
-def can_pack(model: PreTrainedModel, texts: TokenizedTexts) -> tuple[bool, float]:
-    """Returns whether packed rows give the model's own logits, and the relative error measured."""
+def can_pack(model: PreTrainedModel, texts: TokenizedTexts) -> bool:
+    """Returns whether packed rows give the model's own logits; warns if they do not."""
     probes = _probes(texts)
     reference = _plain_logits(model, probes)
-    error = _error_of(_probe_runner(model, probes, packed=True, prefix=None), reference)
-    return error <= _tolerance(model, probes, reference), error
+    return _packs(model, probes, reference, _tolerance(model, probes, reference))
 
 
 def choose_runner(
@@ -139,18 +138,7 @@ def choose_runner(
     reference = _plain_logits(model, probes)
     tolerance = _tolerance(model, probes, reference)
 
-    packed = packing
-    if packing:
-        error = _error_of(_probe_runner(model, probes, packed=True, prefix=None), reference)
-        packed = error <= tolerance
-        if not packed:
-            logger.warning(
-                "Packed rows change the logits of %s (relative error %.1e, allowed %.0e): edits "
-                "are padded instead, which costs more time.",
-                type(model).__name__,
-                error,
-                tolerance,
-            )
+    packed = packing and _packs(model, probes, reference, tolerance)
     why_not = "it is turned off" if not frozen_prefix else _why_no_prefix(place)
     if why_not is None:
         try:
@@ -201,6 +189,21 @@ def _tolerance(
     # Rounding adds up with depth in the half precisions: ordinary padding shows how much.
     padded = _error_of(_probe_runner(model, probes, packed=False, prefix=None), reference)
     return min(max(_HALF_TOLERANCE, 3 * padded), _MOST_TOLERATED)
+
+
+def _packs(
+    model: PreTrainedModel, probes: TokenizedTexts, reference: list[torch.Tensor], tolerance: float
+) -> bool:
+    error = _error_of(_probe_runner(model, probes, packed=True, prefix=None), reference)
+    if error > tolerance:
+        logger.warning(
+            "Packed rows change the logits of %s (relative error %.1e, allowed %.0e): rows are "
+            "padded instead, which costs more time.",
+            type(model).__name__,
+            error,
+            tolerance,
+        )
+    return error <= tolerance
 
 
 def _why_no_prefix(place: Place) -> str | None:

@@ -4,7 +4,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
-from toys import REPOSITORY, SHARED_DATA
+from toys import REPOSITORY, SHARED_DATA, loaded_hparams
 
 from locft_easyedit.errors import MissingDependencyError
 
@@ -26,3 +26,19 @@ def shared_data():
     if not SHARED_DATA.is_dir():
         pytest.skip("needs the public benchmark files in ../shared/data, beside the repository")
     return SHARED_DATA
+
+
+@pytest.fixture
+def easyedit():
+    """EasyEdit with LocFT-BF registered: the release, or what EASYEDIT_HOME leads to."""
+    pytest.importorskip("nltk", reason="EasyEdit needs nltk: pip install locft_easyedit[easyedit]")
+    import locft_easyedit
+
+    yield locft_easyedit.register()
+    locft_easyedit.unregister()
+
+
+@pytest.fixture
+def editor(easyedit):
+    """A LocFTBFEditor with a toy model."""
+    return easyedit.BaseEditor.from_hparams(loaded_hparams())

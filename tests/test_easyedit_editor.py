@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from toys import DOWN_PROJECTION, toy_model, toy_requests, toy_tokenizer
+from toys import loaded_hparams, toy_model, toy_requests, toy_tokenizer
 
 import locft_easyedit
 from locft_easyedit.easyedit import chat, editor_class
@@ -25,32 +25,6 @@ lr: 1e-2
 num_steps: 3
 batch_size: 4
 """
-
-
-@pytest.fixture
-def easyedit():
-    pytest.importorskip("nltk", reason="EasyEdit needs nltk: pip install locft_easyedit[easyedit]")
-    handle = locft_easyedit.register()
-    yield handle
-    locft_easyedit.unregister()
-
-
-def toy_hparams(**changes):
-    values = {
-        "model_name": (toy_model("llama"), toy_tokenizer(pad_is_eos=True)),
-        "device": "cpu",
-        "layers": [2],
-        "rewrite_module_tmp": DOWN_PROJECTION["llama"],
-        "lr": 1e-2,
-        "num_steps": 3,
-        "batch_size": 4,
-    }
-    return LocFTBFHyperParams(**(values | changes))
-
-
-@pytest.fixture
-def editor(easyedit):
-    return easyedit.BaseEditor.from_hparams(toy_hparams())
 
 
 def weights(model):
@@ -124,7 +98,7 @@ def test_registering_adds_the_method_and_unregistering_puts_everything_back(easy
 
 
 def test_the_editor_comes_from_base_editor(easyedit):
-    editor = easyedit.BaseEditor.from_hparams(toy_hparams())
+    editor = easyedit.BaseEditor.from_hparams(loaded_hparams())
     assert type(editor).__name__ == "LocFTBFEditor"
     assert isinstance(editor, easyedit.BaseEditor)
     assert editor.hparams.alg_name == editor.alg_name == "LocFT-BF"
@@ -142,7 +116,7 @@ def test_signatures_are_those_of_the_current_easyedit(easyedit):
 
 
 def test_the_function_in_alg_dict_edits_a_model(easyedit):
-    model, tokenizer, h = toy_model("llama"), toy_tokenizer(), toy_hparams()
+    model, tokenizer, h = toy_model("llama"), toy_tokenizer(), loaded_hparams()
     before = weights(model)
     requests = toy_requests(4)
     edited, former = easyedit.ALG_DICT["LocFT-BF"](
@@ -334,17 +308,17 @@ def test_bad_models_and_devices_are_refused(easyedit, tmp_path):
         (None, "must be a model's folder"),
     ):
         with pytest.raises(LocFTError, match=message):
-            easyedit.BaseEditor.from_hparams(toy_hparams(model_name=name))
+            easyedit.BaseEditor.from_hparams(loaded_hparams(model_name=name))
     with pytest.raises(HyperParamsError, match="is no device"):
-        easyedit.BaseEditor.from_hparams(toy_hparams(device="nowhere"))
+        easyedit.BaseEditor.from_hparams(loaded_hparams(device="nowhere"))
     if not torch.cuda.is_available():
         with pytest.raises(HyperParamsError, match=r"`device=0` needs a CUDA GPU"):
-            easyedit.BaseEditor.from_hparams(toy_hparams(device=0))
+            easyedit.BaseEditor.from_hparams(loaded_hparams(device=0))
 
 
 def test_evaluation_types_need_the_current_source(easyedit):
     if not easyedit.is_release:
         pytest.skip("this is the current source, which has them")
-    editor = easyedit.BaseEditor.from_hparams(toy_hparams(evaluation_type="generate-text"))
+    editor = easyedit.BaseEditor.from_hparams(loaded_hparams(evaluation_type="generate-text"))
     with pytest.raises(HyperParamsError, match="needs the current EasyEdit"):
         editor.edit_requests(toy_requests(2), verbose=False)

@@ -274,7 +274,7 @@ def test_stand_in_bears_an_import_and_no_use(monkeypatch):
                 pass
         """)
         with pytest.raises(ImportError):
-            exec("import cv2", {"__name__": "another.library"})
+            exec("import cv2", {"__name__": "another.package"})
     with pytest.raises(ImportError):
         as_easyedit("import cv2")
     assert sys.modules["cv2"] is None

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_easyedit_editor import columns, easyedit, editor, same, weights  # noqa: F401
+from test_easyedit_editor import columns, same, weights
 from torch import nn
-from toys import DOWN_PROJECTION, toy_model, toy_requests, toy_tokenizer
+from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
 from locft_easyedit.editing import edit_model
 from locft_easyedit.errors import LocFTError, PlaceError, RequestError
@@ -13,12 +13,10 @@ from locft_easyedit.place import select_place
 from locft_easyedit.requests import distinct_edits, make_requests
 from locft_easyedit.weights import TrainedWeights
 
-HPARAMS = LocFTBFHyperParams(
-    layers=[2], rewrite_module_tmp=DOWN_PROJECTION["llama"], lr=1e-2, num_steps=2, batch_size=4
-)
+HPARAMS = toy_hparams(num_steps=2)
 
 
-def test_a_refused_call_leaves_the_edits_of_the_last_one_in(editor):  # noqa: F811
+def test_a_refused_call_leaves_the_edits_of_the_last_one_in(editor):
     editor.edit_requests(toy_requests(1), verbose=False)
     edited = weights(editor.model)
     requests = toy_requests(2)
@@ -35,7 +33,7 @@ def test_a_refused_call_leaves_the_edits_of_the_last_one_in(editor):  # noqa: F8
         assert same(weights(editor.model), edited)
 
 
-def test_measurements_of_other_requests_are_refused_before_training(editor):  # noqa: F811
+def test_measurements_of_other_requests_are_refused_before_training(editor):
     before = weights(editor.model)
     for kept in (
         [{"pre": {"locality": {}, "portability": {}}}] * 2,
@@ -49,7 +47,7 @@ def test_measurements_of_other_requests_are_refused_before_training(editor):  # 
         assert same(weights(editor.model), before)
 
 
-def test_the_returned_weights_are_the_callers_own(editor):  # noqa: F811
+def test_the_returned_weights_are_the_callers_own(editor):
     before = weights(editor.model)
     _, _, former = editor.batch_edit(**columns(toy_requests(3)), verbose=False)
     for value in former.values():
@@ -61,7 +59,7 @@ def test_the_returned_weights_are_the_callers_own(editor):  # noqa: F811
     assert same(former, before)
 
 
-def test_place_and_rate_may_change_between_calls(editor):  # noqa: F811
+def test_place_and_rate_may_change_between_calls(editor):
     before = weights(editor.model)
     editor.edit_requests(toy_requests(2), verbose=False)
     editor.hparams.layers = [1]
@@ -127,7 +125,7 @@ def test_arguments_of_the_wrong_kind_are_named(arguments, message):
         make_requests(*arguments)
 
 
-def test_evaluation_prompts_beyond_the_context_are_refused(editor):  # noqa: F811
+def test_evaluation_prompts_beyond_the_context_are_refused(editor):
     requests = toy_requests(2)
     requests[1]["rephrase_prompt"] = "The river " * 300
     before = weights(editor.model)

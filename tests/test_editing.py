@@ -5,23 +5,11 @@ import logging
 import pytest
 import torch
 from torch import nn
-from toys import DOWN_PROJECTION, toy_model, toy_requests, toy_tokenizer
+from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
 from locft_easyedit.editing import EditSession, edit_model
 from locft_easyedit.errors import LocFTError, NonFiniteLossError, PlaceError, RequestError
-from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.prefix import FrozenPrefix
-
-
-def hparams(**changes):
-    values = {
-        "layers": [2],
-        "rewrite_module_tmp": DOWN_PROJECTION["llama"],
-        "lr": 1e-2,
-        "num_steps": 3,
-        "batch_size": 4,
-    }
-    return LocFTBFHyperParams(**(values | changes))
 
 
 def weights(model):
@@ -41,7 +29,7 @@ def assert_untouched(model, before, modules):
 def test_restoring_and_applying_are_exact(dtype):
     model = toy_model("llama").to(dtype)
     before, modules = weights(model), list(model.named_modules())
-    result = edit_model(model, toy_tokenizer(), toy_requests(6), hparams(), progress=False)
+    result = edit_model(model, toy_tokenizer(), toy_requests(6), toy_hparams(), progress=False)
     [name] = result.new
     edited = weights(model)
     assert torch.equal(edited[name], result.new[name])
@@ -58,7 +46,7 @@ def test_edited_weights_survive_saving_and_loading(tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = toy_model("llama")
-    edit_model(model, toy_tokenizer(), toy_requests(6), hparams(), progress=False)
+    edit_model(model, toy_tokenizer(), toy_requests(6), toy_hparams(), progress=False)
     model.save_pretrained(tmp_path)
     loaded = weights(AutoModelForCausalLM.from_pretrained(tmp_path))
     assert all(torch.equal(loaded[name], value) for name, value in weights(model).items())
@@ -73,7 +61,7 @@ def test_flags_mode_and_vocabulary_stay():
     flags = [p.requires_grad for p in model.parameters()]
     modes = [m.training for m in model.modules()]
     vocabulary, rows = len(tokenizer), model.get_input_embeddings().weight.shape
-    edit_model(model, tokenizer, toy_requests(4), hparams(), progress=False)
+    edit_model(model, tokenizer, toy_requests(4), toy_hparams(), progress=False)
     assert [p.requires_grad for p in model.parameters()] == flags
     assert [m.training for m in model.modules()] == modes
     assert len(tokenizer) == vocabulary
@@ -86,7 +74,7 @@ def test_dropout_is_off_while_editing():
     for dropout in (0.0, 0.5):
         model = toy_model("gpt2", resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)
         model.train()
-        h = hparams(rewrite_module_tmp=DOWN_PROJECTION["gpt2"])
+        h = toy_hparams(rewrite_module_tmp=DOWN_PROJECTION["gpt2"])
         runs.append(edit_model(model, toy_tokenizer(), toy_requests(4), h, progress=False))
     assert runs[0].step_losses == runs[1].step_losses
 
@@ -108,7 +96,7 @@ def test_an_interruption_leaves_the_model_as_it_was(error, after, monkeypatch):
 
     monkeypatch.setattr(torch.optim.Adam, "step", step)
     with pytest.raises(error):
-        edit_model(model, toy_tokenizer(), toy_requests(8), hparams(), progress=False)
+        edit_model(model, toy_tokenizer(), toy_requests(8), toy_hparams(), progress=False)
     assert calls == after + 1
     assert_untouched(model, before, modules)
 
@@ -123,7 +111,7 @@ def test_an_interruption_of_the_prefix_leaves_the_model_as_it_was(method, monkey
 
     monkeypatch.setattr(FrozenPrefix, method, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        edit_model(model, toy_tokenizer(), toy_requests(8), hparams(), progress=False)
+        edit_model(model, toy_tokenizer(), toy_requests(8), toy_hparams(), progress=False)
     assert_untouched(model, before, modules)
 
 
@@ -131,7 +119,9 @@ def test_a_loss_that_is_no_number_stops_and_names_the_batch():
     model, requests = toy_model("llama"), toy_requests(4)
     before, modules = weights(model), list(model.named_modules())
     with pytest.raises(NonFiniteLossError, match=r"epoch \d+, mini-batch 1 \(request \d+: '.*lr"):
-        edit_model(model, toy_tokenizer(), requests, hparams(lr=1e39, num_steps=9), progress=False)
+        edit_model(
+            model, toy_tokenizer(), requests, toy_hparams(lr=1e39, num_steps=9), progress=False
+        )
     assert_untouched(model, before, modules)
 
 
@@ -140,7 +130,11 @@ def test_a_weight_that_overflows_in_the_last_step_stops_as_well():
     before, modules = weights(model), list(model.named_modules())
     with pytest.raises(NonFiniteLossError, match="The last update made a weight NaN or infinite"):
         edit_model(
-            model, toy_tokenizer(), toy_requests(4), hparams(lr=1e6, num_steps=1), progress=False
+            model,
+            toy_tokenizer(),
+            toy_requests(4),
+            toy_hparams(lr=1e6, num_steps=1),
+            progress=False,
         )
     assert_untouched(model, before, modules)
 
@@ -158,7 +152,10 @@ def test_bad_input_changes_nothing(changes, requests, error, message):
     before, modules = weights(model), list(model.named_modules())
     with pytest.raises(error, match=message):
         edit_model(
-            model, toy_tokenizer(), toy_requests(requests) if requests else [], hparams(**changes)
+            model,
+            toy_tokenizer(),
+            toy_requests(requests) if requests else [],
+            toy_hparams(**changes),
         )
     assert_untouched(model, before, modules)
 
@@ -167,14 +164,16 @@ def test_a_prompt_beyond_the_context_is_refused():
     model, requests = toy_model("llama"), toy_requests(2)
     requests[1]["prompt"] = "The river " * 300
     with pytest.raises(RequestError, match=r"request 1 .* tokens; the model's context is 256"):
-        edit_model(model, toy_tokenizer(), requests, hparams())
+        edit_model(model, toy_tokenizer(), requests, toy_hparams())
 
 
 # What cannot be split or packed still works
 
 
 def losses_of(model, **changes):
-    return edit_model(model, toy_tokenizer(), toy_requests(8), hparams(**changes), progress=False)
+    return edit_model(
+        model, toy_tokenizer(), toy_requests(8), toy_hparams(**changes), progress=False
+    )
 
 
 def warnings_of(caplog):
@@ -267,17 +266,19 @@ def test_running_out_of_memory_halves_the_micro_batch_and_keeps_the_mathematics(
 
 
 def test_progress_is_shown_and_can_be_turned_off(capsys):
-    edit_model(toy_model("llama"), toy_tokenizer(), toy_requests(4), hparams(), progress=True)
+    edit_model(toy_model("llama"), toy_tokenizer(), toy_requests(4), toy_hparams(), progress=True)
     shown = capsys.readouterr().err
     assert "frozen prefix" in shown
     assert "breadth-first" in shown
-    edit_model(toy_model("llama"), toy_tokenizer(), toy_requests(4), hparams(), progress=False)
+    edit_model(toy_model("llama"), toy_tokenizer(), toy_requests(4), toy_hparams(), progress=False)
     assert capsys.readouterr().err == ""
 
 
 def test_the_result_says_what_happened():
     requests = [*toy_requests(5), toy_requests(1)[0]]
-    result = edit_model(toy_model("llama"), toy_tokenizer(), requests, hparams(), progress=False)
+    result = edit_model(
+        toy_model("llama"), toy_tokenizer(), requests, toy_hparams(), progress=False
+    )
     summary = result.summary()
     assert summary["requests"] == 6
     assert summary["trained_edits"] == 5
@@ -302,6 +303,6 @@ def test_errors_are_value_errors():
     assert issubclass(LocFTError, ValueError)
     with (
         pytest.raises(ValueError, match="empty"),
-        EditSession(toy_model("llama"), toy_tokenizer(), [], hparams()),
+        EditSession(toy_model("llama"), toy_tokenizer(), [], toy_hparams()),
     ):
         pass

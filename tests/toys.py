@@ -21,6 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.requests import make_requests
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -157,6 +158,24 @@ _RELATIONS = (
         ("a professor of medicine in Vienna", "Ibsen"),
     ),
 )
+
+
+def toy_hparams(**changes):
+    """Returns hyper-parameters that change a toy llama in a few quick steps."""
+    values = {
+        "layers": [2],
+        "rewrite_module_tmp": DOWN_PROJECTION["llama"],
+        "lr": 1e-2,
+        "num_steps": 3,
+        "batch_size": 4,
+    }
+    return LocFTBFHyperParams(**(values | changes))
+
+
+def loaded_hparams(**changes):
+    """Returns `toy_hparams` with a loaded toy as the model."""
+    pair = (toy_model("llama"), toy_tokenizer(pad_is_eos=True))
+    return toy_hparams(**({"model_name": pair, "device": "cpu"} | changes))
 
 
 def toy_requests(n):

@@ -212,8 +212,9 @@ def _tokenize(
     # EasyEdit pads the prompts of one call on the left without telling the model, so that a
     # shorter one starts at a later position; models with learned positions notice.
     first_position: list[int] = []
+    remaining = iter(sequences)
     for question in questions:
-        lengths = [len(ids) for ids in sequences[len(first_position) :][: len(question.prompts)]]
+        lengths = [len(next(remaining)) for _ in question.prompts]
         first_position += [max(lengths) - length for length in lengths]
     return TokenizedTexts.from_lists(sequences, starts), np.array(first_position, np.int64)
 
@@ -239,7 +240,7 @@ def _predict(
     ids = torch.from_numpy(texts.ids).to(device)
     predicted: list[list[int]] = [[] for _ in range(len(texts))]
     with evaluation_mode(model):
-        packed = can_pack(model, texts)[0] if how.packed is None else how.packed
+        packed = can_pack(model, texts) if how.packed is None else how.packed
         with tqdm(total=len(texts), desc=description, unit="prompt", disable=not progress) as bar:
             for batch in length_sorted_batches(texts.lengths, how.batch_size):
                 rows = lay_out(
