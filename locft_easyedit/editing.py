@@ -17,8 +17,9 @@ from .hparams import LocFTBFHyperParams
 from .loop import breadth_first_
 from .modes import evaluation_mode
 from .place import Place, select_place
+from .prefix import FrozenLayers
 from .requests import EditSet, distinct_edits
-from .runner import EditRunner, choose_runner, context_length
+from .runner import TextRunner, choose_runner, context_length
 from .tokens import TokenizedTexts, tokenize_edits
 from .weights import TrainedWeights, write_
 
@@ -134,7 +135,7 @@ class EditSession:
     place: Place = field(init=False)
     timings: dict[str, float] = field(init=False, default_factory=dict)
     _texts: TokenizedTexts | None = field(init=False, default=None)
-    _runner: EditRunner = field(init=False)
+    _runner: TextRunner = field(init=False)
     _cleanup: ExitStack = field(init=False, default_factory=ExitStack)
 
     def check(self) -> None:
@@ -159,6 +160,11 @@ class EditSession:
     def packed(self) -> bool:
         """Whether packed rows give the model's own logits, and are allowed."""
         return self._runner.packed
+
+    @property
+    def frozen(self) -> FrozenLayers | None:
+        """The layers below the place; `None` where this model cannot be split there."""
+        return self._runner.prefix.frozen if self._runner.prefix is not None else None
 
     def __enter__(self) -> EditSession:
         h = self.hparams

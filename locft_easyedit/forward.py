@@ -1,7 +1,9 @@
-"""One forward pass over laid-out rows, with logits only where a target token is predicted."""
+"""One forward pass, with logits only where they are asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,27 +22,13 @@ def run_rows(
 ) -> torch.Tensor:
     """Returns the logits at the scored cells, [S, V].
 
-    The output embedding is the largest matrix of many models, and prompts outnumber target tokens:
-    a hook hands it only the scored hidden states.
-
     Args:
         model: A causal language model.
         rows: The layout, on the model's device.
         input_ids: Token ids, [R, L].
         inputs_embeds: Instead of ids, [R, L, D].
     """
-    kept = False
-
-    def keep_scored(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        nonlocal kept
-        kept = True
-        hidden = args[0]  # [R, L, D]
-        cells = rows.scored.to(hidden.device)
-        return (hidden.flatten(0, 1)[cells].unsqueeze(0), *args[1:])  # [1, S, D]
-
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    handle = head.register_forward_pre_hook(keep_scored) if head is not None else None
-    try:
+    with _head_sees(model, lambda hidden: _scored(hidden, rows).unsqueeze(0)) as seen:  # [1, S, D]
         output = model(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
@@ -48,11 +36,50 @@ def run_rows(
             attention_mask=rows.attention_mask,
             use_cache=False,
         )
+    logits: torch.Tensor = output.logits  # [1, S, V], or [R, L, V] without a head to hook
+    return logits[0] if seen else _scored(logits, rows)
+
+
+def run_next(model: PreTrainedModel, **inputs: Any) -> tuple[torch.Tensor, Any]:
+    """Returns the logits after the last column, [B, V], and the cache.
+
+    Args:
+        model: A causal language model.
+        **inputs: Its `input_ids`, [B, L], padded on the left, `attention_mask`, `position_ids` and
+            `past_key_values`.
+    """
+    with _head_sees(model, lambda hidden: hidden[:, -1:]):
+        output = model(**inputs, use_cache=True)
+    return output.logits[:, -1], output.past_key_values
+
+
+@contextmanager
+def _head_sees(
+    model: PreTrainedModel, select: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[list[bool]]:
+    """Within, the output embedding gets `select(hidden states)`; yields a list, filled if it did.
+
+    The output embedding is the largest matrix of many models, and most positions' logits are not
+    asked for.
+    """
+    seen: list[bool] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        seen.append(True)
+        return (select(args[0]), *args[1:])
+
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    handle = head.register_forward_pre_hook(hook) if head is not None else None
+    try:
+        yield seen
     finally:
         if handle is not None:
             handle.remove()
-    logits = output.logits  # [1, S, V], or [R, L, V] without an output embedding to hook
-    return logits[0] if kept else logits.flatten(0, 1)[rows.scored.to(logits.device)]
+
+
+def _scored(values: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Returns the scored cells of [R, L, any], [S, any]."""
+    return values.flatten(0, 1)[rows.scored.to(values.device)]
 
 
 def mean_by_owner(values: torch.Tensor, owner: torch.Tensor, n_owners: int) -> torch.Tensor:

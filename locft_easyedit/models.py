@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from .errors import HyperParamsError, LocFTError, ModelError
-from .hparams import LocFTBFHyperParams
+from .hparams import DTYPES, LocFTBFHyperParams
 from .place import match_parameters
 
 logger = logging.getLogger(__name__)
@@ -46,11 +48,11 @@ def resolve_device(device: int | str | None) -> torch.device:
 def load_model(hparams: LocFTBFHyperParams) -> tuple[Any, PreTrainedTokenizerBase]:
     """Returns the model and tokenizer of `hparams.model_name`, on their device.
 
-    The tokenizer pads on the left with its own pad token, or with EOS where it has none: as
-    EasyEdit sets it. Training and evaluation here do not depend on it.
+    The place is looked up before the weights are loaded.
 
     Raises:
         HyperParamsError: `model_name` or `device` cannot be used.
+        PlaceError: The model has no such place.
         ModelError: The folder does not exist or holds no causal language model.
     """
     name = hparams.model_name
@@ -58,24 +60,80 @@ def load_model(hparams: LocFTBFHyperParams) -> tuple[Any, PreTrainedTokenizerBas
     if isinstance(name, (tuple, list)) and len(name) == 2:
         loaded, tokenizer = name
         # A model that somebody has placed stays where it is, unless a device is asked for.
-        return (loaded if hparams.device is None else _placed(loaded, hparams, device)), tokenizer
+        if hparams.device is not None:
+            loaded = _placed(loaded, hparams.model_parallel, device)
+        return loaded, tokenizer
     if not isinstance(name, str) or not name.strip():
         raise HyperParamsError(
             f"`model_name={name!r}` must be a model's folder or hub name, or a pair "
             "(model, tokenizer) that is loaded."
         )
-    if name.startswith("~"):
-        name = str(Path(name).expanduser())
+    name = _local_name(name)
     _check_folder(name)
-    try:
+    with _one_model_error(name):
         _check_place(name, hparams)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=hparams.trust_remote_code)
+    model, tokenizer = load_causal_lm(
+        name,
+        device=hparams.device,
+        dtype=hparams.torch_dtype,
+        model_parallel=hparams.model_parallel,
+        trust_remote_code=hparams.trust_remote_code,
+    )
+    return model, tokenizer
+
+
+def load_causal_lm(
+    name: str,
+    *,
+    device: int | str | None = None,
+    dtype: str | torch.dtype = "float32",
+    model_parallel: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Returns a causal language model, in evaluation mode on its device, and its tokenizer.
+
+    The tokenizer pads on the left with its own pad token, or with EOS where it has none: as
+    EasyEdit sets it. Training and evaluation here do not depend on it.
+
+    Args:
+        name: A folder saved with `save_pretrained` (a PEFT adapter's as well), or a hub name.
+        device: As EasyEdit's `device` key; `None` takes a GPU if there is one.
+        dtype: `float32`, `bfloat16` or `float16`.
+        model_parallel: Spread the model over the visible GPUs.
+        trust_remote_code: Allow the folder's own code.
+
+    Raises:
+        HyperParamsError: `device` or `dtype` cannot be used.
+        ModelError: The folder does not exist or holds no causal language model.
+    """
+    where = resolve_device(device)
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise HyperParamsError(f"`dtype={dtype!r}` must be one of {', '.join(DTYPES)}.")
+    name = _local_name(name)
+    _check_folder(name)
+    with _one_model_error(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         model: Any = AutoModelForCausalLM.from_pretrained(
             name,
-            dtype=hparams.torch_dtype,
-            device_map="auto" if hparams.model_parallel else None,
-            trust_remote_code=hparams.trust_remote_code,
+            dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
+            device_map="auto" if model_parallel else None,
+            trust_remote_code=trust_remote_code,
         )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return _placed(model, model_parallel, where).eval(), tokenizer
+
+
+def _local_name(name: str) -> str:
+    return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
+@contextmanager
+def _one_model_error(name: str) -> Iterator[None]:
+    """Turns what goes wrong within into one error that names the model."""
+    try:
+        yield
     except LocFTError:
         raise
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
@@ -83,16 +141,12 @@ def load_model(hparams: LocFTBFHyperParams) -> tuple[Any, PreTrainedTokenizerBas
         raise ModelError(
             f"`model_name={name!r}` cannot be loaded as a causal language model: {reason}"
         ) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
-    return _placed(model, hparams, device), tokenizer
 
 
-def _placed(model: Any, hparams: LocFTBFHyperParams, device: torch.device) -> Any:
+def _placed(model: Any, model_parallel: bool, device: torch.device) -> Any:
     """Returns the model on `device`, unless accelerate or a quantizer has placed it."""
     placed = getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)
-    return model if hparams.model_parallel or placed else model.to(device)
+    return model if model_parallel or placed else model.to(device)
 
 
 def _check_place(name: str, hparams: LocFTBFHyperParams) -> None:
@@ -115,7 +169,7 @@ def _check_folder(name: str) -> None:
     in_a_folder_here = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
     looks_local = name.startswith(".") or path.is_absolute() or name.count("/") > 1
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
             raise ModelError(
                 f"`model_name={name!r}` is a folder without config.json. Give the folder of a "
                 "model saved with `save_pretrained`."

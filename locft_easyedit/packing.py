@@ -110,15 +110,6 @@ def lay_out(
     )
 
 
-def length_sorted_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Returns the indices of all sequences, longest first, in batches of `batch_size`.
-
-    Sequences of one length waste no cells; the longest first shows at once whether memory suffices.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-
-
 def _first_fit(lengths: np.ndarray, starts: np.ndarray, row_tokens: int) -> list[list[int]]:
     """First-fit decreasing: returns the members of each row."""
     capacity = max(row_tokens, int(lengths.max()))

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .editing import EditResult, EditSession
-from .evaluate.generated import generated_metrics
+from .evaluate.choices import HowToRun
+from .evaluate.evaluation import Evaluation, finish_
 from .evaluate.summary import summarize
-from .evaluate.teacher_forced import finish_locality_, score_records
 from .hparams import LocFTBFHyperParams
 from .report import prepare_folder, save_edited_matrices, write_json, write_loss_curve
 
@@ -72,35 +72,21 @@ def edit_and_measure(
     """
     watch = Stopwatch()
 
-    def measure(when: str) -> list[dict[str, Any]]:
-        options: dict[str, Any] = {"batch_size": hparams.eval_batch_size, "progress": progress}
-        scores = score_records(
-            model,
-            tokenizer,
-            requests,
-            row_tokens=hparams.row_tokens,
-            packed=session.packed,
-            description=f"metrics {when}",
-            **options,
-        )
-        answers = generated_metrics(
-            model, tokenizer, requests, description=f"answers {when}", **options
-        )
-        for score, answer in zip(scores, answers, strict=True):
-            score["generated"] = answer
-        return scores
-
     with EditSession(model, tokenizer, requests, hparams, progress=progress) as session:
         watch.lap("checks and frozen prefix")
-        before = measure("before")
+        how = HowToRun(
+            hparams.eval_batch_size, hparams.row_tokens, session.packed, session.frozen, progress
+        )
+        evaluation = Evaluation(model, tokenizer, requests, how)
+        before = evaluation.measure("before")
         watch.lap("metrics before")
         result = session.train_()
         watch.lap("training")
-        after = measure("after")
+        after = evaluation.measure("after")
         watch.lap("metrics after")
     metrics = []
     for i, (request, pre, post) in enumerate(zip(requests, before, after, strict=True)):
-        finish_locality_(pre, post)
+        finish_(pre, post)
         metrics.append({"case_id": i, "requested_rewrite": dict(request), "pre": pre, "post": post})
     return Run(metrics, result, watch.seconds)
 

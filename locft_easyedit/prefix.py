@@ -8,21 +8,29 @@ takes its input. Layers keep their numbers, so that masks and types that depend 
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .packing import Rows, lay_out, length_sorted_batches
+from .batches import in_batches
+from .packing import Rows, lay_out
 from .place import LayerList
 from .tokens import TokenizedTexts
 
+logger = logging.getLogger(__name__)
+
 # A GPU keeps the states itself while they take at most this part of its free memory.
 _GPU_SHARE = 0.25
+# States that merely save time in evaluation take at most this part of the host's free memory.
+_HOST_SHARE = 0.25
 
 
 class _Recorded(Exception):
@@ -45,22 +53,30 @@ class _PassThrough(nn.Module):
         return (hidden,) if self.returns_tuple else hidden
 
 
+@dataclass(frozen=True)
+class FrozenLayers:
+    """The layers that an edit leaves alone: those of `stack` below `first_layer`."""
+
+    stack: LayerList
+    first_layer: int
+
+
 class FrozenPrefix:
-    """The hidden states of all edits at the input of the first trained layer.
+    """The hidden states of all sequences at the input of the first trained layer.
 
     Args:
         model: The model.
-        stack: Its layers.
-        first_layer: The first trained layer.
-        n_tokens: Tokens of all edits, T.
+        frozen: Its frozen layers.
+        n_tokens: Tokens of all sequences, T.
+
+    Attributes:
+        complete: Whether every sequence was recorded, so that they can be replayed.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, stack: LayerList, first_layer: int, n_tokens: int
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, frozen: FrozenLayers, n_tokens: int) -> None:
         self.model = model
-        self.stack = stack
-        self.first_layer = first_layer
+        self.frozen = frozen
+        self.complete = False
         self._n_tokens = n_tokens
         self._states: torch.Tensor | None = None  # [T, D] once something is recorded
         self._returns_tuple = False
@@ -82,7 +98,7 @@ class FrozenPrefix:
         packed: bool,
         progress: bool,
     ) -> None:
-        """Runs the frozen layers over all sequences once and keeps what leaves them.
+        """Runs the frozen layers, and no others, over all sequences and keeps what leaves them.
 
         Args:
             texts: The sequences.
@@ -92,33 +108,50 @@ class FrozenPrefix:
             packed: As for `lay_out`.
             progress: Show a progress bar.
         """
-        batches = length_sorted_batches(texts.lengths, batch_size)
-        with tqdm(total=len(texts), desc="frozen prefix", unit="edit", disable=not progress) as bar:
-            for batch in batches:
-                rows = lay_out(texts, batch, row_tokens=row_tokens, packed=packed)
-                self._record_rows(rows.to(ids.device), ids)
-                bar.update(len(batch))
 
-    @torch.no_grad()
-    def _record_rows(self, rows: Rows, ids: torch.Tensor) -> None:
+        def run(batch: np.ndarray) -> None:
+            rows = lay_out(texts, batch, row_tokens=row_tokens, packed=packed).to(ids.device)
+            with self.keeping(rows, go_on=False), torch.no_grad():
+                self.model(
+                    input_ids=ids[rows.gather_index],
+                    position_ids=rows.position_ids,
+                    attention_mask=rows.attention_mask,
+                    use_cache=False,
+                )
+
+        in_batches(
+            texts.lengths,
+            batch_size,
+            run,
+            description="frozen prefix",
+            unit="edit",
+            progress=progress,
+        )
+        self.complete = True
+
+    @contextmanager
+    def keeping(self, rows: Rows, *, go_on: bool = True) -> Iterator[None]:
+        """Within, a forward pass over `rows` leaves its states at the first trained layer here.
+
+        Args:
+            rows: The layout that is run, on the model's device.
+            go_on: Let the pass go on to the logits; else it ends there.
+        """
+
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]  # [R, L, D]
-            self._keep(hidden, rows)
-            raise _Recorded
+            self._keep(hidden.detach(), rows)
+            if not go_on:
+                raise _Recorded
 
         def note_form(module: nn.Module, args: Any, output: Any) -> None:
             self._returns_tuple = isinstance(output, tuple)
 
         hooks = [self._first.register_forward_pre_hook(keep, with_kwargs=True)]
-        if self.first_layer > 0:
-            hooks.append(self.stack.layers[0].register_forward_hook(note_form))
+        if self.frozen.first_layer > 0:
+            hooks.append(self.frozen.stack.layers[0].register_forward_hook(note_form))
         try:
-            self.model(
-                input_ids=ids[rows.gather_index],
-                position_ids=rows.position_ids,
-                attention_mask=rows.attention_mask,
-                use_cache=False,
-            )
+            yield
         except _Recorded:
             pass
         finally:
@@ -134,13 +167,13 @@ class FrozenPrefix:
 
     @property
     def _first(self) -> nn.Module:
-        return self.stack.layers[self.first_layer]
+        return self.frozen.stack.layers[self.frozen.first_layer]
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
         """Takes the frozen layers out of the way; the module tree is restored in any case."""
-        layers = self.stack.layers
-        originals = [layers[i] for i in range(self.first_layer)]
+        layers = self.frozen.stack.layers
+        originals = [layers[i] for i in range(self.frozen.first_layer)]
         try:
             for i, layer in enumerate(originals):
                 layers[i] = _PassThrough(layer, self._returns_tuple)
@@ -183,6 +216,24 @@ class FrozenPrefix:
             yield zeros.expand(*rows.token_index.shape, width)
         finally:
             hook.remove()
+
+
+def fits_in_memory(model: PreTrainedModel, n_tokens: int) -> bool:
+    """Returns whether the states of `n_tokens` tokens leave the host most of its free memory."""
+    embedding: Any = model.get_input_embeddings()
+    needed = n_tokens * int(embedding.weight.shape[1]) * embedding.weight.element_size()
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return True  # this system does not tell
+    if needed > _HOST_SHARE * free:
+        logger.warning(
+            "The frozen prefix of the evaluation prompts would take %.1f of %.1f GiB of free "
+            "memory: all layers run in every measurement instead.",
+            needed / 2**30,
+            free / 2**30,
+        )
+    return needed <= _HOST_SHARE * free
 
 
 def _empty_store(n_tokens: int, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""How a batch of edits is run: the fastest way that gives this model's own logits.
+"""How a batch of texts is run: the fastest way that gives this model's own logits.
 
 Packing and the frozen prefix change nothing in the result for the architectures of transformers
 that follow its conventions. Whether a model does is measured, not assumed: before training, a few
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from .forward import mean_by_owner, run_rows
 from .packing import Rows, lay_out
 from .place import Place
-from .prefix import FrozenPrefix
+from .prefix import FrozenLayers, FrozenPrefix
 from .tokens import TokenizedTexts
 
 logger = logging.getLogger(__name__)
@@ -33,15 +33,17 @@ _MOST_TOLERATED = 0.1
 _N_PROBES = 4
 
 
-class EditRunner:
-    """Runs batches of edits through the model.
+class TextRunner:
+    """Runs batches of texts through the model: edits in training, prompts in evaluation.
 
     Args:
         model: The model.
-        texts: All edits as tokens.
+        texts: All texts as tokens.
         row_tokens: Length of packed rows.
         packed: Whether rows are packed.
-        prefix: The recorded prefix, or `None` for full forward passes.
+        prefix: The frozen prefix, or `None` for full forward passes. As long as it is not complete,
+            passes are full and recorded.
+        first_position: As for `lay_out`.
     """
 
     def __init__(
@@ -52,29 +54,39 @@ class EditRunner:
         row_tokens: int,
         packed: bool,
         prefix: FrozenPrefix | None,
+        first_position: np.ndarray | None = None,
     ) -> None:
         self.model = model
         self.texts = texts
         self.row_tokens = row_tokens
         self.packed = packed
         self.prefix = prefix
+        self.first_position = first_position
         self.device = input_device(model)
         self.ids = torch.from_numpy(texts.ids).to(self.device)
 
     @contextmanager
-    def ready(self) -> Iterator[EditRunner]:
+    def ready(self) -> Iterator[TextRunner]:
         """Within, batches can be run; the model's module tree is as it was afterwards."""
-        with self.prefix.replaying() if self.prefix else nullcontext():
+        replay = self.prefix is not None and self.prefix.complete
+        with self.prefix.replaying() if self.prefix and replay else nullcontext():
             yield self
 
     def logits(self, batch: np.ndarray) -> tuple[torch.Tensor, Rows]:
         """Returns the logits that predict the batch's target tokens, [S, V], and the layout."""
-        on_host = lay_out(self.texts, batch, row_tokens=self.row_tokens, packed=self.packed)
+        on_host = lay_out(
+            self.texts,
+            batch,
+            row_tokens=self.row_tokens,
+            packed=self.packed,
+            first_position=self.first_position,
+        )
         rows = on_host.to(self.device)
-        if self.prefix is None:
+        if self.prefix is not None and self.prefix.complete:
+            with self.prefix.put_in(on_host, self.device) as zeros:
+                return run_rows(self.model, rows, inputs_embeds=zeros), rows
+        with self.prefix.keeping(rows) if self.prefix else nullcontext():
             return run_rows(self.model, rows, input_ids=self.ids[rows.gather_index]), rows
-        with self.prefix.put_in(on_host, self.device) as zeros:
-            return run_rows(self.model, rows, inputs_embeds=zeros), rows
 
     def edit_losses(self, batch: np.ndarray) -> torch.Tensor:
         """Returns each edit's loss, [B] float32: the mean cross-entropy of its target tokens."""
@@ -121,7 +133,7 @@ def choose_runner(
     packing: bool = True,
     frozen_prefix: bool = True,
     progress: bool = False,
-) -> EditRunner:
+) -> TextRunner:
     """Returns the fastest runner that gives the model's own logits, with its prefix recorded.
 
     Args:
@@ -166,7 +178,7 @@ def choose_runner(
                 type(model).__name__,
                 why_not,
             )
-        return EditRunner(model, texts, row_tokens=row_tokens, packed=packed, prefix=None)
+        return TextRunner(model, texts, row_tokens=row_tokens, packed=packed, prefix=None)
     prefix = _recorded(
         model,
         place,
@@ -176,7 +188,7 @@ def choose_runner(
         batch_size=batch_size,
         progress=progress,
     )
-    return EditRunner(model, texts, row_tokens=row_tokens, packed=packed, prefix=prefix)
+    return TextRunner(model, texts, row_tokens=row_tokens, packed=packed, prefix=prefix)
 
 
 def _tolerance(
@@ -226,7 +238,8 @@ def _recorded(
 ) -> FrozenPrefix:
     assert place.stack is not None
     assert place.first_layer is not None
-    prefix = FrozenPrefix(model, place.stack, place.first_layer, len(texts.ids))
+    frozen = FrozenLayers(place.stack, place.first_layer)
+    prefix = FrozenPrefix(model, frozen, len(texts.ids))
     prefix.record(
         texts,
         torch.from_numpy(texts.ids).to(input_device(model)),
@@ -253,8 +266,8 @@ def _probe_row(probes: TokenizedTexts) -> int:
 
 def _probe_runner(
     model: PreTrainedModel, probes: TokenizedTexts, *, packed: bool, prefix: FrozenPrefix | None
-) -> EditRunner:
-    return EditRunner(model, probes, row_tokens=_probe_row(probes), packed=packed, prefix=prefix)
+) -> TextRunner:
+    return TextRunner(model, probes, row_tokens=_probe_row(probes), packed=packed, prefix=prefix)
 
 
 @torch.no_grad()
@@ -270,7 +283,7 @@ def _plain_logits(model: PreTrainedModel, probes: TokenizedTexts) -> list[torch.
 
 
 @torch.no_grad()
-def _error_of(runner: EditRunner, reference: list[torch.Tensor]) -> float:
+def _error_of(runner: TextRunner, reference: list[torch.Tensor]) -> float:
     """Returns the relative error of the logits, with the probes in the opposite order."""
     batch = np.arange(len(runner.texts))[::-1]
     with runner.ready():

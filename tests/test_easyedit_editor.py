@@ -279,7 +279,7 @@ def test_bad_input_is_refused_before_the_model_is_touched(editor, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("the model was measured")
 
-    monkeypatch.setattr("locft_easyedit.easyedit.measures.score_records", never)
+    monkeypatch.setattr("locft_easyedit.evaluate.teacher_forced.TeacherForced.measure", never)
     before = weights(editor.model)
     with pytest.raises(RequestError, match="empty"):
         editor.edit_requests([], verbose=False)

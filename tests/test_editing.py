@@ -243,16 +243,16 @@ def test_running_out_of_memory_halves_the_micro_batch_and_keeps_the_mathematics(
     caplog, monkeypatch
 ):
     whole = losses_of(toy_model("llama"), batch_size=8)
-    from locft_easyedit.runner import EditRunner
+    from locft_easyedit.runner import TextRunner
 
-    original = EditRunner.edit_losses
+    original = TextRunner.edit_losses
 
     def at_most_two(self, batch):
         if len(batch) > 2:
             raise torch.cuda.OutOfMemoryError("no memory")
         return original(self, batch)
 
-    monkeypatch.setattr(EditRunner, "edit_losses", at_most_two)
+    monkeypatch.setattr(TextRunner, "edit_losses", at_most_two)
     split = losses_of(toy_model("llama"), batch_size=8)
     assert split.step_losses == pytest.approx(whole.step_losses, abs=1e-5)
     assert len(warnings_of(caplog)) == 2  # 8 -> 4 -> 2, then it stays
@@ -260,7 +260,7 @@ def test_running_out_of_memory_halves_the_micro_batch_and_keeps_the_mathematics(
     def never(self, batch):
         raise torch.cuda.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(EditRunner, "edit_losses", never)
+    monkeypatch.setattr(TextRunner, "edit_losses", never)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         losses_of(toy_model("llama"))
 

@@ -2,17 +2,19 @@
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from toys import CONTEXT, toy_model, toy_requests, toy_tokenizer
 from transformers import GenerationConfig
 
+from locft_easyedit.evaluate.choices import HowToRun
+from locft_easyedit.evaluate.decoding import GreedyDecoder
 from locft_easyedit.evaluate.generated import (
-    exact_match,
+    finish_generated_,
     generate_answers,
     generated_metrics,
-    normalize_answer,
 )
 
 PROMPTS = [request["prompt"] for request in toy_requests(12)]
@@ -207,42 +209,71 @@ def test_random_state_is_left_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# Comparison
+# Drafts: answers that are expected
 
 
-@pytest.mark.parametrize(
-    ("text", "normal"),
-    [
-        ("Oslo", "oslo"),
-        ("  The  city of\tOslo\n", "city of oslo"),
-        ("the The a An", ""),
-        ("Theatre, another banana", "theatre another banana"),
-        ("U.S.A.", "usa"),
-        ("rock-'n'-roll!", "rocknroll"),
-        ("an. apple", "apple"),
-        ("São Paulo", "são paulo"),
-        ("", ""),
-    ],
-)
-def test_normalize_answer(text, normal):
-    assert normalize_answer(text) == normal
-    assert normalize_answer(normal) == normal
+class ManyDrafts:
+    """For each prompt a draft that is right, one that goes wrong somewhere, and nonsense."""
+
+    def __init__(self, model, tokenizer, n_tokens):
+        right = [naive_greedy(model, tokenizer, prompt, n_tokens) for prompt in PROMPTS]
+        self.expected = right
+        cut = [" ".join(answer.split()[:1]) + " and so on" for answer in right]
+        self.kinds = {"right": right, "half": cut, "wrong": ["no such thing"] * len(PROMPTS)}
 
 
-@pytest.mark.parametrize(
-    ("answer", "target", "same"),
-    [
-        ("the Oslo!", "Oslo", True),
-        (" OSLO", "Oslo", True),
-        ("Oslo, Norway", "Oslo", False),
-        ("Osl", "Oslo", False),
-        ("Os lo", "Oslo", False),
-        ("", "Oslo", False),
-    ],
-)
-def test_exact_match(answer, target, same):
-    assert exact_match(answer, target) is same
-    assert exact_match(target, answer) is same
+@pytest.mark.parametrize("draft", ["right", "half", "wrong"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
+def test_drafts_change_nothing(kind, draft):
+    model, tokenizer = toy_model(kind), toy_tokenizer()
+    drafts = ManyDrafts(model, tokenizer, 8)
+    for batch_size in (1, 5):
+        how = HowToRun(batch_size)
+        decoder = GreedyDecoder(
+            model, tokenizer, PROMPTS, drafts.kinds[draft], how, max_new_tokens=8
+        )
+        assert decoder.answers("") == drafts.expected
+        some = decoder.answers("", np.array([3, 1]))
+        assert [some[3], some[1]] == [drafts.expected[3], drafts.expected[1]]
+        assert some[0] == ""
+
+
+def test_a_right_draft_takes_one_forward_pass():
+    tokenizer = toy_tokenizer()
+    script = tokenizer("It is the capital of Oslo</s>")["input_ids"]
+    model = scripted(script, tokenizer=tokenizer)
+    decoder = GreedyDecoder(
+        model,
+        tokenizer,
+        ["It is"],
+        ["the capital of Oslo"],
+        HowToRun(packed=True),
+        max_new_tokens=32,
+    )
+    calls = Calls(model)
+    assert decoder.answers("") == ["the capital of Oslo"]
+    assert calls.n == 1
+
+
+def test_close_choices_are_settled_by_the_prompt_alone(monkeypatch):
+    """With everything counted as close, all answers come from passes over one prompt."""
+    model, tokenizer = toy_model(), toy_tokenizer()
+    drafts = ManyDrafts(model, tokenizer, 6)
+    monkeypatch.setattr("locft_easyedit.evaluate.decoding.closeness", lambda dtype: 1e9)
+    monkeypatch.setattr("locft_easyedit.evaluate.choices.closeness", lambda dtype: 1e9)
+    alone = []
+    original = GreedyDecoder._alone
+    monkeypatch.setattr(
+        GreedyDecoder, "_alone", lambda self, ids: alone.append(1) or original(self, ids)
+    )
+    decoder = GreedyDecoder(
+        model, tokenizer, PROMPTS, drafts.kinds["half"], HowToRun(), max_new_tokens=6
+    )
+    assert decoder.answers("") == drafts.expected
+    assert len(alone) > len(PROMPTS)
+
+
+# Metrics
 
 
 def test_generated_metrics():
@@ -253,31 +284,67 @@ def test_generated_metrics():
         {"prompt": "A", "target_new": " oslo", "rephrase_prompt": ["The A", "B", "C"]},
         {"prompt": "B", "target_new": "France"},
         {"prompt": "C", "target_new": "Peru", "rephrase_prompt": "Is C"},
-        {"prompt": "A", "target_new": "Peru", "rephrase_prompt": None},
-        {"prompt": "B", "target_new": "a Capital, of France", "rephrase_prompt": "A"},
+        {"prompt": "A", "target_new": "Peru", "rephrase_prompt": None, "ground_truth": "Oslo"},
+        {
+            "prompt": "B",
+            "target_new": "Lyon",
+            "target_aliases": ["Lyon", "a Capital, of France"],
+            "ground_truth": "Paris",
+            "rephrase_prompt": "A",
+        },
     ]
     assert generated_metrics(model, tokenizer, records, batch_size=2) == [
         {
             "reliability": 1.0,
             "answer": "Oslo",
+            "contains_target": 1.0,
             "generalization": pytest.approx(1 / 3),
             "rephrase_answers": ["Oslo", "the capital of France", "Peru"],
         },
-        {"reliability": 0.0, "answer": "the capital of France"},
+        {"reliability": 0.0, "answer": "the capital of France", "contains_target": 1.0},
         {
             "reliability": 1.0,
             "answer": "Peru",
+            "contains_target": 1.0,
             "generalization": 1.0,
             "rephrase_answers": ["Peru"],
         },
-        {"reliability": 0.0, "answer": "Oslo"},
+        {"reliability": 0.0, "answer": "Oslo", "contains_target": 0.0, "old_answer": 1.0},
         {
             "reliability": 1.0,
             "answer": "the capital of France",
+            "contains_target": 1.0,
+            "old_answer": 0.0,
             "generalization": 0.0,
             "rephrase_answers": ["Oslo"],
         },
     ]
+
+
+def test_portability_and_locality():
+    tokenizer = toy_tokenizer()
+    texts = ["A Oslo.", "B the capital of France\n", "C Peru</s>"]
+    model = scripted(*(tokenizer(text)["input_ids"] for text in texts), tokenizer=tokenizer)
+    record = {
+        "prompt": "A",
+        "target_new": "Oslo",
+        "portability": {
+            "one": {"prompt": ["B", "C"], "ground_truth": ["France", "Chile"]},
+            "two": {
+                "prompt": ["C"],
+                "ground_truth": ["Chile"],
+                "aliases": [["Chile", "peru"]],
+            },
+        },
+        "locality": {"near": {"prompt": ["C", "A"], "ground_truth": ["x", "y"]}},
+    }
+    (pre,) = generated_metrics(model, tokenizer, [record])
+    assert pre["portability"] == pytest.approx(1 / 3)
+    assert pre["portability_answers"] == {"one": ["the capital of France", "Peru"], "two": ["Peru"]}
+    assert pre["locality_answers"] == {"near": ["Peru", "Oslo"]}
+    post = {"locality_answers": {"near": ["The Peru!", "Lima"]}}
+    finish_generated_(pre, post)
+    assert post["locality"] == 0.5
 
 
 def test_answers_near_the_end_of_the_context():

@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers.masking_utils import find_packed_sequence_indices
 
-from locft_easyedit.packing import lay_out, length_sorted_batches
+from locft_easyedit.batches import length_sorted_batches
+from locft_easyedit.packing import lay_out
 from locft_easyedit.tokens import TokenizedTexts
 
 SEEDS = range(60)

@@ -33,7 +33,7 @@ def chat_answers(
     records: Sequence[Mapping[str, Any]],
     description: str,
     *,
-    progress: bool | None = None,
+    progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Returns the chat answers to each record's prompts.
 
@@ -41,9 +41,9 @@ def chat_answers(
         measures: Model, tokenizer and whether fluency is asked for.
         records: Requests.
         description: Label of the progress bar.
-        progress: Show it; as `measures` does if `None`.
+        progress: Show it, if `measures` shows any.
     """
-    show = measures.progress if progress is None else progress
+    show = measures.progress and progress
     return [
         _answers(measures, record)
         for record in tqdm(records, desc=f"answers {description}", unit="record", disable=not show)

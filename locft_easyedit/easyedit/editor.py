@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from tqdm import trange
 
 from ..editing import EditResult, EditSession
 from ..errors import HyperParamsError, LocFTError
+from ..evaluate.questions import Metrics
 from ..evaluate.summary import summarize
-from ..evaluate.teacher_forced import Metrics
 from ..hparams import ALG_NAME, LocFTBFHyperParams
 from ..models import load_model
 from ..requests import make_requests
@@ -228,8 +228,9 @@ class LocFTBFMethods:
         measures = self._measures("exact match", kwargs.get("test_generation", False), verbose)
         measures.scores = False
 
-        def answers(records: Sequence[Request], description: str, **options: Any) -> list[Metrics]:
-            return chat_answers(measures, records, description, **options)
+        def answers(description: str, only: Sequence[int] | None = None) -> list[Metrics]:
+            asked = requests if only is None else [requests[i] for i in only]
+            return chat_answers(measures, asked, description, progress=only is None)
 
         results = self._train_and_call(
             requests,
@@ -296,11 +297,11 @@ class LocFTBFMethods:
         measures.check(requests, pre_edit)
         self._begin()
         with session:
-            measures.packed = session.packed
+            measures.run_as(session.packed, session.frozen)
             if pre_edit is not None:
                 entries = pre_edit
             else:
-                entries = [{"pre": value} for value in measure(requests, "before the edit")]
+                entries = [{"pre": value} for value in measure("before the edit")]
                 if pre_file is not None:
                     with open(pre_file, "w", encoding="utf-8") as file:
                         json.dump(entries, file, indent=4)
@@ -310,7 +311,7 @@ class LocFTBFMethods:
             else:
                 self._done(session.train_(), sequential)
                 self._seconds = time.perf_counter() - start + session.timings["prefix"]
-                after = measure(requests, "after the edit")
+                after = measure("after the edit")
         for i, (entry, request, value) in enumerate(zip(entries, requests, after, strict=True)):
             entry.update({"case_id": i, "requested_rewrite": request, "post": value})
         return entries
@@ -324,12 +325,12 @@ class LocFTBFMethods:
         """Edits and measures each request on the original model; the last one stays in."""
         after = []
         start = time.perf_counter()
-        for i, request in enumerate(
-            tqdm(requests, desc="edits, each alone", unit="edit", disable=not session.progress)
+        for i in trange(
+            len(requests), desc="edits, each alone", unit="edit", disable=not session.progress
         ):
             self._begin()
             self._done(session.train_([i], progress=False), sequential=False)
-            after += measure([request], "after the edit", progress=False)
+            after += measure("after the edit", [i])
         self._seconds = time.perf_counter() - start
         logger.info(
             "Each of %d edits was made alone, on the original model; the model returned carries "

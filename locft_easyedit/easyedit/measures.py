@@ -11,14 +11,15 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import HyperParamsError, LocFTError, one_message
+from ..evaluate.choices import HowToRun
 from ..evaluate.fluency import fluency_of, word_tokenizer
-from ..evaluate.teacher_forced import Metrics, check_records, finish_locality_, score_records
+from ..evaluate.perplexity import PERPLEXITIES, Perplexity
+from ..evaluate.questions import Metrics
+from ..evaluate.teacher_forced import TeacherForced, finish_locality_
 from ..hparams import LocFTBFHyperParams
+from ..prefix import FrozenLayers
 from .cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
 from .loading import EasyEdit
-
-# `eval_metric` values that EasyEdit computes otherwise than by teacher forcing.
-_PERPLEXITIES = ("ppl", "ood_ppl")
 
 
 def _list(value: Any) -> list[Any]:
@@ -47,7 +48,6 @@ class Measures:
         fluency: Whether fluency is asked for (`test_generation=True`).
         progress: Show progress bars.
         scores: Whether requests are scored; chat answers are no scores.
-        packed: Whether packed rows suit the model; `None` until somebody measured it.
         words: Splits a text into words, if fluency is asked for.
     """
 
@@ -60,8 +60,9 @@ class Measures:
     fluency: bool
     progress: bool
     scores: bool = True
-    packed: bool | None = None
     words: Callable[[str], list[str]] | None = field(init=False, default=None)
+    _requests: Sequence[Mapping[str, Any]] = field(init=False, default=())
+    _ours: list[TeacherForced | Perplexity] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         if self.fluency:
@@ -78,7 +79,8 @@ class Measures:
         Raises:
             LocFTError: They cannot, or it was not.
         """
-        check_records(self.model, self.tokenizer, requests)
+        self._requests = requests
+        self.run_as(None, None)
         if pre_edit is None:
             return
         if len(pre_edit) != len(requests):
@@ -97,31 +99,41 @@ class Measures:
                 one_message("`pre_edit` is of other requests. Measure again:", problems)
             )
 
-    def of(
-        self,
-        records: Sequence[Mapping[str, Any]],
-        description: str,
-        *,
-        progress: bool | None = None,
-    ) -> list[Metrics]:
-        """Returns what EasyEdit's `compute_edit_quality` gives, for each record."""
-        progress = self.progress if progress is None else progress
-        if self.hparams.evaluation_type is None and self.eval_metric not in _PERPLEXITIES:
-            metrics = score_records(
-                self.model,
-                self.tokenizer,
-                records,
-                batch_size=self.hparams.eval_batch_size,
-                row_tokens=self.hparams.row_tokens,
-                packed=self.packed,
-                progress=progress,
-                description=description,
-            )
+    def run_as(self, packed: bool | None, frozen: FrozenLayers | None) -> None:
+        """Tokenizes the requests, to be run packed or not and with these layers frozen.
+
+        Raises:
+            RequestError: They cannot be evaluated.
+        """
+        h = self.hparams
+        how = HowToRun(h.eval_batch_size, h.row_tokens, packed, frozen, self.progress)
+        given = (self.model, self.tokenizer, self._requests, how)
+        if self.eval_metric in PERPLEXITIES:
+            rest = TeacherForced(*given, parts=("locality", "portability"))
+            self._ours = [Perplexity(*given, metric=self.eval_metric), rest]
         else:
-            metrics = self._by_easyedit(records, description, progress)
+            self._ours = [TeacherForced(*given)]
+
+    def of(self, description: str, only: Sequence[int] | None = None) -> list[Metrics]:
+        """Returns what EasyEdit's `compute_edit_quality` gives, for each request that was checked.
+
+        Args:
+            description: Label of the progress bars.
+            only: Requests to measure; all if `None`.
+        """
+        requests = self._requests if only is None else [self._requests[i] for i in only]
+        if self.hparams.evaluation_type is None:
+            parts = [measure.measure(description, only) for measure in self._ours]
+            metrics = [_joined(entries) for entries in zip(*parts, strict=True)]
+        else:
+            metrics = self._by_easyedit(requests, description)
         if self.words is not None:
             values = fluency_of(
-                self.model, self.tokenizer, records, words=self.words, progress=progress
+                self.model,
+                self.tokenizer,
+                requests,
+                words=self.words,
+                progress=self.progress and only is None,
             )
             for entry, value in zip(metrics, values, strict=True):
                 entry["fluency"] = value
@@ -137,9 +149,7 @@ class Measures:
                 metrics, request, self.hparams, str(self.hparams.model_name)
             )
 
-    def _by_easyedit(
-        self, records: Sequence[Mapping[str, Any]], description: str, progress: bool
-    ) -> list[Metrics]:
+    def _by_easyedit(self, records: Sequence[Mapping[str, Any]], description: str) -> list[Metrics]:
         mode = CudaAsCPU() if needs_cuda_as_cpu(self.easyedit) else nullcontext()
         with mode:
             return [
@@ -153,5 +163,14 @@ class Measures:
                     eval_metric=self.eval_metric,
                     test_generation=False,
                 )
-                for record in tqdm(records, desc=description, unit="record", disable=not progress)
+                for record in tqdm(
+                    records, desc=description, unit="record", disable=not self.progress
+                )
             ]
+
+
+def _joined(entries: Sequence[Metrics]) -> Metrics:
+    metrics: Metrics = {}
+    for entry in entries:
+        metrics |= entry
+    return metrics

@@ -8,23 +8,17 @@ token do not count, and a prompt is tokenized apart from its target.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import RequestError, one_message
-from ..forward import run_rows
-from ..modes import evaluation_mode
-from ..packing import lay_out, length_sorted_batches
-from ..runner import can_pack, context_length, input_device
+from ..runner import input_device
 from ..tokens import TokenizedTexts
-
-Metrics = dict[str, Any]
+from .choices import FirstChoices, HowToRun
+from .questions import PARTS, Metrics, Question, check_lengths, questions_of
 
 _PROTOCOL = "decoder_only_teacher_forcing"
 _META = {
@@ -39,15 +33,118 @@ _LOCALITY_META = {
 }
 
 
-@dataclass(frozen=True)
-class _Question:
-    """The prompts that EasyEdit scores in one call, with their answers."""
+class TeacherForced:
+    """EasyEdit's metrics of the same records, to be taken before and after an edit.
 
-    record: int
-    part: str  # rewrite, rephrase, locality, portability
-    name: str  # the locality's or portability's name
-    prompts: list[str]
-    answers: list[str]
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        records: Requests as `make_requests` returns them: `prompt`, `target_new`, and where given
+            `rephrase_prompt`, `locality` and `portability`.
+        how: How prompts are run.
+        parts: The parts of a record that are scored.
+
+    Raises:
+        RequestError: A prompt or an answer is no text or blank, their numbers differ, or one is
+            beyond the model's context. All such problems in one error.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        records: Sequence[Mapping[str, Any]],
+        how: HowToRun,
+        *,
+        parts: Sequence[str] = PARTS,
+    ) -> None:
+        self.model = model
+        self.pad = tokenizer.pad_token_id
+        self.n_records = len(records)
+        self.questions = [q for q in questions_of(records) if q.part in parts]
+        self.texts, first_position = _tokenize(tokenizer, self.questions)
+        check_lengths(model, self.questions, self.texts.lengths.tolist())
+        n_prompts = [len(question.prompts) for question in self.questions]
+        self._ends = np.cumsum([0, *n_prompts])
+        self._question_of = np.repeat(np.arange(len(n_prompts)), n_prompts)
+        self._choices = FirstChoices(
+            model, self.texts, how, alone=self._as_easyedit, first_position=first_position
+        )
+
+    def packed(self) -> bool:
+        """Returns whether the model can be packed; measured on a few prompts if nobody said."""
+        return self._choices.packed()
+
+    def measure(self, description: str, only: Sequence[int] | None = None) -> list[Metrics]:
+        """Returns each record's metrics, as EasyEdit's `compute_edit_quality` gives them.
+
+        Args:
+            description: Label of the progress bar.
+            only: Records to measure; all if `None`.
+
+        Returns:
+            For each record `rewrite_acc`, `rephrase_acc` (lists of shares), `locality` (the
+            predicted tokens, under `NAME_output`), `portability` (`NAME_acc`) and `metric_meta`.
+        """
+        wanted = range(self.n_records) if only is None else only
+        metrics: dict[int, Metrics] = {i: {"locality": {}, "portability": {}} for i in wanted}
+        texts = None
+        if only is not None:
+            asked = [q.record in metrics for q in self.questions]
+            texts = np.flatnonzero(np.array(asked)[self._question_of])
+        choices = self._choices.take(description, texts)
+        for i, question in enumerate(self.questions):
+            if question.record not in metrics:
+                continue
+            members = range(self._ends[i], self._ends[i + 1])
+            answers = [choices[j] for j in members]
+            self._score_(metrics[question.record], question, answers, members)
+        return [metrics[i] for i in wanted]
+
+    def _score_(
+        self, metrics: Metrics, question: Question, answers: list[list[int]], members: range
+    ) -> None:
+        if question.part == "locality":
+            metrics["locality"][f"{question.name}_output"] = answers
+            return
+        shares = [
+            _share(answer, self._labels(j)) for answer, j in zip(answers, members, strict=True)
+        ]
+        if len(shares) > 1:  # EasyEdit drops answers without a token, unless there is but one
+            shares = [share for share in shares if not np.isnan(share)]
+        if question.part == "portability":
+            metrics["portability"][f"{question.name}_acc"] = shares
+        else:
+            metrics[f"{question.part}_acc"] = shares
+            meta = metrics.setdefault("metric_meta", {})
+            meta[question.part] = {"result_key": f"{question.part}_acc", **_META}
+
+    def _labels(self, i: int) -> list[int]:
+        start = int(self.texts.offsets[i] + self.texts.target_start[i])
+        labels: list[int] = self.texts.ids[start : int(self.texts.offsets[i + 1])].tolist()
+        return labels
+
+    def _as_easyedit(self, i: int) -> list[int]:
+        """Returns text i's first choices from the very pass that EasyEdit makes.
+
+        The prompts of one question in one batch, padded on the left.
+        """
+        question = int(self._question_of[i])
+        members = range(self._ends[question], self._ends[question + 1])
+        rows = [
+            self.texts.ids[self.texts.offsets[j] : self.texts.offsets[j + 1]].tolist()
+            for j in members
+        ]
+        width = max(map(len, rows))
+        device = input_device(self.model)
+        ids = torch.tensor([[self.pad] * (width - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor(
+            [[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device
+        )
+        logits = self.model(input_ids=ids, attention_mask=mask).logits[i - members.start]
+        n_targets = len(rows[i - members.start]) - int(self.texts.target_start[i])
+        first: list[int] = logits.argmax(-1)[width - 1 - n_targets : -1].tolist()
+        return first
 
 
 def score_records(
@@ -61,62 +158,13 @@ def score_records(
     progress: bool = False,
     description: str = "evaluation",
 ) -> list[Metrics]:
-    """Returns EasyEdit's metrics of each record, as `compute_edit_quality` gives them.
-
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
-        records: Requests as `make_requests` returns them: `prompt`, `target_new`, and where given
-            `rephrase_prompt`, `locality` and `portability`.
-        batch_size: Prompts a forward pass.
-        row_tokens: Length of packed rows.
-        packed: Whether to pack rows; `None` measures whether this model can be packed.
-        progress: Show a progress bar.
-        description: Its label.
-
-    Returns:
-        For each record `rewrite_acc`, `rephrase_acc` (lists of shares), `locality` (the predicted
-        tokens, under `NAME_output`), `portability` (`NAME_acc`) and `metric_meta`.
+    """Returns EasyEdit's metrics of each record, once; see `TeacherForced`.
 
     Raises:
-        RequestError: As for `check_records`.
+        RequestError: As `TeacherForced`.
     """
-    questions, texts, first_position = _checked(model, tokenizer, records)
-    how = _Batches(texts, first_position, batch_size, row_tokens, packed)
-    predicted = _predict(model, how, progress, description)
-
-    metrics: list[Metrics] = [{"locality": {}, "portability": {}} for _ in records]
-    i = 0
-    for question in questions:
-        members = range(i, i + len(question.prompts))
-        i = members.stop
-        answers = [predicted[j] for j in members]
-        if question.part == "locality":
-            metrics[question.record]["locality"][f"{question.name}_output"] = answers
-            continue
-        labels = [_labels(texts, j) for j in members]
-        shares = [_share(a, b) for a, b in zip(answers, labels, strict=True)]
-        if len(shares) > 1:  # EasyEdit drops answers without a token, unless there is but one
-            shares = [share for share in shares if not np.isnan(share)]
-        if question.part == "portability":
-            metrics[question.record]["portability"][f"{question.name}_acc"] = shares
-        else:
-            metrics[question.record][f"{question.part}_acc"] = shares
-            meta = metrics[question.record].setdefault("metric_meta", {})
-            meta[question.part] = {"result_key": f"{question.part}_acc", **_META}
-    return metrics
-
-
-def check_records(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Mapping[str, Any]]
-) -> None:
-    """Checks that `records` can be evaluated, without running the model.
-
-    Raises:
-        RequestError: A prompt or an answer is no text or blank, their numbers differ, or one is
-            beyond the model's context. All such problems in one error.
-    """
-    _checked(model, tokenizer, records)
+    how = HowToRun(batch_size, row_tokens, packed, progress=progress)
+    return TeacherForced(model, tokenizer, records, how).measure(description)
 
 
 def finish_locality_(pre: Mapping[str, Any], post: Metrics) -> None:
@@ -138,64 +186,8 @@ def finish_locality_(pre: Mapping[str, Any], post: Metrics) -> None:
         post.setdefault("metric_meta", {})[f"locality.{name}"] = meta
 
 
-def _questions(index: int, record: Mapping[str, Any]) -> Iterable[_Question]:
-    target = record["target_new"]
-    yield _question(index, "rewrite", "", record["prompt"], target)
-    if record.get("rephrase_prompt") is not None:
-        yield _question(index, "rephrase", "", record["rephrase_prompt"], target)
-    for part in ("locality", "portability"):
-        for name, fields in (record.get(part) or {}).items():
-            yield _question(index, part, name, fields["prompt"], fields["ground_truth"])
-
-
-def _question(index: int, part: str, name: str, prompts: Any, answers: Any) -> _Question:
-    prompt_list = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
-    is_list = isinstance(answers, (list, tuple))
-    return _Question(
-        index, part, name, prompt_list, list(answers) if is_list else [answers] * len(prompt_list)
-    )
-
-
-def _checked(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Mapping[str, Any]]
-) -> tuple[list[_Question], TokenizedTexts, np.ndarray]:
-    """Returns the questions of all records, their tokens and first positions."""
-    questions = [q for i, record in enumerate(records) for q in _questions(i, record)]
-    problems = [problem for question in questions for problem in _problems(question)]
-    if not problems:
-        texts, first_position = _tokenize(tokenizer, questions)
-        limit = context_length(model)
-        owners = [q for q in questions for _ in q.prompts]
-        problems = [
-            f"{_where(owner)} has {length} tokens; the model's context is {limit}. Shorten it."
-            for owner, length in zip(owners, texts.lengths.tolist(), strict=True)
-            if limit is not None and length > limit
-        ]
-    if problems:
-        raise RequestError(one_message("The requests cannot be evaluated:", problems))
-    return questions, texts, first_position
-
-
-def _where(question: _Question) -> str:
-    name = f" {question.name!r}" if question.name else ""
-    return f"request {question.record}, {question.part}{name}"
-
-
-def _problems(q: _Question) -> list[str]:
-    problems = []
-    if len(q.prompts) != len(q.answers):
-        problems.append(
-            f"{_where(q)}: {len(q.prompts)} prompts, {len(q.answers)} answers. Pair them."
-        )
-    return problems + [
-        f"{_where(q)}: `{text!r}` must be a text that is not blank. Fill it in or drop it."
-        for text in (*q.prompts, *q.answers)
-        if not isinstance(text, str) or not text.strip()
-    ]
-
-
 def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, questions: Sequence[_Question]
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
 ) -> tuple[TokenizedTexts, np.ndarray]:
     """Returns all prompts with their answers, and the position of each one's first token."""
     prompts = [p for q in questions for p in q.prompts]
@@ -217,51 +209,6 @@ def _tokenize(
         lengths = [len(next(remaining)) for _ in question.prompts]
         first_position += [max(lengths) - length for length in lengths]
     return TokenizedTexts.from_lists(sequences, starts), np.array(first_position, np.int64)
-
-
-@dataclass(frozen=True)
-class _Batches:
-    """How the texts are run."""
-
-    texts: TokenizedTexts
-    first_position: np.ndarray
-    batch_size: int
-    row_tokens: int
-    packed: bool | None
-
-
-@torch.no_grad()
-def _predict(
-    model: PreTrainedModel, how: _Batches, progress: bool, description: str
-) -> list[list[int]]:
-    """Returns the model's first choice for each answer token, a list for each text."""
-    texts = how.texts
-    device = input_device(model)
-    ids = torch.from_numpy(texts.ids).to(device)
-    predicted: list[list[int]] = [[] for _ in range(len(texts))]
-    with evaluation_mode(model):
-        packed = can_pack(model, texts) if how.packed is None else how.packed
-        with tqdm(total=len(texts), desc=description, unit="prompt", disable=not progress) as bar:
-            for batch in length_sorted_batches(texts.lengths, how.batch_size):
-                rows = lay_out(
-                    texts,
-                    batch,
-                    row_tokens=how.row_tokens,
-                    packed=packed,
-                    first_position=how.first_position,
-                ).to(device)
-                logits = run_rows(model, rows, input_ids=ids[rows.gather_index])
-                choices = logits.argmax(-1).tolist()  # [S]
-                for owner, choice in zip(rows.owner.tolist(), choices, strict=True):
-                    predicted[batch[owner]].append(choice)
-                bar.update(len(batch))
-    return predicted
-
-
-def _labels(texts: TokenizedTexts, i: int) -> list[int]:
-    start = int(texts.offsets[i] + texts.target_start[i])
-    labels: list[int] = texts.ids[start : int(texts.offsets[i + 1])].tolist()
-    return labels
 
 
 def _share(a: Sequence[int], b: Sequence[int]) -> float:

@@ -1,0 +1,143 @@
+"""The model's first choice at every scored token, the same however texts are batched.
+
+Logits depend a little on what else is in a batch, by rounding. Where the two best tokens are that
+close, the text is run again in one fixed way, so that batch size, packing and the frozen prefix
+never decide between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from ..batches import in_batches
+from ..modes import evaluation_mode
+from ..prefix import FrozenLayers, FrozenPrefix, fits_in_memory
+from ..runner import TextRunner, can_pack
+from ..tokens import TokenizedTexts
+
+# Differences of logits below which rounding could decide. Batching moves the logits of SmolLM2 by
+# up to 1e-4 in float32; the half precisions keep 11 and 8 bits.
+_CLOSE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class HowToRun:
+    """How texts are run for evaluation.
+
+    Attributes:
+        batch_size: Prompts a forward pass.
+        row_tokens: Length of packed rows.
+        packed: Whether rows are packed; `None` measures whether this model can be packed.
+        frozen: Layers that stay the same from one measurement to the next: computed once, which
+            costs memory for a hidden state a token. `None` runs all layers every time.
+        progress: Show progress bars.
+    """
+
+    batch_size: int = 64
+    row_tokens: int = 128
+    packed: bool | None = None
+    frozen: FrozenLayers | None = None
+    progress: bool = False
+
+
+class FirstChoices:
+    """First choices for a fixed set of texts, to be taken before and after an edit.
+
+    Args:
+        model: A causal language model.
+        texts: The texts; every token from `target_start` on is predicted.
+        how: How they are run.
+        alone: Returns the first choices of text i from full forward passes of one fixed form.
+        first_position: As for `lay_out`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        texts: TokenizedTexts,
+        how: HowToRun,
+        *,
+        alone: Callable[[int], list[int]],
+        first_position: np.ndarray | None = None,
+    ) -> None:
+        self.model = model
+        self.texts = texts
+        self.how = how
+        self.alone = alone
+        self.first_position = first_position
+        self._packed = how.packed
+        self._prefix: FrozenPrefix | None = None
+        if how.frozen is not None and fits_in_memory(model, len(texts.ids)):
+            self._prefix = FrozenPrefix(model, how.frozen, len(texts.ids))
+
+    @torch.no_grad()
+    def take(self, description: str, only: np.ndarray | None = None) -> list[list[int]]:
+        """Returns the first choice at each predicted token, a list for each text.
+
+        Args:
+            description: Label of the progress bar.
+            only: Indices of the texts that are asked for; the others' lists stay empty.
+        """
+        choices: list[list[int]] = [[] for _ in range(len(self.texts))]
+        indices = np.arange(len(self.texts)) if only is None else only
+        if not len(indices):
+            return choices
+        close: set[int] = set()
+        with evaluation_mode(self.model):
+            runner = self._runner(everything=only is None)
+
+            def run(batch: np.ndarray) -> None:
+                logits, rows = runner.logits(indices[batch])
+                best = logits.topk(2, dim=-1)  # [S, 2]
+                near = best.values[:, 0] - best.values[:, 1] < closeness(logits.dtype)
+                owner = rows.owner.to(logits.device)
+                # One copy to the host a batch.
+                together = torch.stack([owner, best.indices[:, 0], near.long()]).tolist()
+                for member, token, is_close in zip(*together, strict=True):
+                    text = int(indices[batch[member]])
+                    choices[text].append(token)
+                    if is_close:
+                        close.add(text)
+
+            with runner.ready():
+                in_batches(
+                    self.texts.lengths[indices],
+                    self.how.batch_size,
+                    run,
+                    description=description,
+                    progress=self.how.progress and only is None,
+                )
+            if runner.prefix is not None:
+                runner.prefix.complete = True
+            for text in sorted(close):
+                choices[text] = self.alone(text)
+        return choices
+
+    def packed(self) -> bool:
+        """Returns whether rows are packed; measured on a few texts if `how` leaves it open."""
+        if self._packed is None:
+            with evaluation_mode(self.model):
+                self._packed = bool(len(self.texts)) and can_pack(self.model, self.texts)
+        return self._packed
+
+    def _runner(self, *, everything: bool) -> TextRunner:
+        # A frozen prefix is recorded in a pass over all texts, or not at all.
+        usable = self._prefix is not None and (everything or self._prefix.complete)
+        return TextRunner(
+            self.model,
+            self.texts,
+            row_tokens=self.how.row_tokens,
+            packed=self.packed(),
+            prefix=self._prefix if usable else None,
+            first_position=self.first_position,
+        )
+
+
+def closeness(dtype: torch.dtype) -> float:
+    """Returns the difference of two logits below which rounding could decide between them."""
+    return _CLOSE.get(dtype, _CLOSE[torch.bfloat16])

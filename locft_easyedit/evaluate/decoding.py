@@ -1,0 +1,245 @@
+"""Batched decoding with a cache: rows leave the batch as soon as they are done.
+
+`GreedyDecoder` gives each prompt the answer that it would get alone, without a cache: where the
+two best tokens are so close that rounding could decide, that prompt is run alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..batches import in_batches
+from ..forward import run_next
+from ..modes import evaluation_mode
+from ..runner import input_device
+from ..tokens import TokenizedTexts
+from .choices import FirstChoices, HowToRun, closeness
+
+STOPS = (".", "\n")
+
+# Next tokens, [B], from logits [B, V] and the B texts so far.
+Pick = Callable[[torch.Tensor, list[list[int]]], torch.Tensor]
+# Whether text i is complete, with the tokens it has got.
+Done = Callable[[int, list[int]], bool]
+
+
+@torch.no_grad()
+def decode_(
+    model: PreTrainedModel,
+    sequences: list[list[int]],
+    *,
+    pick: Pick,
+    done: Done,
+    batch_size: int,
+    description: str,
+    progress: bool = False,
+) -> None:
+    """Appends tokens to each of `sequences` until it is done.
+
+    Args:
+        model: A causal language model.
+        sequences: Token ids of the texts; in place.
+        pick: Chooses next tokens.
+        done: Called after each token; a text is asked for at least one.
+        batch_size: Texts at a time.
+        description: Label of the progress bar.
+        progress: Show a progress bar.
+    """
+
+    def run(batch: np.ndarray) -> None:
+        grown = [list(sequences[i]) for i in batch]
+        _decode_batch(model, batch, grown, pick, done)
+        for i, ids in zip(batch, grown, strict=True):
+            sequences[i][:] = ids
+
+    lengths = np.array([len(ids) for ids in sequences], np.int64)
+    with evaluation_mode(model):
+        in_batches(lengths, batch_size, run, description=description, progress=progress)
+
+
+def _decode_batch(
+    model: Any, texts: np.ndarray, grown: list[list[int]], pick: Pick, done: Done
+) -> None:
+    device = input_device(model)
+    width = max(map(len, grown))
+    # Any token fills the left side: the mask hides it.
+    ids = torch.zeros(len(grown), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, known in enumerate(grown):
+        ids[row, width - len(known) :] = torch.tensor(known)
+        mask[row, width - len(known) :] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    ids, mask, positions = ids.to(device), mask.to(device), positions.to(device)
+    rows = np.arange(len(grown))  # which member each row of the tensors is
+    cache: Any = None
+    while True:
+        logits, cache = run_next(
+            model,
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+        )
+        tokens = pick(logits, [grown[member] for member in rows]).to(device)  # [B]
+        for member, token in zip(rows, tokens.tolist(), strict=True):
+            grown[member].append(token)
+        going = np.array([not done(int(texts[member]), grown[member]) for member in rows])
+        if not going.any():
+            return
+        ids, positions = tokens[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        if not going.all():
+            keep = torch.from_numpy(np.flatnonzero(going)).to(device)
+            cache.batch_select_indices(keep)
+            ids, mask, positions, rows = ids[keep], mask[keep], positions[keep], rows[going]
+
+
+class GreedyDecoder:
+    """Greedy answers to a fixed set of prompts, to be taken before and after an edit.
+
+    An answer that is expected (an edit's target, say) is checked in one forward pass over prompt
+    and answer, as a draft in speculative decoding is. Only where the model's own first choice
+    differs is the rest generated token by token. The answers are those of plain greedy decoding.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        prompts: Plain prompts; no chat template is applied.
+        drafts: The answer that is expected of each prompt, or `None` for no guess.
+        how: How prompts are run.
+        max_new_tokens: Tokens of an answer, at most.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[str],
+        drafts: Sequence[str] | None,
+        how: HowToRun,
+        *,
+        max_new_tokens: int,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.how = how
+        self.max_new_tokens = max_new_tokens
+        self.ends = end_tokens(model, tokenizer)
+        self.stops = stop_tokens(tokenizer)
+        self.prompts: list[list[int]] = (
+            tokenizer(list(prompts), padding=False, truncation=False)["input_ids"]
+            if prompts
+            else []
+        )
+        self._choices: FirstChoices | None = None
+        if prompts and drafts is not None:
+            self._drafts = self._tokenized_drafts(prompts, drafts)
+            texts = TokenizedTexts.from_lists(
+                [p + d for p, d in zip(self.prompts, self._drafts, strict=True)],
+                [len(p) for p in self.prompts],
+            )
+            self._choices = FirstChoices(model, texts, how, alone=self._draft_alone)
+
+    def answers(self, description: str, only: np.ndarray | None = None) -> list[str]:
+        """Returns the answer to each prompt, up to EOS, "." or the end of the line.
+
+        Args:
+            description: Label of the progress bar.
+            only: Indices of the prompts that are asked; the others' answers are empty.
+        """
+        indices = range(len(self.prompts)) if only is None else only.tolist()
+        sequences = {i: list(self.prompts[i]) for i in indices}
+        if self._choices is not None:
+            chosen = self._choices.take(description, only)
+            for i in indices:
+                sequences[i] += self._accepted(i, chosen[i])
+            description = f"{description}, word by word"
+        open_ = [i for i in indices if not self._complete(i, sequences[i])]
+        # Lists are shared: what grows here grows in `sequences`.
+        decode_(
+            self.model,
+            [sequences[i] for i in open_],
+            pick=self._pick,
+            done=lambda j, ids: self._complete(open_[j], ids),
+            batch_size=self.how.batch_size,
+            description=description,
+            progress=self.how.progress and only is None and bool(open_),
+        )
+        answers = [""] * len(self.prompts)
+        for i, ids in sequences.items():
+            answers[i] = self._text(ids[len(self.prompts[i]) :])
+        return answers
+
+    def _tokenized_drafts(self, prompts: Sequence[str], drafts: Sequence[str]) -> list[list[int]]:
+        """Returns each draft's tokens after its prompt, with an end token: at least one."""
+        end = self.ends[:1] or [0]
+        both = [f"{p} {d.strip()}" for p, d in zip(prompts, drafts, strict=True)]
+        together = self.tokenizer(both, padding=False, truncation=False)["input_ids"]
+        tokenized = []
+        for prompt, ids in zip(self.prompts, together, strict=True):
+            # Where a token reaches over the end of the prompt there is no draft to be had.
+            follows = ids[: len(prompt)] == prompt
+            draft = [i for i in ids[len(prompt) :] if i not in self.ends] if follows else []
+            tokenized.append((draft + end)[: self.max_new_tokens])
+        return tokenized
+
+    def _accepted(self, i: int, choices: list[int]) -> list[int]:
+        """Returns the first choices as far as they followed from the draft."""
+        draft = self._drafts[i]
+        agreed = next((k for k, c in enumerate(choices) if c != draft[k]), len(choices) - 1)
+        answer = choices[: agreed + 1]
+        for k, token in enumerate(answer):
+            if token in self.ends or token in self.stops:
+                return answer[: k + 1]
+        return answer
+
+    def _draft_alone(self, i: int) -> list[int]:
+        ids = self.prompts[i] + self._drafts[i]
+        logits = self._alone(ids[:-1])
+        first: list[int] = logits[len(self.prompts[i]) - 1 :].argmax(-1).tolist()
+        return first
+
+    def _alone(self, ids: list[int]) -> torch.Tensor:
+        """Returns the logits of one text run by itself, [L, V]."""
+        inputs = torch.tensor([ids], device=input_device(self.model))
+        logits: torch.Tensor = self.model(input_ids=inputs, use_cache=False).logits[0]
+        return logits
+
+    def _pick(self, logits: torch.Tensor, sequences: list[list[int]]) -> torch.Tensor:
+        best = logits.topk(2, dim=-1)
+        tokens = best.indices[:, 0].clone()
+        near = best.values[:, 0] - best.values[:, 1] < closeness(logits.dtype)
+        for row in near.nonzero().flatten().tolist():
+            tokens[row] = self._alone(sequences[row])[-1].argmax()
+        return tokens
+
+    def _complete(self, i: int, ids: list[int]) -> bool:
+        n_new = len(ids) - len(self.prompts[i])
+        return n_new >= self.max_new_tokens or (
+            n_new > 0 and (ids[-1] in self.ends or ids[-1] in self.stops)
+        )
+
+    def _text(self, ids: list[int]) -> str:
+        """Returns the text of the generated ids up to the first stop."""
+        end = next((i for i, token in enumerate(ids) if token in self.ends), len(ids))
+        text = str(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
+        cut = min((text.find(stop) for stop in STOPS if stop in text), default=len(text))
+        return text[:cut].strip()
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Returns the tokens whose text holds a stop."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return frozenset(i for i, text in enumerate(texts) if any(stop in text for stop in STOPS))
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the tokenizer's EOS and those that the model's own generation settings name."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    more = configured if isinstance(configured, list) else [configured]
+    return list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *more) if i is not None))

@@ -1,0 +1,131 @@
+"""All metrics of a model on the same records: measured once, or before and after an edit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import HyperParamsError
+from .choices import HowToRun
+from .fluency import fluency_of, word_tokenizer
+from .generated import Generated, finish_generated_
+from .perplexity import Perplexity
+from .questions import Metrics
+from .teacher_forced import TeacherForced, finish_locality_
+
+METRICS = ("accuracy", "generated", "ppl", "fluency")
+DEFAULT_METRICS = ("accuracy", "generated")
+
+
+class Evaluation:
+    """Metrics of the same records with the same model, whose weights may change in between.
+
+    Records are checked and tokenized once. With `how.frozen`, the first measurement records what
+    the frozen layers make of every prompt, and later ones run only the layers above.
+
+    Args:
+        model: A causal language model, edited by whatever method.
+        tokenizer: Its tokenizer.
+        records: Requests as `make_requests` or `read_requests` return them.
+        how: How prompts are run.
+        metrics: Any of `accuracy` (EasyEdit's teacher-forced ones, locality and portability),
+            `generated` (the paper's), `ppl` and `fluency`.
+
+    Raises:
+        RequestError: The records cannot be evaluated.
+        HyperParamsError: A metric is unknown.
+        MissingDependencyError: Fluency is asked for, and nltk is not installed.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        records: Sequence[Mapping[str, Any]],
+        how: HowToRun | None = None,
+        *,
+        metrics: Sequence[str] = DEFAULT_METRICS,
+    ) -> None:
+        how = how or HowToRun()
+        unknown = [name for name in metrics if name not in METRICS]
+        if unknown or not metrics:
+            raise HyperParamsError(
+                f"`metrics={list(metrics)}` must be one or more of {', '.join(METRICS)}."
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.records = records
+        self.how = how
+        self.metrics = tuple(metrics)
+        self._words = word_tokenizer() if "fluency" in metrics else None
+        self._accuracy = (
+            TeacherForced(model, tokenizer, records, how) if "accuracy" in metrics else None
+        )
+        if self._accuracy is not None and how.packed is None:
+            how = replace(how, packed=self._accuracy.packed())  # measured once for all metrics
+        self._generated = (
+            Generated(model, tokenizer, records, how) if "generated" in metrics else None
+        )
+        self._perplexity = Perplexity(model, tokenizer, records, how) if "ppl" in metrics else None
+
+    def measure(self, when: str = "evaluation", only: Sequence[int] | None = None) -> list[Metrics]:
+        """Returns each record's metrics, under EasyEdit's keys and `generated`.
+
+        Args:
+            when: Goes into the labels of the progress bars.
+            only: Records to measure; all if `None`.
+        """
+        n = len(self.records) if only is None else len(only)
+        measured: list[Metrics] = [{"locality": {}, "portability": {}} for _ in range(n)]
+
+        def add(values: Sequence[Metrics], join: Callable[[Metrics, Metrics], None]) -> None:
+            for entry, value in zip(measured, values, strict=True):
+                join(entry, value)
+
+        if self._accuracy is not None:
+            add(self._accuracy.measure(f"metrics {when}", only), _merge_)
+        if self._perplexity is not None:
+            add(self._perplexity.measure(f"perplexity {when}", only), _merge_)
+        if self._generated is not None:
+            add(self._generated.measure(f"answers {when}", only), _generated_)
+        if self._words is not None:
+            asked = self.records if only is None else [self.records[i] for i in only]
+            progress = self.how.progress and only is None
+            fluency = fluency_of(
+                self.model, self.tokenizer, asked, words=self._words, progress=progress
+            )
+            add(fluency, _fluency_)
+        return measured
+
+
+def finish_(pre: Mapping[str, Any], post: Metrics) -> None:
+    """Adds to a record's metrics after an edit what only the comparison with those before tells.
+
+    Locality, by tokens (`NAME_acc`) and by generated answers.
+
+    Raises:
+        ValueError: The two were not measured on the same prompts.
+    """
+    finish_locality_(pre, post)
+    if "generated" in pre and "generated" in post:
+        finish_generated_(pre["generated"], post["generated"])
+
+
+def _merge_(entry: Metrics, value: Metrics) -> None:
+    """Merges two metric dictionaries, sections into sections; what is there already stays."""
+    for key, part in value.items():
+        if isinstance(part, Mapping):
+            entry[key] = {**part, **entry.get(key, {})}
+        else:
+            entry[key] = part
+
+
+def _generated_(entry: Metrics, value: Metrics) -> None:
+    entry["generated"] = value
+
+
+def _fluency_(entry: Metrics, value: Metrics) -> None:
+    entry["fluency"] = value

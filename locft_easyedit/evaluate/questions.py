@@ -1,0 +1,114 @@
+"""The questions that EasyEdit's evaluation asks of a record, checked and tokenized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..errors import RequestError, one_message
+from ..runner import context_length
+
+Metrics = dict[str, Any]
+PARTS = ("rewrite", "rephrase", "locality", "portability")
+
+
+@dataclass(frozen=True)
+class Question:
+    """The prompts that EasyEdit scores in one call, with their answers.
+
+    Attributes:
+        record: Index of the record.
+        part: `rewrite`, `rephrase`, `locality` or `portability`.
+        name: The locality's or portability's name; empty for the other parts.
+        prompts: One or more prompts.
+        answers: The answer to each.
+    """
+
+    record: int
+    part: str
+    name: str
+    prompts: list[str]
+    answers: list[str]
+
+    @property
+    def where(self) -> str:
+        """The question's place, for a message."""
+        name = f" {self.name!r}" if self.name else ""
+        return f"request {self.record}, {self.part}{name}"
+
+
+def questions_of(records: Sequence[Mapping[str, Any]]) -> list[Question]:
+    """Returns the questions of all records, record after record.
+
+    Raises:
+        RequestError: A prompt or an answer is no text or blank, or their numbers differ. All such
+            problems in one error.
+    """
+    questions = [q for i, record in enumerate(records) for q in _questions(i, record)]
+    problems = [problem for question in questions for problem in _problems(question)]
+    if problems:
+        raise RequestError(one_message("The requests cannot be evaluated:", problems))
+    return questions
+
+
+def check_lengths(
+    model: PreTrainedModel, questions: Sequence[Question], lengths: Sequence[int], n_new: int = 0
+) -> None:
+    """Checks that every prompt fits the model's context.
+
+    Args:
+        model: The model.
+        questions: The questions.
+        lengths: Tokens of each prompt of each question, in order.
+        n_new: Tokens that are generated after it.
+
+    Raises:
+        RequestError: One does not.
+    """
+    limit = context_length(model)
+    if limit is None:
+        return
+    owners = [question for question in questions for _ in question.prompts]
+    answer = f" and {n_new} for the answer" if n_new else ""
+    problems = [
+        f"{owner.where} has {length} tokens{answer}; the model's context is {limit}. Shorten it."
+        for owner, length in zip(owners, lengths, strict=True)
+        if length + n_new > limit
+    ]
+    if problems:
+        raise RequestError(one_message("The requests cannot be evaluated:", problems))
+
+
+def _questions(index: int, record: Mapping[str, Any]) -> Iterable[Question]:
+    target = record["target_new"]
+    yield _question(index, "rewrite", "", record["prompt"], target)
+    if record.get("rephrase_prompt") is not None:
+        yield _question(index, "rephrase", "", record["rephrase_prompt"], target)
+    for part in ("locality", "portability"):
+        for name, fields in (record.get(part) or {}).items():
+            yield _question(index, part, name, fields["prompt"], fields["ground_truth"])
+
+
+def _question(index: int, part: str, name: str, prompts: Any, answers: Any) -> Question:
+    prompt_list = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
+    is_list = isinstance(answers, (list, tuple))
+    return Question(
+        index, part, name, prompt_list, list(answers) if is_list else [answers] * len(prompt_list)
+    )
+
+
+def _problems(question: Question) -> list[str]:
+    problems = []
+    if len(question.prompts) != len(question.answers):
+        problems.append(
+            f"{question.where}: {len(question.prompts)} prompts, {len(question.answers)} answers. "
+            "Pair them."
+        )
+    return problems + [
+        f"{question.where}: `{text!r}` must be a text that is not blank. Fill it in or drop it."
+        for text in (*question.prompts, *question.answers)
+        if not isinstance(text, str) or not text.strip()
+    ]
