@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .errors import LocFTError
 
@@ -11,11 +12,23 @@ USAGE = """LocFT-BF for EasyEdit: edit facts by localized, breadth-first fine-tu
 
 Usage:
   locft edit --config-name NAME data=FILE ...   edit a model, measure before and after
+  locft compare --config-name NAME data=FILE    several editing methods side by side
+  locft evaluate MODEL data=FILE ...            measure any model, edited by whatever method
+  locft capability MODEL ...                    what else the model can do (lm-evaluation-harness)
   locft run SCRIPT ...                          run one of EasyEdit's scripts with LocFT-BF
   locft demo [OPTION ...]                       edit 100 facts into SmolLM2-135M on this machine
 
-`locft edit --help` and `locft demo --help` say more.
+`locft COMMAND --help` says more.
 """
+
+# Imported when asked for: each needs seconds.
+_APPLICATIONS = {
+    "edit": ".cli.edit",
+    "compare": ".cli.compare",
+    "evaluate": ".cli.evaluate",
+    "capability": ".cli.capability",
+    "demo": ".demo.run",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,14 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command, rest = arguments[0], arguments[1:]
     try:
-        if command == "edit":
-            from .cli.edit import main as edit
-
-            return edit(rest)
-        if command == "demo":
-            from .demo.run import main as demo
-
-            return demo(rest)
+        if command in _APPLICATIONS:
+            main_of: Callable[[Sequence[str]], int] = importlib.import_module(
+                _APPLICATIONS[command], __package__
+            ).main
+            return main_of(rest)
         if command == "run":
             if not rest:
                 raise LocFTError("`locft run` needs the path of a script. See locft --help.")
@@ -41,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             run_script(rest[0], rest[1:])
             return 0
-        raise LocFTError(f"`{command}` is no command. Use edit, run or demo (locft --help).")
+        names = ", ".join([*_APPLICATIONS, "run"])
+        raise LocFTError(f"`{command}` is no command. Use one of {names} (locft --help).")
     except LocFTError as error:
         sys.stderr.write(f"locft {command}: {error}\n")
         return 2

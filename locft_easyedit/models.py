@@ -68,8 +68,7 @@ def load_model(hparams: LocFTBFHyperParams) -> tuple[Any, PreTrainedTokenizerBas
             f"`model_name={name!r}` must be a model's folder or hub name, or a pair "
             "(model, tokenizer) that is loaded."
         )
-    name = _local_name(name)
-    _check_folder(name)
+    name = check_model_name(name)
     with _one_model_error(name):
         _check_place(name, hparams)
     model, tokenizer = load_causal_lm(
@@ -109,8 +108,7 @@ def load_causal_lm(
     where = resolve_device(device)
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise HyperParamsError(f"`dtype={dtype!r}` must be one of {', '.join(DTYPES)}.")
-    name = _local_name(name)
-    _check_folder(name)
+    name = check_model_name(name)
     with _one_model_error(name):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -125,8 +123,15 @@ def load_causal_lm(
     return _placed(model, model_parallel, where).eval(), tokenizer
 
 
-def _local_name(name: str) -> str:
-    return str(Path(name).expanduser()) if name.startswith("~") else name
+def check_model_name(name: str) -> str:
+    """Returns a model's folder or hub name, with the home folder in place of `~`.
+
+    Raises:
+        ModelError: It is a folder that does not exist or holds no model.
+    """
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
+    _check_folder(name)
+    return name
 
 
 @contextmanager

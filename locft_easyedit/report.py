@@ -20,21 +20,31 @@ from .errors import OutputError
 _LABELS = {
     "rewrite_acc": "rewrite_acc (teacher-forced)",
     "rephrase_acc": "rephrase_acc (teacher-forced)",
+    "rewrite_ppl": "rewrite_ppl (perplexity of the target)",
+    "fluency.ngram_entropy": "fluency (n-gram entropy)",
     "generated.reliability": "reliability (generated)",
     "generated.generalization": "generalization (generated)",
+    "generated.contains_target": "answer contains the target",
+    "generated.old_answer": "answer contains the old answer",
+    "generated.portability": "portability (generated)",
+    "generated.locality": "locality (same generated answer)",
 }
 
 
 def metrics_table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Returns a table of the means before and after the edit (see `summarize`)."""
+    """Returns a table of the means before and after the edit (see `summarize`).
+
+    Without figures from before there is one column.
+    """
     pre, post = flat(summary.get("pre", {})), flat(summary.get("post", {}))
     table = Table(title="Metrics: means over all edits", title_justify="left")
     table.add_column("metric")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
+    columns = {"before": pre, "after": post} if pre else {"value": post}
+    for heading in columns:
+        table.add_column(heading, justify="right")
     for key in dict.fromkeys([*pre, *post]):
         # Locality compares with the model before the edit: it has no value of its own there.
-        cells = [f"{values[key]:.3f}" if key in values else "-" for values in (pre, post)]
+        cells = [f"{v[key]:.3f}" if key in v else "-" for v in columns.values()]
         table.add_row(_LABELS.get(key, key.replace(".", ": ", 1)), *cells)
     return table
 

@@ -7,6 +7,7 @@ never decide between them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from ..modes import evaluation_mode
 from ..prefix import FrozenLayers, FrozenPrefix, fits_in_memory
 from ..runner import TextRunner, can_pack
 from ..tokens import TokenizedTexts
+
+logger = logging.getLogger(__name__)
 
 # Differences of logits below which rounding could decide. Batching moves the logits of SmolLM2 by
 # up to 1e-4 in float32; the half precisions keep 11 and 8 bits.
@@ -54,6 +57,10 @@ class FirstChoices:
         how: How they are run.
         alone: Returns the first choices of text i from full forward passes of one fixed form.
         first_position: As for `lay_out`.
+
+    Attributes:
+        not_finite: Texts for which the last measurement met logits that are NaN or infinite; what
+            the model "chooses" there is meaningless.
     """
 
     def __init__(
@@ -70,6 +77,7 @@ class FirstChoices:
         self.how = how
         self.alone = alone
         self.first_position = first_position
+        self.not_finite: set[int] = set()
         self._packed = how.packed
         self._prefix: FrozenPrefix | None = None
         if how.frozen is not None and fits_in_memory(model, len(texts.ids)):
@@ -88,6 +96,7 @@ class FirstChoices:
         if not len(indices):
             return choices
         close: set[int] = set()
+        self.not_finite = set()
         with evaluation_mode(self.model):
             runner = self._runner(everything=only is None)
 
@@ -95,13 +104,16 @@ class FirstChoices:
                 logits, rows = runner.logits(indices[batch])
                 best = logits.topk(2, dim=-1)  # [S, 2]
                 near = best.values[:, 0] - best.values[:, 1] < closeness(logits.dtype)
+                finite = torch.isfinite(best.values[:, 0])
                 owner = rows.owner.to(logits.device)
                 # One copy to the host a batch.
-                together = torch.stack([owner, best.indices[:, 0], near.long()]).tolist()
-                for member, token, is_close in zip(*together, strict=True):
+                columns = [owner, best.indices[:, 0], near.long(), finite.long()]
+                for member, token, is_close, is_finite in torch.stack(columns).T.tolist():
                     text = int(indices[batch[member]])
                     choices[text].append(token)
-                    if is_close:
+                    if not is_finite:
+                        self.not_finite.add(text)
+                    elif is_close:
                         close.add(text)
 
             with runner.ready():
@@ -114,7 +126,7 @@ class FirstChoices:
                 )
             if runner.prefix is not None:
                 runner.prefix.complete = True
-            for text in sorted(close):
+            for text in sorted(close - self.not_finite):
                 choices[text] = self.alone(text)
         return choices
 
@@ -141,3 +153,14 @@ class FirstChoices:
 def closeness(dtype: torch.dtype) -> float:
     """Returns the difference of two logits below which rounding could decide between them."""
     return _CLOSE.get(dtype, _CLOSE[torch.bfloat16])
+
+
+def warn_not_finite(n: int, of: int) -> None:
+    """Warns of texts that cannot be measured."""
+    if n:
+        logger.warning(
+            "%d of %d prompts gave logits that are no finite numbers: their metrics are NaN. The "
+            "model is damaged, or its numbers are too large for this `dtype`.",
+            n,
+            of,
+        )

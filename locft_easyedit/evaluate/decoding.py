@@ -113,6 +113,10 @@ class GreedyDecoder:
         drafts: The answer that is expected of each prompt, or `None` for no guess.
         how: How prompts are run.
         max_new_tokens: Tokens of an answer, at most.
+
+    Attributes:
+        not_finite: Prompts for which the last measurement met logits that are NaN or infinite;
+            their answers are meaningless.
     """
 
     def __init__(
@@ -136,6 +140,7 @@ class GreedyDecoder:
             if prompts
             else []
         )
+        self.not_finite: set[int] = set()
         self._choices: FirstChoices | None = None
         if prompts and drafts is not None:
             self._drafts = self._tokenized_drafts(prompts, drafts)
@@ -154,25 +159,36 @@ class GreedyDecoder:
         """
         indices = range(len(self.prompts)) if only is None else only.tolist()
         sequences = {i: list(self.prompts[i]) for i in indices}
+        self.not_finite = set()
         if self._choices is not None:
             chosen = self._choices.take(description, only)
+            self.not_finite |= self._choices.not_finite
             for i in indices:
                 sequences[i] += self._accepted(i, chosen[i])
             description = f"{description}, word by word"
-        open_ = [i for i in indices if not self._complete(i, sequences[i])]
+        open_ = [
+            i for i in indices if i not in self.not_finite and not self._complete(i, sequences[i])
+        ]
+
+        def done(j: int, ids: list[int]) -> bool:
+            if ids[-1] < 0:
+                self.not_finite.add(open_[j])
+            return ids[-1] < 0 or self._complete(open_[j], ids)
+
         # Lists are shared: what grows here grows in `sequences`.
         decode_(
             self.model,
             [sequences[i] for i in open_],
             pick=self._pick,
-            done=lambda j, ids: self._complete(open_[j], ids),
+            done=done,
             batch_size=self.how.batch_size,
             description=description,
             progress=self.how.progress and only is None and bool(open_),
         )
         answers = [""] * len(self.prompts)
         for i, ids in sequences.items():
-            answers[i] = self._text(ids[len(self.prompts[i]) :])
+            if i not in self.not_finite:
+                answers[i] = self._text(ids[len(self.prompts[i]) :])
         return answers
 
     def _tokenized_drafts(self, prompts: Sequence[str], drafts: Sequence[str]) -> list[list[int]]:
@@ -216,7 +232,7 @@ class GreedyDecoder:
         near = best.values[:, 0] - best.values[:, 1] < closeness(logits.dtype)
         for row in near.nonzero().flatten().tolist():
             tokens[row] = self._alone(sequences[row])[-1].argmax()
-        return tokens
+        return torch.where(torch.isfinite(best.values[:, 0]), tokens, -1)
 
     def _complete(self, i: int, ids: list[int]) -> bool:
         n_new = len(ids) - len(self.prompts[i])

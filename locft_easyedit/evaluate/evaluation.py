@@ -34,6 +34,9 @@ class Evaluation:
         metrics: Any of `accuracy` (EasyEdit's teacher-forced ones, locality and portability),
             `generated` (the paper's), `ppl` and `fluency`.
 
+    Attributes:
+        packed: Whether rows are packed; `None` if nobody has measured it.
+
     Raises:
         RequestError: The records cannot be evaluated.
         HyperParamsError: A metric is unknown.
@@ -66,6 +69,7 @@ class Evaluation:
         )
         if self._accuracy is not None and how.packed is None:
             how = replace(how, packed=self._accuracy.packed())  # measured once for all metrics
+        self.packed = how.packed
         self._generated = (
             Generated(model, tokenizer, records, how) if "generated" in metrics else None
         )
@@ -86,11 +90,11 @@ class Evaluation:
                 join(entry, value)
 
         if self._accuracy is not None:
-            add(self._accuracy.measure(f"metrics {when}", only), _merge_)
+            add(self._accuracy.measure(f"metrics {when}".strip(), only), _merge_)
         if self._perplexity is not None:
-            add(self._perplexity.measure(f"perplexity {when}", only), _merge_)
+            add(self._perplexity.measure(f"perplexity {when}".strip(), only), _merge_)
         if self._generated is not None:
-            add(self._generated.measure(f"answers {when}", only), _generated_)
+            add(self._generated.measure(f"answers {when}".strip(), only), _generated_)
         if self._words is not None:
             asked = self.records if only is None else [self.records[i] for i in only]
             progress = self.how.progress and only is None

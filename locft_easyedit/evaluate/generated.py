@@ -20,7 +20,7 @@ from .answers import (
     matches_any,
     normalize_answer,
 )
-from .choices import HowToRun
+from .choices import HowToRun, warn_not_finite
 from .decoding import GreedyDecoder
 from .questions import Metrics, check_lengths, questions_of
 
@@ -92,6 +92,10 @@ class Generated:
                     found.setdefault(f"{question.part}_answers", {})[question.name] = answers
         for i, found in metrics.items():
             found |= _portability(self.records[i], found)
+        warn_not_finite(len(self._decoder.not_finite), len(owners))
+        for i in {int(owners[j]) for j in self._decoder.not_finite}:
+            numbers = {key for key, value in metrics[i].items() if isinstance(value, float)}
+            metrics[i] |= dict.fromkeys(numbers, float("nan"))
         return [metrics[i] for i in wanted]
 
 
@@ -138,7 +142,8 @@ def finish_generated_(pre: Mapping[str, Any], post: Metrics) -> None:
         for one, other in zip(answers, after[name], strict=True)
     ]
     if same:
-        post["locality"] = float(np.mean(same))
+        unmeasured = any(np.isnan(m.get("reliability", 0.0)) for m in (pre, post))
+        post["locality"] = float("nan") if unmeasured else float(np.mean(same))
 
 
 def generate_answers(

@@ -17,9 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..runner import input_device
 from ..tokens import TokenizedTexts
-from .choices import FirstChoices, HowToRun
+from .choices import FirstChoices, HowToRun, warn_not_finite
 from .questions import PARTS, Metrics, Question, check_lengths, questions_of
 
+# Stands for every token of a text whose logits were no numbers.
+_NAN = float("nan")
 _PROTOCOL = "decoder_only_teacher_forcing"
 _META = {
     "protocol": _PROTOCOL,
@@ -93,6 +95,7 @@ class TeacherForced:
             asked = [q.record in metrics for q in self.questions]
             texts = np.flatnonzero(np.array(asked)[self._question_of])
         choices = self._choices.take(description, texts)
+        warn_not_finite(len(self._choices.not_finite), len(self.texts))
         for i, question in enumerate(self.questions):
             if question.record not in metrics:
                 continue
@@ -102,16 +105,19 @@ class TeacherForced:
         return [metrics[i] for i in wanted]
 
     def _score_(
-        self, metrics: Metrics, question: Question, answers: list[list[int]], members: range
+        self, metrics: Metrics, question: Question, choices: list[list[int]], members: range
     ) -> None:
+        answers: list[list[Any]] = [
+            [_NAN] * len(answer) if j in self._choices.not_finite else answer
+            for answer, j in zip(choices, members, strict=True)
+        ]
         if question.part == "locality":
             metrics["locality"][f"{question.name}_output"] = answers
             return
-        shares = [
-            _share(answer, self._labels(j)) for answer, j in zip(answers, members, strict=True)
-        ]
-        if len(shares) > 1:  # EasyEdit drops answers without a token, unless there is but one
-            shares = [share for share in shares if not np.isnan(share)]
+        pairs = [(answer, self._labels(j)) for answer, j in zip(answers, members, strict=True)]
+        if len(pairs) > 1:  # EasyEdit drops answers without a token, unless there is but one
+            pairs = [(answer, labels) for answer, labels in pairs if labels]
+        shares = [_share(answer, labels) for answer, labels in pairs]
         if question.part == "portability":
             metrics["portability"][f"{question.name}_acc"] = shares
         else:
@@ -211,6 +217,8 @@ def _tokenize(
     return TokenizedTexts.from_lists(sequences, starts), np.array(first_position, np.int64)
 
 
-def _share(a: Sequence[int], b: Sequence[int]) -> float:
-    """Returns the share of equal entries; NaN for none at all, as numpy's mean has it."""
-    return float(np.mean(np.equal(a, b))) if len(a) else float("nan")
+def _share(a: Sequence[float], b: Sequence[float]) -> float:
+    """Returns the share of equal entries; NaN where there is none, or no token to compare."""
+    if not len(a) or any(map(np.isnan, (*a[:1], *b[:1]))):
+        return _NAN
+    return float(np.mean(np.equal(a, b)))

@@ -1,0 +1,109 @@
+"""Hydra applications over the flat hparams YAMLs, with the keys of a command besides."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from ..errors import HyperParamsError, LocFTError, one_message
+from ..hparams import LocFTBFHyperParams, read_mapping, type_problems
+from ..hparams_files import hparams_folder
+
+Job = Callable[[LocFTBFHyperParams, dict[str, Any], Path], None]
+
+
+def run_application(
+    arguments: Sequence[str],
+    *,
+    command: str,
+    config_class: type,
+    command_keys: Sequence[str],
+    help_text: str,
+    job: Job,
+) -> int:
+    """Runs a command as a Hydra application; returns the exit status.
+
+    Args:
+        arguments: What follows the command.
+        command: Its name.
+        config_class: The hyper-parameters' dataclass with the command's keys.
+        command_keys: These keys.
+        help_text: Printed for `--help`, with the names of the YAMLs after it.
+        job: Called with the hyper-parameters, the command's values and the output folder.
+    """
+    arguments = list(arguments)
+    if not arguments or {"-h", "--help"} & set(arguments):
+        sys.stdout.write(help_text + ", ".join(sorted(_names(hparams_folder()))) + "\n")
+        return 0
+
+    def run(config: DictConfig) -> None:
+        """One run; Hydra calls it once, or once a cell of a multirun."""
+        try:
+            values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+            given = {key: values.pop(key, None) for key in command_keys}
+            hparams = LocFTBFHyperParams.from_mapping(values, source="The hyper-parameters")
+            if given["data"] in (None, "???"):
+                raise HyperParamsError("`data` is missing. Add data=FILE, a JSON file with edits.")
+            job(hparams, given, Path(HydraConfig.get().runtime.output_dir))
+        except LocFTError as error:
+            # One message for a user's mistake; Hydra would print a stack of its own calls.
+            sys.stderr.write(f"locft {command}: {error}\n")
+            raise SystemExit(2) from error
+
+    sys.argv = [f"locft {command}", *_with_stored_configs(arguments, command, config_class)]
+    hydra.main(version_base="1.3", config_path=None)(run)()
+    return 0
+
+
+def _names(folder: Path) -> dict[str, Path]:
+    return {path.stem: path for path in folder.glob("*.yaml")}
+
+
+def _with_stored_configs(arguments: list[str], command: str, config_class: type) -> list[str]:
+    """Puts every YAML that `--config-name` can mean into Hydra's store, with the command's keys.
+
+    A flat YAML that EasyEdit can read has no place for `data` or `output`, and Hydra accepts only
+    keys that a configuration has. Returns the arguments, with a path given as name made a name.
+    """
+    files = _names(hparams_folder())
+    asked = None
+    for i, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        value = value if equals else (arguments[i + 1] if i + 1 < len(arguments) else "")
+        if option in ("--config-dir", "-cd"):
+            files |= _names(Path(value))
+        elif option in ("--config-name", "-cn"):
+            asked = Path(value).stem if value.endswith((".yaml", ".yml")) else value
+            if asked != value:
+                files[asked] = Path(value)
+                arguments[i : i + (1 if equals else 2)] = [f"--config-name={asked}"]
+    if asked is None:
+        raise HyperParamsError(
+            f"--config-name is missing. Choose one of: {', '.join(sorted(files))}."
+        )
+    if asked not in files:
+        raise HyperParamsError(
+            f"--config-name={asked} is not known. Choose one of: {', '.join(sorted(files))}, or "
+            "give the path of a YAML."
+        )
+    _, values = read_mapping(files[asked])
+    problems = type_problems(values)  # what is missing may still come from the command line
+    if problems:
+        raise HyperParamsError(one_message(f"{files[asked]}:", problems))
+    node: Any = OmegaConf.merge(OmegaConf.structured(config_class), values)
+    hydra_settings = {
+        "run": {"dir": "${output}"},
+        "sweep": {"dir": "${output}", "subdir": "${hydra.job.num}"},
+        "job": {"name": f"locft_{command}"},
+    }
+    ConfigStore.instance().store(
+        name=asked, node={"hydra": hydra_settings, **{k: node._get_node(k) for k in node}}
+    )
+    return arguments

@@ -1,0 +1,150 @@
+"""`locft capability`: general capability of a model, or of an edited one beside its original."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, List, Optional, Union  # noqa: UP035
+
+from ..capability.metrics import OWN_TASKS, PAPER_TASKS
+from ..errors import HyperParamsError
+from ..hparams import DTYPES
+from .arguments import read_arguments
+
+HELP = f"""Measures general capability with lm-evaluation-harness.
+
+Usage: locft capability MODEL [original=MODEL] [KEY=VALUE ...]
+
+  MODEL                  folder or hub name of the (edited) model
+  original=MODEL         the model before the edit: measured first, and compared with
+  tasks=[NAME,...]       tasks or groups of the harness, or {", ".join(OWN_TASKS)}
+                         (these need no download). Default, as in the paper:
+                         [{",".join(PAPER_TASKS)}]
+  tasks_dir=DIR          also look for task YAMLs in DIR
+  limit=N                documents of each task at most (all); of each task below a group
+  num_fewshot=N          solved examples in each prompt (each task's own number)
+  batch_size=N           prompts run together (8)
+  device=DEVICE          cpu, cuda, cuda:N or N (a GPU if there is one)
+  dtype=DTYPE            {", ".join(DTYPES)} (float32)
+  model_parallel=true    spread the model over the visible GPUs
+  trust_remote_code=true allow the model folder's own code
+  output=DIR             where capability.json goes (outputs/capability)
+
+The mean counts each task once: mmlu and sst2 with accuracy, nq_open and gsm8k with exact match
+(of gsm8k the last number), wmt16-de-en with BLEU / 100.
+"""
+
+
+# OmegaConf reads these annotations at run time and knows no PEP 604 unions on Python 3.10.
+@dataclass(kw_only=True)
+class CapabilityConfig:
+    """What the command accepts; see `HELP`."""
+
+    model: str
+    original: Optional[str] = None  # noqa: UP045
+    tasks: List[str] = field(default_factory=lambda: list(PAPER_TASKS))  # noqa: UP006
+    tasks_dir: Optional[str] = None  # noqa: UP045
+    limit: Optional[int] = None  # noqa: UP045
+    num_fewshot: Optional[int] = None  # noqa: UP045
+    batch_size: int = 8
+    device: Optional[Union[int, str]] = None  # noqa: UP007, UP045
+    dtype: str = "float32"
+    model_parallel: bool = False
+    trust_remote_code: bool = False
+    output: str = "outputs/capability"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise HyperParamsError(f"`dtype={self.dtype}` must be one of {', '.join(DTYPES)}.")
+        if self.batch_size < 1:
+            raise HyperParamsError(f"`batch_size={self.batch_size}` must be 1 or more.")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs `locft capability`; returns the exit status.
+
+    Raises:
+        LocFTError: The arguments, the tasks or a model cannot be used.
+    """
+    if not arguments or {"-h", "--help"} & set(arguments):
+        sys.stdout.write(HELP)
+        return 0
+    config = read_arguments(
+        CapabilityConfig, arguments, command="capability", positional=("model",)
+    )
+    run_capability(config)
+    return 0
+
+
+def run_capability(config: CapabilityConfig) -> dict[str, Any]:
+    """Measures as `config` says, prints the table and writes `capability.json`.
+
+    Returns its content.
+
+    Raises:
+        LocFTError: The tasks, a model or the folder cannot be used; tasks and folder are checked
+            before a model is loaded.
+    """
+    from ..capability.harness import capability_table, prepare_tasks
+    from ..models import resolve_device
+    from ..report import prepare_folder, show, write_json
+
+    models = {"before": config.original, "after": config.model}
+    if config.original is None:
+        models = {"model": config.model}
+    resolve_device(config.device)
+    output = prepare_folder(config.output)
+    ready = prepare_tasks(
+        config.tasks,
+        tasks_dir=config.tasks_dir,
+        limit=config.limit,
+        num_fewshot=config.num_fewshot,
+    )
+    results = {label: _measured(str(name), ready, config) for label, name in models.items()}
+    content = {
+        "models": models,
+        "results": results,
+        "settings": {
+            "tasks": list(config.tasks),
+            "tasks_dir": config.tasks_dir,
+            "limit": config.limit,
+            "num_fewshot": config.num_fewshot,
+            "batch_size": config.batch_size,
+            "dtype": config.dtype,
+            "lm_eval": version("lm_eval"),
+        },
+    }
+    path = output / "capability.json"
+    write_json(path, content)
+    show(capability_table(results))
+    for label, result in results.items():
+        for name, entry in result["tasks"].items():
+            if "reason" in entry:
+                sys.stdout.write(f"{label}, {name}: no value, because {entry['reason']}\n")
+    sys.stdout.write(f"capability: {path}\n")
+    return content
+
+
+def _measured(name: str, ready: Any, config: CapabilityConfig) -> dict[str, Any]:
+    """Returns the result of one model, which is gone from memory afterwards."""
+    import torch
+
+    from ..capability.harness import measure_ready
+    from ..models import load_causal_lm
+
+    model, tokenizer = load_causal_lm(
+        name,
+        device=config.device,
+        dtype=config.dtype,
+        model_parallel=config.model_parallel,
+        trust_remote_code=config.trust_remote_code,
+    )
+    result = measure_ready(model, tokenizer, ready, batch_size=config.batch_size)
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return result

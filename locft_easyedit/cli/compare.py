@@ -1,0 +1,117 @@
+"""`locft compare`: editing methods side by side, through EasyEdit."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from omegaconf import MISSING
+
+from ..compare.outcome import write_comparison
+from ..compare.picture import write_comparison_picture
+from ..compare.plan import Settings
+from ..compare.run import compare
+from ..compare.table import comparison_markdown, comparison_table
+from ..hparams import ALG_NAME, LocFTBFHyperParams
+from ..report import show
+from .application import run_application
+
+HELP = f"""Edits the same model with several methods of EasyEdit, and measures all of them alike.
+
+Usage: locft compare --config-name NAME data=FILE [methods=[...]] [n=N] [output=DIR] [KEY=VALUE ...]
+
+  --config-name NAME   hparams of {ALG_NAME}: its model, device and dtype are everybody's
+  data=FILE            a JSON file: ZsRE, CounterFact, KnowEdit, WikiBigEdit or a list of requests
+  n=N                  only the first N edits
+  methods=[A,B,...]    default: [{ALG_NAME},FT,LoRA,ROME,MEMIT,AlphaEdit]
+  output=DIR           where results go (outputs/compare); the same command goes on there
+  peers.METHOD.KEY=V   a hyper-parameter of another method, as in EasyEdit's YAML (with a +: see
+                       Hydra), or peers.METHOD.hparams=FILE to start from a YAML of EasyEdit
+  text=DIR             *.txt files for MEMIT's and AlphaEdit's key covariances; else they come from
+                       text that the model itself writes
+  documents=N          documents for them (400), document_tokens=N tokens of a sampled one (150)
+  stats_dir=DIR        where key covariances are kept (data/stats)
+  capability=[A,...]   tasks of lm-evaluation-harness before and after, capability_limit=N items
+                       a task, tasks_dir=DIR for tasks of your own
+  KEY=VALUE            any hyper-parameter of {ALG_NAME}: lr=1e-3 layers=[22] device=cpu
+
+Set EASYEDIT_HOME to a clone of EasyEdit for methods that its PyPI release does not have.
+
+NAME is one of: """
+
+
+@dataclass(kw_only=True)
+class CompareConfig(LocFTBFHyperParams):
+    """The hyper-parameters of LocFT-BF, and what the command needs besides."""
+
+    data: str = MISSING
+    n: Optional[int] = None  # noqa: UP045
+    methods: list[str] = field(
+        default_factory=lambda: [ALG_NAME, "FT", "LoRA", "ROME", "MEMIT", "AlphaEdit"]
+    )
+    output: str = "outputs/compare"
+    peers: dict[str, Any] = field(default_factory=dict)
+    text: Optional[str] = None  # noqa: UP045
+    documents: int = 400
+    document_tokens: int = 150
+    stats_dir: str = "data/stats"
+    capability: list[str] = field(default_factory=list)
+    capability_limit: Optional[int] = None  # noqa: UP045
+    tasks_dir: Optional[str] = None  # noqa: UP045
+
+
+_COMMAND_KEYS = (
+    "data",
+    "n",
+    "methods",
+    "output",
+    "peers",
+    "text",
+    "documents",
+    "document_tokens",
+    "stats_dir",
+    "capability",
+    "capability_limit",
+    "tasks_dir",
+)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs `locft compare`; returns the exit status."""
+    try:
+        return run_application(
+            arguments,
+            command="compare",
+            config_class=CompareConfig,
+            command_keys=_COMMAND_KEYS,
+            help_text=HELP,
+            job=run_compare,
+        )
+    except KeyboardInterrupt:
+        sys.stderr.write("locft compare: interrupted. The same command goes on from here.\n")
+        return 130
+
+
+def run_compare(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path) -> None:
+    """Compares, prints the table and writes `comparison.json`, `.md` and `.png`.
+
+    Args:
+        hparams: The hyper-parameters of LocFT-BF.
+        command: The values of the command's own keys.
+        output: Where results go.
+
+    Raises:
+        LocFTError: Something cannot be used; nothing has run.
+    """
+    values = {key: value for key, value in command.items() if key != "output"}
+    comparison = compare(Settings(hparams, output=output, **values))
+    paths = {kind: output / f"comparison.{kind}" for kind in ("json", "md", "png")}
+    write_comparison(paths["json"], comparison)
+    paths["md"].write_text(comparison_markdown(comparison), encoding="utf-8")
+    write_comparison_picture(paths["png"], comparison)
+    show(comparison_table(comparison))
+    for what, path in zip(("figures", "table", "picture"), paths.values(), strict=True):
+        sys.stdout.write(f"{what}: {path}\n")

@@ -1,0 +1,216 @@
+"""`locft evaluate`: all metrics of a model, edited by whatever method, without editing anything."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ..data import read_requests
+from ..errors import DataError, HyperParamsError, ModelError
+from ..evaluate.choices import HowToRun
+from ..evaluate.evaluation import DEFAULT_METRICS, METRICS, Evaluation, finish_
+from ..evaluate.questions import Metrics
+from ..evaluate.summary import summarize
+from ..models import load_causal_lm
+from ..pipeline import Stopwatch
+from ..report import flat, metrics_table, prepare_folder, seconds_table, show, write_json
+from ..weights import write_
+from .arguments import read_arguments
+
+HELP = f"""Measures a model on editing data; nothing is edited.
+
+Usage: locft evaluate MODEL data=FILE [KEY=VALUE ...]
+
+  MODEL               a model's folder (a PEFT adapter's too) or hub name, edited by any method
+  data=FILE           a JSON file: ZsRE, CounterFact, KnowEdit, WikiBigEdit or a list of requests
+  n=N                 only the first N records
+  matrices=FILE       edited matrices (as `locft edit` saves them) to put into MODEL; MODEL itself
+                      is measured first, for locality
+  original=MODEL|FILE the model before editing, or the metrics.json of an earlier `locft evaluate`
+                      of it: locality compares with it
+  metrics=[A,B,...]   of {", ".join(METRICS)}; default [{",".join(DEFAULT_METRICS)}]
+  batch_size=N        prompts together (64); figures do not depend on it
+  device=D            cpu, cuda, or the number of a GPU; a GPU if there is one
+  dtype=T             float32 (default), bfloat16 or float16
+  model_parallel=true spread the model over the visible GPUs
+  trust_remote_code=true
+  output=DIR          where metrics.json goes (outputs/evaluate)
+"""
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """The arguments of `locft evaluate`."""
+
+    model: str
+    data: str
+    n: Optional[int] = None  # noqa: UP045
+    matrices: Optional[str] = None  # noqa: UP045
+    original: Optional[str] = None  # noqa: UP045
+    metrics: list[str] = field(default_factory=lambda: list(DEFAULT_METRICS))
+    batch_size: int = 64
+    row_tokens: int = 128
+    device: Optional[str] = None  # noqa: UP045
+    dtype: str = "float32"
+    model_parallel: bool = False
+    trust_remote_code: bool = False
+    output: str = "outputs/evaluate"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs `locft evaluate`; returns the exit status: 1 if figures are no numbers."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        sys.stdout.write(HELP)
+        return 0
+    config = read_arguments(EvaluateConfig, arguments, command="evaluate", positional=("model",))
+    return run_evaluate(config)
+
+
+def run_evaluate(config: EvaluateConfig) -> int:
+    """Measures as `config` says, prints the table and writes `metrics.json`.
+
+    Raises:
+        LocFTError: Something in the arguments, the data or the model cannot be used.
+    """
+    _check(config)
+    watch = Stopwatch()
+    requests = read_requests(config.data, config.n)
+    original = _stored(config, requests) if _is_file(config.original) else None
+    edited = _matrices(config.matrices)
+    output = prepare_folder(config.output)
+    if config.original is not None and original is None:
+        model, tokenizer = _load(config, config.original)
+        watch.lap("loading")
+        original = _evaluation(config, model, tokenizer, requests).measure("before")
+        watch.lap("metrics before")
+        del model
+    model, tokenizer = _load(config, config.model)
+    evaluation = _evaluation(config, model, tokenizer, requests)
+    watch.lap("loading")
+    if edited:
+        if original is None:
+            original = evaluation.measure("before")
+            watch.lap("metrics before")
+        _put_in_(model, edited, str(config.matrices))
+    measured = evaluation.measure("after" if original else "")
+    watch.lap("metrics after" if original else "metrics")
+    records: list[dict[str, Any]] = [
+        {"case_id": i, "requested_rewrite": request, "pre": {}, "post": post}
+        for i, (request, post) in enumerate(zip(requests, measured, strict=True))
+    ]
+    for record, pre in zip(records, original or [], strict=bool(original)):
+        finish_(pre, record["post"])
+        record["pre"] = pre
+    summary = summarize(records)
+    written = output / "metrics.json"
+    write_json(written, {"summary": summary, "seconds": watch.seconds, "records": records})
+    show(metrics_table(summary), seconds_table(watch.seconds))
+    sys.stdout.write(f"metrics: {written}\n")
+    return _report_not_finite(summary)
+
+
+def _check(config: EvaluateConfig) -> None:
+    problems = []
+    if config.batch_size < 1 or config.row_tokens < 1:
+        problems.append("`batch_size` and `row_tokens` must be 1 or more.")
+    if config.matrices is not None and config.original is not None:
+        problems.append("`matrices` are measured against MODEL itself. Leave `original` out.")
+    unknown = [name for name in config.metrics if name not in METRICS]
+    if unknown or not config.metrics:
+        problems.append(f"`metrics={config.metrics}` must be one or more of {', '.join(METRICS)}.")
+    if problems:
+        raise HyperParamsError(" ".join(problems))
+
+
+def _load(config: EvaluateConfig, name: str) -> tuple[Any, Any]:
+    return load_causal_lm(
+        name,
+        device=config.device,
+        dtype=config.dtype,
+        model_parallel=config.model_parallel,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def _evaluation(
+    config: EvaluateConfig, model: Any, tokenizer: Any, requests: list[dict[str, Any]]
+) -> Evaluation:
+    how = HowToRun(config.batch_size, config.row_tokens, progress=True)
+    return Evaluation(model, tokenizer, requests, how, metrics=config.metrics)
+
+
+def _is_file(name: str | None) -> bool:
+    return name is not None and Path(name).is_file()
+
+
+def _stored(config: EvaluateConfig, requests: list[dict[str, Any]]) -> list[Metrics]:
+    """Returns the metrics of an earlier run on the same records.
+
+    Raises:
+        DataError: The file is no such run, or of other records.
+    """
+    path = Path(str(config.original))
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))["records"]
+        same = [record["requested_rewrite"] for record in records] == requests
+        metrics: list[Metrics] = [record["post"] for record in records]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"`original={path}` is no metrics.json of `locft evaluate` ({type(error).__name__}: "
+            f"{error}). Give one, or the original model's folder."
+        ) from error
+    if not same:
+        raise DataError(
+            f"`original={path}` was measured on other records than data={config.data} n={config.n}."
+            " Measure the original model on these."
+        )
+    return metrics
+
+
+def _matrices(path: str | None) -> dict[str, torch.Tensor]:
+    if path is None:
+        return {}
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"`matrices={path}` is no safetensors file that can be read: {error}. Give the "
+            "edited_matrices.safetensors of `locft edit`."
+        ) from error
+
+
+def _put_in_(model: Any, edited: Mapping[str, torch.Tensor], path: str) -> None:
+    parameters = dict(model.named_parameters())
+    wrong = [
+        name
+        for name, value in edited.items()
+        if name not in parameters or parameters[name].shape != value.shape
+    ]
+    if wrong:
+        raise ModelError(
+            f"`matrices={path}` does not fit this model: it has no {', '.join(wrong[:5])} of that "
+            "shape. Give the model that was edited."
+        )
+    write_(parameters, edited)
+
+
+def _report_not_finite(summary: Mapping[str, Any]) -> int:
+    """Returns the exit status; says which means are no numbers."""
+    figures = flat(summary.get("post", {}))
+    wrong = [
+        name for name, value in figures.items() if value != value or abs(value) == float("inf")
+    ]
+    if wrong:
+        sys.stderr.write(
+            f"locft evaluate: {', '.join(wrong)} are no finite numbers: the model is damaged, or "
+            "its numbers are too large for this dtype (try dtype=bfloat16 or float32).\n"
+        )
+    return 1 if wrong else 0

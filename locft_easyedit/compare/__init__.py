@@ -1,0 +1,1 @@
+"""`locft compare`: LocFT-BF beside EasyEdit's own methods, on one model and the same edits."""

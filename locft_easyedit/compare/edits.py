@@ -1,0 +1,228 @@
+"""Making the edits of one method: chunk by chunk, resumable, measured right after each one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ..easyedit.loading import EasyEdit
+from ..easyedit.peer import PeerEditor, fields_of, hparams_class
+from ..errors import LocFTError
+from ..evaluate.choices import HowToRun
+from ..evaluate.evaluation import Evaluation
+from ..hparams import ALG_NAME, LocFTBFHyperParams
+from ..weights import write_
+from .job import Job, JobFolder, Progress, model_id
+from .memory import Peak, peak_memory
+from .peers import easyedit_name, name_for_easyedit_, padding_side, peer_hparams
+
+logger = logging.getLogger(__name__)
+
+# Methods whose whole state is in the weights; others keep a cache or an adapter as well.
+_RESUMABLE = ("FT", "ROME", "MEMIT")
+_CHECKPOINT_SECONDS = 60.0
+_SEED = 42  # EasyEdit's
+
+
+@dataclass
+class MethodEditor:
+    """A method, ready to edit.
+
+    Attributes:
+        name: Its name.
+        editor: EasyEdit's editor.
+        chunk: Edits that one call of the method makes.
+        one_by_one: Whether it makes one edit after the other.
+        values: Its hyper-parameters.
+        notes: What was set by rule.
+        needs_subject: Whether the subject must be in the prompt.
+    """
+
+    name: str
+    editor: PeerEditor
+    chunk: int
+    one_by_one: bool
+    values: dict[str, Any]
+    notes: list[str]
+    needs_subject: bool
+
+
+def method_editor(
+    job: Job, model: Any, tokenizer: Any, n_edits: int, easyedit: EasyEdit
+) -> MethodEditor:
+    """Returns the job's method on a loaded model.
+
+    Raises:
+        MethodUnavailableError: This EasyEdit does not have it.
+        PeerError: Its hyper-parameters cannot be set up for this model.
+    """
+    cls = hparams_class(job.name)
+    if job.name == ALG_NAME:
+        hparams = LocFTBFHyperParams.from_mapping(job.hparams, source="The hyper-parameters")
+        hparams.device = None  # it is placed already
+        editor = PeerEditor(job.name, model, tokenizer, hparams, "")
+        return MethodEditor(job.name, editor, n_edits, False, job.hparams, [], False)
+    statistics = job.statistics or {}
+    on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
+    plan = peer_hparams(
+        job.name,
+        model,
+        # The release knows numbers of GPUs only; on a CPU they are taken for it.
+        device=0 if easyedit.is_release and on_cpu else model.get_input_embeddings().weight.device,
+        n_edits=n_edits,
+        stats_dir=str(job.stats_dir),
+        corpus_name=statistics.get("name", "none"),
+        n_samples=statistics.get("n_samples", 1),
+        overrides=job.overrides,
+    )
+    tokenizer.pad_token = tokenizer.eos_token  # as EasyEdit's editor sets both
+    tokenizer.padding_side = padding_side(job.name)
+    name_for_easyedit_(model, model_id(job.model))
+    hparams = cls(**plan.values_for(fields_of(cls)))
+    editor = PeerEditor(job.name, model, tokenizer, hparams, easyedit_name(model))
+    return MethodEditor(
+        job.name,
+        editor,
+        1 if plan.one_by_one else int(plan.values.get("batch_size", 1)),
+        plan.one_by_one,
+        plan.values,
+        plan.notes,
+        str(plan.values.get("fact_token", "")).startswith("subject"),
+    )
+
+
+class Edits:
+    """The edits of one method, made with `make_`.
+
+    Args:
+        method: The method.
+        requests: All edits.
+        model: The model; edits change it in place.
+        tokenizer: Its tokenizer.
+        how: How prompts are run.
+        folder: Where checkpoints go.
+        progress: Told of each edit.
+
+    Attributes:
+        right_after: Metrics of each edit right after it, for one that edits one by one.
+        seconds: Seconds of editing alone.
+        seconds_measuring: Seconds of measuring in between.
+        peak: Peak memory of editing.
+        notes: What a reader must know of them.
+        n_made: Edits that were made.
+    """
+
+    def __init__(
+        self,
+        method: MethodEditor,
+        requests: Sequence[Mapping[str, Any]],
+        model: Any,
+        tokenizer: Any,
+        how: HowToRun,
+        folder: JobFolder,
+        progress: Progress,
+    ) -> None:
+        self.method = method
+        self.requests = requests
+        self.model = model
+        self.folder = folder
+        self.progress = progress
+        self.right_after: list[dict[str, Any]] = []
+        self.seconds = self.seconds_measuring = 0.0
+        self.peak = Peak()
+        self.notes: list[str] = []
+        self.possible = [i for i, r in enumerate(requests) if self._is_possible(r)]
+        self.n_made = len(self.possible)
+        if self.n_made < len(requests):
+            self.notes.append(
+                f"{len(requests) - self.n_made} of {len(requests)} edits could not be made: "
+                f"{method.name} needs the subject, and it is not in the prompt. They count in the "
+                "metrics."
+            )
+        if not self.possible:
+            raise LocFTError(
+                f"{method.name} needs a `subject` that is in the prompt; no record has one."
+            )
+        self.how = how
+        self._each: Evaluation | None = None
+        if method.one_by_one:
+            parts = ("prompt", "target_new", "rephrase_prompt", "target_aliases")
+            own = [{key: r[key] for key in parts if key in r} for r in requests]
+            self._each = Evaluation(model, tokenizer, own, how)
+            self.how = replace(how, packed=self._each.packed)
+        self._checkpoint = folder.state / "edited.safetensors"
+
+    def make_(self) -> None:
+        """Makes the edits, going on where a checkpoint is."""
+        torch.manual_seed(_SEED)
+        size = self.method.chunk
+        done = self._resumed_()
+        saved = time.monotonic()
+        while done < len(self.possible):
+            self.progress.say("editing", done, len(self.possible))
+            chunk = self.possible[done : done + size]
+            start = time.perf_counter()
+            device = self.model.get_input_embeddings().weight.device
+            with peak_memory(device) as peak:
+                self.method.editor.edit_([self.requests[i] for i in chunk])
+            self.seconds += time.perf_counter() - start
+            self.peak = max(self.peak, peak, key=lambda p: p.gib or 0.0)
+            done += len(chunk)
+            if self._each is not None:
+                start = time.perf_counter()
+                self.right_after += self._each.measure("right after", chunk)
+                self.seconds_measuring += time.perf_counter() - start
+            if time.monotonic() - saved > _CHECKPOINT_SECONDS and done < len(self.possible):
+                self._save(done)
+                saved = time.monotonic()
+        self.progress.say("editing", done, len(self.possible))
+
+    def _is_possible(self, request: Mapping[str, Any]) -> bool:
+        subject = request.get("subject")
+        return not self.method.needs_subject or bool(subject and subject in request["prompt"])
+
+    def _save(self, done: int) -> None:
+        """Saves what was edited so far, whole or not at all."""
+        if self.method.name not in _RESUMABLE:
+            return
+        changed = self.method.editor.changed
+        tensors = {
+            name: parameter.detach().cpu().contiguous()
+            for name, parameter in self.model.named_parameters()
+            if name in changed
+        }
+        state = {
+            "done": done,
+            "right_after": self.right_after,
+            "seconds": self.seconds,
+            "seconds_measuring": self.seconds_measuring,
+            "peak": [self.peak.gib, self.peak.of],
+        }
+        self.folder.state.mkdir(parents=True, exist_ok=True)
+        temporary = self._checkpoint.with_suffix(".tmp")
+        save_file(tensors, temporary, metadata={"state": json.dumps(state)})
+        temporary.replace(self._checkpoint)
+
+    def _resumed_(self) -> int:
+        """Puts back what a checkpoint holds; returns how many edits are done."""
+        if self.method.name not in _RESUMABLE or not self._checkpoint.is_file():
+            return 0
+        with safe_open(self._checkpoint, "pt") as file:
+            state = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        write_(dict(self.model.named_parameters()), tensors)
+        self.method.editor.changed |= set(tensors)
+        self.right_after = state["right_after"]
+        self.seconds, self.seconds_measuring = state["seconds"], state["seconds_measuring"]
+        self.peak = Peak(*state["peak"])
+        done: int = state["done"]
+        logger.info("Going on after %d edits.", done)
+        return done

@@ -1,0 +1,153 @@
+"""What one process of a comparison does, as a file that the process reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import OutputError
+
+BEFORE = "before editing"
+STATISTICS = "key covariances"
+
+
+@dataclass
+class Job:
+    """One process: the model before editing, the key covariances, or one method.
+
+    Attributes:
+        name: `BEFORE`, `STATISTICS` or a method.
+        model: The model's folder or hub name.
+        data: The data file.
+        n: Edits; all of the file if `None`.
+        device: As EasyEdit's key.
+        dtype: Precision of the weights.
+        trust_remote_code: Allow the model folder's own code.
+        batch_size: Prompts measured together.
+        row_tokens: Length of packed rows.
+        capability: lm-evaluation-harness tasks; empty for none.
+        capability_limit: Items a task, at most.
+        tasks_dir: Folder with tasks besides the harness's own.
+        hparams: LocFT-BF's hyper-parameters, for it.
+        overrides: The user's values for a method of EasyEdit.
+        stats_dir: Where key covariances are kept.
+        text: Folder of text files for them; `None` samples text from the model.
+        documents: Documents they are measured on.
+        document_tokens: Tokens of a sampled document.
+        covariance_modules: Modules whose covariance is wanted, for `STATISTICS`.
+        statistics: What `STATISTICS` found, for a method that needs it.
+        identity: What the result depends on besides: hashes of data and model, versions.
+    """
+
+    name: str
+    model: str
+    data: str
+    n: int | None
+    device: str | None
+    dtype: str
+    trust_remote_code: bool = False
+    batch_size: int = 64
+    row_tokens: int = 128
+    capability: list[str] = field(default_factory=list)
+    capability_limit: int | None = None
+    tasks_dir: str | None = None
+    hparams: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
+    stats_dir: str | None = None
+    text: str | None = None
+    documents: int = 0
+    document_tokens: int = 0
+    covariance_modules: list[str] = field(default_factory=list)
+    statistics: dict[str, Any] | None = None
+    identity: dict[str, str] = field(default_factory=dict)
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """Returns in words where a stored job is another one than this."""
+        mine = json.loads(json.dumps(asdict(self)))
+        return [
+            f"{key}: {json.dumps(other.get(key))} there, {json.dumps(value)} now"
+            for key, value in mine.items()
+            if other.get(key) != value
+        ]
+
+
+class JobFolder:
+    """The folder in which a job's process works, and where it leaves what it found."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.job = path / "job.json"
+        self.result = path / "result.json"
+        self.progress = path / "progress.json"
+        self.log = path / "log.txt"
+        self.state = path / "state"
+
+    def read(self, file: Path) -> Any:
+        """Returns a file's content, `None` if there is none or it is damaged."""
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def write(self, file: Path, value: Any) -> None:
+        """Writes a file so that it is there whole or not at all.
+
+        NaN stays NaN: Python's own reader, the only one of these files, knows it.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        temporary = file.with_suffix(".tmp")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(value), encoding="utf-8")
+            temporary.replace(file)
+        except OSError as error:
+            raise OutputError(f"{file} cannot be written: {error}. Free some space.") from error
+
+
+class Progress:
+    """Tells the process that waits how far this one is."""
+
+    def __init__(self, folder: JobFolder) -> None:
+        self._folder = folder
+        self._last = 0.0
+
+    def say(self, phase: str, done: int = 0, total: int = 0) -> None:
+        """Notes the phase, and how many of its `total` parts are done."""
+        now = time.monotonic()
+        if done not in (0, total) and now - self._last < 0.3:
+            return
+        self._last = now
+        self._folder.write(self._folder.progress, {"phase": phase, "done": done, "total": total})
+
+
+def model_id(model: str) -> str:
+    """Returns the last part of a model's path or hub name: EasyEdit's name for its statistics."""
+    return model.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
+
+
+def file_hash(path: str | Path) -> str:
+    """Returns a short hash of a file's bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def model_hash(name: str) -> str:
+    """Returns a short hash of a model folder's configuration and of its files' sizes and times.
+
+    A hub name stands for itself. Reading all weights would take minutes for a large model.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    parts = [
+        f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}"
+        for path in sorted(folder.iterdir())
+        if path.suffix in (".safetensors", ".bin", ".json", ".index")
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,260 @@
+"""What a comparison of editing methods found: one `Outcome` a method, and its JSON file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, OutputError
+from .outcome_fields import (
+    COMPARISON_KINDS,
+    OUTCOME_KINDS,
+    decoded,
+    encoded,
+    is_number,
+    plain,
+    problems_of,
+    raise_for,
+)
+
+
+@dataclass
+class Outcome:
+    """What one method did; a row of the table.
+
+    Mappings are copied into plain values that JSON has: numbers of other libraries become numbers,
+    anything else its text.
+
+    Attributes:
+        method: Its name.
+        status: `ok`, `failed`, `unavailable` or `not finite` (see `checked`).
+        reason: Why it is not `ok`, in one line; a traceback belongs in `log`.
+        n_edits: Edits that were made.
+        after_all: Means after all edits, nested as `summarize` returns them for `post`.
+        right_after_each: Means of what was measured right after each edit, for methods that edit
+            one by one.
+        capability: `tasks` and their `mean`, as `measure_capability` returns them.
+        seconds: Seconds by phase.
+        seconds_per_edit: What the comparison counts as the cost of an edit.
+        peak_memory_gib: Peak memory in GiB.
+        peak_memory_of: `GPU` or `process`.
+        corpus: The text that the key covariances come from.
+        hparams: Hyper-parameters.
+        notes: What a reader should know, a sentence each.
+        log: The file with everything that the method printed.
+    """
+
+    method: str
+    status: str = "ok"
+    reason: str | None = None
+    n_edits: int = 0
+    after_all: dict[str, Any] = field(default_factory=dict)
+    right_after_each: dict[str, Any] | None = None
+    capability: dict[str, Any] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    seconds_per_edit: float | None = None
+    peak_memory_gib: float | None = None
+    peak_memory_of: str | None = None
+    corpus: str | None = None
+    hparams: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    log: str | None = None
+
+    def __post_init__(self) -> None:
+        _make_plain_(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what JSON can hold; NaN and infinity become `{"not finite": "nan"}`."""
+        return {f.name: encoded(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, value: Any) -> Outcome:
+        """Returns the outcome that `to_dict` made `value` of.
+
+        Raises:
+            DataError: Fields are missing, unknown or of another kind (all in one error).
+        """
+        value = decoded(value)
+        raise_for(problems_of(value, OUTCOME_KINDS, "the outcome"), "The outcome")
+        return cls(**value)
+
+
+@dataclass
+class Comparison:
+    """Several methods on one model and the same edits.
+
+    Attributes:
+        model: The model's name or folder.
+        data: The name of the data.
+        n: Edits.
+        easyedit: Which EasyEdit, such as "PyPI release 0.0.1.dev0".
+        device: Where it ran.
+        dtype: Type of the weights.
+        versions: Package -> version.
+        before: Means before any edit, nested as `Outcome.after_all`.
+        capability_before: As `Outcome.capability`.
+        outcomes: One for each method.
+    """
+
+    model: str
+    data: str
+    n: int
+    easyedit: str
+    device: str
+    dtype: str
+    versions: dict[str, str] = field(default_factory=dict)
+    before: dict[str, Any] = field(default_factory=dict)
+    capability_before: dict[str, Any] | None = None
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _make_plain_(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what JSON can hold (see `Outcome.to_dict`)."""
+        values = {f.name: encoded(getattr(self, f.name)) for f in fields(self)}
+        return values | {"outcomes": [outcome.to_dict() for outcome in self.outcomes]}
+
+    @classmethod
+    def from_dict(cls, value: Any, source: str = "The comparison") -> Comparison:
+        """Returns the comparison that `to_dict` made `value` of.
+
+        Args:
+            value: A mapping.
+            source: Where it comes from, for the error.
+
+        Raises:
+            DataError: Fields are missing, unknown or of another kind (all in one error).
+        """
+        value = decoded(value)
+        problems = problems_of(value, COMPARISON_KINDS, "the comparison")
+        rows = value.get("outcomes") if isinstance(value, Mapping) else None
+        for i, row in enumerate(rows if isinstance(rows, list) else []):
+            problems += problems_of(row, OUTCOME_KINDS, f"outcomes[{i}]")
+        raise_for(problems, source)
+        return cls(**{**value, "outcomes": [Outcome(**row) for row in value["outcomes"]]})
+
+
+def write_comparison(path: str | Path, comparison: Comparison) -> None:
+    """Writes the comparison as JSON.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    text = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        # A lone surrogate in somebody's error message becomes the JSON escape that it came from.
+        Path(path).write_bytes(text.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error}. Choose another.") from error
+
+
+def read_comparison(path: str | Path) -> Comparison:
+    """Returns the comparison that `write_comparison` wrote.
+
+    Raises:
+        DataError: The file cannot be read or is damaged.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path} cannot be read as the JSON file of a comparison: {error}. Give the file that "
+            "`locft compare` wrote, or run the comparison again."
+        ) from error
+    return Comparison.from_dict(value, source=str(path))
+
+
+def headline(outcome: Outcome) -> dict[str, float | None]:
+    """Returns the figures of the outcome's row of the table; `None` where there is none.
+
+    Those of `accuracies` after all edits, `capability`, `seconds_per_edit`, `peak_memory_gib`, and
+    `reliability_right_after_each` and `rewrite_acc_right_after_each`.
+    """
+    right_after = accuracies(outcome.right_after_each)
+    return accuracies(outcome.after_all) | {
+        "capability": _number((outcome.capability or {}).get("mean")),
+        "seconds_per_edit": _number(outcome.seconds_per_edit),
+        "peak_memory_gib": _number(outcome.peak_memory_gib),
+        "reliability_right_after_each": right_after["reliability"],
+        "rewrite_acc_right_after_each": right_after["rewrite_acc"],
+    }
+
+
+def accuracies(means: Mapping[str, Any] | None) -> dict[str, float | None]:
+    """Returns the accuracies among nested means, `None` where there is none.
+
+    `reliability`, `generalization` and `portability` are those of the generated answers; `locality`
+    is the mean over EasyEdit's locality accuracies, NaN if one of them is no number.
+    """
+    means = means or {}
+    generated, locality = means.get("generated") or {}, means.get("locality") or {}
+    unchanged = [_number(v) for key, v in locality.items() if key.endswith("acc")]
+    numbers = [math.nan if value is None else value for value in unchanged]
+    return {
+        "reliability": _number(generated.get("reliability")),
+        "generalization": _number(generated.get("generalization")),
+        "portability": _number(generated.get("portability")),
+        "locality": sum(numbers) / len(numbers) if numbers else None,
+        "rewrite_acc": _number(means.get("rewrite_acc")),
+        "rephrase_acc": _number(means.get("rephrase_acc")),
+    }
+
+
+def checked(outcome: Outcome) -> Outcome:
+    """Returns the outcome; `not finite`, naming the figures, if one that it measured is no number.
+
+    An outcome that is not `ok` is returned as it is: its reason says more.
+    """
+    if outcome.status != "ok":
+        return outcome
+    found = [
+        *_not_finite(outcome.after_all, "after_all", none_counts=True),
+        *_not_finite(outcome.right_after_each, "right_after_each", none_counts=True),
+        *_not_finite(outcome.capability, "capability"),
+        *_not_finite(outcome.seconds, "seconds", none_counts=True),
+        *_not_finite(outcome.seconds_per_edit, "seconds_per_edit"),
+        *_not_finite(outcome.peak_memory_gib, "peak_memory_gib"),
+    ]
+    if outcome.capability is not None and outcome.capability.get("mean") is None:
+        why = outcome.capability.get("reason")
+        found.append("capability.mean is None" + (f" ({why})" if why else ""))
+    if not found:
+        return outcome
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    reason = f"Measured, but no finite number: {', '.join(found[:5])}{more}."
+    return replace(outcome, status="not finite", reason=reason)
+
+
+def _not_finite(value: Any, name: str, *, none_counts: bool = False) -> list[str]:
+    """Returns the dotted names of numbers under `value` that are none, and what they are.
+
+    With `none_counts` an entry of a mapping that is `None` counts: writing NaN as JSON's null is
+    how such a figure usually gets lost.
+    """
+    if isinstance(value, Mapping):
+        found = []
+        for key, entry in value.items():
+            if entry is None and none_counts:
+                found.append(f"{name}.{key} is None")
+            found += _not_finite(entry, f"{name}.{key}", none_counts=none_counts)
+        return found
+    if isinstance(value, list):
+        return [f for i, entry in enumerate(value) for f in _not_finite(entry, f"{name}[{i}]")]
+    if isinstance(value, float) and not math.isfinite(value):
+        return [f"{name} is {value}"]
+    return []
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if is_number(value) else None
+
+
+def _make_plain_(record: Outcome | Comparison) -> None:
+    for f in fields(record):
+        if f.name != "outcomes":
+            setattr(record, f.name, plain(getattr(record, f.name)))

@@ -1,0 +1,201 @@
+"""What a comparison will run: everything checked, and a job for each process."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from .. import __version__
+from ..data import read_requests
+from ..errors import HyperParamsError, LocFTError, one_message
+from ..hparams import ALG_NAME, LocFTBFHyperParams
+from ..models import check_model_name, resolve_device
+from ..report import prepare_folder
+from ..requests import distinct_edits
+from .job import BEFORE, STATISTICS, Job, file_hash, model_hash
+from .peers import PEERS, PeerHparams, peer_hparams
+
+
+@dataclass
+class Settings:
+    """What is compared.
+
+    Attributes:
+        hparams: LocFT-BF's hyper-parameters; model, device and precision are everybody's.
+        methods: Names in EasyEdit's `ALG_DICT`, and LocFT-BF.
+        data: A data file.
+        n: Edits; all of the file if `None`.
+        output: Where everything goes.
+        peers: The user's values for a method of EasyEdit, by its name.
+        stats_dir: Where key covariances are kept from one comparison to the next.
+        text: Folder of text files for key covariances; `None` samples text from the model.
+        documents: Documents they are measured on.
+        document_tokens: Tokens of a sampled document.
+        capability: lm-evaluation-harness tasks; empty for none.
+        capability_limit: Items a task, at most.
+        tasks_dir: Folder with tasks besides the harness's own.
+        progress: Show a progress bar.
+    """
+
+    hparams: LocFTBFHyperParams
+    methods: Sequence[str]
+    data: str
+    n: int | None
+    output: Path
+    peers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    stats_dir: str = "data/stats"
+    text: str | None = None
+    documents: int = 400
+    document_tokens: int = 150
+    capability: Sequence[str] = ()
+    capability_limit: int | None = None
+    tasks_dir: str | None = None
+    progress: bool = True
+
+
+def planned(settings: Settings) -> tuple[dict[str, Job], dict[str, list[str]]]:
+    """Checks everything and returns the jobs by name, and each method's covariance modules.
+
+    Raises:
+        LocFTError: Something cannot be used.
+    """
+    h = settings.hparams
+    _check_methods(settings)
+    if not isinstance(h.model_name, str):
+        raise HyperParamsError(
+            "`model_name` must be a folder or a hub name: each process loads it."
+        )
+    requests = read_requests(settings.data, settings.n)
+    distinct_edits(requests, "error" if h.on_conflict == "error" else None)
+    resolve_device(h.device)
+    name = check_model_name(h.model_name)
+    model = str(Path(name).resolve()) if Path(name).is_dir() else name
+    plans = _peer_plans(settings, model, len(requests))
+    prepare_folder(settings.output)
+    stats_dir = str(Path(settings.stats_dir).expanduser().resolve())
+    common: dict[str, Any] = {
+        "model": model,
+        "data": str(Path(settings.data).resolve()),
+        "n": settings.n,
+        "device": None if h.device is None else str(h.device),
+        "dtype": h.dtype or ("float16" if h.fp16 else "float32"),
+        "trust_remote_code": h.trust_remote_code,
+        "batch_size": h.eval_batch_size,
+        "row_tokens": h.row_tokens,
+        "capability": list(settings.capability),
+        "capability_limit": settings.capability_limit,
+        "tasks_dir": _absolute(settings.tasks_dir),
+        "identity": {
+            "data": file_hash(settings.data),
+            "model": model_hash(model),
+            "locft_easyedit": __version__,
+            "easyedit": _absolute(os.environ.get("EASYEDIT_HOME") or None) or "installed",
+        },
+    }
+    jobs = {BEFORE: Job(BEFORE, **common)}
+    needed = {method: plan.covariance_modules for method, plan in plans.items()}
+    needed = {method: modules for method, modules in needed.items() if modules}
+    text: dict[str, Any] = {
+        "stats_dir": stats_dir,
+        "text": _absolute(settings.text),
+        "documents": settings.documents,
+        "document_tokens": settings.document_tokens,
+    }
+    if needed:
+        modules = sorted({m for each in needed.values() for m in each}, key=_natural)
+        jobs[STATISTICS] = Job(
+            STATISTICS,
+            **common | {"capability": [], "capability_limit": None, "tasks_dir": None},
+            **text,
+            covariance_modules=modules,
+        )
+    for method in settings.methods:
+        if method == ALG_NAME:
+            jobs[method] = Job(method, **common, hparams=_for_json(h.to_dict()))
+        else:
+            given = _for_json(dict(settings.peers.get(method, {})))
+            jobs[method] = Job(
+                method, **common, overrides=given, **(text if method in needed else {})
+            )
+    return jobs, needed
+
+
+def _check_methods(settings: Settings) -> None:
+    methods = list(settings.methods)
+    problems = []
+    if not methods:
+        problems.append(f"`methods=[]` names none. Choose among {ALG_NAME}, {', '.join(PEERS)}.")
+    problems += [
+        f"`methods` names {m} twice. Keep one."
+        for m in sorted({m for m in methods if methods.count(m) > 1})
+    ]
+    problems += [
+        f"{m} has no hyper-parameters: there are rules for {', '.join(PEERS)}. Give EasyEdit's "
+        f"YAML: peers.{m}.hparams=FILE."
+        for m in methods
+        if m not in (ALG_NAME, *PEERS) and "hparams" not in settings.peers.get(m, {})
+    ]
+    problems += [
+        f"`peers.{m}` is for a method that is not compared. Add {m} to `methods`, or drop it."
+        for m in settings.peers
+        if m not in methods or m == ALG_NAME
+    ]
+    if settings.documents < 1 or settings.document_tokens < 2:
+        problems.append("`documents` must be 1 or more, and `document_tokens` 2 or more.")
+    if settings.text is not None and not Path(settings.text).is_dir():
+        problems.append(f"`text={settings.text}` is no folder. Give one with *.txt files.")
+    if problems:
+        raise HyperParamsError(one_message("The comparison cannot be made:", problems))
+
+
+def _peer_plans(settings: Settings, model: str, n_edits: int) -> dict[str, PeerHparams]:
+    """Returns what each of EasyEdit's methods will be run with, from a model without weights.
+
+    Raises:
+        LocFTError: A method's values cannot be used; all such problems in one error.
+    """
+    methods = [method for method in settings.methods if method != ALG_NAME]
+    if not methods:
+        return {}
+    h = settings.hparams
+    config = AutoConfig.from_pretrained(model, trust_remote_code=h.trust_remote_code)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=h.trust_remote_code)
+    plans, problems = {}, []
+    for method in methods:
+        try:
+            plans[method] = peer_hparams(
+                method,
+                empty,
+                device=resolve_device(h.device),
+                n_edits=n_edits,
+                stats_dir=settings.stats_dir,
+                corpus_name="none",
+                n_samples=settings.documents,
+                overrides=settings.peers.get(method),
+            )
+        except LocFTError as error:
+            problems.append(str(error))
+    if problems:
+        raise HyperParamsError("\n".join(problems))
+    return plans
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().resolve())
+
+
+def _natural(name: str) -> list[Any]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+
+
+def _for_json(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values as they will be read from the job's file."""
+    return dict(json.loads(json.dumps(values)))

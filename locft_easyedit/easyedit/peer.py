@@ -1,0 +1,129 @@
+"""Any of EasyEdit's methods on a model that is loaded, run by EasyEdit's own code."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ..errors import LocFTError
+from ..hparams import ALG_NAME, LocFTBFHyperParams
+from .cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
+from .loading import EasyEdit
+from .registration import register
+
+
+class MethodUnavailableError(LocFTError):
+    """The installed EasyEdit does not have a method."""
+
+
+class PeerEditor:
+    """A method of EasyEdit on a loaded model; its edits accumulate in the model.
+
+    The method's own function is called as EasyEdit's editor calls it; what EasyEdit would measure
+    before and after each call is left to the caller.
+
+    Args:
+        method: A name in EasyEdit's `ALG_DICT`.
+        model: The model; edits change it in place.
+        tokenizer: Its tokenizer, padding on the side that the method wants.
+        hparams: An object of EasyEdit's hyper-parameter class, or ours (see `hparams_class`).
+        model_name: The name by which EasyEdit chooses its paths for a kind of model.
+
+    Attributes:
+        changed: Names of the parameters that the method says it has changed.
+    """
+
+    def __init__(
+        self, method: str, model: Any, tokenizer: Any, hparams: Any, model_name: str
+    ) -> None:
+        easyedit = register()
+        self._mode = CudaAsCPU() if needs_cuda_as_cpu(easyedit) else nullcontext()
+        hparams.model_name = (model, tokenizer)  # what is loaded is taken as it is
+        with self._mode:
+            self.editor = easyedit.BaseEditor.from_hparams(hparams)
+        if method != ALG_NAME:
+            self.editor.model_name = hparams.model_name = model_name
+        self.hparams = hparams
+
+        self.changed: set[str] = set()
+
+    def edit_(self, requests: Sequence[Mapping[str, Any]]) -> None:
+        """Edits the model with all `requests` in one call of the method."""
+        with self._mode:
+            _, former = self.editor.apply_algo(
+                self.editor.model,
+                self.editor.tok,
+                [dict(request) for request in requests],
+                self.hparams,
+                copy=False,
+                return_orig_weights=True,
+                keep_original_weight=False,
+            )
+        if isinstance(former, Mapping):  # some methods give back a function
+            self.changed |= set(former)
+
+
+def hparams_class(method: str) -> Any:
+    """Returns EasyEdit's hyper-parameter class for `method`, or ours.
+
+    Raises:
+        MethodUnavailableError: This EasyEdit does not have the method.
+    """
+    easyedit = register()
+    if method == ALG_NAME:
+        return LocFTBFHyperParams
+    wanted = method.replace("-", "").lower()
+    classes = {
+        cls.__name__.lower()
+        .removesuffix("hyperparams")
+        .removesuffix("hparams")
+        .replace("_", ""): cls
+        for cls in _all_subclasses(easyedit.HyperParams)
+    }
+    if method not in easyedit.ALG_DICT or wanted not in classes:
+        known = ", ".join(sorted(easyedit.ALG_DICT))
+        hint = (
+            "The current source on GitHub (zjunlp/EasyEdit) may: clone it and set EASYEDIT_HOME to "
+            "the clone."
+            if easyedit.is_release
+            else "Check the spelling."
+        )
+        raise MethodUnavailableError(
+            f"{describe(easyedit)} has no method {method}; it has {known}. {hint}"
+        )
+    return classes[wanted]
+
+
+def fields_of(cls: Any) -> list[str]:
+    """Returns the keys that a hyper-parameter class takes."""
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def describe(easyedit: EasyEdit) -> str:
+    """Returns which EasyEdit this is, in words."""
+    if easyedit.is_release:
+        try:
+            return f"EasyEdit's PyPI release {metadata.version('easyeditor')}"
+        except metadata.PackageNotFoundError:
+            return "EasyEdit's PyPI release"
+    commit = _commit(easyedit.home)
+    return f"EasyEdit's current source{f' ({commit})' if commit else ''}"
+
+
+def _commit(folder: Path) -> str:
+    command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
+
+
+def _all_subclasses(cls: type) -> list[type]:
+    subclasses: list[type] = cls.__subclasses__()
+    return subclasses + [s for child in subclasses for s in _all_subclasses(child)]
