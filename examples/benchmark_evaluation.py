@@ -2,9 +2,9 @@
 
     python examples/benchmark_evaluation.py --data zsre.json --n 25 50 100 200
 
-EasyEdit's loop is its `compute_edit_quality`, one record at a time, on the unedited and on the edited
-model, with `finish_locality_` doing what its editor does after it. All figures are compared. Times
-are of one run on one machine: read the ratios, not the seconds.
+EasyEdit's loop is its `compute_edit_quality`, one record at a time, on the unedited and on the
+edited model. All figures are compared. Times are of one run on one machine: read the ratios, not
+the seconds.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main():
 
     def theirs(n):
         hparams = LocFTBFHyperParams(
-            layers=[options.layer], rewrite_module_tmp="-", lr=1e-3, device=options.device
+            layers=[options.layer], rewrite_module_tmp="{}", lr=1e-3, device=options.device
         )
         release_on_cpu = needs_cuda_as_cpu(easyedit)
         device = 0 if release_on_cpu else model.device
@@ -115,7 +115,7 @@ def main():
         print(
             f"{n:5} records: EasyEdit {slow_pre + slow_post:7.1f} s, ours {pre + post:6.1f} s "
             f"({pre:.1f} before, {post:.1f} after, {full_post:.1f} without the frozen prefix): "
-            f"{figures[-1]['ratio']:.1f}x; with generated metrics besides {all_pre + all_post:.1f} s",
+            f"{figures[-1]['ratio']:.1f}x; with generated metrics {all_pre + all_post:.1f} s",
             flush=True,
         )
     edit(1.0)

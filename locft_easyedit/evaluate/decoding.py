@@ -22,8 +22,8 @@ from .choices import FirstChoices, HowToRun, closeness
 
 STOPS = (".", "\n")
 
-# Next tokens, [B], from logits [B, V] and the B texts so far.
-Pick = Callable[[torch.Tensor, list[list[int]]], torch.Tensor]
+# Next tokens, [B], from logits [B, V], the B texts' indices and their tokens so far.
+Pick = Callable[[torch.Tensor, np.ndarray, list[list[int]]], torch.Tensor]
 # Whether text i is complete, with the tokens it has got.
 Done = Callable[[int, list[int]], bool]
 
@@ -85,7 +85,7 @@ def _decode_batch(
             position_ids=positions,
             past_key_values=cache,
         )
-        tokens = pick(logits, [grown[member] for member in rows]).to(device)  # [B]
+        tokens = pick(logits, texts[rows], [grown[i] for i in rows]).to(device)  # [B]
         for member, token in zip(rows, tokens.tolist(), strict=True):
             grown[member].append(token)
         going = np.array([not done(int(texts[member]), grown[member]) for member in rows])
@@ -226,7 +226,9 @@ class GreedyDecoder:
         logits: torch.Tensor = self.model(input_ids=inputs, use_cache=False).logits[0]
         return logits
 
-    def _pick(self, logits: torch.Tensor, sequences: list[list[int]]) -> torch.Tensor:
+    def _pick(
+        self, logits: torch.Tensor, texts: np.ndarray, sequences: list[list[int]]
+    ) -> torch.Tensor:
         best = logits.topk(2, dim=-1)
         tokens = best.indices[:, 0].clone()
         near = best.values[:, 0] - best.values[:, 1] < closeness(logits.dtype)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import HyperParamsError
 from .choices import HowToRun
-from .fluency import fluency_of, word_tokenizer
+from .fluency import batched_fluency, word_tokenizer
 from .generated import Generated, finish_generated_
 from .perplexity import Perplexity
 from .questions import Metrics
@@ -97,9 +97,13 @@ class Evaluation:
             add(self._generated.measure(f"answers {when}".strip(), only), _generated_)
         if self._words is not None:
             asked = self.records if only is None else [self.records[i] for i in only]
-            progress = self.how.progress and only is None
-            fluency = fluency_of(
-                self.model, self.tokenizer, asked, words=self._words, progress=progress
+            fluency = batched_fluency(
+                self.model,
+                self.tokenizer,
+                asked,
+                words=self._words,
+                batch_size=self.how.batch_size,
+                progress=self.how.progress and only is None,
             )
             add(fluency, _fluency_)
         return measured

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import MissingDependencyError
 from ..modes import evaluation_mode
 from ..runner import input_device
+from .decoding import decode_
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,8 @@ def fluency_of(
     """Returns `ngram_entropy` of each record, as EasyEdit's `test_generation_quality`.
 
     A text of 100 tokens, prompt included, is sampled from the five likeliest tokens at each step.
-    The draws come from PyTorch's global random state in EasyEdit's order.
+    The draws come from PyTorch's global random state in EasyEdit's order, one record after the
+    other; `batched_fluency` is for many records.
 
     Args:
         model: A causal language model.
@@ -91,6 +93,58 @@ def fluency_of(
         ]
 
 
+def batched_fluency(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Mapping[str, Any]],
+    *,
+    words: Callable[[str], list[str]],
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[dict[str, float]]:
+    """Returns what `fluency_of` does, in distribution; the same for every batch size.
+
+    Each record has random numbers of its own, so that neither the batch nor what else is measured
+    plays a part; PyTorch's random state is left alone.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        records: Requests with `prompt`.
+        words: Splits a text into words (see `word_tokenizer`).
+        batch_size: Texts at a time.
+        seed: Of the random numbers; record i takes those of `(seed, i)`.
+        progress: Show a progress bar.
+    """
+    if not records:
+        return []
+    sequences = tokenizer([r["prompt"] for r in records], padding=False)["input_ids"]
+    draws = [np.random.default_rng((seed, i)).random(_TOTAL_TOKENS) for i in range(len(records))]
+
+    def pick(logits: torch.Tensor, texts: np.ndarray, so_far: list[list[int]]) -> torch.Tensor:
+        top = torch.softmax(logits.float(), dim=1).topk(_TOP_K, dim=1)
+        shares = (top.values / top.values.sum(1, keepdim=True)).cumsum(1)  # [B, 5]
+        drawn = torch.tensor(
+            [draws[i][len(ids)] for i, ids in zip(texts, so_far, strict=True)], device=logits.device
+        )
+        chosen = (shares < drawn[:, None]).sum(1, keepdim=True).clamp(max=_TOP_K - 1)
+        return top.indices.gather(1, chosen)[:, 0]
+
+    short = [ids for ids in sequences if len(ids) < _TOTAL_TOKENS]  # lists are shared
+    places = np.array([i for i, ids in enumerate(sequences) if len(ids) < _TOTAL_TOKENS], np.int64)
+    decode_(
+        model,
+        short,
+        pick=lambda logits, texts, so_far: pick(logits, places[texts], so_far),
+        done=lambda _, ids: len(ids) >= _TOTAL_TOKENS,
+        batch_size=batch_size,
+        description="fluency",
+        progress=progress,
+    )
+    return [{"ngram_entropy": ngram_entropy(words(_text(tokenizer, ids)))} for ids in sequences]
+
+
 def _sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=input_device(model))
     new, cache = ids, None
@@ -101,6 +155,10 @@ def _sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: 
         drawn = torch.multinomial(top.values / top.values.sum(1, keepdim=True), 1)
         new = top.indices.gather(1, drawn).to(ids.device)
         ids = torch.cat([ids, new], dim=1)
-    decoded = str(tokenizer.decode(ids[0].tolist(), skip_special_tokens=True))
+    return _text(tokenizer, ids[0].tolist())
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    decoded = str(tokenizer.decode(ids, skip_special_tokens=True))
     text = unicodedata.normalize("NFKD", decoded)
     return text.replace("\n\n", " ").replace("<|endoftext|>", "")
