@@ -134,6 +134,18 @@ def check_model_name(name: str) -> str:
     return name
 
 
+def model_without_weights(name: str, *, trust_remote_code: bool = False) -> Any:
+    """Returns a causal language model on the meta device: its modules' names, types and shapes.
+
+    Raises:
+        ModelError: The folder does not exist or holds no causal language model.
+    """
+    name = check_model_name(name)
+    with _one_model_error(name), torch.device("meta"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
 @contextmanager
 def _one_model_error(name: str) -> Iterator[None]:
     """Turns what goes wrong within into one error that names the model."""

@@ -9,14 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from .. import __version__
 from ..data import read_requests
 from ..errors import HyperParamsError, LocFTError, one_message
 from ..hparams import ALG_NAME, LocFTBFHyperParams
-from ..models import check_model_name, resolve_device
+from ..models import check_model_name, model_without_weights, resolve_device
+from ..place import match_parameters
 from ..report import prepare_folder
 from ..requests import distinct_edits
 from .job import BEFORE, STATISTICS, Job, file_hash, model_hash
@@ -162,12 +160,10 @@ def _peer_plans(settings: Settings, model: str, n_edits: int) -> dict[str, PeerH
         LocFTError: A method's values cannot be used; all such problems in one error.
     """
     methods = [method for method in settings.methods if method != ALG_NAME]
-    if not methods:
-        return {}
     h = settings.hparams
-    config = AutoConfig.from_pretrained(model, trust_remote_code=h.trust_remote_code)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=h.trust_remote_code)
+    empty = model_without_weights(model, trust_remote_code=h.trust_remote_code)
+    if ALG_NAME in settings.methods:
+        match_parameters(empty, h.layers, h.templates)
     plans, problems = {}, []
     for method in methods:
         try:

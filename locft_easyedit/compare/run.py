@@ -127,14 +127,13 @@ def _run_process(name: str, folder: JobFolder, progress: bool) -> str | None:
     environment = dict(os.environ)
     if environment.get("EASYEDIT_HOME"):  # the process works in its own folder
         environment["EASYEDIT_HOME"] = str(Path(environment["EASYEDIT_HOME"]).resolve())
-    command = [sys.executable, "-m", "locft_easyedit.compare.worker", str(folder.path.resolve())]
     folder.progress.unlink(missing_ok=True)
     with (
         folder.log.open("ab") as log,
         tqdm(disable=not progress, desc=name, unit="edit", leave=True) as bar,
     ):
         process = subprocess.Popen(
-            command, cwd=folder.path, env=environment, stdout=log, stderr=subprocess.STDOUT
+            _command(folder), cwd=folder.path, env=environment, stdout=log, stderr=subprocess.STDOUT
         )
         try:
             while process.poll() is None:
@@ -156,6 +155,10 @@ def _run_process(name: str, folder: JobFolder, progress: bool) -> str | None:
         hint = " (the system does so when memory runs out)" if killed == "SIGKILL" else ""
         return f"its process was ended by {killed}{hint}"
     return _last_line(folder.log) or f"its process ended with status {process.returncode}"
+
+
+def _command(folder: JobFolder) -> list[str]:
+    return [sys.executable, "-m", "locft_easyedit.compare.worker", str(folder.path.resolve())]
 
 
 def _show(bar: tqdm[Any], name: str, progress: Any) -> None:

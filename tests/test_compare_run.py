@@ -1,0 +1,368 @@
+"""The comparison: planned before anything runs, one process a method, taken up where it stopped."""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
+
+from locft_easyedit.cli.compare import main
+from locft_easyedit.compare import run as run_module
+from locft_easyedit.compare.edits import Edits, MethodEditor
+from locft_easyedit.compare.job import BEFORE, STATISTICS, Job, JobFolder, Progress
+from locft_easyedit.compare.outcome import Outcome, read_comparison
+from locft_easyedit.compare.plan import Settings, planned
+from locft_easyedit.compare.run import compare
+from locft_easyedit.errors import LocFTError
+from locft_easyedit.evaluate.choices import HowToRun
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A toy model's folder and a file with 12 edits."""
+    model = tmp_path / "toy"
+    toy_model("llama").save_pretrained(model)
+    toy_tokenizer(pad_is_eos=True).save_pretrained(model)
+    data = tmp_path / "edits.json"
+    data.write_text(json.dumps(toy_requests(12)))
+    return model, data
+
+
+@pytest.fixture
+def settings(files, tmp_path):
+    model, data = files
+
+    def make(methods=("LocFT-BF", "FT", "MEMIT"), n=4, **changes):
+        values = {
+            "hparams": toy_hparams(model_name=str(model), device="cpu"),
+            "methods": list(methods),
+            "data": str(data),
+            "n": n,
+            "output": tmp_path / "out",
+            "stats_dir": str(tmp_path / "stats"),
+            "documents": 6,
+            "document_tokens": 12,
+            "progress": False,
+        }
+        return Settings(**(values | changes))
+
+    return make
+
+
+# Planning
+
+
+def test_plan(settings):
+    jobs, needed = planned(settings(peers={"MEMIT": {"layers": [1]}}))
+    assert list(jobs) == [BEFORE, STATISTICS, "LocFT-BF", "FT", "MEMIT"]
+    assert needed == {"MEMIT": ["model.layers.1.mlp.down_proj"]}
+    assert jobs[STATISTICS].covariance_modules == needed["MEMIT"]
+    assert jobs["LocFT-BF"].hparams["layers"] == [2]
+    assert jobs["MEMIT"].overrides == {"layers": [1]}
+    # A method without covariances does not depend on the text they come from.
+    assert jobs["FT"].text is None
+    assert jobs["FT"].documents == 0
+    json.dumps([vars(job) for job in jobs.values()])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": []}, r"`methods=\[\]` names none"),
+        ({"methods": ["FT", "FT"]}, "names FT twice"),
+        ({"methods": ["GRACE"]}, r"GRACE has no hyper-parameters.*peers\.GRACE\.hparams=FILE"),
+        ({"peers": {"ROME": {"v_lr": 1}}}, "for a method that is not compared"),
+        ({"peers": {"FT": {"learning_rate": 1}}}, "`learning_rate` is not a key of FT"),
+        ({"documents": 0}, "`documents` must be 1 or more"),
+        ({"text": "nowhere"}, "`text=nowhere` is no folder"),
+        ({"data": "nowhere.json"}, "is not a file"),
+        ({"n": 99}, "holds 12 edits"),
+        ({"peers": {"MEMIT": {"layers": [7]}}}, r"MEMIT cannot be set up(?s:.*)\[7\]"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_refused_before_anything_runs(settings, monkeypatch, changes, message):
+    monkeypatch.setattr(run_module, "_run_process", None)
+    wrong = settings(**changes)
+    with pytest.raises(LocFTError, match=message):
+        compare(wrong)
+    assert not wrong.output.exists()
+
+
+def test_a_place_that_does_not_exist(settings):
+    with pytest.raises(LocFTError, match=r"`layers=\[9\]` is out of range"):
+        compare(settings(hparams=replace(settings().hparams, layers=[9])))
+
+
+def test_a_folder_that_is_no_causal_model(settings, tmp_path):
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text('{"model_type": "t5"}')
+    hparams = toy_hparams(model_name=str(tmp_path / "t5"), device="cpu")
+    with pytest.raises(LocFTError, match="cannot be loaded as a causal language model"):
+        compare(settings(hparams=hparams))
+
+
+# Processes: what they leave, and what happens when they do not
+
+
+class FakeProcesses:
+    """Stands in for the processes: writes the results that it was told, and counts."""
+
+    def __init__(self, monkeypatch):
+        self.ran = []
+        self.results = {
+            BEFORE: {
+                "n": 4,
+                "records": [],
+                "summary": {"rewrite_acc": 0.1},
+                "capability": None,
+                "easyedit": "made up",
+                "device": "cpu",
+                "versions": {},
+            },
+            STATISTICS: {"name": "x", "corpus": "a text", "n_samples": 6, "seconds": 1.0},
+        }
+        monkeypatch.setattr(run_module, "_run_process", self)
+
+    def __call__(self, name, folder, progress):
+        self.ran.append(name)
+        result = self.results.get(name, Outcome(name, n_edits=4).to_dict())
+        if isinstance(result, str):
+            return result
+        if isinstance(result, BaseException):
+            raise result
+        folder.write(folder.result, {"job": folder.read(folder.job), "result": result})
+        return None
+
+
+def test_results_are_kept_and_taken_up_again(settings, monkeypatch):
+    processes = FakeProcesses(monkeypatch)
+    processes.results["FT"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        compare(settings())
+    assert processes.ran == [BEFORE, STATISTICS, "LocFT-BF", "FT"]
+    processes.ran.clear()
+    del processes.results["FT"]
+    comparison = compare(settings())
+    assert processes.ran == ["FT", "MEMIT"]
+    assert [o.method for o in comparison.outcomes] == ["LocFT-BF", "FT", "MEMIT"]
+    assert comparison.before == {"rewrite_acc": 0.1}
+
+    processes.ran.clear()
+    comparison = compare(settings(methods=["MEMIT", "ROME"]))  # another choice of methods
+    assert processes.ran == ["ROME"]
+    assert [o.method for o in comparison.outcomes] == ["MEMIT", "ROME"]
+
+
+def test_what_failed_is_tried_again_and_is_a_row_meanwhile(settings, monkeypatch):
+    processes = FakeProcesses(monkeypatch)
+    processes.results["FT"] = "its process was ended by SIGKILL"
+    processes.results["MEMIT"] = Outcome("MEMIT", status="failed", reason="why").to_dict()
+    rows = {o.method: (o.status, o.reason) for o in compare(settings()).outcomes}
+    assert rows == {
+        "LocFT-BF": ("ok", None),
+        "FT": ("failed", "its process was ended by SIGKILL"),
+        "MEMIT": ("failed", "why"),
+    }
+    processes.ran.clear()
+    compare(settings())
+    assert processes.ran == ["FT", "MEMIT"]
+
+
+def test_without_covariances_only_the_methods_that_need_them_fail(settings, monkeypatch):
+    processes = FakeProcesses(monkeypatch)
+    processes.results[STATISTICS] = "no text"
+    rows = {o.method: (o.status, o.reason) for o in compare(settings()).outcomes}
+    assert rows["FT"] == ("ok", None)
+    assert rows["MEMIT"] == ("failed", "the key covariances could not be computed: no text")
+
+
+def test_a_model_that_cannot_be_measured_is_an_error(settings, monkeypatch):
+    processes = FakeProcesses(monkeypatch)
+    processes.results[BEFORE] = "its process ended with status 1"
+    with pytest.raises(LocFTError, match="could not be measured before editing: its process"):
+        compare(settings())
+
+
+def test_results_of_other_settings_are_not_mixed_in(settings, monkeypatch, files):
+    processes = FakeProcesses(monkeypatch)
+    compare(settings())
+    processes.ran.clear()
+    with pytest.raises(LocFTError, match=r"(?s)results of other settings.*n: 4 there, 5 now"):
+        compare(settings(n=5))
+    with pytest.raises(LocFTError, match=r"(?s)MEMIT holds results.*overrides: \{\} there"):
+        compare(settings(peers={"MEMIT": {"v_lr": 0.1}}))
+    files[1].write_text(json.dumps(toy_requests(11)))
+    with pytest.raises(LocFTError, match=r"(?s)results of other settings.*identity"):
+        compare(settings())
+    assert processes.ran == []
+
+
+def test_a_process_that_is_killed(tmp_path, monkeypatch):
+    folder = JobFolder(tmp_path)
+    code = f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})"
+    monkeypatch.setattr(run_module, "_command", lambda folder: [sys.executable, "-c", code])
+    reason = run_module._run_process("FT", folder, False)
+    assert reason == ("its process was ended by SIGKILL (the system does so when memory runs out)")
+    code = "print('some words'); raise SystemExit('the last words')"
+    monkeypatch.setattr(run_module, "_command", lambda folder: [sys.executable, "-c", code])
+    assert run_module._run_process("FT", folder, False) == "the last words"
+    assert "some words" in folder.log.read_text()
+
+
+# Edits: resumable, measured right after each
+
+
+class AddsToWeights:
+    """A method that adds what depends on the edit and on the weights; ends early if told."""
+
+    def __init__(self, model, fail_at=None):
+        self.name = DOWN_PROJECTION["llama"].format(1)
+        self.weight = dict(model.named_parameters())[self.name]
+        self.changed = set()
+        self.calls = []
+        self.fail_at = fail_at
+
+    @torch.no_grad()
+    def edit_(self, requests):
+        if len(self.calls) == self.fail_at:
+            raise KeyboardInterrupt
+        self.calls.append([request["prompt"] for request in requests])
+        self.weight.mul_(1.0 + len(requests[0]["prompt"]) / 100)
+        self.changed.add(self.name)
+
+
+def edits_of(tmp_path, model, name="FT", chunk=1, **options):
+    editor = AddsToWeights(model, **options)
+    method = MethodEditor(name, editor, chunk, chunk == 1, {}, [], name == "ROME")
+    folder = JobFolder(tmp_path)
+    return Edits(
+        method,
+        toy_requests(5),
+        model,
+        toy_tokenizer(),
+        HowToRun(packed=True),
+        folder,
+        Progress(folder),
+    )
+
+
+def test_edits_go_on_after_an_interruption(tmp_path, monkeypatch):
+    monkeypatch.setattr("locft_easyedit.compare.edits._CHECKPOINT_SECONDS", 0.0)
+    whole = edits_of(tmp_path / "whole", toy_model())
+    whole.make_()
+    assert [len(call) for call in whole.method.editor.calls] == [1] * 5
+    assert len(whole.right_after) == 5
+    assert all("rewrite_acc" in entry for entry in whole.right_after)
+
+    first = edits_of(tmp_path / "cut", toy_model(), fail_at=3)
+    with pytest.raises(KeyboardInterrupt):
+        first.make_()
+    second = edits_of(tmp_path / "cut", toy_model())
+    second.make_()
+    assert len(second.method.editor.calls) == 2
+    assert torch.equal(second.method.editor.weight, whole.method.editor.weight)
+    assert second.right_after == whole.right_after
+    assert second.seconds > 0
+
+
+def test_a_method_with_state_of_its_own_starts_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr("locft_easyedit.compare.edits._CHECKPOINT_SECONDS", 0.0)
+    first = edits_of(tmp_path, toy_model(), name="AlphaEdit", chunk=2, fail_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        first.make_()
+    second = edits_of(tmp_path, toy_model(), name="AlphaEdit", chunk=2)
+    second.make_()
+    assert [len(call) for call in second.method.editor.calls] == [2, 2, 1]
+    assert second.right_after == []
+
+
+def test_edits_without_a_subject_in_the_prompt_are_counted(tmp_path):
+    edits = edits_of(tmp_path, toy_model(), name="ROME")
+    edits.requests[2]["subject"] = "somebody else"
+    again = Edits(
+        edits.method,
+        edits.requests,
+        edits.model,
+        toy_tokenizer(),
+        HowToRun(packed=True),
+        edits.folder,
+        edits.progress,
+    )
+    again.make_()
+    assert again.n_made == 4
+    assert "1 of 5 edits could not be made" in again.notes[0]
+    assert edits.requests[2]["prompt"] not in [
+        prompt for call in again.method.editor.calls for prompt in call
+    ]
+    for request in edits.requests:
+        del request["subject"]
+    with pytest.raises(LocFTError, match="no record has one"):
+        Edits(
+            edits.method,
+            edits.requests,
+            edits.model,
+            toy_tokenizer(),
+            HowToRun(packed=True),
+            edits.folder,
+            edits.progress,
+        )
+
+
+def test_a_damaged_result_is_none(tmp_path):
+    folder = JobFolder(tmp_path)
+    folder.result.write_text('{"job": ')
+    assert folder.read(folder.result) is None
+    job = Job("FT", "model", "data", 3, "cpu", "float32")
+    assert job.differences(json.loads(json.dumps(vars(job)))) == []
+    assert job.differences({**vars(job), "n": 4}) == ["n: 4 there, 3 now"]
+
+
+# All of it
+
+
+@pytest.mark.slow
+def test_the_command(files, tmp_path, capsys, monkeypatch):
+    """LocFT-BF and ROME run with every EasyEdit; AlphaEdit is not in the release."""
+    pytest.importorskip("nltk", reason="EasyEdit needs nltk: pip install locft_easyedit[easyedit]")
+    model, data = files
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        "--config-name=smollm2-135m",
+        f"model_name={model}",
+        "layers=[2]",
+        "num_steps=2",
+        f"data={data}",
+        "n=3",
+        "methods=[LocFT-BF,ROME,AlphaEdit]",
+        "+peers.ROME.v_num_grad_steps=2",
+        "documents=6",
+        "document_tokens=12",
+        "output=out",
+    ]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    comparison = read_comparison("out/comparison.json")
+    rows = {o.method: o for o in comparison.outcomes}
+    for name in ("LocFT-BF", "ROME"):
+        assert rows[name].status == "ok", rows[name].reason
+        assert rows[name].n_edits == 3
+        assert rows[name].peak_memory_gib > 0
+        assert rows[name].seconds_per_edit > 0
+        assert set(rows[name].after_all) >= {"rewrite_acc", "locality", "generated"}
+        assert name in printed
+    assert rows["LocFT-BF"].right_after_each is None
+    assert set(rows["ROME"].right_after_each) >= {"rewrite_acc", "generated"}
+    assert rows["ROME"].hparams["v_num_grad_steps"] == 2
+    if os.environ.get("EASYEDIT_HOME"):
+        assert rows["AlphaEdit"].status == "ok", rows["AlphaEdit"].reason
+        assert "sampled from" in rows["AlphaEdit"].corpus
+    else:
+        assert rows["AlphaEdit"].status == "unavailable"
+        assert "EASYEDIT_HOME" in rows["AlphaEdit"].reason
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 10_000
+    assert "| ROME |" in (tmp_path / "out" / "comparison.md").read_text()
