@@ -1,0 +1,140 @@
+"""`locft evaluate`: a model on disk, measured; locality against what it was before."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from toys import toy_model, toy_requests, toy_tokenizer
+from transformers import AutoModelForCausalLM
+
+from locft_easyedit.__main__ import main
+from locft_easyedit.evaluate.evaluation import Evaluation, finish_
+from locft_easyedit.evaluate.summary import summarize
+
+PLACE = "model.layers.2.mlp.down_proj.weight"
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A toy model, the same one edited, the edited matrix alone, and data."""
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = toy_model("llama"), toy_tokenizer(pad_is_eos=True)
+    for name in ("base", "edited"):
+        model.save_pretrained(name)
+        tokenizer.save_pretrained(name)
+        with torch.no_grad():
+            dict(model.named_parameters())[PLACE].mul_(-0.5)
+    edited = AutoModelForCausalLM.from_pretrained("edited")
+    save_file({PLACE: dict(edited.named_parameters())[PLACE].detach()}, "matrices.safetensors")
+    (tmp_path / "edits.json").write_text(json.dumps(toy_requests(5)))
+    return tmp_path
+
+
+def written(output="outputs/evaluate"):
+    with open(f"{output}/metrics.json", encoding="utf-8") as file:
+        return json.load(file)
+
+
+def test_a_model_alone(files, capsys):
+    assert main(["evaluate", "base", "data=edits.json", "n=4"]) == 0
+    records = toy_requests(4)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained("base"), toy_tokenizer(pad_is_eos=True)
+    measured = Evaluation(model, tokenizer, records).measure()
+    expected = summarize([{"pre": {}, "post": entry} for entry in measured])
+    assert written()["summary"] == json.loads(json.dumps(expected))
+    assert len(written()["records"]) == 4
+    printed = capsys.readouterr().out
+    assert "rewrite_acc" in printed
+    assert "before" not in printed
+    assert "locality" not in printed  # it compares two models
+
+
+def test_three_ways_to_say_what_was_before(files):
+    main(["evaluate", "base", "data=edits.json", "output=one"])
+    for output, more in {
+        "two": ["edited", "original=base"],
+        "three": ["edited", "original=one/metrics.json"],
+        "four": ["base", "matrices=matrices.safetensors"],
+    }.items():
+        assert main(["evaluate", *more, "data=edits.json", f"output={output}"]) == 0
+    two = written("two")
+    assert two["summary"] == written("three")["summary"] == written("four")["summary"]
+    base, edited = (AutoModelForCausalLM.from_pretrained(name) for name in ("base", "edited"))
+    records, tokenizer = toy_requests(5), toy_tokenizer(pad_is_eos=True)
+    pre = Evaluation(base, tokenizer, records).measure()
+    post = Evaluation(edited, tokenizer, records).measure()
+    for before, after in zip(pre, post, strict=True):
+        finish_(before, after)
+    assert (
+        two["summary"]["post"]["locality"]
+        == summarize([{"pre": {}, "post": entry} for entry in post])["post"]["locality"]
+    )
+    assert two["summary"]["pre"] == written("one")["summary"]["post"]
+
+
+def test_all_metrics(files):
+    pytest.importorskip("nltk", reason="fluency needs nltk: pip install locft_easyedit[easyedit]")
+    metrics = "metrics=[accuracy,generated,ppl,fluency]"
+    assert main(["evaluate", "base", "data=edits.json", metrics]) == 0
+    post = written()["summary"]["post"]
+    assert set(post) == {
+        "rewrite_acc",
+        "rephrase_acc",
+        "rewrite_ppl",
+        "portability",
+        "fluency",
+        "generated",
+    }
+
+
+def test_a_damaged_model_is_said_to_be_one(files, capsys):
+    model = AutoModelForCausalLM.from_pretrained("base")
+    with torch.no_grad():
+        dict(model.named_parameters())[PLACE].fill_(float("nan"))
+    model.save_pretrained("damaged")
+    toy_tokenizer(pad_is_eos=True).save_pretrained("damaged")
+    assert main(["evaluate", "damaged", "data=edits.json"]) == 1
+    captured = capsys.readouterr()
+    assert "rewrite_acc" in captured.err
+    assert "are no finite numbers" in captured.err
+    assert "nan" in captured.out
+    assert written()["summary"]["post"]["rewrite_acc"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere/model"], "`data` is missing"),
+        (["nowhere/model", "data=edits.json"], "does not exist|cannot be loaded"),
+        (["base", "data=edits.json", "metrics=[speed]"], "must be one or more of accuracy"),
+        (["base", "data=edits.json", "batch_size=0"], "must be 1 or more"),
+        (["base", "data=edits.json", "batchsize=8"], "Did you mean `batch_size`"),
+        (["base", "data=edits.json", "original=edits.json"], "is no metrics.json"),
+        (["base", "data=edits.json", "matrices=edits.json"], "is no safetensors file"),
+        (["base", "data=edits.json", "matrices=a", "original=b"], "Leave `original` out"),
+        (["base", "data=edits.json", "device=99"], "`device='99'` needs a CUDA GPU"),
+        (["base", "data=edits.json", "dtype=int8"], "must be one of float32"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(files, capsys, arguments, message):
+    import re
+
+    assert main(["evaluate", *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_metrics_of_other_records_and_matrices_of_another_model(files, capsys):
+    main(["evaluate", "base", "data=edits.json", "output=one"])
+    arguments = ["edited", "data=edits.json", "n=3", "original=one/metrics.json"]
+    assert main(["evaluate", *arguments]) == 2
+    assert "measured on other records" in capsys.readouterr().err
+    save_file({"model.layers.9.weight": torch.zeros(2)}, "other.safetensors")
+    assert main(["evaluate", "base", "data=edits.json", "matrices=other.safetensors"]) == 2
+    assert "it has no model.layers.9.weight of that shape" in capsys.readouterr().err
+
+
+def test_help(capsys):
+    assert main(["evaluate", "--help"]) == 0
+    assert "locft evaluate MODEL data=FILE" in capsys.readouterr().out
