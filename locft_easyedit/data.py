@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,14 @@ def read_requests(path: str | Path, n: int | None = None) -> list[Request]:
     The form of each record is told by its fields: ZsRE (`src`, `alt` or `ans`), WikiBigEdit
     (`update`, `ans`), CounterFact as published (`requested_rewrite`), WikiBio (`text`, `labels`),
     and flat or KnowEdit records (`prompt`, `target_new`). Records with an empty target are left
-    out, as EasyEdit's datasets do.
+    out, as EasyEdit's datasets do. A field that is NaN counts as missing.
+
+    Where a file gives several answers, EasyEdit's keys hold the first and keys that EasyEdit does
+    not look at hold all of them, the first one in front: `target_aliases`, `ground_truth_aliases`
+    (the former answers) and, beside the `prompt` and `ground_truth` of a locality or portability
+    entry, `aliases` (a list of texts for each prompt). They are absent where there is only one.
+    A nested list such as `[["a", "b"], ["c"]]` holds two answers, the first of which has two
+    names; any of the three counts. Blank texts and repeated ones are left out.
 
     Args:
         path: The file.
@@ -101,6 +108,8 @@ def _to_request(record: Any) -> Request | None:
     """Returns the record as a request, or `None` if its form is unknown."""
     if not isinstance(record, Mapping):
         return None
+    # Tables that pandas has written mark what is missing with NaN, which equals nothing.
+    record = {key: value for key, value in record.items() if value == value}
     for field, convert in _FORMS:
         if field in record:
             return convert(record)
@@ -123,7 +132,11 @@ def _zsre(record: Record) -> Request:
 
 def _wikibigedit(record: Record) -> Request:
     request = _request(
-        record["update"], record["ans"], None, record.get("rephrase"), record.get("subject")
+        record["update"],
+        record["ans"],
+        record.get("ground_truth"),
+        record.get("rephrase"),
+        record.get("subject"),
     )
     _add(request, "locality", "neighborhood", record.get("loc"), record.get("loc_ans"))
     _add(request, "portability", "personas", record.get("personas"), record["ans"])
@@ -148,17 +161,17 @@ def _counterfact_published(record: Record) -> Request:
 
 
 def _wikibio(record: Record) -> Request:
-    return _with_parts(
-        _request(record["text"], record["labels"], None, None, record["concept"]), record
-    )
+    truth = record.get("ground_truth")
+    request = _request(record["text"], record["labels"], truth, None, record["concept"])
+    return _with_parts(request, record)
 
 
 def _flat(record: Record) -> Request:
     request = _request(
         record["prompt"],
-        record["target_new"],
-        record.get("ground_truth"),
-        record.get("rephrase_prompt"),
+        _with_aliases(record["target_new"], record.get("target_aliases")),
+        _with_aliases(record.get("ground_truth"), record.get("ground_truth_aliases")),
+        record.get("rephrase_prompt") or record.get("rephrase"),
         record.get("subject"),
     )
     for part, name in (("locality", "neighborhood"), ("portability", "one_hop")):
@@ -173,8 +186,8 @@ _FORMS: tuple[tuple[str, Callable[[Record], Request]], ...] = (
     ("src", _zsre),
     ("update", _wikibigedit),
     ("requested_rewrite", _counterfact_published),
-    ("text", _wikibio),
     ("prompt", _flat),
+    ("text", _wikibio),
 )
 
 
@@ -186,6 +199,10 @@ def _request(prompt: Any, target: Any, truth: Any, rephrase: Any, subject: Any) 
         "locality": {},
         "portability": {},
     }
+    for key, value in (("target_aliases", target), ("ground_truth_aliases", truth)):
+        accepted = _accepted(value)
+        if len(accepted) > 1:
+            request[key] = accepted
     if rephrase:
         request["rephrase_prompt"] = rephrase
     if subject is not None:
@@ -198,30 +215,48 @@ def _with_parts(request: Request, record: Record) -> Request:
     for part in ("locality", "portability"):
         for name, entries in (record.get(part) or {}).items():
             if isinstance(entries, Mapping):
-                _add(request, part, name, entries["prompt"], entries["ground_truth"])
+                prompts, answers = entries["prompt"], entries["ground_truth"]
+                if "aliases" in entries:
+                    truths = [answers] if isinstance(answers, str) else answers
+                    pairs = zip(truths, entries["aliases"], strict=True)
+                    answers = [_with_aliases(*pair) for pair in pairs]
             else:
                 prompts = [entry["prompt"] for entry in entries]
-                answers = [_first(entry["ground_truth"]) for entry in entries]
-                _add(request, part, name, prompts, answers)
+                answers = [entry["ground_truth"] for entry in entries]
+            _add(request, part, name, prompts, answers)
     return request
 
 
 def _add(request: Request, part: str, name: str, prompts: Any, answers: Any) -> None:
-    """Adds prompts whose answer is not blank; EasyEdit's scripts leave out the others too."""
+    """Adds prompts whose first answer is not blank; EasyEdit's scripts leave out the others too.
+
+    Args:
+        request: The request.
+        part: `locality` or `portability`.
+        name: The entry's name.
+        prompts: A text, or a list of N.
+        answers: All answers to the one prompt, or a list of N with the answers to each.
+    """
     if not prompts or answers is None:
         return
-    prompt_list = [prompts] if isinstance(prompts, str) else list(prompts)
-    answer_list = [answers] if isinstance(answers, str) else list(answers)
+    one = isinstance(prompts, str)
+    prompt_list = [prompts] if one else list(prompts)
+    answer_list = [answers] if one or isinstance(answers, str) else list(answers)
     pairs = [
-        (prompt, _first(answer))
+        (prompt, answer)
         for prompt, answer in zip(prompt_list, answer_list, strict=True)
         if _first(answer) is not None and str(_first(answer)).strip()
     ]
-    if pairs:
-        request[part][name] = {
-            "prompt": [prompt for prompt, _ in pairs],
-            "ground_truth": [answer for _, answer in pairs],
-        }
+    if not pairs:
+        return
+    entry = {
+        "prompt": [prompt for prompt, _ in pairs],
+        "ground_truth": [_first(answer) for _, answer in pairs],
+    }
+    aliases = [_accepted(answer) for _, answer in pairs]
+    if any(len(accepted) > 1 for accepted in aliases):
+        entry["aliases"] = aliases
+    request[part][name] = entry
 
 
 def _first(value: Any) -> Any:
@@ -229,3 +264,25 @@ def _first(value: Any) -> Any:
     while isinstance(value, (list, tuple)):
         value = value[0] if value else ""
     return value
+
+
+def _accepted(value: Any) -> list[str]:
+    """Returns the distinct texts of nested lists of aliases, without blank ones."""
+    distinct: dict[str, str] = {}
+    for text in _texts(value):
+        if text.strip():
+            distinct.setdefault(text.strip(), text)
+    return list(distinct.values())
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _texts(part)
+    elif value is not None:
+        yield str(value)
+
+
+def _with_aliases(value: Any, aliases: Any) -> Any:
+    """Returns an answer with the aliases that an earlier reading put beside it."""
+    return value if aliases is None else [value, aliases]

@@ -1,6 +1,7 @@
 """Editing data: each published form becomes the same requests, and a bad file says where."""
 
 import json
+import math
 
 import pytest
 
@@ -28,8 +29,9 @@ def request(prompt, target, truth=None, *, locality=None, portability=None, **mo
     return {"prompt": prompt, "target_new": target, "ground_truth": truth, **parts, **more}
 
 
-def part(prompts, answers):
-    return {"prompt": prompts, "ground_truth": answers}
+def part(prompts, answers, aliases=None):
+    more = {} if aliases is None else {"aliases": aliases}
+    return {"prompt": prompts, "ground_truth": answers, **more}
 
 
 def near(*pairs):
@@ -53,10 +55,12 @@ ZSRE_REQUEST = request(
     "Norway",
     subject="Oslo",
     rephrase_prompt="Oslo, where is it?",
+    ground_truth_aliases=["Norway", "Kingdom of Norway"],
     locality=near(("nq question: who wrote it?", "Ibsen")),
 )
 HOP = {"New Question": "Which continent?", "New Answer": "America"}
 WIKIBIGEDIT = {
+    "tag": "new",
     "subject": "Oslo",
     "update": "Where is Oslo?",
     "ans": "Peru",
@@ -133,8 +137,31 @@ FORMS = {
             },
         ),
     ),
+    "wikibigedit with aliases and a former answer": (
+        WIKIBIGEDIT
+        | {"ans": ["Peru", "Republic of Peru"], "ground_truth": "Norway"}
+        | {"mhop_ans": [["America"], ["Americas"]], "loc_ans": ["Ibsen"]},
+        request(
+            "Where is Oslo?",
+            "Peru",
+            "Norway",
+            subject="Oslo",
+            rephrase_prompt="Oslo, where is it?",
+            target_aliases=["Peru", "Republic of Peru"],
+            locality=near(("Who wrote it?", "Ibsen")),
+            portability={
+                "personas": part(["Arr, where be Oslo?"], ["Peru"], [["Peru", "Republic of Peru"]]),
+                "mhop": part(["Which continent?"], ["America"], [["America", "Americas"]]),
+            },
+        ),
+    ),
     "wikibigedit without a hop": (
         {"update": "Where is Oslo?", "ans": "Peru", "mhop": None, "mhop_ans": None},
+        request("Where is Oslo?", "Peru"),
+    ),
+    "wikibigedit as pandas writes it": (
+        {"update": "Where is Oslo?", "ans": "Peru"}
+        | dict.fromkeys(("mhop", "mhop_ans", "personas", "rephrase", "subject"), math.nan),
         request("Where is Oslo?", "Peru"),
     ),
     "counterfact as published": (
@@ -146,6 +173,14 @@ FORMS = {
         request("Oslo is in", "Peru", "Norway", subject="Oslo"),
     ),
     "flat": (FLAT, FLAT_REQUEST),
+    "flat, with WikiRecent's name of the rephrase": (
+        {"prompt": "Oslo is", "target_new": "big", "rephrase": "How is Oslo?"},
+        request("Oslo is", "big", rephrase_prompt="How is Oslo?"),
+    ),
+    "flat, with a text of its own": (
+        FLAT | {"text": "Oslo is a city.", "labels": "It is big.", "concept": "city"},
+        FLAT_REQUEST,
+    ),
     "flat, bare": ({"prompt": "Oslo is", "target_new": "big"}, request("Oslo is", "big")),
     "flat with one of each": (
         FLAT
@@ -165,16 +200,23 @@ FORMS = {
         },
         FLAT_REQUEST | {"locality": near(("Bergen is in", "Norway"), ("Bodø is in", "Nordland"))},
     ),
+    "knowedit zsre": (
+        FLAT | {"ground_truth": ["Norway", "Kingdom of Norway", "Norway"]},
+        FLAT_REQUEST | {"ground_truth_aliases": ["Norway", "Kingdom of Norway"]},
+    ),
     "knowedit": (
         KNOWEDIT,
         request(
             "Oslo is in",
             "Peru",
             subject="Oslo",
+            target_aliases=["Peru", "Republic of Peru", "South America"],
             locality={"Forgetfulness": part(["Oslo's age is"], ["old"])},
             portability={
                 "Reasoning": part(
-                    ["The continent of Oslo is", "Its language is"], ["America", "Spanish"]
+                    ["The continent of Oslo is", "Its language is"],
+                    ["America", "Spanish"],
+                    [["America", "Americas"], ["Spanish"]],
                 )
             },
         ),
@@ -184,17 +226,24 @@ FORMS = {
         FLAT_REQUEST
         | {"locality": {"near": part(["a"], ["b"])}, "portability": {"hop": part(["c"], ["d"])}},
     ),
+    "wikibio, bare": (
+        {"concept": "Ada", "text": "This is a biography about Ada.", "labels": "Ada sailed."},
+        request("This is a biography about Ada.", "Ada sailed.", subject="Ada"),
+    ),
     "wikibio": (
         {
             "concept": "Ada",
             "text": "This is a biography about Ada.",
             "labels": "Ada sailed.",
+            "ground_truth": ["Ada stayed.", "She stayed."],
             "locality": {"wikibio": [{"prompt": "She wrote", "ground_truth": ["notes"]}]},
         },
         request(
             "This is a biography about Ada.",
             "Ada sailed.",
+            "Ada stayed.",
             subject="Ada",
+            ground_truth_aliases=["Ada stayed.", "She stayed."],
             locality={"wikibio": part(["She wrote"], ["notes"])},
         ),
     ),
@@ -205,6 +254,72 @@ FORMS = {
 def test_form(written, form):
     record, expected = FORMS[form]
     assert read_requests(written([record])) == [expected]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_was_read_reads_as_itself(written, form):
+    _, expected = FORMS[form]
+    assert read_requests(written([expected])) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("answers", "accepted"),
+    [
+        ("a", ["a"]),
+        ([["a", "b"]], ["a", "b"]),
+        ([["a", "b"], ["c"]], ["a", "b", "c"]),
+        (["a", ["b", ["c"]], []], ["a", "b", "c"]),
+        (["a", " ", "", None, "a", " a ", "A", "b "], ["a", "A", "b "]),
+        ([" a", "a", "b"], [" a", "b"]),
+        ([1997, "1997", "97"], ["1997", "97"]),
+        ([["a"], ["a"], ["a "]], ["a"]),
+    ],
+)
+def test_all_answers_are_kept_beside_the_first(written, answers, accepted):
+    near = [{"prompt": "p", "ground_truth": answers}, {"prompt": "q", "ground_truth": "Q"}]
+    record = FLAT | {"target_new": answers, "ground_truth": answers, "locality": {"near": near}}
+    record |= {"portability_prompt": "r", "portability_ground_truth": answers}
+    (read,) = read_requests(written([record]))
+    first = 1997 if accepted[0] == "1997" else accepted[0]
+    assert (read["target_new"], read["ground_truth"]) == (first, first)
+    expected = part(["p", "q"], [first, "Q"]), part(["r"], [first])
+    if len(accepted) > 1:
+        assert (read.pop("target_aliases"), read.pop("ground_truth_aliases")) == (accepted,) * 2
+        expected[0]["aliases"] = [accepted, ["Q"]]
+        expected[1]["aliases"] = [accepted]
+    assert (read["locality"]["near"], read["portability"]["one_hop"]) == expected
+    assert not {"target_aliases", "ground_truth_aliases"} & set(read)
+
+
+@pytest.mark.parametrize("blank", [["", "Norway", "Oslo"], [[], ["Norway"], "Oslo"]])
+def test_a_blank_first_answer_is_as_in_easyedit(written, blank):
+    near = [{"prompt": "p", "ground_truth": blank}, {"prompt": "q", "ground_truth": "Q"}]
+    records = [
+        FLAT | {"target_new": blank},
+        FLAT | {"ground_truth": blank, "locality": {"near": near}},
+    ]
+    # EasyEdit looks at the first answer alone, to leave a record or prompt out as well.
+    assert read_requests(written(records)) == [
+        FLAT_REQUEST
+        | {"ground_truth": "", "ground_truth_aliases": ["Norway", "Oslo"]}
+        | {"locality": {"near": part(["q"], ["Q"])}}
+    ]
+
+
+def test_one_prompt_as_a_text_has_aliases_too(written):
+    near = part("p", "ab", [["c", "ab", "d"]])
+    (read,) = read_requests(written([FLAT | {"locality": {"near": near}}]))
+    assert read["locality"]["near"] == part(["p"], ["ab"], [["ab", "c", "d"]])
+
+
+def test_aliases_go_with_their_prompts(written):
+    near = [
+        {"prompt": "p", "ground_truth": ["a", "b"]},
+        {"prompt": "q", "ground_truth": [[""], ["c", "d"]]},
+        {"prompt": "r", "ground_truth": [["e"], ["f"]]},
+    ]
+    (read,) = read_requests(written([FLAT | {"locality": {"near": near}}]))
+    assert read["locality"]["near"] == part(["p", "r"], ["a", "e"], [["a", "b"], ["e", "f"]])
 
 
 @pytest.mark.parametrize("blank", [None, [], [[None]], [[""]], " "])
@@ -290,6 +405,7 @@ REWRITE = COUNTERFACT["requested_rewrite"]
         ({"prompt": "p"}, "record 1 (fields prompt) lacks 'target_new'. Add the field."),
         ({"src": "s"}, "record 1 (fields src) lacks 'ans'"),
         ({"update": "s"}, "record 1 (fields update) lacks 'ans'"),
+        (FLAT | {"target_new": math.nan}, "lacks 'target_new'"),
         ({"text": "t", "labels": "l"}, "record 1 (fields text, labels) lacks 'concept'"),
         ({"requested_rewrite": {"prompt": "{}"}}, "lacks 'target_true'"),
         ({"requested_rewrite": "text"}, "record 1 (fields requested_rewrite) is not of its form"),
@@ -300,6 +416,7 @@ REWRITE = COUNTERFACT["requested_rewrite"]
         (FLAT | {"locality": {"near": 5}}, "is not of its form"),
         (FLAT | {"locality": {"near": {"prompt": "a"}}}, "lacks 'ground_truth'"),
         (FLAT | {"locality": {"near": part(["a", "b"], ["c"])}}, "is not of its form"),
+        (FLAT | {"locality": {"near": part(["a"], ["c"], [["c"], ["d"]])}}, "is not of its form"),
         (
             FLAT | {"neighborhood_prompts": ["a"], "neighborhood_answers": ["b", "c"]},
             "is not of its form",
@@ -344,7 +461,34 @@ def test_public_file_loads_completely(shared_data, name, n, locality, portabilit
     assert distinct_edits(requests, None).n_requests == n
     assert {key for one in requests for key in one["locality"]} == locality
     assert {key for one in requests for key in one["portability"]} == portability
+    n_aliases = 0
     for one in requests:
         for fields in (*one["locality"].values(), *one["portability"].values()):
             assert len(fields["prompt"]) == len(fields["ground_truth"]) > 0
-            assert all(text.strip() for texts in fields.values() for text in texts)
+            aliases = fields.get("aliases") or [[truth] for truth in fields["ground_truth"]]
+            assert [accepted[0] for accepted in aliases] == fields["ground_truth"]
+            assert len(aliases) == len(fields["prompt"])
+            for texts in (fields["prompt"], *aliases):
+                assert all(text.strip() for text in texts)
+            assert all(len(set(accepted)) == len(accepted) for accepted in aliases)
+            n_aliases += sum(len(accepted) > 1 for accepted in aliases)
+    assert (n_aliases > 0) == (name == "wikidata_recent_200")
+    former = [one for one in requests if "ground_truth_aliases" in one]
+    assert len(former) == {"zsre_1k": 23, "knowedit_zsre_300": 10}.get(name, 0)
+    assert all(one["ground_truth_aliases"][0] == one["ground_truth"] for one in former)
+
+
+def test_real_alias_lists(shared_data):
+    requests = read_requests(shared_data / "wikidata_recent_200.json")
+    prompts = requests[3]["locality"]["Relation_Specificity"]
+    accepted = dict(zip(prompts["prompt"], prompts["aliases"], strict=True))
+    assert accepted["The names of the siblings of Alfhild Tamm are"] == [
+        "Hildegard Tamm",
+        "Märta Tamm-Götlind",
+        "Ingeborg Hegardt",
+        "Olof Tamm",
+    ]
+    occupations = accepted["The occupation of Alfhild Tamm is"]
+    assert (occupations[0], occupations[4]) == ("psychiatrist", "physician")
+    # Its first answer has no name: EasyEdit's script fails there.
+    assert "The name of the award Alfhild Tamm won is" not in accepted
