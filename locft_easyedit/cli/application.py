@@ -83,7 +83,8 @@ def _with_stored_configs(arguments: list[str], command: str, config_class: type)
             asked = Path(value).stem if value.endswith((".yaml", ".yml")) else value
             if asked != value:
                 files[asked] = Path(value)
-                arguments[i : i + (1 if equals else 2)] = [f"--config-name={asked}"]
+            del arguments[i : i + (1 if equals else 2)]
+            arguments.insert(0, f"--config-name={asked}")  # Hydra wants options before overrides
     if asked is None:
         raise HyperParamsError(
             f"--config-name is missing. Choose one of: {', '.join(sorted(files))}."

@@ -76,6 +76,15 @@ def planned(settings: Settings) -> tuple[dict[str, Job], dict[str, list[str]]]:
     name = check_model_name(h.model_name)
     model = str(Path(name).resolve()) if Path(name).is_dir() else name
     plans = _peer_plans(settings, model, len(requests))
+    if settings.capability:
+        from ..capability.prepare import prepare_tasks  # an extra
+
+        prepare_tasks(
+            list(settings.capability),
+            tasks_dir=settings.tasks_dir,
+            limit=settings.capability_limit,
+            progress=False,
+        )
     prepare_folder(settings.output)
     stats_dir = str(Path(settings.stats_dir).expanduser().resolve())
     common: dict[str, Any] = {

@@ -27,6 +27,7 @@ from ..errors import LocFTError
 from ..evaluate.choices import HowToRun
 from ..evaluate.evaluation import Evaluation, finish_
 from ..evaluate.summary import summarize
+from ..hparams import ALG_NAME
 from ..models import load_causal_lm
 from .corpus import corpus_from_folder, corpus_from_model
 from .covariance import stats_name, write_key_covariances
@@ -88,6 +89,7 @@ def _statistics(job: Job, progress: Progress) -> dict[str, Any]:
             tokenizer,
             job.documents,
             tokens_per_document=job.document_tokens,
+            batch_size=job.batch_size,
             cache=job.stats_dir,
         )
     progress.say("key covariances")
@@ -120,8 +122,13 @@ def _method(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
         outcome = Outcome(job.name, status="failed", reason=f"out of memory: {_one_line(error)}")
     except Exception as error:  # whatever somebody's code may raise
         traceback.print_exc()
-        kind = "" if isinstance(error, LocFTError) else f"{type(error).__name__}: "
-        outcome = Outcome(job.name, status="failed", reason=kind + _one_line(error))
+        if isinstance(error, LocFTError):
+            reason = _one_line(error)
+        else:
+            reason = f"{type(error).__name__}: {_one_line(error)}"
+            if register().is_release and job.name != ALG_NAME:
+                reason += " (in EasyEdit's release of 2023; its current source may do better)"
+        outcome = Outcome(job.name, status="failed", reason=reason)
     return outcome.to_dict()
 
 

@@ -1,0 +1,1 @@
+"""General capability: tasks of lm-evaluation-harness on a model in memory."""

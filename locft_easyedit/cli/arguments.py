@@ -1,0 +1,158 @@
+"""A command's `key=value` arguments, read strictly into a dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+from collections.abc import Sequence
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..errors import HyperParamsError, one_message
+
+T = TypeVar("T")
+
+# A path such as ./lr=1e-3/model is no pair: its first part is not a name.
+_PAIR = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+_NULL = ("null", "~", "")
+
+
+def read_arguments(
+    config_class: type[T],
+    arguments: Sequence[str],
+    *,
+    command: str,
+    positional: Sequence[str] = (),
+) -> T:
+    """Returns the dataclass that a command's arguments describe.
+
+    `NAME` arguments fill the fields named in `positional`, in order; `key=value` pairs any other
+    field. A text is taken as it stands, with its spaces, `=` and `#`; everything else is read as
+    YAML: `limit=100`, `lr=1e-4`, `tasks=[mmlu,gsm8k]`, `device=null`. Fields without a default
+    must be given.
+
+    Args:
+        config_class: A dataclass whose annotations OmegaConf knows.
+        arguments: What follows the command.
+        command: Its name, for messages.
+        positional: Fields that are given by place; all of them must be.
+
+    Raises:
+        HyperParamsError: Lists every argument that is unknown, missing, repeated or ill-typed.
+    """
+    hints = get_type_hints(config_class)
+    fields: dict[str, Any] = {
+        f.name: hints[f.name]
+        for f in dataclasses.fields(config_class)  # type: ignore[arg-type]
+        if f.init
+    }
+    named = [name for name in fields if name not in positional]
+    typed: dict[str, Any] = {}
+    problems = []
+    places = list(positional)
+    given: set[str] = set()
+    for argument in arguments:
+        pair = _PAIR.fullmatch(argument)
+        if argument.startswith("-") and argument != "-":
+            problems.append(_option(argument, named))
+            continue
+        if pair is None and not places:
+            problems.append(f"`{argument}` is one too many. Quote values with spaces.")
+            continue
+        key, text = pair.groups() if pair else (places.pop(0), argument)
+        if pair and key not in named:
+            problems.append(_unknown(key, named, positional))
+        elif key in given:
+            problems.append(f"`{key}` is given twice. Keep one of them.")
+        else:
+            given.add(key)
+            try:
+                typed[key] = _value(config_class, key, text, fields[key])
+            except (OmegaConfBaseException, yaml.YAMLError, ValueError):
+                problems.append(f"`{key}={text}` must be {_type_name(fields[key])}.")
+    problems += [f"{name.upper()} is missing; it comes before the keys." for name in places]
+    problems += [
+        f"`{name}` is missing. Add {name}=VALUE."
+        for name in named
+        if name not in given and _is_required(config_class, name)
+    ]
+    if problems:
+        keys = f"Keys: {', '.join(named)}. `locft {command} --help` explains them."
+        raise HyperParamsError(one_message("The arguments cannot be used:", problems) + f"\n{keys}")
+    return config_class(**typed)
+
+
+def _value(config_class: type, key: str, text: str, annotation: Any) -> Any:
+    """Returns `text` as the type of its field.
+
+    Raises:
+        OmegaConfBaseException, YAMLError, ValueError: It is not of that type.
+    """
+    kinds = _alternatives(annotation)
+    if text in _NULL and type(None) in kinds:
+        return None
+    if str in kinds and len(kinds - {type(None)}) == 1:
+        if not text.strip():
+            raise ValueError(key)
+        return text
+    if any(get_origin(kind) is list and get_args(kind) == (str,) for kind in kinds):
+        values = yaml.load(text, Loader=yaml.BaseLoader)  # names stay texts: `no`, 1e3
+        if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+            raise ValueError(key)
+        return values
+    schema = OmegaConf.structured(config_class)
+    parsed: Any = OmegaConf.from_dotlist([f"{key}={text}"])
+    merged = OmegaConf.merge(schema, parsed)[key]  # type: ignore[index]
+    return OmegaConf.to_container(merged) if OmegaConf.is_config(merged) else merged
+
+
+def _alternatives(annotation: Any) -> set[Any]:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return set(get_args(annotation))
+    return {annotation}
+
+
+def _is_required(config_class: Any, name: str) -> bool:
+    field = next(f for f in dataclasses.fields(config_class) if f.name == name)
+    missing = dataclasses.MISSING
+    # OmegaConf's own mark of a value that must be given is the text "???".
+    return (field.default is missing and field.default_factory is missing) or field.default == "???"
+
+
+def _option(argument: str, named: Sequence[str]) -> str:
+    name, _, value = argument.lstrip("-").replace("-", "_").partition("=")
+    close = difflib.get_close_matches(name, named, n=1)
+    hint = f"{close[0]}={value or 'VALUE'}" if close else "key=value"
+    return f"`{argument}` is no option here. Write {hint}."
+
+
+def _unknown(key: str, named: Sequence[str], positional: Sequence[str]) -> str:
+    if key in positional:
+        return f"`{key}=` is given by its place, without a key. Write its value first."
+    close = difflib.get_close_matches(key, named, n=1)
+    hint = f"Did you mean `{close[0]}`?" if close else "See the keys below."
+    return f"`{key}` is not a key. {hint}"
+
+
+def _type_name(annotation: Any) -> str:
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+    }
+    kinds = _alternatives(annotation)
+    parts = []
+    for kind in sorted(kinds - {type(None)}, key=str):
+        if get_origin(kind) is list:
+            of = "whole numbers, such as [1,2]" if get_args(kind) == (int,) else "names: [a,b]"
+            parts.append(f"a list of {of}")
+        else:
+            parts.append(names.get(kind, "a value of its kind"))
+    parts += ["null"] * (type(None) in kinds)
+    return " or ".join(parts)
