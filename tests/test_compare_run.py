@@ -224,6 +224,7 @@ class AddsToWeights:
         self.name = DOWN_PROJECTION["llama"].format(1)
         self.weight = dict(model.named_parameters())[self.name]
         self.changed = set()
+        self.nothing_changed = False
         self.calls = []
         self.fail_at = fail_at
 

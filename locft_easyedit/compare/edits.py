@@ -30,6 +30,24 @@ logger = logging.getLogger(__name__)
 _RESUMABLE = ("FT", "ROME", "MEMIT")
 _CHECKPOINT_SECONDS = 60.0
 _SEED = 42  # EasyEdit's
+# Values that say where things are; the others that a rule has set are choices, and told.
+_UNTOLD = tuple(
+    f"{key}="
+    for key in (
+        "model_name",
+        "stats_dir",
+        "mom2_dataset",
+        "mom2_n_samples",
+        "P_loc",
+        "fp16",
+        "rewrite_module_tmp",
+        "layer_module_tmp",
+        "mlp_module_tmp",
+        "attn_module_tmp",
+        "ln_f_module",
+        "lm_head_module",
+    )
+)
 
 
 @dataclass
@@ -71,6 +89,10 @@ def method_editor(
         editor = PeerEditor(job.name, model, tokenizer, hparams, "")
         return MethodEditor(job.name, editor, n_edits, False, job.hparams, [], False)
     statistics = job.statistics or {}
+    overrides, notes = dict(job.overrides), []
+    if easyedit.is_release and job.name == "FT" and "objective_optimization" not in overrides:
+        overrides["objective_optimization"] = "prompt_last"
+        notes.append("FT-L: EasyEdit's release knows no other; its current source does FT-M here.")
     on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
     plan = peer_hparams(
         job.name,
@@ -81,8 +103,10 @@ def method_editor(
         stats_dir=str(job.stats_dir),
         corpus_name=statistics.get("name", "none"),
         n_samples=statistics.get("n_samples", 1),
-        overrides=job.overrides,
+        overrides=overrides,
     )
+    if tokenizer.unk_token is None:
+        tokenizer.unk_token = tokenizer.eos_token  # the release's FT masks with it
     tokenizer.pad_token = tokenizer.eos_token  # as EasyEdit's editor sets both
     tokenizer.padding_side = padding_side(job.name)
     name_for_easyedit_(model, model_id(job.model))
@@ -94,7 +118,7 @@ def method_editor(
         1 if plan.one_by_one else int(plan.values.get("batch_size", 1)),
         plan.one_by_one,
         plan.values,
-        plan.notes,
+        [*notes, *(note for note in plan.notes if not note.startswith(_UNTOLD))],
         str(plan.values.get("fact_token", "")).startswith("subject"),
     )
 
@@ -184,6 +208,11 @@ class Edits:
                 self._save(done)
                 saved = time.monotonic()
         self.progress.say("editing", done, len(self.possible))
+        if self.method.editor.nothing_changed:
+            self.notes.append(
+                f"{self.method.name} left every weight as it was: its hyper-parameters leave it no "
+                "room in this model (for AlphaEdit, no direction below `nullspace_threshold`)."
+            )
 
     def _is_possible(self, request: Mapping[str, Any]) -> bool:
         subject = request.get("subject")

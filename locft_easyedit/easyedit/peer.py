@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import LocFTError
 from ..hparams import ALG_NAME, LocFTBFHyperParams
 from .cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
@@ -36,6 +38,7 @@ class PeerEditor:
 
     Attributes:
         changed: Names of the parameters that the method says it has changed.
+        nothing_changed: Whether all of these have been equal to their former values every time.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class PeerEditor:
         self.hparams = hparams
 
         self.changed: set[str] = set()
+        self.nothing_changed = False
 
     def edit_(self, requests: Sequence[Mapping[str, Any]]) -> None:
         """Edits the model with all `requests` in one call of the method."""
@@ -64,7 +68,14 @@ class PeerEditor:
                 return_orig_weights=True,
                 keep_original_weight=False,
             )
-        if isinstance(former, Mapping):  # some methods give back a function
+        if isinstance(former, Mapping) and former:  # some methods give back a function, or nothing
+            parameters = dict(self.editor.model.named_parameters())
+            same = all(
+                torch.equal(parameters[name].detach().cpu(), value.detach().cpu())
+                for name, value in former.items()
+                if name in parameters
+            )
+            self.nothing_changed = same and (self.nothing_changed or not self.changed)
             self.changed |= set(former)
 
 
