@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -212,6 +213,33 @@ def test_a_process_that_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "_command", lambda folder: [sys.executable, "-c", code])
     assert run_module._run_process("FT", folder, False) == "the last words"
     assert "some words" in folder.log.read_text()
+
+
+def test_sigterm_ends_the_process_that_runs(tmp_path, monkeypatch):
+    folder = JobFolder(tmp_path)
+    code = "import time; time.sleep(60)"
+    monkeypatch.setattr(run_module, "_command", lambda folder: [sys.executable, "-c", code])
+    children = []
+    original = run_module.subprocess.Popen
+
+    def popen(*args, **kwargs):
+        children.append(original(*args, **kwargs))
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return children[-1]
+
+    monkeypatch.setattr(run_module.subprocess, "Popen", popen)
+    with pytest.raises(SystemExit, match="143"):
+        run_module._run_process("FT", folder, False)
+    assert children[0].returncode == -signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_process_whose_comparison_is_gone_ends(tmp_path, monkeypatch):
+    progress = Progress(JobFolder(tmp_path))
+    progress.say("editing", 1, 3)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    with pytest.raises(SystemExit, match="has ended"):
+        progress.say("editing", 2, 3)
 
 
 # Edits: resumable, measured right after each

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -117,9 +118,15 @@ class Progress:
     def __init__(self, folder: JobFolder) -> None:
         self._folder = folder
         self._last = 0.0
+        self._parent = os.getppid()
 
     def say(self, phase: str, done: int = 0, total: int = 0) -> None:
-        """Notes the phase, and how many of its `total` parts are done."""
+        """Notes the phase, and how many of its `total` parts are done.
+
+        Ends the process if the one that waits is gone: a later comparison may work in its folder.
+        """
+        if os.getppid() != self._parent:
+            raise SystemExit("the comparison that started this process has ended")
         now = time.monotonic()
         if done not in (0, total) and now - self._last < 0.3:
             return

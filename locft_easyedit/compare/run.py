@@ -11,8 +11,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,7 @@ def _run_process(name: str, folder: JobFolder, progress: bool) -> str | None:
         environment["EASYEDIT_HOME"] = str(Path(environment["EASYEDIT_HOME"]).resolve())
     folder.progress.unlink(missing_ok=True)
     with (
+        _ended_by_sigterm(),
         folder.log.open("ab") as log,
         tqdm(disable=not progress, desc=name, unit="edit", leave=True) as bar,
     ):
@@ -155,6 +158,23 @@ def _run_process(name: str, folder: JobFolder, progress: bool) -> str | None:
         hint = " (the system does so when memory runs out)" if killed == "SIGKILL" else ""
         return f"its process was ended by {killed}{hint}"
     return _last_line(folder.log) or f"its process ended with status {process.returncode}"
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Within, SIGTERM is an exception, so that the process that runs is ended as well."""
+
+    def end(signum: int, frame: Any) -> None:
+        raise SystemExit(128 + signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+    former = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def _command(folder: JobFolder) -> list[str]:
