@@ -77,7 +77,8 @@ def test_edit_writes_what_there_is_to_see(folder):
 
 
 def test_edit_saves_the_whole_model_where_asked(folder):
-    done = run("--config-name=toy.yaml", "data=edits.json", "save=model", "output=out")
+    # Overrides may come before the name.
+    done = run("data=edits.json", "--config-name", "toy.yaml", "save=model", "output=out")
     assert done.returncode == 0, done.stderr
     edited = AutoModelForCausalLM.from_pretrained(folder / "out" / "model").state_dict()
     original = toy_model("llama").state_dict()

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..data import read_requests
-from ..evaluate.generated import generated_metrics
+from ..evaluate.choices import HowToRun
+from ..evaluate.generated import Generated, finish_generated_
 from ..evaluate.summary import summarize
 from ..hparams import LocFTBFHyperParams
 from ..hparams_files import hparams_folder
@@ -43,23 +44,16 @@ def main(arguments: Sequence[str]) -> int:
     editor = easyedit.BaseEditor.from_hparams(hparams)
     watch.lap("loading the model")
 
-    def answers(when: str) -> list[dict[str, object]]:
-        return generated_metrics(
-            editor.model,
-            editor.tok,
-            requests,
-            batch_size=hparams.eval_batch_size,
-            progress=True,
-            description=f"answers {when}",
-        )
-
-    before = answers("before")
+    how = HowToRun(hparams.eval_batch_size, hparams.row_tokens, progress=True)
+    generated = Generated(editor.model, editor.tok, requests, how)
+    before = generated.measure("answers before")
     watch.lap("generated metrics")
     metrics, model, _ = editor.edit_requests(requests, sequential_edit=True)
     watch.lap("editing and EasyEdit's metrics")
-    after = answers("after")
+    after = generated.measure("answers after")
     watch.lap("generated metrics")
     for entry, pre, post in zip(metrics, before, after, strict=True):
+        finish_generated_(pre, post)
         entry["pre"]["generated"], entry["post"]["generated"] = pre, post
 
     run = Run(metrics, editor.last_result, watch.seconds)
