@@ -41,7 +41,7 @@ def run_rows(
 
 
 def run_next(model: PreTrainedModel, **inputs: Any) -> tuple[torch.Tensor, Any]:
-    """Returns the logits after the last column, [B, V], and the cache.
+    """Returns the logits after the last column, [B, V], and the cache, `None` if there is none.
 
     Args:
         model: A causal language model.
@@ -50,7 +50,7 @@ def run_next(model: PreTrainedModel, **inputs: Any) -> tuple[torch.Tensor, Any]:
     """
     with _head_sees(model, lambda hidden: hidden[:, -1:]):
         output = model(**inputs, use_cache=True)
-    return output.logits[:, -1], output.past_key_values
+    return output.logits[:, -1], getattr(output, "past_key_values", None)
 
 
 @contextmanager

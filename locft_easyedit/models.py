@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,7 +111,9 @@ def load_causal_lm(
         raise HyperParamsError(f"`dtype={dtype!r}` must be one of {', '.join(DTYPES)}.")
     name = check_model_name(name)
     with _one_model_error(name):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            _tokenizer_of(name), trust_remote_code=trust_remote_code
+        )
         model: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
@@ -132,6 +135,14 @@ def check_model_name(name: str) -> str:
     name = str(Path(name).expanduser()) if name.startswith("~") else name
     _check_folder(name)
     return name
+
+
+def _tokenizer_of(name: str) -> str:
+    """Returns where a model's tokenizer is: peft saves adapters without one."""
+    adapter = Path(name) / "adapter_config.json"
+    if not adapter.is_file() or (Path(name) / "tokenizer_config.json").is_file():
+        return name
+    return str(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
 
 
 def model_without_weights(name: str, *, trust_remote_code: bool = False) -> Any:

@@ -125,6 +125,45 @@ def test_bad_arguments(files, capsys, arguments, message):
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_metrics_that_cannot_be_what_was_before(files, capsys):
+    main(["evaluate", "base", "data=edits.json", "output=one"])
+    main(["evaluate", "edited", "data=edits.json", "original=one/metrics.json", "output=two"])
+    for arguments, message in (
+        (["original=two/metrics.json"], "was measured on an edited model"),
+        (["original=one/metrics.json", "output=one"], "is the file that this run would write"),
+        (["original=one/metrics.json", "metrics=[ppl]"], ""),
+    ):
+        status = main(["evaluate", "edited", "data=edits.json", *arguments])
+        assert status == (2 if message else 0)
+        assert message in capsys.readouterr().err
+    main(["evaluate", "base", "data=edits.json", "metrics=[generated]", "output=three"])
+    arguments = ["edited", "data=edits.json", "original=three/metrics.json"]
+    assert main(["evaluate", *arguments]) == 2
+    assert "was measured without accuracy" in capsys.readouterr().err
+
+
+def test_an_original_that_gave_nan(files, capsys):
+    model = AutoModelForCausalLM.from_pretrained("base")
+    with torch.no_grad():
+        dict(model.named_parameters())[PLACE].fill_(float("nan"))
+    model.save_pretrained("damaged")
+    toy_tokenizer(pad_is_eos=True).save_pretrained("damaged")
+    main(["evaluate", "damaged", "data=edits.json", "output=one"])
+    arguments = ["data=edits.json", "original=one/metrics.json"]
+    assert main(["evaluate", "base", *arguments]) == 1
+    assert "locality" in capsys.readouterr().err
+
+
+def test_a_peft_adapter_without_a_tokenizer(files):
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained("base")
+    adapter = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapter.peft_config["default"].base_model_name_or_path = "base"
+    adapter.save_pretrained("adapter")
+    assert main(["evaluate", "adapter", "data=edits.json"]) == 0
+
+
 def test_metrics_of_other_records_and_matrices_of_another_model(files, capsys):
     main(["evaluate", "base", "data=edits.json", "output=one"])
     arguments = ["edited", "data=edits.json", "n=3", "original=one/metrics.json"]

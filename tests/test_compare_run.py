@@ -203,6 +203,48 @@ def test_results_of_other_settings_are_not_mixed_in(settings, monkeypatch, files
     assert processes.ran == []
 
 
+def test_what_brought_no_result_may_be_run_with_other_settings(settings, monkeypatch):
+    processes = FakeProcesses(monkeypatch)
+    processes.results["FT"] = "its process was ended by SIGKILL"
+    compare(settings())
+    (settings().output / "FT" / "job.json").write_text('{"n": 99}')
+    del processes.results["FT"]
+    assert compare(settings()).outcomes[1].status == "ok"
+
+
+def test_one_comparison_at_a_time_in_a_folder(settings, monkeypatch):
+    FakeProcesses(monkeypatch)
+    compare(settings())
+    with run_module._locked(settings().output), pytest.raises(LocFTError, match="Another compar"):
+        compare(settings())
+
+
+def test_the_identity_tells_what_results_depend_on(settings, tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a.txt").write_text("some words")
+    yaml = tmp_path / "ft.yaml"
+    yaml.write_text("alg_name: FT\nlr: 1e-3\n")
+    given = {"text": str(text), "peers": {"FT": {"hparams": os.path.relpath(yaml)}}}
+    before = planned(settings(**given))[0]
+    assert before["FT"].overrides["hparams"] == str(yaml)  # processes work elsewhere
+    (text / "a.txt").write_text("other words")
+    yaml.write_text("alg_name: FT\nlr: 1e-1\n")
+    after = planned(settings(**given))[0]
+    different = {
+        name: {key for key, value in job.identity.items() if after[name].identity[key] != value}
+        for name, job in before.items()
+    }
+    assert different == {
+        BEFORE: set(),
+        STATISTICS: {"text"},
+        "LocFT-BF": set(),
+        "FT": {"hparams"},
+        "MEMIT": {"text"},
+    }
+    assert {"torch", "transformers", "easyedit"} < set(before["FT"].identity)
+
+
 def test_a_process_that_is_killed(tmp_path, monkeypatch):
     folder = JobFolder(tmp_path)
     code = f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})"
@@ -253,6 +295,7 @@ class AddsToWeights:
         self.weight = dict(model.named_parameters())[self.name]
         self.changed = set()
         self.nothing_changed = False
+        self.templates = None
         self.calls = []
         self.fail_at = fail_at
 
@@ -260,8 +303,10 @@ class AddsToWeights:
     def edit_(self, requests):
         if len(self.calls) == self.fail_at:
             raise KeyboardInterrupt
+        # As ROME: texts made at the first edit, which every later edit depends on.
+        self.templates = self.templates or [len(requests[0]["prompt"])]
         self.calls.append([request["prompt"] for request in requests])
-        self.weight.mul_(1.0 + len(requests[0]["prompt"]) / 100)
+        self.weight.mul_(self.templates[0] / 10 + len(requests[0]["prompt"]) / 100)
         self.changed.add(self.name)
 
 

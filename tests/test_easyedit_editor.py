@@ -322,3 +322,14 @@ def test_evaluation_types_need_the_current_source(easyedit):
     editor = easyedit.BaseEditor.from_hparams(loaded_hparams(evaluation_type="generate-text"))
     with pytest.raises(HyperParamsError, match="needs the current EasyEdit"):
         editor.edit_requests(toy_requests(2), verbose=False)
+
+
+@pytest.mark.parametrize("eval_metric", ["ppl", "ood_ppl"])
+def test_perplexity_of_requests_without_locality(editor, eval_metric):
+    metrics, _, _ = editor.edit(
+        ["The river is"], ["the Rhine"], eval_metric=eval_metric, verbose=False
+    )
+    key = "rewrite_ppl" if eval_metric == "ppl" else "ood_acc"
+    assert metrics[0]["post"][key] != metrics[0]["pre"][key] or eval_metric == "ood_ppl"
+    assert "rewrite_acc" not in metrics[0]["post"]
+    assert metrics[0]["post"]["metric_meta"]["rewrite"]["result_key"] == key

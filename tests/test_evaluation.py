@@ -60,7 +60,8 @@ def test_the_frozen_prefix_changes_nothing(kind):
 
 
 def test_the_frozen_layers_run_once(monkeypatch):
-    monkeypatch.setattr(choices, "closeness", lambda dtype: 0.0)  # no pass of another form
+    never = torch.tensor(False)  # no pass of another form
+    monkeypatch.setattr(choices, "too_close", lambda best, model: never.expand(len(best)))
     model, tokenizer = toy_model(), toy_tokenizer()
     how = HowToRun(packed=True, frozen=FrozenLayers(find_layers(model), 2))
     evaluation = TeacherForced(model, tokenizer, toy_requests(6), how)
@@ -100,7 +101,8 @@ def test_close_choices_are_settled_by_easyedits_own_pass(monkeypatch):
     """With everything counted as close, EasyEdit's padded pass over each question decides."""
     model, tokenizer, records = toy_model("gpt2"), toy_tokenizer(), records_with_lists(5)
     expected = TeacherForced(model, tokenizer, records, HowToRun()).measure("")
-    monkeypatch.setattr(choices, "closeness", lambda dtype: 1e9)
+    always = torch.tensor(True)
+    monkeypatch.setattr(choices, "too_close", lambda best, model: always.expand(len(best)))
     asked = []
     original = TeacherForced._as_easyedit
     monkeypatch.setattr(

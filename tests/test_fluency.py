@@ -34,6 +34,13 @@ def test_same_for_every_batch_size(kind, short_texts):
     )
 
 
+def test_a_record_has_numbers_of_its_own(short_texts):
+    model, tokenizer, records = toy_model(), toy_tokenizer(), toy_requests(4)
+    everything = batched_fluency(model, tokenizer, records, words=str.split)
+    some = batched_fluency(model, tokenizer, records[2:3], words=str.split, numbers=[2])
+    assert some == everything[2:3]
+
+
 def test_as_easyedits_in_distribution(short_texts):
     """Means of 200 samples of the same prompt, by both ways, within four standard errors."""
     model, tokenizer = toy_model(), toy_tokenizer()

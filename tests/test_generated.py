@@ -255,12 +255,16 @@ def test_a_right_draft_takes_one_forward_pass():
     assert calls.n == 1
 
 
+def always(best, model):
+    return torch.ones_like(best[:, 0], dtype=torch.bool)
+
+
 def test_close_choices_are_settled_by_the_prompt_alone(monkeypatch):
     """With everything counted as close, all answers come from passes over one prompt."""
     model, tokenizer = toy_model(), toy_tokenizer()
     drafts = ManyDrafts(model, tokenizer, 6)
-    monkeypatch.setattr("locft_easyedit.evaluate.decoding.closeness", lambda dtype: 1e9)
-    monkeypatch.setattr("locft_easyedit.evaluate.choices.closeness", lambda dtype: 1e9)
+    for module in ("decoding", "choices"):
+        monkeypatch.setattr(f"locft_easyedit.evaluate.{module}.too_close", always)
     alone = []
     original = GreedyDecoder._alone
     monkeypatch.setattr(
@@ -271,6 +275,46 @@ def test_close_choices_are_settled_by_the_prompt_alone(monkeypatch):
     )
     assert decoder.answers("") == drafts.expected
     assert len(alone) > len(PROMPTS)
+
+
+@pytest.mark.parametrize("factor", [1.0, 20.0])
+def test_half_precision_does_not_depend_on_the_batch(factor):
+    """Large logits are far apart in bfloat16: rounding decides between more of them."""
+    model, tokenizer = toy_model(), toy_tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(factor)
+    model.to(torch.bfloat16)
+    prompts = [request["prompt"] for request in toy_requests(40)]
+    one, many = (
+        generate_answers(model, tokenizer, prompts, batch_size=size, max_new_tokens=8)
+        for size in (1, 40)
+    )
+    assert one == many
+
+
+def test_models_without_an_ordinary_cache():
+    """Linear attention keeps states of another kind; mamba gives no cache under that name."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausalLM
+
+    tokenizer = toy_tokenizer()
+    size = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2}
+    special = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
+    torch.manual_seed(0)
+    hybrid = Lfm2Config(
+        **size,
+        **special,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+        initializer_range=0.3,
+    )
+    mamba = MambaConfig(**size, **special, state_size=4, initializer_range=0.5)
+    for model in (Lfm2ForCausalLM(hybrid).eval(), MambaForCausalLM(mamba).eval()):
+        expected = [naive_greedy(model, tokenizer, prompt, 6) for prompt in PROMPTS]
+        assert len(set(expected)) > 3
+        answers = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=6)
+        assert answers == expected
 
 
 # Metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -91,7 +92,10 @@ def run_evaluate(config: EvaluateConfig) -> int:
         watch.lap("loading")
         original = _evaluation(config, model, tokenizer, requests).measure("before")
         watch.lap("metrics before")
-        del model
+        del model, tokenizer
+        gc.collect()  # the evaluation's own references to the model go in circles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     model, tokenizer = _load(config, config.model)
     evaluation = _evaluation(config, model, tokenizer, requests)
     watch.lap("loading")
@@ -161,7 +165,8 @@ def _stored(config: EvaluateConfig, requests: list[dict[str, Any]]) -> list[Metr
     try:
         records = json.loads(path.read_text(encoding="utf-8"))["records"]
         same = [record["requested_rewrite"] for record in records] == requests
-        metrics: list[Metrics] = [record["post"] for record in records]
+        metrics: list[Metrics] = [_with_nan(record["post"]) for record in records]
+        edited = any(record["pre"] for record in records)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"`original={path}` is no metrics.json of `locft evaluate` ({type(error).__name__}: "
@@ -172,7 +177,34 @@ def _stored(config: EvaluateConfig, requests: list[dict[str, Any]]) -> list[Metr
             f"`original={path}` was measured on other records than data={config.data} n={config.n}."
             " Measure the original model on these."
         )
+    if edited:
+        raise DataError(
+            f"`original={path}` was measured on an edited model. Give the metrics.json of the "
+            "model before editing, or its folder."
+        )
+    if path.resolve() == (Path(config.output) / "metrics.json").resolve():
+        raise DataError(
+            f"`original={path}` is the file that this run would write. Choose another `output`."
+        )
+    needed = {"accuracy": "rewrite_acc", "generated": "generated"}
+    lacking = [
+        n for n in config.metrics if any(needed.get(n, "locality") not in m for m in metrics)
+    ]
+    if lacking:
+        raise DataError(
+            f"`original={path}` was measured without {', '.join(lacking)}. Measure the original "
+            "model again with the same `metrics`."
+        )
     return metrics
+
+
+def _with_nan(value: Any) -> Any:
+    """Returns what JSON gave, with NaN where it has null: that is how NaN was written."""
+    if isinstance(value, dict):
+        return {key: _with_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(entry) for entry in value]
+    return float("nan") if value is None else value
 
 
 def _matrices(path: str | None) -> dict[str, torch.Tensor]:

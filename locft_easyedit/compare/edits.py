@@ -22,11 +22,11 @@ from ..hparams import ALG_NAME, LocFTBFHyperParams
 from ..weights import write_
 from .job import Job, JobFolder, Progress, model_id
 from .memory import Peak, peak_memory
-from .peers import easyedit_name, name_for_easyedit_, padding_side, peer_hparams
+from .peers import PEERS, easyedit_name, name_for_easyedit_, padding_side, peer_hparams
 
 logger = logging.getLogger(__name__)
 
-# Methods whose whole state is in the weights; others keep a cache or an adapter as well.
+# Methods whose state is the weights and their context templates; others keep a cache or an adapter.
 _RESUMABLE = ("FT", "ROME", "MEMIT")
 _CHECKPOINT_SECONDS = 60.0
 _SEED = 42  # EasyEdit's
@@ -90,6 +90,8 @@ def method_editor(
         return MethodEditor(job.name, editor, n_edits, False, job.hparams, [], False)
     statistics = job.statistics or {}
     overrides, notes = dict(job.overrides), []
+    if job.model_parallel and job.name in PEERS:
+        overrides.setdefault("model_parallel", True)
     if easyedit.is_release and job.name == "FT" and "objective_optimization" not in overrides:
         overrides["objective_optimization"] = "prompt_last"
         notes.append("FT-L: EasyEdit's release knows no other; its current source does FT-M here.")
@@ -182,6 +184,8 @@ class Edits:
             own = [{key: r[key] for key in parts if key in r} for r in requests]
             self._each = Evaluation(model, tokenizer, own, how)
             self.how = replace(how, packed=self._each.packed)
+        if method.name not in (ALG_NAME, *PEERS):
+            self.how = replace(how, packed=False)  # who knows what it puts into the model
         self._checkpoint = folder.state / "edited.safetensors"
 
     def make_(self) -> None:
@@ -230,6 +234,7 @@ class Edits:
         }
         state = {
             "done": done,
+            "templates": self.method.editor.templates,
             "right_after": self.right_after,
             "seconds": self.seconds,
             "seconds_measuring": self.seconds_measuring,
@@ -249,6 +254,7 @@ class Edits:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         write_(dict(self.model.named_parameters()), tensors)
         self.method.editor.changed |= set(tensors)
+        self.method.editor.templates = state["templates"]
         self.right_after = state["right_after"]
         self.seconds, self.seconds_measuring = state["seconds"], state["seconds_measuring"]
         self.peak = Peak(*state["peak"])

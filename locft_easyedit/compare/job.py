@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from ..errors import OutputError
 
 BEFORE = "before editing"
 STATISTICS = "key covariances"
+# Whose versions a result depends on.
+PACKAGES = ("locft_easyedit", "torch", "transformers", "peft")
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Job:
         n: Edits; all of the file if `None`.
         device: As EasyEdit's key.
         dtype: Precision of the weights.
+        model_parallel: Spread the model over the visible GPUs.
         trust_remote_code: Allow the model folder's own code.
         batch_size: Prompts measured together.
         row_tokens: Length of packed rows.
@@ -51,6 +55,7 @@ class Job:
     n: int | None
     device: str | None
     dtype: str
+    model_parallel: bool = False
     trust_remote_code: bool = False
     batch_size: int = 64
     row_tokens: int = 128
@@ -134,9 +139,26 @@ class Progress:
         self._folder.write(self._folder.progress, {"phase": phase, "done": done, "total": total})
 
 
+def folder_hash(folder: str | Path, pattern: str) -> str:
+    """Returns a short hash of the files below a folder whose names match `pattern`."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).rglob(pattern)):
+        digest.update(str(path.relative_to(folder)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def model_id(model: str) -> str:
     """Returns the last part of a model's path or hub name: EasyEdit's name for its statistics."""
     return model.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
+
+
+def version_of(package: str) -> str:
+    """Returns an installed package's version."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def file_hash(path: str | Path) -> str:

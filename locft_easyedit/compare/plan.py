@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..data import read_requests
+from ..easyedit.peer import commit_of
 from ..errors import HyperParamsError, LocFTError, one_message
 from ..hparams import ALG_NAME, LocFTBFHyperParams
 from ..models import check_model_name, model_without_weights, resolve_device
 from ..place import match_parameters
 from ..report import prepare_folder
 from ..requests import distinct_edits
-from .job import BEFORE, STATISTICS, Job, file_hash, model_hash
+from .job import BEFORE, PACKAGES, STATISTICS, Job, file_hash, folder_hash, model_hash, version_of
 from .peers import PEERS, PeerHparams, peer_hparams
 
 
@@ -93,6 +93,7 @@ def planned(settings: Settings) -> tuple[dict[str, Job], dict[str, list[str]]]:
         "n": settings.n,
         "device": None if h.device is None else str(h.device),
         "dtype": h.dtype or ("float16" if h.fp16 else "float32"),
+        "model_parallel": h.model_parallel,
         "trust_remote_code": h.trust_remote_code,
         "batch_size": h.eval_batch_size,
         "row_tokens": h.row_tokens,
@@ -102,35 +103,43 @@ def planned(settings: Settings) -> tuple[dict[str, Job], dict[str, list[str]]]:
         "identity": {
             "data": file_hash(settings.data),
             "model": model_hash(model),
-            "locft_easyedit": __version__,
-            "easyedit": _absolute(os.environ.get("EASYEDIT_HOME") or None) or "installed",
+            "easyedit": _easyedit(),
+            **{package: version_of(package) for package in PACKAGES},
         },
     }
     jobs = {BEFORE: Job(BEFORE, **common)}
     needed = {method: plan.covariance_modules for method, plan in plans.items()}
     needed = {method: modules for method, modules in needed.items() if modules}
+    if settings.tasks_dir is not None:
+        common["identity"]["tasks"] = folder_hash(settings.tasks_dir, "*")
     text: dict[str, Any] = {
         "stats_dir": stats_dir,
         "text": _absolute(settings.text),
         "documents": settings.documents,
         "document_tokens": settings.document_tokens,
     }
+    texts = {} if settings.text is None else {"text": folder_hash(settings.text, "*.txt")}
     if needed:
         modules = sorted({m for each in needed.values() for m in each}, key=_natural)
         jobs[STATISTICS] = Job(
             STATISTICS,
-            **common | {"capability": [], "capability_limit": None, "tasks_dir": None},
+            **common
+            | {"capability": [], "capability_limit": None, "tasks_dir": None}
+            | {"identity": common["identity"] | texts},
             **text,
             covariance_modules=modules,
         )
     for method in settings.methods:
+        files = texts if method in needed else {}
         if method == ALG_NAME:
             jobs[method] = Job(method, **common, hparams=_for_json(h.to_dict()))
         else:
             given = _for_json(dict(settings.peers.get(method, {})))
-            jobs[method] = Job(
-                method, **common, overrides=given, **(text if method in needed else {})
-            )
+            if "hparams" in given:  # the process works in a folder of its own
+                given["hparams"] = _absolute(given["hparams"])
+                files = files | {"hparams": file_hash(given["hparams"])}
+            own = {**common, "identity": common["identity"] | files}
+            jobs[method] = Job(method, **own, overrides=given, **(text if method in needed else {}))
     return jobs, needed
 
 
@@ -195,6 +204,14 @@ def _peer_plans(settings: Settings, model: str, n_edits: int) -> dict[str, PeerH
 
 def _absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).expanduser().resolve())
+
+
+def _easyedit() -> str:
+    """Returns which EasyEdit it is, as far as can be told without importing it."""
+    home = _absolute(os.environ.get("EASYEDIT_HOME") or None)
+    if home is None:
+        return f"installed {version_of('easyeditor')}"
+    return f"{home} {commit_of(home)}".strip()
 
 
 def _natural(name: str) -> list[Any]:

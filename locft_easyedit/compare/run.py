@@ -40,10 +40,15 @@ def compare(settings: Settings) -> Comparison:
             even be measured before editing.
     """
     jobs, covariance_modules = planned(settings)
-    root = settings.output
-    folders = {name: JobFolder(root / _folder_of(name)) for name in jobs}
-    _refuse_other_settings(jobs, folders)
+    with _locked(settings.output):
+        return _compared(settings, jobs, covariance_modules)
 
+
+def _compared(
+    settings: Settings, jobs: Mapping[str, Job], covariance_modules: Mapping[str, list[str]]
+) -> Comparison:
+    folders = {name: JobFolder(settings.output / _folder_of(name)) for name in jobs}
+    _refuse_other_settings(jobs, folders)
     before = _result(jobs[BEFORE], folders[BEFORE], settings.progress)
     if isinstance(before, str):
         raise LocFTError(f"The model could not be measured before editing: {before}")
@@ -89,7 +94,7 @@ def _refuse_other_settings(jobs: Mapping[str, Job], folders: Mapping[str, JobFol
     """
     for name, job in jobs.items():
         stored = folders[name].read(folders[name].job)
-        if stored is None:
+        if stored is None or not _has_something(folders[name]):
             continue
         # What the statistics found is no setting.
         differences = job.differences({**stored, "statistics": job.statistics})
@@ -101,6 +106,35 @@ def _refuse_other_settings(jobs: Mapping[str, Job], folders: Mapping[str, JobFol
                     differences,
                 )
             )
+
+
+def _has_something(folder: JobFolder) -> bool:
+    """Whether a folder holds a result, or a part of one, that is worth keeping."""
+    stored = folder.read(folder.result)
+    return folder.state.exists() if stored is None else not _not_ok(stored["result"])
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Within, no other comparison can work in the folder.
+
+    Raises:
+        OutputError: Another one does.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (folder / ".lock").open("w", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OutputError(
+                f"Another comparison is at work in {folder}. Wait for it, or choose another "
+                "`output`."
+            ) from error
+        yield
 
 
 def _result(
@@ -128,7 +162,8 @@ def _run_process(name: str, folder: JobFolder, progress: bool) -> str | None:
     """Runs a job's process to its end; returns in words how it failed, if it did."""
     environment = dict(os.environ)
     if environment.get("EASYEDIT_HOME"):  # the process works in its own folder
-        environment["EASYEDIT_HOME"] = str(Path(environment["EASYEDIT_HOME"]).resolve())
+        home = Path(environment["EASYEDIT_HOME"]).expanduser()
+        environment["EASYEDIT_HOME"] = str(home.resolve())
     folder.progress.unlink(missing_ok=True)
     with (
         _ended_by_sigterm(),

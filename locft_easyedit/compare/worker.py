@@ -14,7 +14,6 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,8 @@ from ..models import load_causal_lm
 from .corpus import corpus_from_folder, corpus_from_model
 from .covariance import stats_name, write_key_covariances
 from .edits import Edits, method_editor
-from .job import BEFORE, STATISTICS, Job, JobFolder, Progress, model_id
+from .job import BEFORE, PACKAGES, STATISTICS, Job, JobFolder, Progress, model_id, version_of
 from .outcome import Outcome, checked
-
-PACKAGES = ("locft_easyedit", "torch", "transformers", "peft")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -71,7 +68,7 @@ def _before(job: Job, progress: Progress) -> dict[str, Any]:
         "capability": _capability(job, model, tokenizer, progress),
         "easyedit": describe(easyedit).removeprefix("EasyEdit's "),
         "device": str(model.get_input_embeddings().weight.device),
-        "versions": {package: _version(package) for package in PACKAGES}
+        "versions": {package: version_of(package) for package in PACKAGES}
         | {"python": platform.python_version()},
     }
 
@@ -189,19 +186,16 @@ def _capability(job: Job, model: Any, tokenizer: Any, progress: Progress) -> dic
 def _load(job: Job, progress: Progress) -> tuple[Any, Any]:
     progress.say("loading the model")
     return load_causal_lm(
-        job.model, device=job.device, dtype=job.dtype, trust_remote_code=job.trust_remote_code
+        job.model,
+        device=job.device,
+        dtype=job.dtype,
+        model_parallel=job.model_parallel,
+        trust_remote_code=job.trust_remote_code,
     )
 
 
 def _how(job: Job) -> HowToRun:
     return HowToRun(job.batch_size, job.row_tokens, progress=True)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _one_line(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from importlib import metadata
@@ -56,10 +57,22 @@ class PeerEditor:
         self.changed: set[str] = set()
         self.nothing_changed = False
 
+    @property
+    def templates(self) -> Any:
+        """The texts that ROME and MEMIT sampled at their first edit and keep for all others."""
+        module = _context_templates(self.editor)
+        return None if module is None else module.CONTEXT_TEMPLATES_CACHE
+
+    @templates.setter
+    def templates(self, value: Any) -> None:
+        module = _context_templates(self.editor)
+        if module is not None:
+            module.CONTEXT_TEMPLATES_CACHE = value
+
     def edit_(self, requests: Sequence[Mapping[str, Any]]) -> None:
         """Edits the model with all `requests` in one call of the method."""
         with self._mode:
-            _, former = self.editor.apply_algo(
+            edited, former = self.editor.apply_algo(
                 self.editor.model,
                 self.editor.tok,
                 [dict(request) for request in requests],
@@ -67,6 +80,12 @@ class PeerEditor:
                 copy=False,
                 return_orig_weights=True,
                 keep_original_weight=False,
+            )
+        own = getattr(edited, "get_base_model", lambda: edited)()
+        if own is not self.editor.model:
+            raise LocFTError(
+                f"This method gives back a {type(edited).__name__} around the model, which cannot "
+                "be measured here. Compare methods that edit the model itself."
             )
         if isinstance(former, Mapping) and former:  # some methods give back a function, or nothing
             parameters = dict(self.editor.model.named_parameters())
@@ -77,6 +96,12 @@ class PeerEditor:
             )
             self.nothing_changed = same and (self.nothing_changed or not self.changed)
             self.changed |= set(former)
+
+
+def _context_templates(editor: Any) -> Any:
+    """Returns the module in which ROME and MEMIT keep their context templates, if there is one."""
+    module = sys.modules.get(getattr(editor.apply_algo, "__module__", ""))
+    return module if hasattr(module, "CONTEXT_TEMPLATES_CACHE") else None
 
 
 def hparams_class(method: str) -> Any:
@@ -122,11 +147,12 @@ def describe(easyedit: EasyEdit) -> str:
             return f"EasyEdit's PyPI release {metadata.version('easyeditor')}"
         except metadata.PackageNotFoundError:
             return "EasyEdit's PyPI release"
-    commit = _commit(easyedit.home)
+    commit = commit_of(easyedit.home)
     return f"EasyEdit's current source{f' ({commit})' if commit else ''}"
 
 
-def _commit(folder: Path) -> str:
+def commit_of(folder: str | Path) -> str:
+    """Returns the short hash of a clone's commit; empty if it is no clone, or git is missing."""
     command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)

@@ -23,9 +23,10 @@ from ..tokens import TokenizedTexts
 
 logger = logging.getLogger(__name__)
 
-# Differences of logits below which rounding could decide. Batching moves the logits of SmolLM2 by
-# up to 1e-4 in float32; the half precisions keep 11 and 8 bits.
-_CLOSE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Rounding could decide between logits that are closer than this many steps of the model's numbers
+# at their size, or than the floor. Batching moves the logits of SmolLM2 by up to 1e-4 in float32.
+_STEPS = 4
+_FLOOR = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class FirstChoices:
             def run(batch: np.ndarray) -> None:
                 logits, rows = runner.logits(indices[batch])
                 best = logits.topk(2, dim=-1)  # [S, 2]
-                near = best.values[:, 0] - best.values[:, 1] < closeness(logits.dtype)
+                near = too_close(best.values, self.model)
                 finite = torch.isfinite(best.values[:, 0])
                 owner = rows.owner.to(logits.device)
                 # One copy to the host a batch.
@@ -150,9 +151,17 @@ class FirstChoices:
         )
 
 
-def closeness(dtype: torch.dtype) -> float:
-    """Returns the difference of two logits below which rounding could decide between them."""
-    return _CLOSE.get(dtype, _CLOSE[torch.bfloat16])
+def too_close(best: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+    """Returns where rounding could decide between the two best logits, [S] bool.
+
+    Args:
+        best: The best and the second-best logit, [S, 2].
+        model: The model. Its own precision counts: some give float32 logits of half weights.
+    """
+    dtype = model.dtype if model.dtype in _FLOOR else torch.bfloat16
+    size = best[:, 0].float().abs()
+    margin = (_STEPS * torch.finfo(dtype).eps * size).clamp(min=_FLOOR[dtype])
+    return (best[:, 0] - best[:, 1]).float() < margin
 
 
 def warn_not_finite(n: int, of: int) -> None:

@@ -18,7 +18,7 @@ from ..forward import run_next
 from ..modes import evaluation_mode
 from ..runner import input_device
 from ..tokens import TokenizedTexts
-from .choices import FirstChoices, HowToRun, closeness
+from .choices import FirstChoices, HowToRun, too_close
 
 STOPS = (".", "\n")
 
@@ -91,11 +91,16 @@ def _decode_batch(
         going = np.array([not done(int(texts[member]), grown[member]) for member in rows])
         if not going.any():
             return
-        ids, positions = tokens[:, None], positions[:, -1:] + 1
+        new, next_position = tokens[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        if cache is None:  # a model without a cache of this kind reads all of it again
+            new, next_position = torch.cat([ids, new], 1), torch.cat([positions, next_position], 1)
+        ids, positions = new, next_position
         if not going.all():
             keep = torch.from_numpy(np.flatnonzero(going)).to(device)
-            cache.batch_select_indices(keep)
+            if cache is not None:
+                # Every kind of layer knows it, and brings the index to its own device.
+                cache.reorder_cache(keep)
             ids, mask, positions, rows = ids[keep], mask[keep], positions[keep], rows[going]
 
 
@@ -231,7 +236,7 @@ class GreedyDecoder:
     ) -> torch.Tensor:
         best = logits.topk(2, dim=-1)
         tokens = best.indices[:, 0].clone()
-        near = best.values[:, 0] - best.values[:, 1] < closeness(logits.dtype)
+        near = too_close(best.values, self.model)
         for row in near.nonzero().flatten().tolist():
             tokens[row] = self._alone(sequences[row])[-1].argmax()
         return torch.where(torch.isfinite(best.values[:, 0]), tokens, -1)

@@ -103,6 +103,7 @@ class Evaluation:
                 asked,
                 words=self._words,
                 batch_size=self.how.batch_size,
+                numbers=only,
                 progress=self.how.progress and only is None,
             )
             add(fluency, _fluency_)

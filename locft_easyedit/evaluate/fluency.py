@@ -101,9 +101,10 @@ def batched_fluency(
     words: Callable[[str], list[str]],
     batch_size: int = 64,
     seed: int = 0,
+    numbers: Sequence[int] | None = None,
     progress: bool = False,
 ) -> list[dict[str, float]]:
-    """Returns what `fluency_of` does, in distribution; the same for every batch size.
+    """Returns what `fluency_of` does, in distribution; the same, up to rounding, in any batch.
 
     Each record has random numbers of its own, so that neither the batch nor what else is measured
     plays a part; PyTorch's random state is left alone.
@@ -114,13 +115,15 @@ def batched_fluency(
         records: Requests with `prompt`.
         words: Splits a text into words (see `word_tokenizer`).
         batch_size: Texts at a time.
-        seed: Of the random numbers; record i takes those of `(seed, i)`.
+        seed: Of the random numbers; record i takes those of `(seed, numbers[i])`.
+        numbers: The records' numbers; counted from 0 if `None`.
         progress: Show a progress bar.
     """
     if not records:
         return []
     sequences = tokenizer([r["prompt"] for r in records], padding=False)["input_ids"]
-    draws = [np.random.default_rng((seed, i)).random(_TOTAL_TOKENS) for i in range(len(records))]
+    numbers = range(len(records)) if numbers is None else numbers
+    draws = [np.random.default_rng((seed, i)).random(_TOTAL_TOKENS) for i in numbers]
 
     def pick(logits: torch.Tensor, texts: np.ndarray, so_far: list[list[int]]) -> torch.Tensor:
         top = torch.softmax(logits.float(), dim=1).topk(_TOP_K, dim=1)

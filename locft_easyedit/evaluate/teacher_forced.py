@@ -196,6 +196,8 @@ def _tokenize(
     tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
 ) -> tuple[TokenizedTexts, np.ndarray]:
     """Returns all prompts with their answers, and the position of each one's first token."""
+    if not questions:
+        return TokenizedTexts.from_lists([], []), np.zeros(0, np.int64)
     prompts = [p for q in questions for p in q.prompts]
     answers = [a for q in questions for a in q.answers]
     both = [f"{prompt} {answer}" for prompt, answer in zip(prompts, answers, strict=True)]
