@@ -246,6 +246,7 @@ def test_headline():
     assert headline(outcome()) == pytest.approx(
         {
             "reliability": 0.7,
+            "contains_target": 0.75,
             "generalization": 0.6,
             "portability": 0.1,
             "locality": 0.6,
@@ -262,7 +263,7 @@ def test_headline():
 
 def test_headline_of_nothing():
     figures = headline(Outcome("FT"))
-    assert len(figures) == 11
+    assert len(figures) == 12
     assert set(figures.values()) == {None}
 
 

@@ -25,6 +25,7 @@ class Column:
 
 COLUMNS = (
     Column("reliability", "reliability", "rel.", "edited prompts that get the new answer"),
+    Column("contains_target", "contains", "has", "edited prompts whose answer contains it"),
     Column("generalization", "generalization", "gen.", "reworded prompts that get it"),
     Column("portability", "portability", "port.", "questions that follow from an edit"),
     Column("locality", "locality", "loc.", "unchanged tokens on other prompts (teacher-forced)"),

@@ -188,7 +188,7 @@ def headline(outcome: Outcome) -> dict[str, float | None]:
 def accuracies(means: Mapping[str, Any] | None) -> dict[str, float | None]:
     """Returns the accuracies among nested means, `None` where there is none.
 
-    `reliability`, `generalization` and `portability` are those of the generated answers; `locality`
+    `reliability`, `contains_target`, `generalization` and `portability` are those of the generated answers; `locality`
     is the mean over EasyEdit's locality accuracies, NaN if one of them is no number.
     """
     means = means or {}
@@ -197,6 +197,7 @@ def accuracies(means: Mapping[str, Any] | None) -> dict[str, float | None]:
     numbers = [math.nan if value is None else value for value in unchanged]
     return {
         "reliability": _number(generated.get("reliability")),
+        "contains_target": _number(generated.get("contains_target")),
         "generalization": _number(generated.get("generalization")),
         "portability": _number(generated.get("portability")),
         "locality": sum(numbers) / len(numbers) if numbers else None,
