@@ -174,6 +174,20 @@ def test_what_failed_is_tried_again_and_is_a_row_meanwhile(settings, monkeypatch
     assert processes.ran == ["FT", "MEMIT"]
 
 
+def test_covariances_that_are_gone_are_made_again(settings, monkeypatch, tmp_path):
+    processes = FakeProcesses(monkeypatch)
+    file = tmp_path / "one.npz"
+    file.write_bytes(b"")
+    processes.results[STATISTICS] |= {"files": [str(file)]}
+    compare(settings())
+    processes.ran.clear()
+    compare(settings())
+    assert processes.ran == []
+    file.unlink()
+    compare(settings())
+    assert processes.ran == [STATISTICS]
+
+
 def test_without_covariances_only_the_methods_that_need_them_fail(settings, monkeypatch):
     processes = FakeProcesses(monkeypatch)
     processes.results[STATISTICS] = "no text"

@@ -54,7 +54,9 @@ def _compared(
         raise LocFTError(f"The model could not be measured before editing: {before}")
     statistics: Any = None
     if covariance_modules:
-        statistics = _result(jobs[STATISTICS], folders[STATISTICS], settings.progress)
+        statistics = _result(
+            jobs[STATISTICS], folders[STATISTICS], settings.progress, again_if=_files_are_gone
+        )
     outcomes = []
     for method in settings.methods:
         job = jobs[method]
@@ -232,6 +234,11 @@ def _last_line(log: Path) -> str:
 def _not_ok(result: Any) -> bool:
     """Whether a stored outcome is one that is worth another try."""
     return not isinstance(result, Mapping) or result.get("status") in ("failed", "unavailable")
+
+
+def _files_are_gone(statistics: Any) -> bool:
+    """Whether key covariances that were computed once are no longer there."""
+    return any(not Path(file).is_file() for file in statistics.get("files", []))
 
 
 def _folder_of(name: str) -> str:

@@ -91,7 +91,7 @@ def _statistics(job: Job, progress: Progress) -> dict[str, Any]:
         )
     progress.say("key covariances")
     n_documents = len(corpus.texts)
-    write_key_covariances(
+    files = write_key_covariances(
         model,
         tokenizer,
         corpus,
@@ -104,6 +104,7 @@ def _statistics(job: Job, progress: Progress) -> dict[str, Any]:
         "name": stats_name(corpus, model),
         "corpus": corpus.description,
         "n_samples": n_documents,
+        "files": [str(file) for file in files.values()],
         "seconds": time.perf_counter() - start,
     }
 
