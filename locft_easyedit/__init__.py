@@ -6,9 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .data import read_requests
     from .easyedit import register, unregister
     from .editing import EditResult, EditSession, edit_model
     from .errors import LocFTError
+    from .evaluate.evaluation import Evaluation
+    from .evaluate.summary import summarize
     from .hparams import LocFTBFHyperParams
     from .requests import make_requests
 
@@ -18,22 +21,28 @@ __version__ = "0.1.0"
 _HOMES = {
     "EditResult": "editing",
     "EditSession": "editing",
+    "Evaluation": "evaluate.evaluation",
     "LocFTBFHyperParams": "hparams",
     "LocFTError": "errors",
     "edit_model": "editing",
     "make_requests": "requests",
+    "read_requests": "data",
     "register": "easyedit",
+    "summarize": "evaluate.summary",
     "unregister": "easyedit",
 }
 __all__ = [
     "EditResult",
     "EditSession",
+    "Evaluation",
     "LocFTBFHyperParams",
     "LocFTError",
     "__version__",
     "edit_model",
     "make_requests",
+    "read_requests",
     "register",
+    "summarize",
     "unregister",
 ]
 

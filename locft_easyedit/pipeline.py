@@ -11,7 +11,7 @@ from typing import Any
 
 from .editing import EditResult, EditSession
 from .evaluate.choices import HowToRun
-from .evaluate.evaluation import Evaluation, finish_
+from .evaluate.evaluation import Evaluation
 from .evaluate.summary import summarize
 from .hparams import LocFTBFHyperParams
 from .report import prepare_folder, save_edited_matrices, write_json, write_loss_curve
@@ -84,11 +84,7 @@ def edit_and_measure(
         watch.lap("training")
         after = evaluation.measure("after")
         watch.lap("metrics after")
-    metrics = []
-    for i, (request, pre, post) in enumerate(zip(requests, before, after, strict=True)):
-        finish_(pre, post)
-        metrics.append({"case_id": i, "requested_rewrite": dict(request), "pre": pre, "post": post})
-    return Run(metrics, result, watch.seconds)
+    return Run(evaluation.joined(before, after), result, watch.seconds)
 
 
 def write_run(

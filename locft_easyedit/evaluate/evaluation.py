@@ -109,6 +109,23 @@ class Evaluation:
             add(fluency, _fluency_)
         return measured
 
+    def joined(self, before: Sequence[Metrics], after: Sequence[Metrics]) -> list[Metrics]:
+        """Returns EasyEdit's metric dictionaries: `case_id`, `requested_rewrite`, `pre`, `post`.
+
+        Adds to `post` what only the comparison tells (see `finish_`).
+
+        Args:
+            before: What `measure` returned before the edit.
+            after: What it returned after it.
+        """
+        entries = []
+        for i, (record, pre, post) in enumerate(zip(self.records, before, after, strict=True)):
+            finish_(pre, post)
+            entries.append(
+                {"case_id": i, "requested_rewrite": dict(record), "pre": pre, "post": post}
+            )
+        return entries
+
 
 def finish_(pre: Mapping[str, Any], post: Metrics) -> None:
     """Adds to a record's metrics after an edit what only the comparison with those before tells.
