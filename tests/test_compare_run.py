@@ -427,7 +427,7 @@ def test_the_command(files, tmp_path, capsys, monkeypatch):
         f"data={data}",
         "n=3",
         "methods=[LocFT-BF,ROME,AlphaEdit]",
-        "+peers.ROME.v_num_grad_steps=2",
+        "peers.ROME.v_num_grad_steps=2",
         "documents=6",
         "document_tokens=12",
         "output=out",

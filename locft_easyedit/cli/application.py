@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,9 @@ def run_application(
             sys.stderr.write(f"locft {command}: {error}\n")
             raise SystemExit(2) from error
 
+    # Hydra adds keys to a dictionary only where a + says so; nobody should have to know.
+    open_keys = tuple(f"{f.name}." for f in fields(config_class) if f.default_factory is dict)
+    arguments = [f"++{a}" if open_keys and a.startswith(open_keys) else a for a in arguments]
     sys.argv = [f"locft {command}", *_with_stored_configs(arguments, command, config_class)]
     hydra.main(version_base="1.3", config_path=None)(run)()
     return 0

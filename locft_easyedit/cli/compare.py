@@ -28,8 +28,8 @@ Usage: locft compare --config-name NAME data=FILE [methods=[...]] [n=N] [output=
   n=N                  only the first N edits
   methods=[A,B,...]    default: [{ALG_NAME},FT,LoRA,ROME,MEMIT,AlphaEdit]
   output=DIR           where results go (outputs/compare); the same command goes on there
-  peers.METHOD.KEY=V   a hyper-parameter of another method, as in EasyEdit's YAML (with a +: see
-                       Hydra), or peers.METHOD.hparams=FILE to start from a YAML of EasyEdit
+  peers.METHOD.KEY=V   a hyper-parameter of another method, as in EasyEdit's YAML, or
+                       peers.METHOD.hparams=FILE to start from a YAML of EasyEdit
   text=DIR             *.txt files for MEMIT's and AlphaEdit's key covariances; else they come from
                        text that the model itself writes
   documents=N          documents for them (400), document_tokens=N tokens of a sampled one (150)
