@@ -1,3 +1,4 @@
+import logging
 import os
 
 # Before torch is imported: idle threads that spin make a shared machine crawl.
@@ -7,6 +8,18 @@ import pytest
 from toys import REPOSITORY, SHARED_DATA, loaded_hparams
 
 from locft_easyedit.errors import MissingDependencyError
+
+
+@pytest.fixture(autouse=True)
+def root_logging():
+    """Puts the root logger back: Hydra and EasyEdit configure it for the whole program."""
+    root = logging.getLogger()
+    level, handlers = root.level, set(root.handlers)
+    yield
+    root.setLevel(level)
+    for handler in set(root.handlers) - handlers:
+        if not type(handler).__module__.startswith("_pytest"):  # those come and go by themselves
+            root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")
