@@ -13,13 +13,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .devices import context_length
 from .hparams import LocFTBFHyperParams
 from .loop import breadth_first_
 from .modes import evaluation_mode
 from .place import Place, select_place
-from .prefix import FrozenLayers
 from .requests import EditSet, distinct_edits
-from .runner import TextRunner, choose_runner, context_length
+from .runner import TextRunner
+from .shortcuts import Shortcuts, choose_runner, find_shortcuts
+from .store import Budget
 from .tokens import TokenizedTexts, tokenize_edits
 from .weights import TrainedWeights, write_
 
@@ -123,6 +125,8 @@ class EditSession:
         hparams: The hyper-parameters.
         progress: Show progress bars.
         alone: Requests will be trained one at a time, so that no two of them are in conflict.
+        shortcuts: What leaves this model's logits as they are; once entered.
+        budget: Where recorded states may lie; once entered.
     """
 
     model: PreTrainedModel
@@ -135,6 +139,8 @@ class EditSession:
     place: Place = field(init=False)
     timings: dict[str, float] = field(init=False, default_factory=dict)
     _texts: TokenizedTexts | None = field(init=False, default=None)
+    shortcuts: Shortcuts = field(init=False)
+    budget: Budget = field(init=False)
     _runner: TextRunner = field(init=False)
     _cleanup: ExitStack = field(init=False, default_factory=ExitStack)
 
@@ -156,16 +162,6 @@ class EditSession:
                 max_positions=context_length(self.model),
             )
 
-    @property
-    def packed(self) -> bool:
-        """Whether packed rows give the model's own logits, and are allowed."""
-        return self._runner.packed
-
-    @property
-    def frozen(self) -> FrozenLayers | None:
-        """The layers below the place; `None` where this model cannot be split there."""
-        return self._runner.prefix.frozen if self._runner.prefix is not None else None
-
     def __enter__(self) -> EditSession:
         h = self.hparams
         if self._texts is None:
@@ -174,14 +170,24 @@ class EditSession:
         with self._cleanup:
             self._cleanup.enter_context(_only_trainable(self.model, self.place))
             with self._timed("prefix"), _with_gradients():
-                self._runner = choose_runner(
+                self.budget = Budget(
+                    h.prefix_gpu_gib, h.prefix_host_gib, h.prefix_disk_gib, h.prefix_dir
+                )
+                self.shortcuts = find_shortcuts(
                     self.model,
                     self._texts,
                     self.place,
-                    row_tokens=h.row_tokens,
-                    batch_size=h.eval_batch_size,
                     packing=h.packing,
                     frozen_prefix=h.frozen_prefix,
+                )
+                self._runner = choose_runner(
+                    self.model,
+                    self._texts,
+                    self.shortcuts,
+                    row_tokens=h.row_tokens,
+                    batch_size=h.eval_batch_size,
+                    budget=self.budget,
+                    cut=h.prefix_cut,
                     progress=self.progress,
                 )
             self._cleanup = self._cleanup.pop_all()  # all went well: clean up on exit, not now
@@ -210,7 +216,7 @@ class EditSession:
         try:
             with self._timed("train"), self._runner.ready(), _with_gradients():
                 result = breadth_first_(
-                    self._runner.edit_losses,
+                    self._runner,
                     weights,
                     indices,
                     self.hparams,

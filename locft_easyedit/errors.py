@@ -33,6 +33,10 @@ class NonFiniteLossError(LocFTError):
     """Training met a NaN or infinite value; the weights are as they were before."""
 
 
+class MemoryBudgetError(LocFTError):
+    """The memory that is allowed cannot hold what is needed."""
+
+
 class OutputError(LocFTError):
     """A result cannot be written."""
 

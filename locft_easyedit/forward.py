@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .cut import Stop
 from .packing import Rows
 
 
@@ -19,6 +20,7 @@ def run_rows(
     *,
     input_ids: torch.Tensor | None = None,
     inputs_embeds: torch.Tensor | None = None,
+    narrowed: bool = False,
 ) -> torch.Tensor:
     """Returns the logits at the scored cells, [S, V].
 
@@ -27,17 +29,59 @@ def run_rows(
         rows: The layout, on the model's device.
         input_ids: Token ids, [R, L].
         inputs_embeds: Instead of ids, [R, L, D].
+        narrowed: The model's last layer gives the scored cells alone already.
     """
-    with _head_sees(model, lambda hidden: _scored(hidden, rows).unsqueeze(0)) as seen:  # [1, S, D]
-        output = model(
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            position_ids=rows.position_ids,
-            attention_mask=rows.attention_mask,
-            use_cache=False,
-        )
+    with _head_sees(model, _narrow(rows, narrowed)) as seen:  # [1, S, D]
+        output = _run(model, rows, input_ids, inputs_embeds)
     logits: torch.Tensor = output.logits  # [1, S, V], or [R, L, V] without a head to hook
-    return logits[0] if seen else _scored(logits, rows)
+    return logits[0] if seen or narrowed else _scored(logits, rows)
+
+
+def run_to_head(
+    model: PreTrainedModel,
+    rows: Rows,
+    *,
+    input_ids: torch.Tensor | None = None,
+    inputs_embeds: torch.Tensor | None = None,
+    narrowed: bool = False,
+) -> torch.Tensor:
+    """Returns what the output embedding would be given for the scored cells, [S, D].
+
+    Args:
+        model: A causal language model with an output embedding.
+        rows: As for `run_rows`.
+        input_ids: As for `run_rows`.
+        inputs_embeds: As for `run_rows`.
+        narrowed: As for `run_rows`.
+    """
+    hidden: list[torch.Tensor] = []
+
+    def leave(given: torch.Tensor) -> torch.Tensor:
+        hidden.append(_narrow(rows, narrowed)(given))
+        raise Stop
+
+    with _head_sees(model, leave), suppress(Stop):
+        _run(model, rows, input_ids, inputs_embeds)
+    return hidden[0][0]
+
+
+def _run(
+    model: PreTrainedModel,
+    rows: Rows,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+) -> Any:
+    return model(
+        input_ids=input_ids,
+        inputs_embeds=inputs_embeds,
+        position_ids=rows.position_ids,
+        attention_mask=rows.attention_mask,
+        use_cache=False,
+    )
+
+
+def _narrow(rows: Rows, narrowed: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda hidden: hidden if narrowed else _scored(hidden, rows).unsqueeze(0)
 
 
 def run_next(model: PreTrainedModel, **inputs: Any) -> tuple[torch.Tensor, Any]:

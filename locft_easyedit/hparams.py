@@ -21,6 +21,7 @@ from .errors import HyperParamsError, one_message
 ALG_NAME = "LocFT-BF"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ON_CONFLICT = ("train", "error", "last")
+CUTS = ("matrix", "mlp", "layer")
 EVALUATION_TYPES = ("LLM-judge", "generate-text")
 
 REQUIRED_IN_FILE = ("alg_name", "model_name", "layers", "rewrite_module_tmp", "lr")
@@ -79,6 +80,14 @@ class LocFTBFHyperParams:
         micro_batch_size: Edits in one forward pass; gradients accumulate up to `batch_size`.
             `None` is the whole mini-batch.
         frozen_prefix: Compute the frozen layers below the first trained one only once.
+        prefix_cut: Where the frozen prefix ends: at the first trained `matrix`, before its `mlp`,
+            or before its `layer`; `None` takes the first that the model and the budgets allow.
+        prefix_gpu_gib: What recorded hidden states may take of the GPU's memory, in GiB; `None` is
+            a quarter of what is free.
+        prefix_host_gib: The same of the host's memory; `None` is half of what is free.
+        prefix_disk_gib: The same of the disk; `None` is what is free.
+        prefix_dir: Folder for hidden states on disk. They stay there, and a later run on the same
+            model and edits uses them again; `None` is a temporary file, if one is needed.
         packing: Put several edits into one row instead of padding each.
         trust_remote_code: Allow a model folder to bring Python code of its own.
         evaluation_type: EasyEdit's: `None` (teacher-forced), `LLM-judge` or `generate-text`.
@@ -107,6 +116,11 @@ class LocFTBFHyperParams:
     row_tokens: int = 128
     micro_batch_size: Optional[int] = None  # noqa: UP045
     frozen_prefix: bool = True
+    prefix_cut: Optional[str] = None  # noqa: UP045
+    prefix_gpu_gib: Optional[float] = None  # noqa: UP045
+    prefix_host_gib: Optional[float] = None  # noqa: UP045
+    prefix_disk_gib: Optional[float] = None  # noqa: UP045
+    prefix_dir: Optional[str] = None  # noqa: UP045
     packing: bool = True
     trust_remote_code: bool = False
     evaluation_type: Optional[str] = None  # noqa: UP045
@@ -245,6 +259,7 @@ def _type_name(key: str) -> str:
         "str": "a text",
         "List[int]": "a list of whole numbers, for example [22]",
         "Optional[int]": "a whole number, or null",
+        "Optional[float]": "a number, or null",
         "Optional[str]": "a text, or null",
         "Optional[Union[int, str]]": "cpu, cuda, cuda:N or N",
     }
@@ -287,6 +302,15 @@ def _broken_rules(values: Mapping[str, Any]) -> list[str]:
         ("max_length", lambda v: v >= 1, at_least_one),
         ("row_tokens", lambda v: v >= 1, at_least_one),
         ("micro_batch_size", lambda v: v is None or v >= 1, f"{at_least_one}, or null"),
+        ("prefix_cut", lambda v: v in (None, *CUTS), f"must be null or one of {', '.join(CUTS)}"),
+        *(
+            (
+                f"prefix_{tier}_gib",
+                lambda v: v is None or (math.isfinite(v) and v >= 0),
+                "must be 0 or more (0 leaves it alone), or null",
+            )
+            for tier in ("gpu", "host", "disk")
+        ),
         ("seed", lambda v: 0 <= v < 2**64, "must be 0 or more, and below 2**64"),
         ("batch_loss_threshold", lambda v: v >= 0, off_at_zero),
         ("epoch_loss_threshold", lambda v: v >= 0, off_at_zero),

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .ahead import ahead
 from .errors import NonFiniteLossError
 from .hparams import LocFTBFHyperParams
+from .runner import Prepared, TextRunner
 from .weights import TrainedWeights
 
 logger = logging.getLogger(__name__)
-
-EditLosses = Callable[[np.ndarray], torch.Tensor]
 
 
 @dataclass
@@ -42,7 +42,7 @@ class LoopResult:
 
 
 def breadth_first_(
-    edit_losses: EditLosses,
+    runner: TextRunner,
     weights: TrainedWeights,
     indices: np.ndarray,
     hparams: LocFTBFHyperParams,
@@ -53,7 +53,7 @@ def breadth_first_(
     """Trains `weights` on the edits `indices`, in place.
 
     Args:
-        edit_losses: Gives the losses of a batch of edits, [B], with a graph to the parameters.
+        runner: Gives the losses of a batch of edits, with a graph to the parameters.
         weights: What is trained.
         indices: The edits, [N].
         hparams: Epochs, batch size, learning rate, thresholds and seed.
@@ -64,11 +64,8 @@ def breadth_first_(
         NonFiniteLossError: A loss or a weight became NaN or infinite. Restoring the weights is up
             to the caller, who holds the originals.
     """
-    optimizer = torch.optim.Adam(
-        weights.masters, lr=hparams.lr, weight_decay=hparams.weight_decay, fused=True
-    )
     generator = torch.Generator().manual_seed(hparams.seed)
-    micro_batch = _MicroBatch(hparams.micro_batch_size or hparams.batch_size)
+    step = _Step(runner, weights, hparams)
     result = LoopResult()
     n_batches = math.ceil(len(indices) / hparams.batch_size)
     with tqdm(
@@ -76,17 +73,25 @@ def breadth_first_(
     ) as bar:
         for epoch in range(hparams.num_steps):
             order = indices[torch.randperm(len(indices), generator=generator).numpy()]
-            total = 0.0
-            for start in range(0, len(order), hparams.batch_size):
-                batch = order[start : start + hparams.batch_size]
-                loss, updated = _step_(edit_losses, weights, optimizer, batch, hparams, micro_batch)
-                if not math.isfinite(loss):
-                    raise NonFiniteLossError(_explain(loss, epoch, start, batch, describe, hparams))
-                result.step_losses.append(loss)
-                result.n_updates += updated
-                total += loss * len(batch)
+            batches = [
+                order[start : start + hparams.batch_size]
+                for start in range(0, len(order), hparams.batch_size)
+            ]
+            outcomes = []
+            for parts in step.prepared(batches):
+                outcomes.append(step.take_(parts))
                 bar.update()
-            result.losses.append(total / len(order))
+                if step.waits and not torch.isfinite(outcomes[-1][0]):
+                    break
+            losses, updated = _on_host(outcomes)
+            for number, loss in enumerate(losses):
+                if not math.isfinite(loss):
+                    explained = _explain(loss, epoch, number, batches[number], describe, hparams)
+                    raise NonFiniteLossError(explained)
+            result.step_losses += losses
+            result.n_updates += sum(updated)
+            sizes = [len(batch) for batch in batches]
+            result.losses.append(float(np.dot(losses, sizes)) / len(order))
             bar.set_postfix(epoch=epoch + 1, loss=f"{result.losses[-1]:.4f}")
             if result.losses[-1] < hparams.epoch_loss_threshold:
                 result.converged = True
@@ -100,18 +105,112 @@ def breadth_first_(
     return result
 
 
+Outcome = tuple[torch.Tensor, torch.Tensor]  # a mini-batch's loss, and whether it made an update
+
+
+def _on_host(outcomes: list[Outcome]) -> tuple[list[float], list[bool]]:
+    """Returns all losses and whether they made an update: the only wait for a GPU in an epoch."""
+    losses, updated = (torch.stack(column).tolist() for column in zip(*outcomes, strict=True))
+    return losses, updated
+
+
+class _Step:
+    """One mini-batch after another: losses, gradients and, above the threshold, an update."""
+
+    def __init__(
+        self, runner: TextRunner, weights: TrainedWeights, hparams: LocFTBFHyperParams
+    ) -> None:
+        self.runner = runner
+        self.weights = weights
+        self.threshold = hparams.batch_loss_threshold
+        self.micro_batch = _MicroBatch(hparams.micro_batch_size or hparams.batch_size)
+        self.optimizer = torch.optim.Adam(
+            weights.masters, lr=hparams.lr, weight_decay=hparams.weight_decay, fused=True
+        )
+        # A CPU has nothing to wait for, and then saves what follows a loss below the threshold.
+        self.waits = runner.device.type == "cpu"
+
+    def prepared(self, batches: list[np.ndarray]) -> Iterator[list[Prepared]]:
+        """Yields each mini-batch's micro-batches, ready on the device."""
+        return ahead(
+            self._parts,
+            batches,
+            self.runner.device,
+            move=lambda parts: (tensor for part in parts for tensor in part.tensors()),
+            in_thread=self.runner.waits,
+        )
+
+    def _parts(self, batch: np.ndarray) -> list[Prepared]:
+        lengths = self.runner.texts.input_lengths[batch]
+        return [self.runner.prepare(part) for part in self.micro_batch.split(batch, lengths)]
+
+    def _again(self, parts: list[Prepared]) -> list[Prepared]:
+        return self._parts(np.concatenate([part.batch for part in parts]))
+
+    def take_(self, parts: list[Prepared]) -> Outcome:
+        """Makes one step on a mini-batch."""
+        if max(part.n_texts for part in parts) > self.micro_batch.size:
+            parts = self._again(parts)  # made ahead, before memory ran out
+        while True:
+            self.weights.clear_gradients_()
+            try:
+                loss, update = self._gradients_(parts)
+                break
+            except torch.cuda.OutOfMemoryError as error:
+                self.micro_batch.halve(parts, error)
+            # Outside the handler: the exception's frames hold the tensors that have to go.
+            torch.cuda.empty_cache()
+            parts = self._again(parts)
+        if update is None:
+            return loss, torch.tensor(False, device=loss.device)
+        if self.waits:
+            if update:
+                self.optimizer.step()
+                self.weights.publish_()
+            return loss, update
+        # A fused Adam leaves everything as it is where this says so: nobody waits for a GPU.
+        self.optimizer.found_inf = (~update).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.weights.publish_()
+        return loss, update
+
+    def _gradients_(self, parts: list[Prepared]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Computes the mini-batch's loss and gradients; returns it and whether to update.
+
+        Where the answer costs nothing, `None` says that there are no gradients to update with.
+        """
+        n_edits = sum(part.n_texts for part in parts)
+        losses = []
+        for part in parts:
+            loss = self.runner.edit_losses(part).sum() / n_edits
+            if self.waits and len(parts) == 1 and not loss >= self.threshold:
+                return loss.detach(), None  # NaN as well
+            (loss * self.weights.loss_scale).backward()
+            self.weights.collect_gradients_()
+            losses.append(loss.detach())
+        total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        return total, torch.isfinite(total) & (total >= self.threshold)
+
+
 class _MicroBatch:
     """How many edits one forward pass takes: halved for good when the GPU's memory runs out."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def split(self, batch: np.ndarray) -> Iterator[np.ndarray]:
-        for i in range(0, len(batch), self.size):
-            yield batch[i : i + self.size]
+    def split(self, batch: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+        """Returns micro-batches of about as many tokens each; one is the batch as it is."""
+        n_parts = math.ceil(len(batch) / self.size)
+        if n_parts == 1:
+            return [batch]
+        # Longest first, dealt to and fro: no part gets all the long ones.
+        order = np.argsort(-lengths, kind="stable")
+        turn = np.arange(len(batch)) % (2 * n_parts)
+        part = np.where(turn < n_parts, turn, 2 * n_parts - 1 - turn)
+        return [batch[np.sort(order[part == i])] for i in range(n_parts)]
 
-    def halve(self, batch: np.ndarray, error: Exception) -> None:
-        used = min(self.size, len(batch))
+    def halve(self, parts: list[Prepared], error: Exception) -> None:
+        used = max(part.n_texts for part in parts)
         if used == 1:
             raise error
         self.size = used // 2
@@ -124,57 +223,10 @@ class _MicroBatch:
         )
 
 
-def _step_(
-    edit_losses: EditLosses,
-    weights: TrainedWeights,
-    optimizer: torch.optim.Optimizer,
-    batch: np.ndarray,
-    hparams: LocFTBFHyperParams,
-    micro_batch: _MicroBatch,
-) -> tuple[float, bool]:
-    """Makes one update; returns the mini-batch's loss and whether there was an update."""
-    while True:
-        weights.clear_gradients_()
-        try:
-            loss, has_gradients = _gradients_(edit_losses, weights, batch, hparams, micro_batch)
-            break
-        except torch.cuda.OutOfMemoryError as error:
-            micro_batch.halve(batch, error)
-        # Outside the handler: the exception's frames hold the tensors that have to go.
-        torch.cuda.empty_cache()
-    update = has_gradients and math.isfinite(loss) and loss >= hparams.batch_loss_threshold
-    if update:
-        optimizer.step()
-        weights.publish_()
-    return loss, update
-
-
-def _gradients_(
-    edit_losses: EditLosses,
-    weights: TrainedWeights,
-    batch: np.ndarray,
-    hparams: LocFTBFHyperParams,
-    micro_batch: _MicroBatch,
-) -> tuple[float, bool]:
-    """Computes the mini-batch's loss and gradients; returns the loss and whether there are any."""
-    parts = list(micro_batch.split(batch))
-    losses = []
-    for part in parts:
-        loss = edit_losses(part).sum() / len(batch)
-        if len(parts) == 1:
-            value = loss.item()  # waits for the GPU: the threshold needs the number
-            if not value >= hparams.batch_loss_threshold:  # NaN as well
-                return value, False
-        (loss * weights.loss_scale).backward()
-        weights.collect_gradients_()
-        losses.append(loss.detach())
-    return (value if len(parts) == 1 else torch.stack(losses).sum().item()), True
-
-
 def _explain(
     loss: float,
     epoch: int,
-    start: int,
+    number: int,
     batch: np.ndarray,
     describe: Callable[[int], str],
     hparams: LocFTBFHyperParams,
@@ -183,6 +235,6 @@ def _explain(
     more = f"; and {len(batch) - 3} more" if len(batch) > 3 else ""
     return (
         f"The loss became {loss} in epoch {epoch + 1}, mini-batch "
-        f"{start // hparams.batch_size + 1} ({shown}{more}). The weights are as they were "
+        f"{number + 1} ({shown}{more}). The weights are as they were "
         f"before the edit. Lower `lr={hparams.lr}`, or use `dtype: float32` if it is float16."
     )

@@ -19,6 +19,8 @@ class Rows:
     Attributes:
         token_index: Where each cell's token lies in the flat ids, [R, L]; -1 in filler cells,
             to which nothing that counts ever attends.
+        state_index: Where each cell's hidden state lies in a store of all states, [R, L]; -1 in
+            filler cells. Another number, because the last token of a sequence is never run.
         position_ids: Position of each token within its own sequence, [R, L].
         attention_mask: [R, L] of 0 and 1, or `None` for packed rows, which transformers masks
             block by block where the positions start again.
@@ -28,6 +30,7 @@ class Rows:
     """
 
     token_index: torch.Tensor
+    state_index: torch.Tensor
     position_ids: torch.Tensor
     attention_mask: torch.Tensor | None
     scored: torch.Tensor
@@ -62,8 +65,9 @@ def lay_out(
     packed: bool,
     first_position: np.ndarray | None = None,
 ) -> Rows:
-    """Lays out the sequences `indices` of `texts` in rows.
+    """Lays out the sequences `indices` of `texts` in rows, each without its last token.
 
+    Nothing attends to a sequence's last token and its logits predict nothing: it is only a label.
     Rows of bounded length cost less than one long row: attention grows with the square of a row.
 
     Args:
@@ -73,41 +77,54 @@ def lay_out(
         packed: Several sequences a row; else one a row, padded on the right.
         first_position: Position of each sequence's first token, [N]; 0 if not given.
     """
-    lengths = texts.lengths[indices]
+    indices = np.asarray(indices, np.int64)
+    lengths = texts.input_lengths[indices]  # [B]
     starts = np.zeros(len(indices), np.int64) if first_position is None else first_position[indices]
     bins = _first_fit(lengths, starts, row_tokens) if packed else [[i] for i in range(len(indices))]
-    n_columns = max(int(lengths[members].sum()) for members in bins)
+    row, column = np.zeros_like(lengths), np.zeros_like(lengths)
+    for number, members in enumerate(bins):
+        row[members] = number
+        column[members] = np.cumsum([0, *lengths[members[:-1]]])
+    n_columns = int((column + lengths).max())
 
     shape = (len(bins), n_columns)
+    member = np.repeat(np.arange(len(indices)), lengths)  # of each real cell
+    within = _count_up(lengths)
+    first_cell = row * n_columns + column
+    cells = first_cell[member] + within
     token_index = np.full(shape, -1, np.int64)
-    # Constant positions never count up by one, so that each filler cell is a block of its own.
-    positions = np.zeros(shape, np.int64)
-    scored, labels, owner = [], [], []
-    for row, members in enumerate(bins):
-        column = 0
-        for member in members:
-            first, length = int(texts.offsets[indices[member]]), int(lengths[member])
-            cells = slice(column, column + length)
-            token_index[row, cells] = np.arange(first, first + length)
-            positions[row, cells] = np.arange(starts[member], starts[member] + length)
-            targets = np.arange(int(texts.target_start[indices[member]]), length)
-            # The logits at one position predict the token at the next.
-            scored.append(row * n_columns + column + targets - 1)
-            labels.append(first + targets)
-            owner.append(np.full(len(targets), member))
-            column += length
-    # Scored cells come in the batch's order, whatever the packing did.
-    by_owner = np.argsort([int(o[0]) if len(o) else -1 for o in owner], kind="stable")
-    ordered = [np.concatenate([part[i] for i in by_owner]) for part in (scored, labels, owner)]
-    if not packed:
+    token_index.flat[cells] = texts.offsets[indices][member] + within
+    state_index = np.full(shape, -1, np.int64)
+    state_index.flat[cells] = texts.input_offsets[indices][member] + within
+    if packed:
+        # Constant positions never count up by one, so that each filler cell is a block of its own.
+        positions = np.zeros(shape, np.int64)
+        positions.flat[cells] = starts[member] + within
+    else:
         # Filler repeats the last position: counting on could leave a learned table of positions.
-        positions[:] = np.minimum(np.arange(n_columns), lengths[:, None] - 1) + starts[:, None]
+        positions = np.minimum(np.arange(n_columns), lengths[:, None] - 1) + starts[:, None]
+    first_target = texts.target_start[indices]
+    n_targets = texts.lengths[indices] - first_target
+    owner = np.repeat(np.arange(len(indices)), n_targets)
+    target = first_target[owner] + _count_up(n_targets)
+    parts = (
+        first_cell[owner] + target - 1,  # the logits at one position predict the token at the next
+        texts.offsets[indices][owner] + target,
+        owner,
+    )
     return Rows(
         torch.from_numpy(token_index),
+        torch.from_numpy(state_index),
         torch.from_numpy(positions),
         None if packed else torch.from_numpy((token_index >= 0).astype(np.int64)),
-        *(torch.from_numpy(part.astype(np.int64)) for part in ordered),
+        *(torch.from_numpy(part) for part in parts),
     )
+
+
+def _count_up(counts: np.ndarray) -> np.ndarray:
+    """Returns 0, 1, ..., counts[0] - 1, 0, 1, ..., counts[1] - 1 and so on."""
+    ends = np.cumsum(counts)
+    return np.arange(int(counts.sum())) - np.repeat(ends - counts, counts)
 
 
 def _first_fit(lengths: np.ndarray, starts: np.ndarray, row_tokens: int) -> list[list[int]]:

@@ -74,9 +74,7 @@ def edit_and_measure(
 
     with EditSession(model, tokenizer, requests, hparams, progress=progress) as session:
         watch.lap("checks and frozen prefix")
-        how = HowToRun(
-            hparams.eval_batch_size, hparams.row_tokens, session.packed, session.frozen, progress
-        )
+        how = HowToRun.of_session(session, progress=progress)
         evaluation = Evaluation(model, tokenizer, requests, how)
         before = evaluation.measure("before")
         watch.lap("metrics before")

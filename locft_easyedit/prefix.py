@@ -1,92 +1,76 @@
-"""The frozen prefix: what the layers below the place compute is computed once and replayed.
+"""The frozen prefix: what no step of the training changes is computed once and replayed.
 
-No layer below the first trained one changes, so the hidden states that enter it are constants of
-the training. They are recorded in one pass and kept packed, [T, D] for all T tokens. In training
-the frozen layers step aside, and the recorded states are put in where the first trained layer
-takes its input. Layers keep their numbers, so that masks and types that depend on them stay right.
+Nothing below the first trained parameter changes, so the hidden states that enter it are constants
+of the training. They are recorded in one pass and kept in a store. In training the frozen part
+steps aside, and the recorded states are put in where the trained part takes its input.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from .batches import in_batches
+from .cut import Cut
+from .devices import input_device
 from .packing import Rows, lay_out
-from .place import LayerList
+from .store import Budget, StateStore
 from .tokens import TokenizedTexts
 
 logger = logging.getLogger(__name__)
 
-# A GPU keeps the states itself while they take at most this part of its free memory.
-_GPU_SHARE = 0.25
-# States that merely save time in evaluation take at most this part of the host's free memory.
-_HOST_SHARE = 0.25
-
-
-class _Recorded(Exception):
-    """Ends a forward pass at the first trained layer; never leaves this module."""
-
-
-class _PassThrough(nn.Module):
-    """Stands in for a frozen layer: gives its input back in the form the layer would."""
-
-    def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
-        super().__init__()
-        self.returns_tuple = returns_tuple
-        # Models read these from the layer to choose a mask; the layer itself must not be a child.
-        for name in ("attention_type", "layer_type", "is_sliding", "layer_idx"):
-            if hasattr(layer, name):
-                setattr(self, name, getattr(layer, name))
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden,) if self.returns_tuple else hidden
-
-
-@dataclass(frozen=True)
-class FrozenLayers:
-    """The layers that an edit leaves alone: those of `stack` below `first_layer`."""
-
-    stack: LayerList
-    first_layer: int
-
 
 class FrozenPrefix:
-    """The hidden states of all sequences at the input of the first trained layer.
+    """The hidden states of all sequences where the trained part begins.
 
     Args:
         model: The model.
-        frozen: Its frozen layers.
-        n_tokens: Tokens of all sequences, T.
+        cut: Where it begins.
+        n_tokens: Tokens of all sequences that are run, T (the last of each is not).
+        budget: Where the states may lie.
 
     Attributes:
         complete: Whether every sequence was recorded, so that they can be replayed.
     """
 
-    def __init__(self, model: PreTrainedModel, frozen: FrozenLayers, n_tokens: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, cut: Cut, n_tokens: int, budget: Budget | None = None
+    ) -> None:
         self.model = model
-        self.frozen = frozen
+        self.cut = cut
+        self.n_tokens = n_tokens
+        self.budget = budget or Budget()
         self.complete = False
-        self._n_tokens = n_tokens
-        self._states: torch.Tensor | None = None  # [T, D] once something is recorded
-        self._returns_tuple = False
+        self._store: StateStore | None = None
+        self._fed: torch.Tensor | None = None
+        embedding: Any = model.get_input_embeddings()
+        self._embedding_width = int(embedding.weight.shape[1])
+
+    def fits(self) -> bool:
+        """Returns whether the budgets can hold the states; warns if not."""
+        width = self.cut.width or self._embedding_width
+        allowed = self.budget.rows(width * self.model.dtype.itemsize, input_device(self.model))
+        if sum(allowed) < self.n_tokens:
+            logger.warning(
+                "The frozen prefix of %d tokens takes %.2f GiB, more than is allowed or free: all "
+                "layers run in every measurement instead.",
+                self.n_tokens,
+                self.n_tokens * width * self.model.dtype.itemsize / 2**30,
+            )
+        return sum(allowed) >= self.n_tokens
 
     @property
-    def states(self) -> torch.Tensor:
-        """The recorded hidden states, [T, D], in the model's precision."""
-        if self._states is None:
+    def store(self) -> StateStore:
+        """The recorded states, [T, W], in the model's precision."""
+        if self._store is None:
             raise RuntimeError("Nothing was recorded yet.")
-        return self._states
+        return self._store
 
     def record(
         self,
@@ -98,7 +82,7 @@ class FrozenPrefix:
         packed: bool,
         progress: bool,
     ) -> None:
-        """Runs the frozen layers, and no others, over all sequences and keeps what leaves them.
+        """Runs what is frozen, and nothing else, over all sequences and keeps what leaves it.
 
         Args:
             texts: The sequences.
@@ -107,11 +91,16 @@ class FrozenPrefix:
             row_tokens: As for `lay_out`.
             packed: As for `lay_out`.
             progress: Show a progress bar.
+
+        Raises:
+            MemoryBudgetError: The budgets cannot hold the states.
+            OutputError: The disk is full or cannot be written to.
         """
 
         def run(batch: np.ndarray) -> None:
-            rows = lay_out(texts, batch, row_tokens=row_tokens, packed=packed).to(ids.device)
-            with self.keeping(rows, go_on=False), torch.no_grad():
+            on_host = lay_out(texts, batch, row_tokens=row_tokens, packed=packed)
+            rows = on_host.to(ids.device)
+            with self.keeping(on_host, go_on=False), torch.no_grad():
                 self.model(
                     input_ids=ids[rows.gather_index],
                     position_ids=rows.position_ids,
@@ -131,116 +120,53 @@ class FrozenPrefix:
 
     @contextmanager
     def keeping(self, rows: Rows, *, go_on: bool = True) -> Iterator[None]:
-        """Within, a forward pass over `rows` leaves its states at the first trained layer here.
+        """Within, a forward pass over `rows` leaves its states at the cut here.
 
         Args:
-            rows: The layout that is run, on the model's device.
+            rows: The layout that is run, on the host.
             go_on: Let the pass go on to the logits; else it ends there.
         """
+        cells = rows.real.flatten().nonzero().squeeze(1)
+        where = rows.state_index.flatten()[cells]
 
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]  # [R, L, D]
-            self._keep(hidden.detach(), rows)
-            if not go_on:
-                raise _Recorded
+        def keep(states: torch.Tensor) -> None:
+            if self._store is None:
+                self._store = StateStore(
+                    self.n_tokens, states.shape[-1], states.dtype, states.device, self.budget
+                )
+            self._store.put(where, states.flatten(0, 1)[cells.to(states.device)])
 
-        def note_form(module: nn.Module, args: Any, output: Any) -> None:
-            self._returns_tuple = isinstance(output, tuple)
-
-        hooks = [self._first.register_forward_pre_hook(keep, with_kwargs=True)]
-        if self.frozen.first_layer > 0:
-            hooks.append(self.frozen.stack.layers[0].register_forward_hook(note_form))
-        try:
+        with self.cut.recording(keep, go_on=go_on):
             yield
-        except _Recorded:
-            pass
-        finally:
-            for hook in hooks:
-                hook.remove()
 
-    def _keep(self, hidden: torch.Tensor, rows: Rows) -> None:
-        if self._states is None:
-            self._states = _empty_store(self._n_tokens, hidden)
-        real = rows.real
-        where = rows.token_index[real].to(self._states.device)
-        self._states[where] = hidden[real.to(hidden.device)].to(self._states.device)
-
-    @property
-    def _first(self) -> nn.Module:
-        return self.frozen.stack.layers[self.frozen.first_layer]
+    def states(self, rows: Rows) -> torch.Tensor:
+        """Returns the states of `rows` (on the host), [R, L, W]; filler cells hold anything."""
+        return self.store.get(rows.state_index.clamp(min=0))
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """Takes the frozen layers out of the way; the module tree is restored in any case."""
-        layers = self.frozen.stack.layers
-        originals = [layers[i] for i in range(self.frozen.first_layer)]
-        try:
-            for i, layer in enumerate(originals):
-                layers[i] = _PassThrough(layer, self._returns_tuple)
-            yield
-        finally:
-            for i, layer in enumerate(originals):
-                layers[i] = layer
+        """Within, the model begins at the cut; its module tree is restored in any case."""
 
-    @contextmanager
-    def put_in(self, rows: Rows, device: torch.device) -> Iterator[torch.Tensor]:
-        """Within, the first trained layer receives the recorded states of `rows`.
+        def fed() -> torch.Tensor:
+            assert self._fed is not None
+            return self._fed
+
+        try:
+            with self.cut.replaying(fed):
+                yield
+        finally:
+            self._fed = None
+
+    def feed(self, states: torch.Tensor) -> None:
+        """Lets the next forward pass begin with `states`, [R, L, W]."""
+        self._fed = states
+
+    def zeros(self, states: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Returns what to give the model as `inputs_embeds`, [R, L, D of the embedding].
 
         Args:
-            rows: The layout, on the host.
+            states: As `states` returns them, [R, L, W].
             device: Where the model takes its input.
-
-        Yields:
-            Zeros to give the model as `inputs_embeds`, [R, L, D of the embedding].
         """
-        states = self.states
-        if states.device.type == "cpu" and device.type == "cuda":
-            hidden = states[rows.gather_index].pin_memory().to(device, non_blocking=True)
-        else:
-            hidden = states[rows.gather_index.to(states.device, non_blocking=True)]  # [R, L, D]
-
-        def substitute(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            given = args[0] if args else kwargs["hidden_states"]
-            states_here = hidden.to(given.device)
-            if args:
-                return (states_here, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": states_here}
-
-        embedding: Any = self.model.get_input_embeddings()
-        width = int(embedding.weight.shape[1])
-        zeros = torch.zeros(1, 1, width, dtype=hidden.dtype, device=device)
-        hook = self._first.register_forward_pre_hook(substitute, with_kwargs=True)
-        try:
-            yield zeros.expand(*rows.token_index.shape, width)
-        finally:
-            hook.remove()
-
-
-def fits_in_memory(model: PreTrainedModel, n_tokens: int) -> bool:
-    """Returns whether the states of `n_tokens` tokens leave the host most of its free memory."""
-    embedding: Any = model.get_input_embeddings()
-    needed = n_tokens * int(embedding.weight.shape[1]) * embedding.weight.element_size()
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return True  # this system does not tell
-    if needed > _HOST_SHARE * free:
-        logger.warning(
-            "The frozen prefix of the evaluation prompts would take %.1f of %.1f GiB of free "
-            "memory: all layers run in every measurement instead.",
-            needed / 2**30,
-            free / 2**30,
-        )
-    return needed <= _HOST_SHARE * free
-
-
-def _empty_store(n_tokens: int, hidden: torch.Tensor) -> torch.Tensor:
-    """Returns room for [T, D] states: on the GPU while it is small there, else on the host."""
-    width, device = hidden.shape[-1], hidden.device
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        if n_tokens * width * hidden.element_size() > _GPU_SHARE * free:
-            return torch.empty(n_tokens, width, dtype=hidden.dtype)  # a batch is pinned when used
-    return torch.empty(n_tokens, width, dtype=hidden.dtype, device=device)
+        zeros = torch.zeros(1, 1, self._embedding_width, dtype=states.dtype, device=device)
+        return zeros.expand(*states.shape[:2], self._embedding_width)

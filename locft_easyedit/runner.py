@@ -1,36 +1,51 @@
-"""How a batch of texts is run: the fastest way that gives this model's own logits.
-
-Packing and the frozen prefix change nothing in the result for the architectures of transformers
-that follow its conventions. Whether a model does is measured, not assumed: before training, a few
-edits are run both ways.
-"""
+"""A batch of texts through the model: what is frozen left out, the rest run where it is needed."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .forward import mean_by_owner, run_rows
+from .cross_entropy import Head
+from .devices import input_device
+from .forward import mean_by_owner, run_rows, run_to_head
 from .packing import Rows, lay_out
-from .place import Place
-from .prefix import FrozenLayers, FrozenPrefix
+from .prefix import FrozenPrefix
+from .tail import Tail, select
 from .tokens import TokenizedTexts
 
-logger = logging.getLogger(__name__)
 
-# Relative error ||a - b|| / ||b|| of the logits. Rounding gives about 1e-6 in float32 and 1e-2 in
-# the half precisions; a wrong mask, position or layer gives 0.1 and more.
-_TOLERANCE = 1e-4
-_HALF_TOLERANCE = 4e-2
-_MOST_TOLERATED = 0.1
-_N_PROBES = 4
+@dataclass
+class Prepared:
+    """A batch of texts, laid out and on its way to the device.
+
+    Attributes:
+        batch: The texts, B indices.
+        rows: The layout on the model's device.
+        on_host: The layout on the host.
+        states: Recorded hidden states, [R, L, W]; `None` if the whole model runs.
+    """
+
+    batch: np.ndarray
+    rows: Rows
+    on_host: Rows
+    states: torch.Tensor | None
+
+    @property
+    def n_texts(self) -> int:
+        """Texts in the batch, B."""
+        return len(self.batch)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yields what lies on the device."""
+        for value in (*vars(self.rows).values(), self.states):
+            if value is not None:
+                yield value
 
 
 class TextRunner:
@@ -44,6 +59,8 @@ class TextRunner:
         prefix: The frozen prefix, or `None` for full forward passes. As long as it is not complete,
             passes are full and recorded.
         first_position: As for `lay_out`.
+        tail: Lets the end of the model run at scored positions alone; `None` runs it everywhere.
+        head: The output head, for losses in chunks; `None` takes the model's own logits.
     """
 
     def __init__(
@@ -55,6 +72,8 @@ class TextRunner:
         packed: bool,
         prefix: FrozenPrefix | None,
         first_position: np.ndarray | None = None,
+        tail: Tail | None = None,
+        head: Head | None = None,
     ) -> None:
         self.model = model
         self.texts = texts
@@ -62,18 +81,49 @@ class TextRunner:
         self.packed = packed
         self.prefix = prefix
         self.first_position = first_position
+        self.tail = tail
+        self.head = head
         self.device = input_device(model)
         self.ids = torch.from_numpy(texts.ids).to(self.device)
+        self._now: Prepared | None = None
+
+    @property
+    def replays(self) -> bool:
+        """Whether recorded states take the place of the frozen layers."""
+        return self.prefix is not None and self.prefix.complete
+
+    @property
+    def waits(self) -> bool:
+        """Whether preparing a batch waits for a GPU or a disk."""
+        on_disk = self.prefix is not None and self.replays and self.prefix.store.file is not None
+        return self.device.type == "cuda" or on_disk
+
+    @property
+    def _above_attention(self) -> bool:
+        """Whether scored positions are all that runs."""
+        return self.prefix is not None and self.replays and self.prefix.cut.above_attention
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether the last layer gives hidden states at the scored positions alone."""
+        return self._above_attention or self.tail is not None
 
     @contextmanager
     def ready(self) -> Iterator[TextRunner]:
         """Within, batches can be run; the model's module tree is as it was afterwards."""
-        replay = self.prefix is not None and self.prefix.complete
-        with self.prefix.replaying() if self.prefix and replay else nullcontext():
+        with ExitStack() as stack:
+            if self.prefix is not None and self.replays:
+                stack.enter_context(self.prefix.replaying())
+            if self.tail is not None and not self._above_attention:
+                stack.enter_context(self.tail.narrowed(self._scored))
             yield self
 
-    def logits(self, batch: np.ndarray) -> tuple[torch.Tensor, Rows]:
-        """Returns the logits that predict the batch's target tokens, [S, V], and the layout."""
+    def _scored(self) -> torch.Tensor:
+        assert self._now is not None
+        return self._now.rows.scored
+
+    def prepare(self, batch: np.ndarray) -> Prepared:
+        """Lays a batch out and fetches its states; touches nothing that a running step uses."""
         on_host = lay_out(
             self.texts,
             batch,
@@ -81,213 +131,42 @@ class TextRunner:
             packed=self.packed,
             first_position=self.first_position,
         )
-        rows = on_host.to(self.device)
-        if self.prefix is not None and self.prefix.complete:
-            with self.prefix.put_in(on_host, self.device) as zeros:
-                return run_rows(self.model, rows, inputs_embeds=zeros), rows
-        with self.prefix.keeping(rows) if self.prefix else nullcontext():
-            return run_rows(self.model, rows, input_ids=self.ids[rows.gather_index]), rows
+        states = self.prefix.states(on_host) if self.prefix and self.replays else None
+        return Prepared(batch, on_host.to(self.device), on_host, states)
 
-    def edit_losses(self, batch: np.ndarray) -> torch.Tensor:
+    def logits(self, batch: np.ndarray | Prepared) -> tuple[torch.Tensor, Rows]:
+        """Returns the logits that predict the batch's target tokens, [S, V], and the layout."""
+        now = batch if isinstance(batch, Prepared) else self.prepare(batch)
+        with self._inputs(now) as inputs:
+            logits = run_rows(self.model, now.rows, narrowed=self.narrowed, **inputs)
+        return logits, now.rows
+
+    def edit_losses(self, batch: np.ndarray | Prepared) -> torch.Tensor:
         """Returns each edit's loss, [B] float32: the mean cross-entropy of its target tokens."""
-        logits, rows = self.logits(batch)
-        labels = self.ids[rows.label_index].to(logits.device)
-        token_losses = F.cross_entropy(logits.float(), labels, reduction="none")  # [S]
-        return mean_by_owner(token_losses, rows.owner.to(logits.device), len(batch))
+        now = batch if isinstance(batch, Prepared) else self.prepare(batch)
+        labels = self.ids[now.rows.label_index]
+        if self.head is None:
+            logits, _ = self.logits(now)
+            losses = F.cross_entropy(logits.float(), labels.to(logits.device), reduction="none")
+        else:
+            with self._inputs(now) as inputs:
+                hidden = run_to_head(self.model, now.rows, narrowed=self.narrowed, **inputs)
+            losses = self.head.token_losses(hidden, labels)  # [S]
+        return mean_by_owner(losses, now.rows.owner.to(losses.device), now.n_texts)
 
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Returns the device that takes the model's token ids."""
-    embedding: Any = model.get_input_embeddings()
-    hook: Any = getattr(embedding, "_hf_hook", None)
-    if getattr(hook, "execution_device", None) is not None:  # offloaded by accelerate
-        return torch.device(hook.execution_device)
-    device: torch.device = embedding.weight.device
-    return device
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """Returns the model's context in tokens, if its configuration names one."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return None
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    length = getattr(text_config, "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
-
-
-def can_pack(model: PreTrainedModel, texts: TokenizedTexts) -> bool:
-    """Returns whether packed rows give the model's own logits; warns if they do not."""
-    probes = _probes(texts)
-    reference = _plain_logits(model, probes)
-    return _packs(model, probes, reference, _tolerance(model, probes, reference))
-
-
-def choose_runner(
-    model: PreTrainedModel,
-    texts: TokenizedTexts,
-    place: Place,
-    *,
-    row_tokens: int,
-    batch_size: int,
-    packing: bool = True,
-    frozen_prefix: bool = True,
-    progress: bool = False,
-) -> TextRunner:
-    """Returns the fastest runner that gives the model's own logits, with its prefix recorded.
-
-    Args:
-        model: The model, in evaluation mode.
-        texts: All edits as tokens.
-        place: What is trained.
-        row_tokens: Length of packed rows.
-        batch_size: Sequences a forward pass while the prefix is recorded.
-        packing: Allow packed rows.
-        frozen_prefix: Allow the frozen prefix.
-        progress: Show a progress bar.
-    """
-    probes = _probes(texts)
-    reference = _plain_logits(model, probes)
-    tolerance = _tolerance(model, probes, reference)
-
-    packed = packing and _packs(model, probes, reference, tolerance)
-    why_not = "it is turned off" if not frozen_prefix else _why_no_prefix(place)
-    if why_not is None:
+    @contextmanager
+    def _inputs(self, now: Prepared) -> Iterator[dict[str, torch.Tensor]]:
+        """Yields what the model is given for a batch."""
+        self._now = now
         try:
-            # Recorded in other rows than it is replayed in: a layer that keeps something of an
-            # earlier pass for a later layer must not find it by luck.
-            prefix = _recorded(model, place, probes, packed=packed, row_tokens=1)
-            error = _error_of(_probe_runner(model, probes, packed=packed, prefix=prefix), reference)
-            if error > tolerance:
-                why_not = f"replaying it changes the logits (relative error {error:.1e})"
-        except (
-            RuntimeError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            KeyError,
-            IndexError,
-        ) as failure:
-            # Unknown architectures may refuse in any way that Python code can; an edit is still
-            # possible without the prefix, and the warning says what happened.
-            why_not = f"its layers cannot be split ({type(failure).__name__}: {failure})"
-    if why_not is not None:
-        if frozen_prefix:
-            logger.warning(
-                "No frozen prefix for %s: %s. Every step runs the full model.",
-                type(model).__name__,
-                why_not,
-            )
-        return TextRunner(model, texts, row_tokens=row_tokens, packed=packed, prefix=None)
-    prefix = _recorded(
-        model,
-        place,
-        texts,
-        packed=packed,
-        row_tokens=row_tokens,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    return TextRunner(model, texts, row_tokens=row_tokens, packed=packed, prefix=prefix)
-
-
-def _tolerance(
-    model: PreTrainedModel, probes: TokenizedTexts, reference: list[torch.Tensor]
-) -> float:
-    """Returns the relative error that counts as rounding."""
-    dtype = reference[0].dtype
-    if dtype == torch.float32:
-        return _TOLERANCE
-    # Rounding adds up with depth in the half precisions: ordinary padding shows how much.
-    padded = _error_of(_probe_runner(model, probes, packed=False, prefix=None), reference)
-    return min(max(_HALF_TOLERANCE, 3 * padded), _MOST_TOLERATED)
-
-
-def _packs(
-    model: PreTrainedModel, probes: TokenizedTexts, reference: list[torch.Tensor], tolerance: float
-) -> bool:
-    error = _error_of(_probe_runner(model, probes, packed=True, prefix=None), reference)
-    if error > tolerance:
-        logger.warning(
-            "Packed rows change the logits of %s (relative error %.1e, allowed %.0e): rows are "
-            "padded instead, which costs more time.",
-            type(model).__name__,
-            error,
-            tolerance,
-        )
-    return error <= tolerance
-
-
-def _why_no_prefix(place: Place) -> str | None:
-    if place.stack is None:
-        return "no list of layers as long as `config.num_hidden_layers` was found in it"
-    if place.first_layer is None:
-        return "a trained parameter lies outside its layers"
-    return None
-
-
-def _recorded(
-    model: PreTrainedModel,
-    place: Place,
-    texts: TokenizedTexts,
-    *,
-    packed: bool,
-    row_tokens: int,
-    batch_size: int = _N_PROBES,
-    progress: bool = False,
-) -> FrozenPrefix:
-    assert place.stack is not None
-    assert place.first_layer is not None
-    frozen = FrozenLayers(place.stack, place.first_layer)
-    prefix = FrozenPrefix(model, frozen, len(texts.ids))
-    prefix.record(
-        texts,
-        torch.from_numpy(texts.ids).to(input_device(model)),
-        batch_size=batch_size,
-        row_tokens=row_tokens,
-        packed=packed,
-        progress=progress,
-    )
-    return prefix
-
-
-def _probes(texts: TokenizedTexts) -> TokenizedTexts:
-    """Returns the longest, the shortest and a few edits between as texts of their own."""
-    order = np.argsort(texts.lengths, kind="stable")
-    chosen = sorted({int(i) for i in np.linspace(0, len(order) - 1, _N_PROBES)})
-    sequences = [texts.ids[texts.offsets[i] : texts.offsets[i + 1]].tolist() for i in order[chosen]]
-    return TokenizedTexts.from_lists(sequences, texts.target_start[order[chosen]].tolist())
-
-
-def _probe_row(probes: TokenizedTexts) -> int:
-    """Returns a row length that makes several rows, some of them with several probes."""
-    return int(probes.lengths.max() + probes.lengths.min())
-
-
-def _probe_runner(
-    model: PreTrainedModel, probes: TokenizedTexts, *, packed: bool, prefix: FrozenPrefix | None
-) -> TextRunner:
-    return TextRunner(model, probes, row_tokens=_probe_row(probes), packed=packed, prefix=prefix)
-
-
-@torch.no_grad()
-def _plain_logits(model: PreTrainedModel, probes: TokenizedTexts) -> list[torch.Tensor]:
-    """Returns the logits of each probe run alone, nothing of ours in between, each [S, V]."""
-    device = input_device(model)
-    parts: list[torch.Tensor] = []
-    for i in range(len(probes)):
-        ids = torch.from_numpy(probes.ids[probes.offsets[i] : probes.offsets[i + 1]]).to(device)
-        logits = model(input_ids=ids[None], use_cache=False).logits[0]  # [L, V]
-        parts.append(logits[int(probes.target_start[i]) - 1 : -1])
-    return parts
-
-
-@torch.no_grad()
-def _error_of(runner: TextRunner, reference: list[torch.Tensor]) -> float:
-    """Returns the relative error of the logits, with the probes in the opposite order."""
-    batch = np.arange(len(runner.texts))[::-1]
-    with runner.ready():
-        logits, _ = runner.logits(batch)
-    expected = torch.cat([reference[i] for i in batch]).float()
-    difference = (logits.float() - expected).norm() / expected.norm()
-    return float(difference) if torch.isfinite(difference) else float("inf")
+            if now.states is not None:
+                assert self.prefix is not None
+                zeros = self.prefix.zeros(now.states, self.device)
+                alone = self._above_attention
+                self.prefix.feed(select(now.states, now.rows.scored) if alone else now.states)
+                yield {"inputs_embeds": zeros}
+                return
+            with self.prefix.keeping(now.on_host) if self.prefix else nullcontext():
+                yield {"input_ids": self.ids[now.rows.gather_index]}
+        finally:
+            self._now = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -32,10 +33,20 @@ class TokenizedTexts:
     def __len__(self) -> int:
         return len(self.target_start)
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each sequence, [N]."""
         return np.diff(self.offsets)
+
+    @cached_property
+    def input_lengths(self) -> np.ndarray:
+        """Tokens of each sequence that a model has to read, [N]: the last is only predicted."""
+        return np.maximum(self.lengths - 1, 1)
+
+    @cached_property
+    def input_offsets(self) -> np.ndarray:
+        """Where each sequence begins among all tokens that are read, [N + 1]."""
+        return np.concatenate([[0], np.cumsum(self.input_lengths)])
 
     @classmethod
     def from_lists(

@@ -12,13 +12,13 @@ import pytest
 from store_easyedit_metrics import N_RECORDS, SLICES, STORED, change_, model_and_tokenizer
 from toys import REPOSITORY
 
+from locft_easyedit.cut import layer_cut
 from locft_easyedit.data import read_requests
 from locft_easyedit.evaluate.choices import HowToRun
 from locft_easyedit.evaluate.evaluation import Evaluation, finish_
 from locft_easyedit.evaluate.perplexity import Perplexity
 from locft_easyedit.evaluate.summary import summarize
 from locft_easyedit.place import find_layers
-from locft_easyedit.prefix import FrozenLayers
 
 # float32 rounding of a mean of token losses; EasyEdit runs each text alone.
 PPL_TOLERANCE = 1e-4
@@ -41,7 +41,7 @@ def measured(smollm2, records):
     """All slices before and after, as one evaluation with the frozen prefix shared."""
     model, tokenizer = model_and_tokenizer(smollm2)
     everything = [request for name in SLICES for request in records[name]]
-    frozen = FrozenLayers(find_layers(model), 27)
+    frozen = layer_cut(find_layers(model), 27)
     evaluation = Evaluation(
         model, tokenizer, everything, HowToRun(batch_size=50, frozen=frozen), metrics=["accuracy"]
     )

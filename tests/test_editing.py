@@ -101,7 +101,7 @@ def test_an_interruption_leaves_the_model_as_it_was(error, after, monkeypatch):
     assert_untouched(model, before, modules)
 
 
-@pytest.mark.parametrize("method", ["_keep", "put_in"])
+@pytest.mark.parametrize("method", ["keeping", "feed"])
 def test_an_interruption_of_the_prefix_leaves_the_model_as_it_was(method, monkeypatch):
     model = toy_model("llama")
     before, modules = weights(model), list(model.named_modules())
@@ -248,7 +248,7 @@ def test_running_out_of_memory_halves_the_micro_batch_and_keeps_the_mathematics(
     original = TextRunner.edit_losses
 
     def at_most_two(self, batch):
-        if len(batch) > 2:
+        if batch.n_texts > 2:
             raise torch.cuda.OutOfMemoryError("no memory")
         return original(self, batch)
 

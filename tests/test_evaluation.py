@@ -9,6 +9,7 @@ import torch
 from toys import TOY_KINDS, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
 from locft_easyedit.batches import in_batches
+from locft_easyedit.cut import layer_cut
 from locft_easyedit.editing import EditSession
 from locft_easyedit.errors import HyperParamsError, RequestError
 from locft_easyedit.evaluate import choices
@@ -17,7 +18,6 @@ from locft_easyedit.evaluate.evaluation import Evaluation, finish_
 from locft_easyedit.evaluate.perplexity import Perplexity
 from locft_easyedit.evaluate.teacher_forced import TeacherForced
 from locft_easyedit.place import find_layers
-from locft_easyedit.prefix import FrozenLayers
 
 ALL = ("accuracy", "generated", "ppl")
 
@@ -47,7 +47,7 @@ def edit_(model, layer):
 @pytest.mark.parametrize("kind", TOY_KINDS)
 def test_the_frozen_prefix_changes_nothing(kind):
     model, tokenizer, records = toy_model(kind), toy_tokenizer(), records_with_lists(6)
-    frozen = FrozenLayers(find_layers(model), 2)
+    frozen = layer_cut(find_layers(model), 2)
     shared = Evaluation(model, tokenizer, records, HowToRun(5, frozen=frozen))
     plain = Evaluation(model, tokenizer, records, HowToRun(5))
     before = shared.measure()
@@ -63,7 +63,7 @@ def test_the_frozen_layers_run_once(monkeypatch):
     never = torch.tensor(False)  # no pass of another form
     monkeypatch.setattr(choices, "too_close", lambda best, model: never.expand(len(best)))
     model, tokenizer = toy_model(), toy_tokenizer()
-    how = HowToRun(packed=True, frozen=FrozenLayers(find_layers(model), 2))
+    how = HowToRun(packed=True, frozen=layer_cut(find_layers(model), 2))
     evaluation = TeacherForced(model, tokenizer, toy_requests(6), how)
     calls = []
     for i, layer in enumerate(model.model.layers):
@@ -80,7 +80,7 @@ def test_the_frozen_layers_run_once(monkeypatch):
 def test_no_prefix_is_kept_where_memory_is_short(monkeypatch, caplog):
     monkeypatch.setattr("os.sysconf", lambda name: 1)
     model, tokenizer = toy_model(), toy_tokenizer()
-    how = HowToRun(packed=True, frozen=FrozenLayers(find_layers(model), 2))
+    how = HowToRun(packed=True, frozen=layer_cut(find_layers(model), 2))
     evaluation = TeacherForced(model, tokenizer, toy_requests(6), how)
     assert evaluation._choices._prefix is None
     assert "all layers run in every measurement" in caplog.text
@@ -116,7 +116,7 @@ def test_close_choices_are_settled_by_easyedits_own_pass(monkeypatch):
 def test_an_edit_session_shares_its_layers():
     model, tokenizer, records = toy_model(), toy_tokenizer(), toy_requests(6)
     with EditSession(model, tokenizer, records, toy_hparams(), progress=False) as session:
-        how = HowToRun(packed=session.packed, frozen=session.frozen)
+        how = HowToRun.of_session(session, progress=False)
         evaluation = Evaluation(model, tokenizer, records, how)
         before = evaluation.measure()
         session.train_()

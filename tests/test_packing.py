@@ -1,5 +1,7 @@
 """Rows: every token once, at its position, and nothing that could be taken for its neighbour."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -40,9 +42,20 @@ class Case:
         )
 
     def cells(self, member):
-        """The flat token indices of the batch's sequence `member`."""
+        """The flat indices of the tokens that are run: all but a sequence's last."""
         i = self.batch[member]
-        return list(range(self.texts.offsets[i], self.texts.offsets[i + 1]))
+        return list(range(self.texts.offsets[i], self.texts.offsets[i + 1] - 1))
+
+    def targets(self, member):
+        i = self.batch[member]
+        first = self.texts.offsets[i] + self.texts.target_start[i]
+        return list(range(first, self.texts.offsets[i + 1]))
+
+    def states(self, member):
+        """Where the states of these tokens lie in a store: one after another, no gaps."""
+        spans = list(itertools.pairwise(self.texts.offsets.tolist()))
+        before = sum(end - start - 1 for start, end in spans[: self.batch[member]])
+        return list(range(before, before + len(self.cells(member))))
 
     def start(self, member):
         return 0 if self.first_position is None else int(self.first_position[self.batch[member]])
@@ -74,6 +87,9 @@ def test_every_token_once_and_in_its_place(case, packed):
         for step, token in enumerate(case.cells(member)):
             assert places[token] == (row, column + step)
             assert rows.position_ids[row, column + step] == case.start(member) + step
+        states = rows.state_index[row, column : column + len(case.cells(member))]
+        assert states.tolist() == case.states(member)
+    assert torch.equal(rows.state_index >= 0, rows.real)
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
@@ -83,7 +99,7 @@ def test_scored_cells_precede_their_labels(case, packed):
     expected = [
         (token - 1, token, member)
         for member in range(len(case.batch))
-        for token in case.cells(member)[case.texts.target_start[case.batch[member]] :]
+        for token in case.targets(member)
     ]
     scored_tokens = rows.token_index.flatten()[rows.scored].tolist()
     found = zip(scored_tokens, rows.label_index.tolist(), rows.owner.tolist(), strict=True)
@@ -115,7 +131,7 @@ def test_packed_rows_are_blocks_of_one_sequence(case):
 
 def test_packed_rows_are_bounded_and_few(case):
     rows = case.lay_out(packed=True)
-    lengths = case.texts.lengths[case.batch]
+    lengths = case.texts.input_lengths[case.batch]
     capacity = max(case.row_tokens, lengths.max())
     n_rows, n_columns = rows.token_index.shape
     used = rows.real.sum(1)
@@ -130,7 +146,7 @@ def test_packed_rows_are_bounded_and_few(case):
 
 def test_padded_rows(case):
     rows = case.lay_out(packed=False)
-    lengths = case.texts.lengths[case.batch].tolist()
+    lengths = case.texts.input_lengths[case.batch].tolist()
     width = max(lengths)
     assert rows.token_index.shape == (len(lengths), width)
     assert torch.equal(rows.attention_mask, rows.real.long())
@@ -167,14 +183,15 @@ def sequences(*lengths):
 
 
 def test_known_packing():
-    rows = lay_out(sequences(3, 5, 2), [0, 1, 2], row_tokens=7, packed=True)
-    assert rows.token_index.tolist() == [[3, 4, 5, 6, 7, 8, 9], [0, 1, 2, -1, -1, -1, -1]]
-    assert rows.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1], [0, 1, 2, 0, 0, 0, 0]]
+    rows = lay_out(sequences(3, 5, 2), [0, 1, 2], row_tokens=5, packed=True)
+    assert rows.token_index.tolist() == [[3, 4, 5, 6, 8], [0, 1, -1, -1, -1]]
+    assert rows.state_index.tolist() == [[2, 3, 4, 5, 6], [0, 1, -1, -1, -1]]
+    assert rows.position_ids.tolist() == [[0, 1, 2, 3, 0], [0, 1, 0, 0, 0]]
     assert rows.owner.tolist() == [0, 0, 1, 1, 1, 1, 2]
-    assert rows.scored.tolist() == [7, 8, 0, 1, 2, 3, 5]
+    assert rows.scored.tolist() == [5, 6, 0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("second", "n_rows"), [(2, 1), (3, 2), (4, 1)])
+@pytest.mark.parametrize(("second", "n_rows"), [(1, 1), (2, 2), (3, 1)])
 def test_position_that_would_continue_gets_another_row(second, n_rows):
     first_position = np.array([0, second])
     rows = lay_out(
@@ -186,7 +203,7 @@ def test_position_that_would_continue_gets_another_row(second, n_rows):
 @pytest.mark.parametrize("packed", [True, False])
 def test_one_sequence_twice_in_a_batch(packed):
     rows = lay_out(sequences(2, 3), [1, 0, 1], row_tokens=20, packed=packed)
-    assert sorted(rows.token_index[rows.real].tolist()) == [0, 1, 2, 2, 3, 3, 4, 4]
+    assert sorted(rows.token_index[rows.real].tolist()) == [0, 2, 2, 3, 3]
     assert rows.label_index.tolist() == [3, 4, 1, 3, 4]
     assert rows.owner.tolist() == [0, 0, 1, 2, 2]
 

@@ -15,9 +15,9 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ..devices import input_device
 from ..errors import DataError, ModelError, one_message
 from ..modes import evaluation_mode
-from ..runner import input_device
 
 _HASH_LENGTH = 10
 # Numbers that are read from each parameter to tell models apart.

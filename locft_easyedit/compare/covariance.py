@@ -21,9 +21,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..devices import context_length, input_device
 from ..errors import DataError, ModelError, OutputError, one_message
 from ..modes import evaluation_mode
-from ..runner import context_length, input_device
 from .corpus import Corpus, model_fingerprint, replacing
 
 logger = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from tqdm import trange
 
 from ..editing import EditResult, EditSession
 from ..errors import HyperParamsError, LocFTError
+from ..evaluate.choices import HowToRun
 from ..evaluate.questions import Metrics
 from ..evaluate.summary import summarize
 from ..hparams import ALG_NAME, LocFTBFHyperParams
@@ -297,7 +298,7 @@ class LocFTBFMethods:
         measures.check(requests, pre_edit)
         self._begin()
         with session:
-            measures.run_as(session.packed, session.frozen)
+            measures.run_as(HowToRun.of_session(session, progress=measures.progress))
             if pre_edit is not None:
                 entries = pre_edit
             else:

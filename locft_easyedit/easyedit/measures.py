@@ -17,7 +17,6 @@ from ..evaluate.perplexity import PERPLEXITIES, Perplexity
 from ..evaluate.questions import Metrics
 from ..evaluate.teacher_forced import TeacherForced, finish_locality_
 from ..hparams import LocFTBFHyperParams
-from ..prefix import FrozenLayers
 from .cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
 from .loading import EasyEdit
 
@@ -80,7 +79,8 @@ class Measures:
             LocFTError: They cannot, or it was not.
         """
         self._requests = requests
-        self.run_as(None, None)
+        h = self.hparams
+        self.run_as(HowToRun(h.eval_batch_size, h.row_tokens, progress=self.progress))
         if pre_edit is None:
             return
         if len(pre_edit) != len(requests):
@@ -99,14 +99,12 @@ class Measures:
                 one_message("`pre_edit` is of other requests. Measure again:", problems)
             )
 
-    def run_as(self, packed: bool | None, frozen: FrozenLayers | None) -> None:
-        """Tokenizes the requests, to be run packed or not and with these layers frozen.
+    def run_as(self, how: HowToRun) -> None:
+        """Tokenizes the requests, to be run in this way.
 
         Raises:
             RequestError: They cannot be evaluated.
         """
-        h = self.hparams
-        how = HowToRun(h.eval_batch_size, h.row_tokens, packed, frozen, self.progress)
         given = (self.model, self.tokenizer, self._requests, how)
         if self.eval_metric in PERPLEXITIES:
             rest = TeacherForced(*given, parts=("locality", "portability"))

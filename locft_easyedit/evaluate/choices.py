@@ -16,9 +16,14 @@ import torch
 from transformers import PreTrainedModel
 
 from ..batches import in_batches
+from ..cut import Cut
+from ..editing import EditSession
 from ..modes import evaluation_mode
-from ..prefix import FrozenLayers, FrozenPrefix, fits_in_memory
-from ..runner import TextRunner, can_pack
+from ..prefix import FrozenPrefix
+from ..runner import TextRunner
+from ..shortcuts import can_pack
+from ..store import Budget
+from ..tail import Tail
 from ..tokens import TokenizedTexts
 
 logger = logging.getLogger(__name__)
@@ -37,16 +42,36 @@ class HowToRun:
         batch_size: Prompts a forward pass.
         row_tokens: Length of packed rows.
         packed: Whether rows are packed; `None` measures whether this model can be packed.
-        frozen: Layers that stay the same from one measurement to the next: computed once, which
-            costs memory for a hidden state a token. `None` runs all layers every time.
+        frozen: Where the part ends that stays the same from one measurement to the next: it is
+            computed once, which costs memory for a hidden state a token. `None` runs all layers
+            every time.
         progress: Show progress bars.
+        tail: Lets the end of the model run at scored positions alone.
+        budget: Where recorded states may lie.
     """
 
     batch_size: int = 64
     row_tokens: int = 128
     packed: bool | None = None
-    frozen: FrozenLayers | None = None
+    frozen: Cut | None = None
     progress: bool = False
+    tail: Tail | None = None
+    budget: Budget | None = None
+
+    @classmethod
+    def of_session(cls, session: EditSession, *, progress: bool) -> HowToRun:
+        """Returns the fastest way that an entered session knows for its model."""
+        h, found = session.hparams, session.shortcuts
+        return cls(
+            h.eval_batch_size,
+            h.row_tokens,
+            found.packed,
+            # Prompts are run once or twice: the fewest numbers a token, not the least to run.
+            min(found.cuts, key=lambda cut: cut.width, default=None),
+            progress,
+            found.tail,
+            session.budget,
+        )
 
 
 class FirstChoices:
@@ -81,8 +106,10 @@ class FirstChoices:
         self.not_finite: set[int] = set()
         self._packed = how.packed
         self._prefix: FrozenPrefix | None = None
-        if how.frozen is not None and fits_in_memory(model, len(texts.ids)):
-            self._prefix = FrozenPrefix(model, how.frozen, len(texts.ids))
+        if how.frozen is not None:
+            n_tokens = int(texts.input_offsets[-1])
+            prefix = FrozenPrefix(model, how.frozen, n_tokens, how.budget)
+            self._prefix = prefix if prefix.fits() else None
 
     @torch.no_grad()
     def take(self, description: str, only: np.ndarray | None = None) -> list[list[int]]:
@@ -148,6 +175,7 @@ class FirstChoices:
             packed=self.packed(),
             prefix=self._prefix if usable else None,
             first_position=self.first_position,
+            tail=self.how.tail,
         )
 
 

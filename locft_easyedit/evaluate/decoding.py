@@ -14,9 +14,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..batches import in_batches
+from ..devices import input_device
 from ..forward import run_next
 from ..modes import evaluation_mode
-from ..runner import input_device
 from ..tokens import TokenizedTexts
 from .choices import FirstChoices, HowToRun, too_close
 

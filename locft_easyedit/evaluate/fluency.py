@@ -13,9 +13,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..devices import input_device
 from ..errors import MissingDependencyError
 from ..modes import evaluation_mode
-from ..runner import input_device
 from .decoding import decode_
 
 logger = logging.getLogger(__name__)

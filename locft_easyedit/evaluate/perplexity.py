@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..batches import in_batches
+from ..devices import input_device
 from ..modes import evaluation_mode
-from ..runner import TextRunner, can_pack, input_device
+from ..runner import TextRunner
+from ..shortcuts import can_pack
 from ..tokens import TokenizedTexts
 from .choices import HowToRun
 from .questions import Metrics, Question, questions_of

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..devices import context_length
 from ..errors import RequestError, one_message
-from ..runner import context_length
 
 Metrics = dict[str, Any]
 PARTS = ("rewrite", "rephrase", "locality", "portability")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..runner import input_device
+from ..devices import input_device
 from ..tokens import TokenizedTexts
 from .choices import FirstChoices, HowToRun, warn_not_finite
 from .questions import PARTS, Metrics, Question, check_lengths, questions_of

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 
 import torch
 
+from locft_easyedit.cut import layer_cut
 from locft_easyedit.data import read_requests
 from locft_easyedit.demo.run import FACTS
 from locft_easyedit.easyedit.cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
@@ -23,7 +24,6 @@ from locft_easyedit.evaluate.evaluation import Evaluation, finish_
 from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.models import load_causal_lm
 from locft_easyedit.place import find_layers
-from locft_easyedit.prefix import FrozenLayers
 
 
 def main():
@@ -82,7 +82,7 @@ def main():
 
     def ours(n, metrics=("accuracy",), frozen=True):
         start = time.perf_counter()
-        how = HowToRun(frozen=FrozenLayers(layers, options.layer) if frozen else None)
+        how = HowToRun(frozen=layer_cut(layers, options.layer) if frozen else None)
         evaluation = Evaluation(model, tokenizer, records[:n], how, metrics=metrics)
         prepared = time.perf_counter() - start
         seconds, measured = both(evaluation.measure)

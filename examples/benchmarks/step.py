@@ -1,0 +1,212 @@
+"""Times one training step: the published algorithm against ours, and ours part by part.
+
+    python examples/benchmarks/step.py --model models/SmolLM2-135M-Instruct --layer 20 27
+
+The published algorithm is a full forward pass over the padded batch with logits everywhere, in
+float32 with PyTorch's Adam. All variants make the same step on the same edits from the same
+weights, interleaved; their losses are compared. Then: the part of this machine's own rate for
+matrix products that a step reaches. Times are of one run on one machine: read the ratios.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from locft_easyedit.data import read_requests
+from locft_easyedit.demo.run import FACTS
+from locft_easyedit.editing import EditSession
+from locft_easyedit.hparams import LocFTBFHyperParams
+from locft_easyedit.loop import _Step
+from locft_easyedit.models import load_causal_lm
+from locft_easyedit.weights import TrainedWeights
+
+PUBLISHED = "published algorithm"
+# Each variant takes one more thing away from ours, down to a full padded forward pass.
+OURS = {
+    "ours": {},
+    "- cut at the layer": {"cut": "layer"},
+    "- whole last layer": {"cut": "layer", "tail": False},
+    "- logits not in chunks": {"cut": "layer", "tail": False, "head": False},
+    "- padded": {"cut": "layer", "tail": False, "head": False, "packing": False},
+    "- no frozen prefix": {"frozen_prefix": False, "tail": False, "head": False, "packing": False},
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
+    parser.add_argument("--template", default="model.layers.{}.mlp.down_proj.weight")
+    parser.add_argument("--layer", type=int, nargs="+", default=[20, 27])
+    parser.add_argument("--data", default=str(FACTS), help="JSON file with edits")
+    parser.add_argument("--n", type=int, default=100, help="edits, all in one mini-batch")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--row-tokens", type=int, default=128)
+    parser.add_argument("--device")
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--ours-only", action="store_true", help="no ablation")
+    parser.add_argument("--json", help="also write the figures to this file")
+    options = parser.parse_args()
+    figures = []
+    for layer in options.layer:
+        figures += one_layer(options, layer)
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump({"figures": figures, **vars(options)}, file, indent=2)
+
+
+def one_layer(options, layer):
+    models = {d: load_causal_lm(options.model, device=options.device, dtype=d)
+              for d in dict.fromkeys(["float32", *options.dtype])}  # fmt: skip
+    requests = read_requests(options.data, options.n)
+    device = models["float32"][0].device
+    variants = {k: v for k, v in OURS.items() if k == "ours" or not options.ours_only}
+    with ExitStack() as stack:
+        steps = {PUBLISHED: published(*models["float32"], requests, layer, options)}
+        for dtype in options.dtype:
+            model, tokenizer = models[dtype]
+            for name, changes in variants.items():
+                made = stack.enter_context(Ours(model, tokenizer, requests, layer, options, changes))
+                steps[f"{name}, {dtype}"] = made.step
+        seconds = {name: [] for name in steps}
+        losses = {}
+        for repeat in range(options.repeats + 1):  # the first round only warms up
+            for name, step in steps.items():
+                start = time.perf_counter()
+                losses[name] = step()
+                synchronize(device)
+                if repeat:
+                    seconds[name].append(time.perf_counter() - start)
+        rates = {d: matmul_rate(device, d) for d in options.dtype}
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    print(f"\n{options.model}, layer {layer}, {len(requests)} edits in one mini-batch, {device}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
+    flop = step_flop(models["float32"][0], layer, requests, models["float32"][1])
+    rows = []
+    for name, value in median.items():
+        row = {"layer": layer, "variant": name, "seconds": value,
+               "ratio": median[PUBLISHED] / value, "loss": losses[name]}  # fmt: skip
+        line = f"{name:36s} {value:8.3f} s {row['ratio']:6.1f}x   loss {losses[name]:.5f}"
+        if name.startswith("ours"):
+            rate = rates[name.split(", ")[1]]
+            row |= {"flop": flop, "matmul_rate": rate, "share_of_rate": flop / value / rate}
+            line += f"   {row['share_of_rate']:.0%} of {rate / 1e9:.0f} GFLOP/s"
+        print(line, flush=True)
+        rows.append(row)
+    return rows
+
+
+class Ours:
+    """A step of the training loop itself, on all edits; the weights stay as they are."""
+
+    def __init__(self, model, tokenizer, requests, layer, options, changes):
+        keys = {k: v for k, v in changes.items() if k in ("packing", "frozen_prefix")}
+        hparams = LocFTBFHyperParams(
+            layers=[layer], rewrite_module_tmp=options.template, lr=1e-9, num_steps=1,
+            batch_size=options.n, row_tokens=options.row_tokens, prefix_cut=changes.get("cut"),
+            batch_loss_threshold=0.0, **keys,
+        )  # fmt: skip
+        self.session = EditSession(model, tokenizer, requests, hparams, progress=False)
+        self.changes = changes
+
+    def __enter__(self):
+        self.session.__enter__()
+        runner = self.session._runner
+        for name in ("tail", "head"):
+            if not self.changes.get(name, True):
+                setattr(runner, name, None)
+        self.weights = TrainedWeights(self.session.place.parameters)
+        self.loop_step = _Step(runner, self.weights, self.session.hparams)
+        return self
+
+    def step(self):
+        runner = self.session._runner
+        batch = np.arange(len(runner.texts))
+        with runner.ready():
+            loss, _ = self.loop_step.take_(self.loop_step._parts(batch))
+        value = loss.item()
+        self.weights.clear_gradients_()
+        return value
+
+    def __exit__(self, *exc):
+        self.weights.restore_()
+        self.session.__exit__(*exc)
+
+
+def published(model, tokenizer, requests, layer, options):
+    """The algorithm as published: full forward over the padded batch, logits everywhere."""
+    parameter = dict(model.named_parameters())[options.template.format(layer)]
+    texts = [f"{r['prompt']} {r['target_new'].lstrip()}" for r in requests]
+    n_prompt = [len(ids) for ids in tokenizer([r["prompt"] for r in requests])["input_ids"]]
+    rows = [ids + [tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
+    mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=model.device)
+    labels = ids.masked_fill(mask == 0, -100)
+    for line, n in zip(labels, n_prompt, strict=True):
+        line[:n] = -100
+    adam = torch.optim.Adam([parameter], lr=1e-9)
+
+    def step():
+        for p in model.parameters():
+            p.requires_grad_(p is parameter)
+        adam.zero_grad()
+        with torch.enable_grad():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            token_losses = F.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="none"
+            ).view(len(rows), -1)
+            counts = (labels[:, 1:] != -100).sum(1)
+            loss = (token_losses.sum(1) / counts).mean()
+            loss.backward()
+        adam.step()
+        parameter.grad = None
+        return loss.item()
+
+    return step
+
+
+def step_flop(model, layer, requests, tokenizer):
+    """The floating-point work that a step cannot do without, in matrix products alone."""
+    texts = [f"{r['prompt']} {r['target_new'].lstrip()}" for r in requests]
+    tokens = sum(len(ids) for ids in tokenizer(texts)["input_ids"])  # EOS is only a label
+    prompts = sum(len(ids) for ids in tokenizer([r["prompt"] for r in requests])["input_ids"])
+    scored = tokens - prompts + len(requests)
+    base = model.get_decoder()
+    inner = base.layers[layer]
+    weights = sum(p.numel() for p in inner.parameters() if p.dim() == 2)
+    everywhere = sum(p.numel() for n, p in inner.self_attn.named_parameters() if "o_proj" not in n)
+    n_above = len(base.layers) - 1 - layer
+    head = model.get_output_embeddings().weight.numel()
+    down = inner.mlp.down_proj.weight.numel()
+    last = everywhere * tokens + (weights - everywhere) * scored if n_above else 0
+    whole = weights * tokens * max(0, n_above - 1)
+    # Forward and backward to the activations, and the gradient of the trained matrix.
+    return 4 * (whole + last + head * scored) + 4 * down * tokens
+
+
+def matmul_rate(device, dtype):
+    """The machine's own best rate for matrix products, FLOP/s."""
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device).to(getattr(torch, dtype))
+    best = 0.0
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ a
+        synchronize(device)
+        best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""What runs inside a layer, and in which order: seen by running it once.
+
+Where a layer may be cut, and what in it needs only some positions, differs from one architecture
+to the next. The modules' order and which tensor goes from one to the other tell it for all that
+add a block's output to a residual stream; nothing depends on a module's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module within a layer.
+
+    Attributes:
+        name: The module's path within the layer.
+        module: The module.
+        given: The tensors it was given, the hidden states first.
+        result: The first tensor that it returned.
+        started: Its number in the order of beginnings.
+        ended: How many calls had begun when it ended.
+    """
+
+    name: str
+    module: nn.Module
+    given: list[torch.Tensor]
+    started: int
+    result: torch.Tensor | None = None
+    ended: int = -1
+
+
+@dataclass
+class Trace:
+    """What happened in one forward pass through a layer.
+
+    Attributes:
+        layer: The layer.
+        calls: The calls of the modules inside it, in the order of their beginnings.
+        entry: The hidden states that the layer was given, [R, L, D].
+        returns_tuple: Whether the layer returned a tuple.
+    """
+
+    layer: nn.Module
+    calls: list[Call] = field(default_factory=list)
+    entry: torch.Tensor | None = None
+    returns_tuple: bool = False
+
+    def call_of(self, module: nn.Module) -> Call | None:
+        """Returns the one call of `module`; `None` if it was called never or more than once."""
+        found = [call for call in self.calls if call.module is module]
+        return found[0] if len(found) == 1 else None
+
+    def producer(self, tensor: torch.Tensor) -> Call | None:
+        """Returns the last module that returned this very tensor."""
+        return next((call for call in reversed(self.calls) if call.result is tensor), None)
+
+    def way_out(self, call: Call) -> list[nn.Module] | None:
+        """Returns what the output of `call` passes on its way to the end of the layer.
+
+        Modules that hand it on unchanged (dropout in evaluation mode) are left out. `None` if
+        something else than that way runs after `call`.
+        """
+        current, passed, inside = call.result, [], None
+        for later in self.calls[call.ended :]:
+            if inside is not None and later.started < inside.ended:
+                continue
+            if not any(tensor is current for tensor in later.given):
+                return None
+            if later.result is not current:
+                passed.append(later.module)
+            current, inside = later.result, later
+        return passed
+
+    def side_outputs(self, before: Call) -> list[nn.Module]:
+        """Returns the modules whose outputs no module took in, up to the beginning of `before`.
+
+        Code between the modules must have used them: added them to the residual stream.
+        """
+        direct = [
+            call
+            for call in self.calls[: before.started]
+            if "." not in call.name and call.ended <= before.started
+        ]
+        taken = [tensor for call in self.calls for tensor in call.given]
+        return [c.module for c in direct if not any(t is c.result for t in taken)]
+
+
+@contextmanager
+def tracing(layer: nn.Module) -> Iterator[Trace]:
+    """Within, one forward pass through `layer` is written down."""
+    trace = Trace(layer)
+    open_calls: list[Call] = []
+
+    def begin(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = [value for value in (*args, *kwargs.values()) if torch.is_tensor(value)]
+            open_calls.append(Call(name, module, given, len(trace.calls)))
+            trace.calls.append(open_calls[-1])
+
+        return hook
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        call = open_calls.pop()
+        call.result, call.ended = first_tensor(output), len(trace.calls)
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        trace.entry = args[0] if args else kwargs["hidden_states"]
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        trace.returns_tuple = isinstance(output, tuple)
+
+    handles = [
+        layer.register_forward_pre_hook(enter, with_kwargs=True),
+        layer.register_forward_hook(leave),
+    ]
+    for name, module in layer.named_modules():
+        if name:
+            handles.append(module.register_forward_pre_hook(begin(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(end))
+    try:
+        yield trace
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def first_tensor(output: Any) -> torch.Tensor | None:
+    """Returns what a module returned, or the first tensor of a tuple."""
+    if isinstance(output, (tuple, list)):
+        return next((value for value in output if torch.is_tensor(value)), None)
+    return output if torch.is_tensor(output) else None

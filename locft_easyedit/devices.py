@@ -1,0 +1,28 @@
+"""Where a model takes its input, and how much of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Returns the device that takes the model's token ids."""
+    embedding: Any = model.get_input_embeddings()
+    hook: Any = getattr(embedding, "_hf_hook", None)
+    if getattr(hook, "execution_device", None) is not None:  # offloaded by accelerate
+        return torch.device(hook.execution_device)
+    device: torch.device = embedding.weight.device
+    return device
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Returns the model's context in tokens, if its configuration names one."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return None
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    length = getattr(text_config, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None

@@ -1,0 +1,247 @@
+"""A flat file of hidden states: safetensors, mapped into memory, with checksums beside it.
+
+The file is an ordinary safetensors file with one tensor `states`, [T, W]. What makes it whole is a
+JSON file beside it, written last: the fingerprint of what the states were made from, and a checksum
+of each block. Without that file, or with another fingerprint or checksum, the states are not used.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .errors import OutputError
+
+_FORMAT = 1
+_ALIGNMENT = 4096  # a page: the data can be mapped on its own
+_BLOCK = 64 * 2**20  # bytes a checksum
+_FORGET_AFTER = 256 * 2**20  # bytes read through the map before its pages are given back
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+class StateFile:
+    """States of T tokens in a file, [T, W].
+
+    Use `create`, `open_whole` or `temporary`.
+    """
+
+    def __init__(
+        self, path: Path, n_tokens: int, width: int, dtype: torch.dtype, *, temporary: bool
+    ) -> None:
+        self.path = path
+        self.n_tokens = n_tokens
+        self.width = width
+        self.dtype = dtype
+        self._temporary = temporary
+        self._row_bytes = width * dtype.itemsize
+        self._header = _header(n_tokens, width, dtype)
+        self._read = 0
+        self._file = open(path, "r+b")  # noqa: SIM115 - open as long as the store is
+        self._map: mmap.mmap | None = None
+        self._rows: torch.Tensor | None = None
+
+    @classmethod
+    def create(cls, path: Path, n_tokens: int, width: int, dtype: torch.dtype) -> StateFile:
+        """Returns a new file, its room on the disk reserved; it is not whole yet (see `seal`).
+
+        Raises:
+            OutputError: The disk has no room or cannot be written to.
+        """
+        return cls._made(path, n_tokens, width, dtype, temporary=False)
+
+    @classmethod
+    def temporary(
+        cls, n_tokens: int, width: int, dtype: torch.dtype, folder: str | None = None
+    ) -> StateFile:
+        """Returns a new file that is removed on `close`.
+
+        Raises:
+            OutputError: The disk has no room or cannot be written to.
+        """
+        try:
+            if folder is not None:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(suffix=".states", prefix="locft-", dir=folder)
+        except OSError as error:
+            raise _disk_error(Path(folder or tempfile.gettempdir()), error) from error
+        os.close(handle)
+        return cls._made(Path(name), n_tokens, width, dtype, temporary=True)
+
+    @classmethod
+    def _made(
+        cls, path: Path, n_tokens: int, width: int, dtype: torch.dtype, *, temporary: bool
+    ) -> StateFile:
+        header = _header(n_tokens, width, dtype)
+        size = len(header) + n_tokens * width * dtype.itemsize
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _seal_path(path).unlink(missing_ok=True)
+            with open(path, "wb") as file:
+                file.write(header)
+                _reserve(file.fileno(), size)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise _disk_error(path, error) from error
+        made = cls(path, n_tokens, width, dtype, temporary=temporary)
+        if temporary and os.name == "posix":
+            path.unlink()  # no name: nothing stays behind, whatever ends this process
+        return made
+
+    @classmethod
+    def open_whole(
+        cls,
+        path: Path,
+        fingerprint: str,
+        n_tokens: int,
+        width: int,
+        dtype: torch.dtype,
+        *,
+        progress: bool = False,
+    ) -> tuple[StateFile | None, str]:
+        """Returns a file that is whole and was made from the same things, or why there is none."""
+        if not path.is_file() or not _seal_path(path).is_file():
+            return None, "there is none"
+        try:
+            seal = json.loads(_seal_path(path).read_text(encoding="utf-8"))
+            sums = [int(value) for value in seal["crc32"]]
+            if seal["format"] != _FORMAT or seal["fingerprint"] != fingerprint:
+                return None, "it was made from another model, text or setting"
+            with open(path, "rb") as file:
+                header = _header(n_tokens, width, dtype)
+                if file.read(len(header)) != header:
+                    return None, "its header is another one"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return None, f"it cannot be read ({type(error).__name__}: {error})"
+        whole = cls(path, n_tokens, width, dtype, temporary=False)
+        if whole._checksums(progress) != sums:
+            whole.close()
+            return None, "it is damaged: its checksums differ"
+        return whole, ""
+
+    def seal(self, fingerprint: str, *, progress: bool = False) -> None:
+        """Declares the file whole: from now on it can be opened again.
+
+        Raises:
+            OutputError: The disk is full or cannot be written to.
+        """
+        with _telling_disk_errors(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        value = {
+            "format": _FORMAT,
+            "fingerprint": fingerprint,
+            "states": [self.n_tokens, self.width],
+            "block_bytes": _BLOCK,
+            "crc32": self._checksums(progress),
+        }
+        target = _seal_path(self.path)
+        partial = target.with_name(target.name + ".partial")
+        with _telling_disk_errors(self.path):
+            with open(partial, "w", encoding="utf-8") as file:
+                json.dump(value, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, target)
+
+    def put(self, where: torch.Tensor, states: torch.Tensor) -> None:
+        """Writes states, [K, W] on the host, of the tokens `where`, [K].
+
+        Raises:
+            OutputError: The disk is full or cannot be written to.
+        """
+        data = states.contiguous().view(torch.uint8).numpy()
+        numbers = where.numpy()
+        breaks = (numbers[1:] != numbers[:-1] + 1).nonzero()[0] + 1
+        edges = [0, *breaks.tolist(), len(numbers)]
+        with _telling_disk_errors(self.path):
+            for first, last in pairwise(edges):
+                offset = len(self._header) + int(numbers[first]) * self._row_bytes
+                view, done = memoryview(data[first:last].tobytes()), 0
+                while done < len(view):
+                    done += os.pwrite(self._file.fileno(), view[done:], offset + done)
+
+    def get(self, where: torch.Tensor) -> torch.Tensor:
+        """Returns the states of the tokens `where`, [K, W]."""
+        if self._rows is None:
+            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_WRITE)
+            if hasattr(mmap, "MADV_RANDOM"):
+                self._map.madvise(mmap.MADV_RANDOM)
+            flat = torch.frombuffer(self._map, dtype=self.dtype, offset=len(self._header))
+            self._rows = flat.view(self.n_tokens, self.width)
+        rows = self._rows[where]
+        self._read += rows.numel() * rows.element_size()
+        if self._read > _FORGET_AFTER and hasattr(mmap, "MADV_DONTNEED"):
+            # The pages stay in the system's cache, which it can take back; ours would count.
+            assert self._map is not None
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._read = 0
+        return rows
+
+    def close(self) -> None:
+        """Closes the file; a temporary one is removed."""
+        self._rows = None
+        self._map = None  # unmapped when the last tensor on it is gone
+        self._file.close()
+        if self._temporary:
+            self.path.unlink(missing_ok=True)
+
+    def _checksums(self, progress: bool) -> list[int]:
+        size = self.n_tokens * self._row_bytes
+        sums = []
+        with tqdm(
+            total=size, desc="checksums", unit="B", unit_scale=True, disable=not progress
+        ) as bar:
+            for start in range(0, size, _BLOCK):
+                length = min(_BLOCK, size - start)
+                block = os.pread(self._file.fileno(), length, len(self._header) + start)
+                sums.append(zlib.crc32(block))
+                bar.update(length)
+        return sums
+
+
+def _header(n_tokens: int, width: int, dtype: torch.dtype) -> bytes:
+    """Returns the beginning of a safetensors file: the header's length, and the header."""
+    size = n_tokens * width * dtype.itemsize
+    states = {"dtype": _NAMES[dtype], "shape": [n_tokens, width], "data_offsets": [0, size]}
+    described: dict[str, Any] = {"states": states}
+    text = json.dumps(described).encode()
+    padding = -(8 + len(text)) % _ALIGNMENT
+    return (len(text) + padding).to_bytes(8, "little") + text + b" " * padding
+
+
+def _seal_path(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Gives the file its size, on the disk where the system can: a full disk shows now."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.ftruncate(descriptor, size)
+
+
+@contextmanager
+def _telling_disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _disk_error(path, error) from error
+
+
+def _disk_error(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"The hidden states cannot be written to `{path}`: {error}. Free some room, point "
+        "`prefix_dir` at a larger disk, or lower `prefix_disk_gib`."
+    )
