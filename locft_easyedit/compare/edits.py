@@ -18,6 +18,7 @@ from ..easyedit.peer import PeerEditor, fields_of, hparams_class
 from ..errors import LocFTError
 from ..evaluate.choices import HowToRun
 from ..evaluate.evaluation import Evaluation
+from ..files import output_errors, replacing
 from ..hparams import ALG_NAME, LocFTBFHyperParams
 from ..weights import write_
 from .job import Job, JobFolder, Progress, model_id
@@ -223,7 +224,11 @@ class Edits:
         return not self.method.needs_subject or bool(subject and subject in request["prompt"])
 
     def _save(self, done: int) -> None:
-        """Saves what was edited so far, whole or not at all."""
+        """Saves what was edited so far, whole or not at all.
+
+        Raises:
+            OutputError: It cannot be saved; an earlier checkpoint is as it was.
+        """
         if self.method.name not in _RESUMABLE:
             return
         changed = self.method.editor.changed
@@ -240,10 +245,10 @@ class Edits:
             "seconds_measuring": self.seconds_measuring,
             "peak": [self.peak.gib, self.peak.of],
         }
-        self.folder.state.mkdir(parents=True, exist_ok=True)
-        temporary = self._checkpoint.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={"state": json.dumps(state)})
-        temporary.replace(self._checkpoint)
+        with output_errors(self._checkpoint):
+            self.folder.state.mkdir(parents=True, exist_ok=True)
+            with replacing(self._checkpoint) as temporary:
+                save_file(tensors, temporary, metadata={"state": json.dumps(state)})
 
     def _resumed_(self) -> int:
         """Puts back what a checkpoint holds; returns how many edits are done."""
