@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from .editing import EditResult
 from .errors import OutputError
+from .files import output_errors, replacing, write_atomically
 
 _LABELS = {
     "rewrite_acc": "rewrite_acc (teacher-forced)",
@@ -108,9 +109,14 @@ def prepare_folder(folder: str | Path) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as JSON; NaN, which JSON does not have, becomes null."""
+    """Writes `value` as JSON; NaN, which JSON does not have, becomes null.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
     text = json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    with output_errors(path):
+        write_atomically(path, (text + "\n").encode())
 
 
 def _without_nan(value: Any) -> Any:
@@ -124,7 +130,11 @@ def _without_nan(value: Any) -> Any:
 
 
 def write_loss_curve(path: Path, losses: Sequence[float], threshold: float) -> None:
-    """Draws the mean loss of each epoch as a PNG, with the threshold that ends training."""
+    """Draws the mean loss of each epoch as a PNG, with the threshold that ends training.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
     from matplotlib.figure import Figure  # slow to import, and needed only here
     from matplotlib.ticker import MaxNLocator
 
@@ -142,10 +152,16 @@ def write_loss_curve(path: Path, losses: Sequence[float], threshold: float) -> N
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    with output_errors(path), replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def save_edited_matrices(path: Path, result: EditResult, base_model: str) -> None:
-    """Writes the edited parameters alone, as safetensors under their names in the model."""
+    """Writes the edited parameters alone, as safetensors under their names in the model.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
     tensors: dict[str, torch.Tensor] = {k: v.cpu().contiguous() for k, v in result.new.items()}
-    save_file(tensors, path, metadata={"format": "pt", "base_model": base_model})
+    with output_errors(path), replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", "base_model": base_model})

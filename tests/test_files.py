@@ -3,13 +3,21 @@
 import os
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from toys import toy_hparams
 
+from locft_easyedit import pipeline
+from locft_easyedit.cli import compare as cli
+from locft_easyedit.compare.outcome import Comparison, write_comparison
+from locft_easyedit.compare.picture import write_comparison_picture
 from locft_easyedit.errors import OutputError
 from locft_easyedit.files import output_errors, replacing, write_atomically
+from locft_easyedit.pipeline import Run
+from locft_easyedit.report import save_edited_matrices, write_json, write_loss_curve
 
 FAILURES = [OSError(28, "stopped"), KeyboardInterrupt("stopped")]
 
@@ -170,3 +178,58 @@ def test_an_error_of_safetensors_is_told_alike(tmp_path):
 def test_other_errors_stay_what_they_are(target):
     with pytest.raises(TypeError, match="no text"), output_errors(target):
         raise TypeError("no text")
+
+
+# All files with results
+
+
+def write_table(path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "compare", lambda settings: COMPARISON)
+        # Only the table's own file is to be looked at.
+        patch.setattr(cli, "write_comparison", lambda *_: None)
+        patch.setattr(cli, "write_comparison_picture", lambda *_: None)
+        patch.setattr(cli, "show", lambda *_: None)
+        command = {"data": "edits.json", "n": 1, "methods": ["FT"]}
+        cli.run_compare(toy_hparams(), command, path.parent)
+
+
+def save_model(path):
+    run = Run([], SimpleNamespace(losses=[1.0], summary=dict), {})
+    unfinished = SimpleNamespace(save_pretrained=raising(OSError(28, "No space left")))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("write_json", "write_loss_curve"):
+            patch.setattr(pipeline, name, lambda *_: None)
+        pipeline.write_run(path.parent, run, toy_hparams(), save="model", model=unfinished)
+
+
+COMPARISON = Comparison("model", "data", 1, "source", "cpu", "float32", {}, {}, None, [])
+WRITERS = {
+    "metrics.json": lambda path: write_json(path, {"a": 1}),
+    "loss.png": lambda path: write_loss_curve(path, [2.0, 1.0], 0.01),
+    "x.safetensors": lambda path: save_edited_matrices(
+        path, SimpleNamespace(new={"a": torch.ones(3)}), "base"
+    ),
+    "comparison.json": lambda path: write_comparison(path, COMPARISON),
+    "comparison.png": lambda path: write_comparison_picture(path, COMPARISON),
+    "comparison.md": write_table,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_result_that_cannot_be_written_is_told_and_the_last_one_stays(
+    tmp_path, monkeypatch, name
+):
+    path = tmp_path / name
+    WRITERS[name](path)
+    assert path.stat().st_size > 10
+    monkeypatch.setattr(os, "fsync", raising(OSError(28, "No space left")))
+    path.write_bytes(b"old")
+    with pytest.raises(OutputError, match=rf"{name} cannot be written: No space left\. Free"):
+        WRITERS[name](path)
+    assert content_of(tmp_path) == {name: "old"}
+
+
+def test_a_model_that_cannot_be_written_is_told(tmp_path):
+    with pytest.raises(OutputError, match=r"model cannot be written: No space left\. Free"):
+        save_model(tmp_path / "model")
