@@ -23,6 +23,7 @@ from ..hparams import ALG_NAME, LocFTBFHyperParams
 from ..weights import write_
 from .job import Job, JobFolder, Progress, model_id
 from .memory import Peak, peak_memory
+from .peer_tables import MODULE_KEYS
 from .peers import PEERS, easyedit_name, name_for_easyedit_, padding_side, peer_hparams
 
 logger = logging.getLogger(__name__)
@@ -41,12 +42,7 @@ _UNTOLD = tuple(
         "mom2_n_samples",
         "P_loc",
         "fp16",
-        "rewrite_module_tmp",
-        "layer_module_tmp",
-        "mlp_module_tmp",
-        "attn_module_tmp",
-        "ln_f_module",
-        "lm_head_module",
+        *MODULE_KEYS,
     )
 )
 
