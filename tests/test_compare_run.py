@@ -325,13 +325,13 @@ class AddsToWeights:
         self.changed.add(self.name)
 
 
-def edits_of(tmp_path, model, name="FT", chunk=1, **options):
+def edits_of(tmp_path, model, name="FT", chunk=1, requests=None, **options):
     editor = AddsToWeights(model, **options)
     method = MethodEditor(name, editor, chunk, chunk == 1, {}, [], name == "ROME")
     folder = JobFolder(tmp_path)
     return Edits(
         method,
-        toy_requests(5),
+        toy_requests(5) if requests is None else requests,
         model,
         toy_tokenizer(),
         HowToRun(packed=True),
@@ -397,35 +397,19 @@ def test_a_method_with_state_of_its_own_starts_anew(tmp_path, monkeypatch):
 
 
 def test_edits_without_a_subject_in_the_prompt_are_counted(tmp_path):
-    edits = edits_of(tmp_path, toy_model(), name="ROME")
-    edits.requests[2]["subject"] = "somebody else"
-    again = Edits(
-        edits.method,
-        edits.requests,
-        edits.model,
-        toy_tokenizer(),
-        HowToRun(packed=True),
-        edits.folder,
-        edits.progress,
-    )
-    again.make_()
-    assert again.n_made == 4
-    assert "1 of 5 edits could not be made" in again.notes[0]
-    assert edits.requests[2]["prompt"] not in [
-        prompt for call in again.method.editor.calls for prompt in call
+    requests = toy_requests(5)
+    requests[2]["subject"] = "somebody else"
+    edits = edits_of(tmp_path, toy_model(), name="ROME", requests=requests)
+    edits.make_()
+    assert edits.n_made == 4
+    assert "1 of 5 edits could not be made" in edits.notes[0]
+    assert requests[2]["prompt"] not in [
+        prompt for call in edits.method.editor.calls for prompt in call
     ]
-    for request in edits.requests:
+    for request in requests:
         del request["subject"]
     with pytest.raises(LocFTError, match="no record has one"):
-        Edits(
-            edits.method,
-            edits.requests,
-            edits.model,
-            toy_tokenizer(),
-            HowToRun(packed=True),
-            edits.folder,
-            edits.progress,
-        )
+        edits_of(tmp_path, toy_model(), name="ROME", requests=requests)
 
 
 def test_a_result_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
