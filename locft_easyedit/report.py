@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from .editing import EditResult
 from .errors import OutputError
-from .files import output_errors, replacing, write_atomically
+from .files import output_errors, replacing
 
 _LABELS = {
     "rewrite_acc": "rewrite_acc (teacher-forced)",
@@ -30,6 +30,8 @@ _LABELS = {
     "generated.portability": "portability (generated)",
     "generated.locality": "locality (same generated answer)",
 }
+# Of `metrics.json`: its sections, and the entries of each.
+_STREAMED_LEVELS = 2
 
 
 def metrics_table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -111,12 +113,37 @@ def prepare_folder(folder: str | Path) -> Path:
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as JSON; NaN, which JSON does not have, becomes null.
 
+    A list in `value`, such as the records of `metrics.json`, is turned into text entry by entry.
+
     Raises:
         OutputError: The file cannot be written.
     """
-    text = json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
-    with output_errors(path):
-        write_atomically(path, (text + "\n").encode())
+    with (
+        output_errors(path),
+        replacing(path) as temporary,
+        temporary.open("w", encoding="utf-8") as file,
+    ):
+        file.writelines(_json(value, _STREAMED_LEVELS))
+        file.write("\n")
+
+
+def _json(value: Any, levels: int, newline: str = "\n") -> Iterator[str]:
+    """Yields indented JSON in parts: the outer `levels` of `value` entry by entry."""
+    if not (levels and isinstance(value, (Mapping, list, tuple)) and value):
+        text = json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
+        yield text.replace("\n", newline)  # line ends within a text are escaped
+        return
+    opening, closing = "[]"
+    entries: Iterable[tuple[str, Any]] = (("", entry) for entry in value)
+    if isinstance(value, Mapping):
+        opening, closing = "{}"
+        texts = {str(key): entry for key, entry in value.items()}
+        entries = ((f"{json.dumps(k, ensure_ascii=False)}: ", v) for k, v in texts.items())
+    inner = newline + "  "
+    for i, (key, entry) in enumerate(entries):
+        yield ("," if i else opening) + inner + key
+        yield from _json(entry, levels - 1, inner)
+    yield newline + closing
 
 
 def _without_nan(value: Any) -> Any:
