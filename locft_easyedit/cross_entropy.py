@@ -7,18 +7,19 @@ of its hidden states at once and be forgotten: what is kept is as large as the h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
-from torch.nn import functional as F
 
-# Logits at a time. On a CPU a chunk should stay in the cache; a GPU wants large products.
-_LOGITS_CPU = 2**22
-_LOGITS_GPU = 2**26
+_LOGITS = 2**25  # at a time: 128 MiB in float32
+_VOCABULARY_CPU = 4096  # a CPU multiplies fastest with so much of the head that a cache holds it
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Head:
     """A frozen output head.
 
@@ -33,6 +34,7 @@ class Head:
     bias: torch.Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    _room: dict[torch.dtype, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def token_losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Returns the cross-entropy of each token, [S] float32.
@@ -45,39 +47,73 @@ class Head:
         losses: torch.Tensor = _TokenLosses.apply(hidden.to(device), labels.to(device), self)
         return losses
 
-    def _logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns float32 logits, [S, V], and what their gradient is multiplied by (softcap)."""
-        logits = F.linear(hidden, self.weight, self.bias).float()
-        if self.scale != 1.0:
-            logits = logits.mul_(self.scale)
-        if self.softcap is None:
-            return logits, None
-        bent = logits.div_(self.softcap).tanh_()
-        return bent * self.softcap, 1 - bent**2
+    def chunk_(
+        self, hidden: torch.Tensor, labels: torch.Tensor, gradient: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Returns the losses of some tokens; writes the gradient of each one's own loss.
+
+        Args:
+            hidden: [C, D].
+            labels: [C].
+            gradient: Written to, [C, D]; `None` if nobody needs it.
+        """
+        index = labels.unsqueeze(1)
+        products = self._products(hidden)
+        logits = self._space(len(hidden), torch.float32)
+        if logits is not products:
+            logits.copy_(products)
+        if self.bias is not None:
+            logits += self.bias
+        logits *= self.scale
+        bend = None
+        if self.softcap is not None:
+            bent = logits.div_(self.softcap).tanh_()
+            bend = 1 - bent**2
+            logits *= self.softcap
+        wanted = logits.gather(1, index)
+        largest = logits.amax(1, keepdim=True)
+        powers = logits.sub_(largest).exp_()
+        total = powers.sum(1, keepdim=True)
+        losses = (largest - wanted + total.log()).squeeze(1)
+        if gradient is not None:
+            # Softmax minus one-hot, times the sum that the softmax would be divided by.
+            slope = powers.scatter_add_(1, index, -total)
+            if bend is not None:
+                slope *= bend
+            slope = self._space(len(hidden), hidden.dtype).copy_(slope)
+            gradient.copy_((slope @ self.weight).float() * (self.scale / total))
+        return losses
+
+    def _products(self, hidden: torch.Tensor) -> torch.Tensor:
+        products = self._space(len(hidden), hidden.dtype)
+        step = _VOCABULARY_CPU if hidden.device.type == "cpu" else len(self.weight)
+        for start in range(0, len(self.weight), step):
+            part = slice(start, start + step)
+            torch.mm(hidden, self.weight[part].t(), out=products[:, part])
+        return products
+
+    def _space(self, n_rows: int, dtype: torch.dtype) -> torch.Tensor:
+        """Returns room for logits, [n_rows, V]; the same at every call.
+
+        A CPU spends as long on fresh memory of this size as on what it is for.
+        """
+        room = self._room.get(dtype)
+        if room is None or len(room) < n_rows:
+            shape = (n_rows, len(self.weight))
+            room = self._room[dtype] = self.weight.new_empty(shape, dtype=dtype)
+        return room[:n_rows]
 
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, head: Head) -> torch.Tensor:
-        needs_gradient = ctx.needs_input_grad[0]
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden) if needs_gradient else None
-        logits_at_once = _LOGITS_GPU if hidden.device.type == "cuda" else _LOGITS_CPU
-        n_rows = max(1, logits_at_once // len(head.weight))
-        for start in range(0, len(hidden), n_rows):
-            part = slice(start, start + n_rows)
-            logits, bend = head._logits(hidden[part])
-            log_p = torch.log_softmax(logits, dim=-1)
-            index = labels[part].unsqueeze(1)
-            losses[part] = -log_p.gather(1, index).squeeze(1)
-            if gradient is not None:
-                slope = log_p.exp_()  # softmax minus one-hot: the gradient of a token's own loss
-                slope.scatter_add_(1, index, slope.new_full(index.shape, -1.0))
-                if bend is not None:
-                    slope *= bend
-                if head.scale != 1.0:
-                    slope *= head.scale
-                gradient[part] = slope.to(hidden.dtype) @ head.weight
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        n_chunks = min(len(hidden), math.ceil(len(hidden) * len(head.weight) / _LOGITS))
+        edges = np.linspace(0, len(hidden), n_chunks + 1).astype(int).tolist()
+        for part in itertools.starmap(slice, itertools.pairwise(edges)):
+            slope = None if gradient is None else gradient[part]
+            losses[part] = head.chunk_(hidden[part], labels[part], slope)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return losses

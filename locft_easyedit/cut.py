@@ -121,22 +121,28 @@ class Cut:
         Args:
             states: Gives the states of the rows that are run, [R, L, W].
         """
-        layers = self.stack.layers
-        originals = list(layers[: self.first_layer + 1])
-        hook = None
-        try:
-            for i in range(self.first_layer):
-                layers[i] = _PassThrough(originals[i], self.returns_tuple)
+        layer = self.layer
+        with bypassing(self.stack, self.first_layer, self.returns_tuple), ExitStack() as stack:
             if self.kind == "layer":
-                hook = self.layer.register_forward_pre_hook(_substitute(states), with_kwargs=True)
+                hook = layer.register_forward_pre_hook(_substitute(states), with_kwargs=True)
+                stack.callback(hook.remove)
             else:
-                layers[self.first_layer] = _Resumed(self, originals[-1], states)
+                stack.callback(self.stack.layers.__setitem__, self.first_layer, layer)
+                self.stack.layers[self.first_layer] = _Resumed(self, layer, states)
             yield
-        finally:
-            if hook is not None:
-                hook.remove()
-            for i, layer in enumerate(originals):
-                layers[i] = layer
+
+
+@contextmanager
+def bypassing(stack: LayerList, n_layers: int, returns_tuple: bool) -> Iterator[None]:
+    """Within, the first `n_layers` hand their input on; the module tree is restored in any case."""
+    originals = list(stack.layers[:n_layers])
+    try:
+        for i, layer in enumerate(originals):
+            stack.layers[i] = _PassThrough(layer, returns_tuple)
+        yield
+    finally:
+        for i, layer in enumerate(originals):
+            stack.layers[i] = layer
 
 
 class _StandIn(nn.Module):

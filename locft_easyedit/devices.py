@@ -15,6 +15,9 @@ def input_device(model: PreTrainedModel) -> torch.device:
     if getattr(hook, "execution_device", None) is not None:  # offloaded by accelerate
         return torch.device(hook.execution_device)
     device: torch.device = embedding.weight.device
+    if device.type == "meta":  # left on disk: what is resident tells
+        resident = (p.device for p in model.parameters() if not p.is_meta)
+        return next(resident, torch.device("cpu"))
     return device
 
 

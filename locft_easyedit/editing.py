@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .devices import context_length
+from .errors import ModelError
 from .hparams import LocFTBFHyperParams
 from .loop import breadth_first_
 from .modes import evaluation_mode
@@ -22,6 +23,7 @@ from .requests import EditSet, distinct_edits
 from .runner import TextRunner
 from .shortcuts import Shortcuts, choose_runner, find_shortcuts
 from .store import Budget
+from .stream import FrozenStream, stream_of
 from .tokens import TokenizedTexts, tokenize_edits
 from .weights import TrainedWeights, write_
 
@@ -127,6 +129,7 @@ class EditSession:
         alone: Requests will be trained one at a time, so that no two of them are in conflict.
         shortcuts: What leaves this model's logits as they are; once entered.
         budget: Where recorded states may lie; once entered.
+        stream: What reads frozen layers that are not resident; once entered.
     """
 
     model: PreTrainedModel
@@ -141,6 +144,7 @@ class EditSession:
     _texts: TokenizedTexts | None = field(init=False, default=None)
     shortcuts: Shortcuts = field(init=False)
     budget: Budget = field(init=False)
+    stream: FrozenStream | None = field(init=False, default=None)
     _runner: TextRunner = field(init=False)
     _cleanup: ExitStack = field(init=False, default_factory=ExitStack)
 
@@ -173,13 +177,23 @@ class EditSession:
                 self.budget = Budget(
                     h.prefix_gpu_gib, h.prefix_host_gib, h.prefix_disk_gib, h.prefix_dir
                 )
-                self.shortcuts = find_shortcuts(
-                    self.model,
-                    self._texts,
-                    self.place,
-                    packing=h.packing,
-                    frozen_prefix=h.frozen_prefix,
-                )
+                stream = stream_of(self.model, self.place.first_layer, progress=self.progress)
+                if stream is not None:
+                    self._cleanup.enter_context(stream)
+                with stream.shortened() if stream is not None else nullcontext():
+                    self.shortcuts = find_shortcuts(
+                        self.model,
+                        self._texts,
+                        self.place,
+                        packing=h.packing,
+                        frozen_prefix=h.frozen_prefix or stream is not None,
+                    )
+                if stream is not None and not self.shortcuts.cuts:
+                    raise ModelError(
+                        "`stream_frozen` does not suit this model: its layers cannot be split (see "
+                        "the warning). Set `stream_frozen: false`, on a device that holds it whole."
+                    )
+                self.stream = stream
                 self._runner = choose_runner(
                     self.model,
                     self._texts,
@@ -188,6 +202,8 @@ class EditSession:
                     batch_size=h.eval_batch_size,
                     budget=self.budget,
                     cut=h.prefix_cut,
+                    kept=(h.prefix_dir, self.place.parameters) if h.prefix_dir else None,
+                    stream=stream,
                     progress=self.progress,
                 )
             self._cleanup = self._cleanup.pop_all()  # all went well: clean up on exit, not now
@@ -214,6 +230,9 @@ class EditSession:
             indices = np.array(sorted(i for i in chosen if i is not None))
         weights = TrainedWeights(self.place.parameters)
         try:
+            if self._runner.prefix is not None and not self._runner.replays:
+                with self._timed("prefix"):
+                    self._runner.prefix.ensure()
             with self._timed("train"), self._runner.ready(), _with_gradients():
                 result = breadth_first_(
                     self._runner,

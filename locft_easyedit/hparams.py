@@ -88,6 +88,8 @@ class LocFTBFHyperParams:
         prefix_disk_gib: The same of the disk; `None` is what is free.
         prefix_dir: Folder for hidden states on disk. They stay there, and a later run on the same
             model and edits uses them again; `None` is a temporary file, if one is needed.
+        stream_frozen: Leave the frozen layers on disk and read them once, one after another, when
+            the prefix is computed; `None` does so where the model does not fit the device.
         packing: Put several edits into one row instead of padding each.
         trust_remote_code: Allow a model folder to bring Python code of its own.
         evaluation_type: EasyEdit's: `None` (teacher-forced), `LLM-judge` or `generate-text`.
@@ -113,7 +115,7 @@ class LocFTBFHyperParams:
     epoch_loss_threshold: float = 1e-2
     on_conflict: str = "train"
     eval_batch_size: int = 64
-    row_tokens: int = 128
+    row_tokens: int = 64
     micro_batch_size: Optional[int] = None  # noqa: UP045
     frozen_prefix: bool = True
     prefix_cut: Optional[str] = None  # noqa: UP045
@@ -121,6 +123,7 @@ class LocFTBFHyperParams:
     prefix_host_gib: Optional[float] = None  # noqa: UP045
     prefix_disk_gib: Optional[float] = None  # noqa: UP045
     prefix_dir: Optional[str] = None  # noqa: UP045
+    stream_frozen: Optional[bool] = None  # noqa: UP045
     packing: bool = True
     trust_remote_code: bool = False
     evaluation_type: Optional[str] = None  # noqa: UP045
@@ -261,6 +264,7 @@ def _type_name(key: str) -> str:
         "Optional[int]": "a whole number, or null",
         "Optional[float]": "a number, or null",
         "Optional[str]": "a text, or null",
+        "Optional[bool]": "true, false, or null",
         "Optional[Union[int, str]]": "cpu, cuda, cuda:N or N",
     }
     return names.get(str(annotation), "a text or a list of texts")

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from .errors import HyperParamsError, LocFTError, ModelError
 from .hparams import DTYPES, LocFTBFHyperParams
+from .offload import room_for_conversions, streaming_map
 from .place import match_parameters
 
 logger = logging.getLogger(__name__)
@@ -71,13 +72,14 @@ def load_model(hparams: LocFTBFHyperParams) -> tuple[Any, PreTrainedTokenizerBas
         )
     name = check_model_name(name)
     with _one_model_error(name):
-        _check_place(name, hparams)
+        skeleton = _check_place(name, hparams)
     model, tokenizer = load_causal_lm(
         name,
         device=hparams.device,
         dtype=hparams.torch_dtype,
         model_parallel=hparams.model_parallel,
         trust_remote_code=hparams.trust_remote_code,
+        device_map=streaming_map(skeleton, hparams, device),
     )
     return model, tokenizer
 
@@ -89,6 +91,7 @@ def load_causal_lm(
     dtype: str | torch.dtype = "float32",
     model_parallel: bool = False,
     trust_remote_code: bool = False,
+    device_map: dict[str, str] | None = None,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Returns a causal language model, in evaluation mode on its device, and its tokenizer.
 
@@ -101,6 +104,7 @@ def load_causal_lm(
         dtype: `float32`, `bfloat16` or `float16`.
         model_parallel: Spread the model over the visible GPUs.
         trust_remote_code: Allow the folder's own code.
+        device_map: Where each module goes, `disk` included.
 
     Raises:
         HyperParamsError: `device` or `dtype` cannot be used.
@@ -117,8 +121,9 @@ def load_causal_lm(
         model: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
-            device_map="auto" if model_parallel else None,
+            device_map="auto" if model_parallel else device_map,
             trust_remote_code=trust_remote_code,
+            **room_for_conversions(device_map),
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -177,8 +182,11 @@ def _placed(model: Any, model_parallel: bool, device: torch.device) -> Any:
     return model if model_parallel or placed else model.to(device)
 
 
-def _check_place(name: str, hparams: LocFTBFHyperParams) -> None:
-    """Looks the place up in a model without weights: a wrong layer shows before the download."""
+def _check_place(name: str, hparams: LocFTBFHyperParams) -> Any | None:
+    """Looks the place up in a model without weights: a wrong layer shows before the download.
+
+    Returns that model, or `None` if it cannot be built.
+    """
     config = AutoConfig.from_pretrained(name, trust_remote_code=hparams.trust_remote_code)
     try:
         with torch.device("meta"):
@@ -187,8 +195,26 @@ def _check_place(name: str, hparams: LocFTBFHyperParams) -> None:
             )
     except Exception as error:  # code of any kind builds models; the loaded one is checked as well
         logger.debug("%s cannot be built without weights: %s", name, error)
-        return
+        return None
     match_parameters(model, hparams.layers, hparams.templates)
+    return model
+
+
+def _check_shards(name: str, folder: Path) -> None:
+    """Checks that a checkpoint in parts is whole: a missing part shows before a long load."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"`{index}` is damaged: {error}. Download the model again.") from error
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise ModelError(
+            f"`model_name={name!r}` lacks {len(missing)} of its {len(shards)} parts: "
+            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. Download them."
+        )
 
 
 def _check_folder(name: str) -> None:
@@ -202,6 +228,7 @@ def _check_folder(name: str) -> None:
                 f"`model_name={name!r}` is a folder without config.json. Give the folder of a "
                 "model saved with `save_pretrained`."
             )
+        _check_shards(name, path)
     elif looks_local or in_a_folder_here or "\\" in name:
         raise ModelError(
             f"`model_name={name!r}` does not exist. Download the model to that folder, or give its "

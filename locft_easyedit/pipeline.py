@@ -13,6 +13,7 @@ from .editing import EditResult, EditSession
 from .evaluate.choices import HowToRun
 from .evaluate.evaluation import Evaluation
 from .evaluate.summary import summarize
+from .files import output_errors
 from .hparams import LocFTBFHyperParams
 from .report import prepare_folder, save_edited_matrices, write_json, write_loss_curve
 
@@ -109,7 +110,7 @@ def write_run(
         tokenizer: For `save="model"`.
 
     Raises:
-        OutputError: The folder cannot be written to.
+        OutputError: The folder or a file in it cannot be written to.
     """
     path = prepare_folder(folder)
     written = {"metrics": path / "metrics.json", "hyper-parameters": path / "hparams.json"}
@@ -130,6 +131,7 @@ def write_run(
         save_edited_matrices(written["edited matrices"], run.result, str(hparams.model_name))
     elif save == "model":
         written["edited model"] = path / "model"
-        model.save_pretrained(written["edited model"])
-        tokenizer.save_pretrained(written["edited model"])
+        with output_errors(written["edited model"]):
+            model.save_pretrained(written["edited model"])
+            tokenizer.save_pretrained(written["edited model"])
     return written

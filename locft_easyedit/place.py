@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +87,7 @@ def select_place(model: nn.Module, layers: Sequence[int], templates: Sequence[st
     ]
     if problems:
         raise PlaceError(one_message("Nothing is trained:", problems))
-    return Place(selected, _first_layer(selected, stack), stack)
+    return Place(selected, first_layer_of(selected, stack), stack)
 
 
 def match_parameters(
@@ -183,7 +183,8 @@ def _memory(parameter: nn.Parameter) -> int:
     return id(parameter) if parameter.is_meta else parameter.data_ptr()
 
 
-def _first_layer(selected: dict[str, nn.Parameter], stack: LayerList | None) -> int | None:
+def first_layer_of(selected: Iterable[str], stack: LayerList | None) -> int | None:
+    """Returns the lowest layer of the parameters with these names; `None` if one lies outside."""
     if stack is None:
         return None
     layers = []

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,10 +21,18 @@ from .batches import in_batches
 from .cut import Cut
 from .devices import input_device
 from .packing import Rows, lay_out
+from .statefile import StateFile
 from .store import Budget, StateStore
 from .tokens import TokenizedTexts
 
 logger = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """What can record the states of frozen layers that are not resident."""
+
+    def run(self) -> None:
+        """Records the states of all prefixes that wait for it."""
 
 
 class FrozenPrefix:
@@ -34,19 +43,28 @@ class FrozenPrefix:
         cut: Where it begins.
         n_tokens: Tokens of all sequences that are run, T (the last of each is not).
         budget: Where the states may lie.
+        kept: A file that outlives this run, and a hash of what the states depend on.
 
     Attributes:
         complete: Whether every sequence was recorded, so that they can be replayed.
+        source: A stream of frozen layers that will record them, if they are not resident.
     """
 
     def __init__(
-        self, model: PreTrainedModel, cut: Cut, n_tokens: int, budget: Budget | None = None
+        self,
+        model: PreTrainedModel,
+        cut: Cut,
+        n_tokens: int,
+        budget: Budget | None = None,
+        kept: tuple[Path, str] | None = None,
     ) -> None:
         self.model = model
         self.cut = cut
         self.n_tokens = n_tokens
         self.budget = budget or Budget()
         self.complete = False
+        self.source: Source | None = None
+        self._kept = kept
         self._store: StateStore | None = None
         self._fed: torch.Tensor | None = None
         embedding: Any = model.get_input_embeddings()
@@ -71,6 +89,57 @@ class FrozenPrefix:
         if self._store is None:
             raise RuntimeError("Nothing was recorded yet.")
         return self._store
+
+    def ensure(self) -> None:
+        """Has the states recorded by the stream of frozen layers, if they are to come from it."""
+        if not self.complete and self.source is not None:
+            self.source.run()
+
+    def reuse(self, *, progress: bool = False) -> bool:
+        """Returns whether the file of an earlier run holds the very states; then they are here."""
+        if self._kept is None:
+            return False
+        path, fingerprint = self._kept
+        file, why_not = StateFile.open_whole(
+            path, fingerprint, self.n_tokens, self.cut.width, self.model.dtype, progress=progress
+        )
+        if file is None:
+            logger.info("The prefix in %s is not used: %s. It is computed.", path, why_not)
+            return False
+        device = input_device(self.model)
+        store = StateStore(self.n_tokens, file.width, file.dtype, device, self.budget, file)
+        store.fill_from_file_()
+        self._store, self.complete = store, True
+        logger.info("The prefix of an earlier run is used: %s.", path)
+        return True
+
+    def new_store(self, width: int, dtype: torch.dtype, device: torch.device) -> StateStore:
+        """Returns an empty store for the states of all sequences.
+
+        Raises:
+            MemoryBudgetError: The budgets cannot hold it.
+            OutputError: The disk is full or cannot be written to.
+        """
+        file = None
+        if self._kept is not None:
+            file = StateFile.create(self._kept[0], self.n_tokens, width, dtype)
+        return StateStore(self.n_tokens, width, dtype, device, self.budget, file)
+
+    def layer_store(self, width: int, dtype: torch.dtype, device: torch.device) -> StateStore:
+        """Returns a store for the states between two layers, the final one if they end there."""
+        if self.cut.kind == "layer":
+            return self.new_store(width, dtype, device)
+        return StateStore(self.n_tokens, width, dtype, device, self.budget)
+
+    def holds(self, store: StateStore) -> bool:
+        """Returns whether `store` is what the states are replayed from."""
+        return self._store is store
+
+    def adopt(self, store: StateStore) -> None:
+        """Takes over a store that holds the states of all sequences."""
+        if self._kept is not None and store.file is not None:
+            store.file.seal(self._kept[1])
+        self._store, self.complete = store, True
 
     def record(
         self,
@@ -116,7 +185,7 @@ class FrozenPrefix:
             unit="edit",
             progress=progress,
         )
-        self.complete = True
+        self.adopt(self.store)
 
     @contextmanager
     def keeping(self, rows: Rows, *, go_on: bool = True) -> Iterator[None]:
@@ -131,9 +200,7 @@ class FrozenPrefix:
 
         def keep(states: torch.Tensor) -> None:
             if self._store is None:
-                self._store = StateStore(
-                    self.n_tokens, states.shape[-1], states.dtype, states.device, self.budget
-                )
+                self._store = self.new_store(states.shape[-1], states.dtype, states.device)
             self._store.put(where, states.flatten(0, 1)[cells.to(states.device)])
 
         with self.cut.recording(keep, go_on=go_on):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from .editing import EditResult
 from .errors import OutputError
+from .files import output_errors, replacing
 
 _LABELS = {
     "rewrite_acc": "rewrite_acc (teacher-forced)",
@@ -29,6 +30,8 @@ _LABELS = {
     "generated.portability": "portability (generated)",
     "generated.locality": "locality (same generated answer)",
 }
+# Of `metrics.json`: its sections, and the entries of each.
+_STREAMED_LEVELS = 2
 
 
 def metrics_table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -108,9 +111,39 @@ def prepare_folder(folder: str | Path) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as JSON; NaN, which JSON does not have, becomes null."""
-    text = json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    """Writes `value` as JSON; NaN, which JSON does not have, becomes null.
+
+    A list in `value`, such as the records of `metrics.json`, is turned into text entry by entry.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    with (
+        output_errors(path),
+        replacing(path) as temporary,
+        temporary.open("w", encoding="utf-8") as file,
+    ):
+        file.writelines(_json(value, _STREAMED_LEVELS))
+        file.write("\n")
+
+
+def _json(value: Any, levels: int, newline: str = "\n") -> Iterator[str]:
+    """Yields indented JSON in parts: the outer `levels` of `value` entry by entry."""
+    if not (levels and isinstance(value, (Mapping, list, tuple)) and value):
+        text = json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
+        yield text.replace("\n", newline)  # line ends within a text are escaped
+        return
+    opening, closing = "[]"
+    entries: Iterable[tuple[str, Any]] = (("", entry) for entry in value)
+    if isinstance(value, Mapping):
+        opening, closing = "{}"
+        texts = {str(key): entry for key, entry in value.items()}
+        entries = ((f"{json.dumps(k, ensure_ascii=False)}: ", v) for k, v in texts.items())
+    inner = newline + "  "
+    for i, (key, entry) in enumerate(entries):
+        yield ("," if i else opening) + inner + key
+        yield from _json(entry, levels - 1, inner)
+    yield newline + closing
 
 
 def _without_nan(value: Any) -> Any:
@@ -124,7 +157,11 @@ def _without_nan(value: Any) -> Any:
 
 
 def write_loss_curve(path: Path, losses: Sequence[float], threshold: float) -> None:
-    """Draws the mean loss of each epoch as a PNG, with the threshold that ends training."""
+    """Draws the mean loss of each epoch as a PNG, with the threshold that ends training.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
     from matplotlib.figure import Figure  # slow to import, and needed only here
     from matplotlib.ticker import MaxNLocator
 
@@ -142,10 +179,16 @@ def write_loss_curve(path: Path, losses: Sequence[float], threshold: float) -> N
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    with output_errors(path), replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def save_edited_matrices(path: Path, result: EditResult, base_model: str) -> None:
-    """Writes the edited parameters alone, as safetensors under their names in the model."""
+    """Writes the edited parameters alone, as safetensors under their names in the model.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
     tensors: dict[str, torch.Tensor] = {k: v.cpu().contiguous() for k, v in result.new.items()}
-    save_file(tensors, path, metadata={"format": "pt", "base_model": base_model})
+    with output_errors(path), replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", "base_model": base_model})

@@ -8,9 +8,10 @@ training, a few edits are run with and without each; what changes the logits is 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,13 @@ from transformers import PreTrainedModel
 from .cross_entropy import Head
 from .cut import Cut, find_cuts, layer_cut
 from .devices import input_device
+from .fingerprint import prefix_fingerprint
 from .forward import mean_by_owner
 from .place import Place
 from .prefix import FrozenPrefix
 from .runner import TextRunner
 from .store import Budget
+from .stream import FrozenStream
 from .tail import Tail, find_tail
 from .tokens import TokenizedTexts
 
@@ -285,6 +288,8 @@ def choose_runner(
     batch_size: int,
     budget: Budget,
     cut: str | None = None,
+    kept: tuple[str, Iterable[str]] | None = None,
+    stream: FrozenStream | None = None,
     progress: bool = False,
 ) -> TextRunner:
     """Returns the fastest runner that gives the model's own logits, with its prefix recorded.
@@ -297,6 +302,8 @@ def choose_runner(
         batch_size: Sequences a forward pass while the prefix is recorded.
         budget: Where the recorded states may lie.
         cut: The kind of cut to use, if this model has it; `None` chooses by the budget.
+        kept: A folder where the prefix stays for a later run, and the names of what is trained.
+        stream: What records the prefix, at the next pass, if the frozen layers are on disk.
         progress: Show a progress bar.
 
     Raises:
@@ -306,15 +313,24 @@ def choose_runner(
     prefix = None
     if shortcuts.cuts:
         chosen = _affordable(model, texts, shortcuts.cuts, budget, cut)
-        prefix = FrozenPrefix(model, chosen, int(texts.input_offsets[-1]), budget)
-        prefix.record(
-            texts,
-            torch.from_numpy(texts.ids).to(input_device(model)),
-            batch_size=batch_size,
-            row_tokens=row_tokens,
-            packed=shortcuts.packed,
-            progress=progress,
-        )
+        file = None
+        if kept is not None:
+            folder, trained = kept
+            fingerprint = prefix_fingerprint(model, chosen, trained, texts, shortcuts.packed)
+            file = Path(folder) / f"prefix-{fingerprint[:16]}.safetensors", fingerprint
+        prefix = FrozenPrefix(model, chosen, int(texts.input_offsets[-1]), budget, file)
+        if not prefix.reuse(progress=progress):
+            if stream is not None:
+                stream.record(prefix, texts, row_tokens=row_tokens, packed=shortcuts.packed)
+            else:
+                prefix.record(
+                    texts,
+                    torch.from_numpy(texts.ids).to(input_device(model)),
+                    batch_size=batch_size,
+                    row_tokens=row_tokens,
+                    packed=shortcuts.packed,
+                    progress=progress,
+                )
     return TextRunner(
         model,
         texts,

@@ -111,7 +111,7 @@ class StateStore:
         n_gpu = min(n_tokens, gpu)
         n_host = min(n_tokens - n_gpu, host)
         n_disk = n_tokens if file is not None else n_tokens - n_gpu - n_host
-        if n_disk > disk and file is None:
+        if n_disk > disk:
             raise MemoryBudgetError(_too_small(n_tokens, row_bytes, (gpu, host, disk)))
         self._budget = budget
         self._taken = [n * row_bytes for n in (n_gpu, n_host, n_disk)]

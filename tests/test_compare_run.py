@@ -12,13 +12,14 @@ import torch
 from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
 from locft_easyedit.cli.compare import main
+from locft_easyedit.compare import edits as edits_module
 from locft_easyedit.compare import run as run_module
 from locft_easyedit.compare.edits import Edits, MethodEditor
 from locft_easyedit.compare.job import BEFORE, STATISTICS, Job, JobFolder, Progress
 from locft_easyedit.compare.outcome import Outcome, read_comparison
 from locft_easyedit.compare.plan import Settings, planned
 from locft_easyedit.compare.run import compare
-from locft_easyedit.errors import LocFTError
+from locft_easyedit.errors import LocFTError, OutputError
 from locft_easyedit.evaluate.choices import HowToRun
 
 
@@ -324,13 +325,13 @@ class AddsToWeights:
         self.changed.add(self.name)
 
 
-def edits_of(tmp_path, model, name="FT", chunk=1, **options):
+def edits_of(tmp_path, model, name="FT", chunk=1, requests=None, **options):
     editor = AddsToWeights(model, **options)
     method = MethodEditor(name, editor, chunk, chunk == 1, {}, [], name == "ROME")
     folder = JobFolder(tmp_path)
     return Edits(
         method,
-        toy_requests(5),
+        toy_requests(5) if requests is None else requests,
         model,
         toy_tokenizer(),
         HowToRun(packed=True),
@@ -358,6 +359,32 @@ def test_edits_go_on_after_an_interruption(tmp_path, monkeypatch):
     assert second.seconds > 0
 
 
+def test_a_checkpoint_that_cannot_be_saved_leaves_the_last_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("locft_easyedit.compare.edits._CHECKPOINT_SECONDS", 0.0)
+    whole = edits_of(tmp_path / "whole", toy_model())
+    whole.make_()
+    first = edits_of(tmp_path / "full", toy_model())
+    saved = []
+
+    def save_file(tensors, path, metadata):
+        saved.append(path)
+        if len(saved) == 3:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        original(tensors, path, metadata)
+
+    original = edits_module.save_file
+    monkeypatch.setattr(edits_module, "save_file", save_file)
+    with pytest.raises(OutputError, match=r"edited\.safetensors cannot be written: No space left"):
+        first.make_()
+    assert [file.name for file in first.folder.state.iterdir()] == ["edited.safetensors"]
+    monkeypatch.undo()
+    second = edits_of(tmp_path / "full", toy_model())
+    second.make_()
+    assert len(second.method.editor.calls) == 3
+    assert torch.equal(second.method.editor.weight, whole.method.editor.weight)
+
+
 def test_a_method_with_state_of_its_own_starts_anew(tmp_path, monkeypatch):
     monkeypatch.setattr("locft_easyedit.compare.edits._CHECKPOINT_SECONDS", 0.0)
     first = edits_of(tmp_path, toy_model(), name="AlphaEdit", chunk=2, fail_at=2)
@@ -370,35 +397,35 @@ def test_a_method_with_state_of_its_own_starts_anew(tmp_path, monkeypatch):
 
 
 def test_edits_without_a_subject_in_the_prompt_are_counted(tmp_path):
-    edits = edits_of(tmp_path, toy_model(), name="ROME")
-    edits.requests[2]["subject"] = "somebody else"
-    again = Edits(
-        edits.method,
-        edits.requests,
-        edits.model,
-        toy_tokenizer(),
-        HowToRun(packed=True),
-        edits.folder,
-        edits.progress,
-    )
-    again.make_()
-    assert again.n_made == 4
-    assert "1 of 5 edits could not be made" in again.notes[0]
-    assert edits.requests[2]["prompt"] not in [
-        prompt for call in again.method.editor.calls for prompt in call
+    requests = toy_requests(5)
+    requests[2]["subject"] = "somebody else"
+    edits = edits_of(tmp_path, toy_model(), name="ROME", requests=requests)
+    edits.make_()
+    assert edits.n_made == 4
+    assert "1 of 5 edits could not be made" in edits.notes[0]
+    assert requests[2]["prompt"] not in [
+        prompt for call in edits.method.editor.calls for prompt in call
     ]
-    for request in edits.requests:
+    for request in requests:
         del request["subject"]
     with pytest.raises(LocFTError, match="no record has one"):
-        Edits(
-            edits.method,
-            edits.requests,
-            edits.model,
-            toy_tokenizer(),
-            HowToRun(packed=True),
-            edits.folder,
-            edits.progress,
-        )
+        edits_of(tmp_path, toy_model(), name="ROME", requests=requests)
+
+
+def test_a_result_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
+    folder = JobFolder(tmp_path / "job")
+    folder.write(folder.result, {"n": 1})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=r"result\.json cannot be written: No space left"):
+        folder.write(folder.result, {"n": 2})
+    assert folder.read(folder.result) == {"n": 1}
+    assert [file.name for file in folder.path.iterdir()] == ["result.json"]
+    with pytest.raises(OutputError, match=r"x\.json cannot be written: (Not a dir|File exists)"):
+        folder.write(folder.result / "x.json", {})
 
 
 def test_a_damaged_result_is_none(tmp_path):

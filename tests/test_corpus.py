@@ -14,7 +14,6 @@ from locft_easyedit.compare.corpus import (
     corpus_from_folder,
     corpus_from_model,
     model_fingerprint,
-    replacing,
 )
 from locft_easyedit.errors import DataError, ModelError
 
@@ -239,21 +238,6 @@ def test_a_damaged_cache_is_made_anew(tmp_path, content):
     assert file.read_text() == whole
     file.write_bytes(b"\xff")
     assert sample(cache=tmp_path) == first
-
-
-@pytest.mark.parametrize("error", [OSError("stopped"), KeyboardInterrupt("stopped")])
-def test_an_interrupted_write_leaves_nothing_behind(tmp_path, error):
-    target = tmp_path / "file"
-    target.write_text("old")
-    with pytest.raises(type(error), match="stopped"), replacing(target) as temporary:  # noqa: PT012
-        assert temporary.parent == target.parent
-        temporary.write_text("half")
-        raise error
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert target.read_text() == "old"
-    with replacing(target) as temporary:
-        temporary.write_text("new")
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "new")]
 
 
 # The fingerprint

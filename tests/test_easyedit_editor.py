@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import os
 
 import pytest
 import torch
@@ -253,6 +254,21 @@ def test_measurements_before_the_edit_can_be_kept_in_a_file(editor, tmp_path):
     assert [m["post"] for m in again] == [m["post"] for m in first]
     with pytest.raises(LocFTError, match="2 entries for 3 requests"):
         editor.edit_requests(requests, pre_edit=kept[:2], verbose=False)
+
+
+def test_a_file_of_measurements_that_cannot_be_written_is_as_it_was(editor, tmp_path, monkeypatch):
+    path = tmp_path / "pre.json"
+    path.write_text("old")
+    before = weights(editor.model)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        editor.edit_requests(toy_requests(3), pre_file=str(path), verbose=False)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+    assert same(before, weights(editor.model))
 
 
 def test_fluency_without_the_data_of_nltk_warns_and_goes_on(editor, monkeypatch, caplog):

@@ -46,7 +46,7 @@ def main():
     parser.add_argument("--data", default=str(FACTS), help="JSON file with edits")
     parser.add_argument("--n", type=int, default=100, help="edits, all in one mini-batch")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--row-tokens", type=int, default=128)
+    parser.add_argument("--row-tokens", type=int, default=64)
     parser.add_argument("--device")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--ours-only", action="store_true", help="no ablation")
@@ -71,7 +71,9 @@ def one_layer(options, layer):
         for dtype in options.dtype:
             model, tokenizer = models[dtype]
             for name, changes in variants.items():
-                made = stack.enter_context(Ours(model, tokenizer, requests, layer, options, changes))
+                made = stack.enter_context(
+                    Ours(model, tokenizer, requests, layer, options, changes)
+                )
                 steps[f"{name}, {dtype}"] = made.step
         seconds = {name: [] for name in steps}
         losses = {}
@@ -143,7 +145,7 @@ def published(model, tokenizer, requests, layer, options):
     parameter = dict(model.named_parameters())[options.template.format(layer)]
     texts = [f"{r['prompt']} {r['target_new'].lstrip()}" for r in requests]
     n_prompt = [len(ids) for ids in tokenizer([r["prompt"] for r in requests])["input_ids"]]
-    rows = [ids + [tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
+    rows = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
     mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=model.device)

@@ -15,6 +15,7 @@ from ..compare.picture import write_comparison_picture
 from ..compare.plan import Settings
 from ..compare.run import compare
 from ..compare.table import comparison_markdown, comparison_table
+from ..files import output_errors, write_atomically
 from ..hparams import ALG_NAME, LocFTBFHyperParams
 from ..report import show
 from .application import run_application
@@ -104,13 +105,14 @@ def run_compare(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Pa
         output: Where results go.
 
     Raises:
-        LocFTError: Something cannot be used; nothing has run.
+        LocFTError: Something cannot be used, and nothing has run; or a file cannot be written.
     """
     values = {key: value for key, value in command.items() if key != "output"}
     comparison = compare(Settings(hparams, output=output, **values))
     paths = {kind: output / f"comparison.{kind}" for kind in ("json", "md", "png")}
     write_comparison(paths["json"], comparison)
-    paths["md"].write_text(comparison_markdown(comparison), encoding="utf-8")
+    with output_errors(paths["md"]):
+        write_atomically(paths["md"], comparison_markdown(comparison).encode())
     write_comparison_picture(paths["png"], comparison)
     show(comparison_table(comparison))
     for what, path in zip(("figures", "table", "picture"), paths.values(), strict=True):

@@ -58,7 +58,7 @@ class EvaluateConfig:
     original: Optional[str] = None  # noqa: UP045
     metrics: list[str] = field(default_factory=lambda: list(DEFAULT_METRICS))
     batch_size: int = 64
-    row_tokens: int = 128
+    row_tokens: int = 64
     device: Optional[str] = None  # noqa: UP045
     dtype: str = "float32"
     model_parallel: bool = False

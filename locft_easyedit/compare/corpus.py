@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..devices import input_device
 from ..errors import DataError, ModelError, one_message
+from ..files import output_errors, write_atomically
 from ..modes import evaluation_mode
 
 _HASH_LENGTH = 10
@@ -118,6 +118,7 @@ def corpus_from_model(
     Raises:
         DataError: A number is below 1.
         ModelError: There is no token to begin with, or the model samples blank texts only.
+        OutputError: The texts cannot be kept in `cache`.
     """
     _check_counts(
         n_documents=n_documents, tokens_per_document=tokens_per_document, batch_size=batch_size
@@ -133,7 +134,9 @@ def corpus_from_model(
             )
         if file is not None:
             lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-            write_atomically(file, lines.encode())
+            with output_errors(file):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(file, lines.encode())
     description = (
         f"{n_documents} documents of at most {tokens_per_document} tokens sampled from the model"
     )
@@ -169,24 +172,6 @@ def model_fingerprint(model: Any) -> str:
     if not loaded:
         raise ModelError("The model's weights are not loaded (meta device). Load them first.")
     return digest.hexdigest()[:_HASH_LENGTH]
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that is there as a whole or not at all; makes its folder if need be."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary file that takes the place of `path` when the context ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _check_counts(**counts: int) -> None:

@@ -22,9 +22,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..devices import context_length, input_device
-from ..errors import DataError, ModelError, OutputError, one_message
+from ..errors import DataError, ModelError, one_message
+from ..files import output_errors, replacing
 from ..modes import evaluation_mode
-from .corpus import Corpus, model_fingerprint, replacing
+from .corpus import Corpus, model_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -290,8 +291,7 @@ def _write(file: Path, moment: torch.Tensor, n_tokens: int, n_samples: int, modu
         "mom2.mom2": values,
         "sample_size": np.array(n_samples),
     }
-    try:
+    with output_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as temporary, temporary.open("wb") as stream:
             np.savez(stream, **content)  # given a name, it would add .npz
-    except OSError as error:
-        raise OutputError(f"{file} cannot be written: {error}. Choose another folder.") from error

@@ -18,10 +18,12 @@ from ..easyedit.peer import PeerEditor, fields_of, hparams_class
 from ..errors import LocFTError
 from ..evaluate.choices import HowToRun
 from ..evaluate.evaluation import Evaluation
+from ..files import output_errors, replacing
 from ..hparams import ALG_NAME, LocFTBFHyperParams
 from ..weights import write_
 from .job import Job, JobFolder, Progress, model_id
 from .memory import Peak, peak_memory
+from .peer_tables import MODULE_KEYS
 from .peers import PEERS, easyedit_name, name_for_easyedit_, padding_side, peer_hparams
 
 logger = logging.getLogger(__name__)
@@ -40,12 +42,7 @@ _UNTOLD = tuple(
         "mom2_n_samples",
         "P_loc",
         "fp16",
-        "rewrite_module_tmp",
-        "layer_module_tmp",
-        "mlp_module_tmp",
-        "attn_module_tmp",
-        "ln_f_module",
-        "lm_head_module",
+        *MODULE_KEYS,
     )
 )
 
@@ -223,7 +220,11 @@ class Edits:
         return not self.method.needs_subject or bool(subject and subject in request["prompt"])
 
     def _save(self, done: int) -> None:
-        """Saves what was edited so far, whole or not at all."""
+        """Saves what was edited so far, whole or not at all.
+
+        Raises:
+            OutputError: It cannot be saved; an earlier checkpoint is as it was.
+        """
         if self.method.name not in _RESUMABLE:
             return
         changed = self.method.editor.changed
@@ -240,10 +241,10 @@ class Edits:
             "seconds_measuring": self.seconds_measuring,
             "peak": [self.peak.gib, self.peak.of],
         }
-        self.folder.state.mkdir(parents=True, exist_ok=True)
-        temporary = self._checkpoint.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={"state": json.dumps(state)})
-        temporary.replace(self._checkpoint)
+        with output_errors(self._checkpoint):
+            self.folder.state.mkdir(parents=True, exist_ok=True)
+            with replacing(self._checkpoint) as temporary:
+                save_file(tensors, temporary, metadata={"state": json.dumps(state)})
 
     def _resumed_(self) -> int:
         """Puts back what a checkpoint holds; returns how many edits are done."""

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutputError
+from ..files import output_errors, write_atomically
 
 BEFORE = "before editing"
 STATISTICS = "key covariances"
@@ -58,7 +58,7 @@ class Job:
     model_parallel: bool = False
     trust_remote_code: bool = False
     batch_size: int = 64
-    row_tokens: int = 128
+    row_tokens: int = 64
     capability: list[str] = field(default_factory=list)
     capability_limit: int | None = None
     tasks_dir: str | None = None
@@ -108,13 +108,9 @@ class JobFolder:
         Raises:
             OutputError: It cannot be written.
         """
-        temporary = file.with_suffix(".tmp")
-        try:
+        with output_errors(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(value), encoding="utf-8")
-            temporary.replace(file)
-        except OSError as error:
-            raise OutputError(f"{file} cannot be written: {error}. Free some space.") from error
+            write_atomically(file, json.dumps(value).encode())
 
 
 class Progress:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, OutputError
+from ..errors import DataError
+from ..files import output_errors, write_atomically
 from .outcome_fields import (
     COMPARISON_KINDS,
     OUTCOME_KINDS,
@@ -146,11 +147,9 @@ def write_comparison(path: str | Path, comparison: Comparison) -> None:
         OutputError: The file cannot be written.
     """
     text = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    try:
+    with output_errors(path):
         # A lone surrogate in somebody's error message becomes the JSON escape that it came from.
-        Path(path).write_bytes(text.encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error}. Choose another.") from error
+        write_atomically(path, text.encode("utf-8", "backslashreplace"))
 
 
 def read_comparison(path: str | Path) -> Comparison:

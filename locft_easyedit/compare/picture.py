@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import OutputError
+from ..files import output_errors, replacing
 from .escape import one_line
 from .outcome import Comparison, Outcome, accuracies, checked, headline
 
@@ -45,10 +45,8 @@ def write_comparison_picture(path: str | Path, comparison: Comparison) -> None:
         OutputError: The file cannot be written.
     """
     figure = comparison_figure(comparison)
-    try:
-        figure.savefig(path, format="png")
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error}. Choose another.") from error
+    with output_errors(path), replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def comparison_figure(comparison: Comparison) -> Figure:

@@ -14,6 +14,8 @@ from typing import Any, TypeVar, cast
 
 from omegaconf import OmegaConf
 
+from ..files import write_atomically
+
 FOLDER = Path(__file__).parent
 HELD_OUT_SHARE = 1 / 3
 REPHRASES = 2
@@ -114,7 +116,7 @@ def main() -> None:
         ("knowedit", to_knowedit(records)),
     ):
         text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
-        (FOLDER / f"demo_{name}.json").write_text(text, encoding="utf-8")
+        write_atomically(FOLDER / f"demo_{name}.json", text.encode())
 
 
 def _record(

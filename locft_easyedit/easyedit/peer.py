@@ -17,7 +17,7 @@ from ..errors import LocFTError
 from ..hparams import ALG_NAME, LocFTBFHyperParams
 from .cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
 from .loading import EasyEdit
-from .registration import register
+from .registration import register, subclasses
 
 
 class MethodUnavailableError(LocFTError):
@@ -119,7 +119,7 @@ def hparams_class(method: str) -> Any:
         .removesuffix("hyperparams")
         .removesuffix("hparams")
         .replace("_", ""): cls
-        for cls in _all_subclasses(easyedit.HyperParams)
+        for cls in subclasses(easyedit.HyperParams)
     }
     if method not in easyedit.ALG_DICT or wanted not in classes:
         known = ", ".join(sorted(easyedit.ALG_DICT))
@@ -159,8 +159,3 @@ def commit_of(folder: str | Path) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip()
-
-
-def _all_subclasses(cls: type) -> list[type]:
-    subclasses: list[type] = cls.__subclasses__()
-    return subclasses + [s for child in subclasses for s in _all_subclasses(child)]

@@ -51,7 +51,7 @@ def register(home: str | os.PathLike[str] | None = None, *, shield: bool = True)
         )
         _make_batchable(easyedit, done)
         _dispatch_editor(easyedit, editor_class, done)
-        for cls in _subclasses(easyedit.HyperParams):
+        for cls in subclasses(easyedit.HyperParams):
             if "from_hparams" in vars(cls):
                 _dispatch_hparams(cls, done)
         if needs_cuda_as_cpu(easyedit):
@@ -70,6 +70,14 @@ def unregister() -> None:
 def editor_class() -> type | None:
     """Returns the class `LocFTBFEditor`, or `None` while LocFT-BF is not registered."""
     return _editor_class
+
+
+def subclasses(cls: type) -> Iterator[type]:
+    """Yields the classes below a class, at every depth."""
+    children: list[type] = cls.__subclasses__()
+    for child in children:
+        yield child
+        yield from subclasses(child)
 
 
 def _forget_editor_class() -> None:
@@ -140,10 +148,3 @@ def _run_on_cpu(base_editor: type, done: ExitStack) -> None:
     for name in ("__init__", "edit", "edit_requests", "batch_edit", "edit_dataset"):
         if name in vars(base_editor):
             _replace(base_editor, name, on_cpu(vars(base_editor)[name]), done)
-
-
-def _subclasses(cls: type) -> Iterator[type]:
-    subclasses: list[type] = cls.__subclasses__()
-    for subclass in subclasses:
-        yield subclass
-        yield from _subclasses(subclass)

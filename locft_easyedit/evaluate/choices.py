@@ -23,6 +23,7 @@ from ..prefix import FrozenPrefix
 from ..runner import TextRunner
 from ..shortcuts import can_pack
 from ..store import Budget
+from ..stream import FrozenStream
 from ..tail import Tail
 from ..tokens import TokenizedTexts
 
@@ -48,15 +49,17 @@ class HowToRun:
         progress: Show progress bars.
         tail: Lets the end of the model run at scored positions alone.
         budget: Where recorded states may lie.
+        stream: What reads the frozen layers, if they are not resident.
     """
 
     batch_size: int = 64
-    row_tokens: int = 128
+    row_tokens: int = 64
     packed: bool | None = None
     frozen: Cut | None = None
     progress: bool = False
     tail: Tail | None = None
     budget: Budget | None = None
+    stream: FrozenStream | None = None
 
     @classmethod
     def of_session(cls, session: EditSession, *, progress: bool) -> HowToRun:
@@ -71,6 +74,7 @@ class HowToRun:
             progress,
             found.tail,
             session.budget,
+            session.stream,
         )
 
 
@@ -109,7 +113,9 @@ class FirstChoices:
         if how.frozen is not None:
             n_tokens = int(texts.input_offsets[-1])
             prefix = FrozenPrefix(model, how.frozen, n_tokens, how.budget)
-            self._prefix = prefix if prefix.fits() else None
+            self._prefix = prefix if how.stream is not None or prefix.fits() else None
+            if how.stream is not None and len(texts):
+                how.stream.record(prefix, texts, row_tokens=how.row_tokens, packed=self.packed())
 
     @torch.no_grad()
     def take(self, description: str, only: np.ndarray | None = None) -> list[list[int]]:
@@ -154,9 +160,15 @@ class FirstChoices:
                 )
             if runner.prefix is not None:
                 runner.prefix.complete = True
-            for text in sorted(close - self.not_finite):
-                choices[text] = self.alone(text)
+            if self.how.stream is None:  # else the whole model would be read again for each
+                for text in sorted(close - self.not_finite):
+                    choices[text] = self.alone(text)
         return choices
+
+    def close(self) -> None:
+        """Gives back what recorded states took."""
+        if self._prefix is not None and self._prefix.complete:
+            self._prefix.store.close()
 
     def packed(self) -> bool:
         """Returns whether rows are packed; measured on a few texts if `how` leaves it open."""
@@ -167,7 +179,9 @@ class FirstChoices:
 
     def _runner(self, *, everything: bool) -> TextRunner:
         # A frozen prefix is recorded in a pass over all texts, or not at all.
-        usable = self._prefix is not None and (everything or self._prefix.complete)
+        usable = self._prefix is not None and (
+            everything or self._prefix.complete or self._prefix.source is not None
+        )
         return TextRunner(
             self.model,
             self.texts,

@@ -181,20 +181,40 @@ class GreedyDecoder:
             return ids[-1] < 0 or self._complete(open_[j], ids)
 
         # Lists are shared: what grows here grows in `sequences`.
-        decode_(
-            self.model,
-            [sequences[i] for i in open_],
-            pick=self._pick,
-            done=done,
-            batch_size=self.how.batch_size,
-            description=description,
-            progress=self.how.progress and only is None and bool(open_),
-        )
+        if self.how.stream is not None:
+            self._stream_out_([sequences[i] for i in open_], done, description)
+        else:
+            decode_(
+                self.model,
+                [sequences[i] for i in open_],
+                pick=self._pick,
+                done=done,
+                batch_size=self.how.batch_size,
+                description=description,
+                progress=self.how.progress and only is None and bool(open_),
+            )
         answers = [""] * len(self.prompts)
         for i, ids in sequences.items():
             if i not in self.not_finite:
                 answers[i] = self._text(ids[len(self.prompts[i]) :])
         return answers
+
+    def _through_the_stream_(
+        self, sequences: list[list[int]], done: Done, description: str
+    ) -> None:
+        """Appends a token to every open sequence in each pass over frozen layers on disk."""
+        open_ = list(range(len(sequences)))
+        while open_:
+            # What comes last is only predicted: any token holds its place.
+            texts = TokenizedTexts.from_lists(
+                [[*sequences[i], 0] for i in open_], [len(sequences[i]) for i in open_]
+            )
+            choices = FirstChoices(self.model, texts, self.how, alone=lambda i: [])
+            taken = choices.take(description)
+            for k, i in enumerate(open_):
+                sequences[i].append(-1 if k in choices.not_finite else taken[k][0])
+            choices.close()
+            open_ = [i for i in open_ if not done(i, sequences[i])]
 
     def _tokenized_drafts(self, prompts: Sequence[str], drafts: Sequence[str]) -> list[list[int]]:
         """Returns each draft's tokens after its prompt, with an end token: at least one."""

@@ -159,7 +159,7 @@ def score_records(
     records: Sequence[Mapping[str, Any]],
     *,
     batch_size: int = 64,
-    row_tokens: int = 128,
+    row_tokens: int = 64,
     packed: bool | None = None,
     progress: bool = False,
     description: str = "evaluation",

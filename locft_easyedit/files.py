@@ -1,0 +1,84 @@
+"""Writing files so that they are there whole or not at all, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from .errors import OutputError
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary file that takes the place of `path` when the context ends well.
+
+    It does so once its content is on the disk; until then, and after any failure, `path` holds
+    what it held, and no temporary file is left. The folder must exist. What is no regular file (a
+    device, a pipe) cannot be replaced and is itself what is yielded.
+
+    Args:
+        path: The file; where it is a symbolic link, what this leads to is replaced.
+
+    Raises:
+        OSError: The content cannot be made safe or put in place.
+    """
+    target = Path(path)
+    if target.is_symlink():
+        target = target.resolve()
+    if target.exists() and not target.is_file():
+        yield target
+        return
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        # An error here would hide the one that led here.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    # The new content is in place by now, and not every system can do this with a folder.
+    with suppress(OSError):
+        _sync_folder(target.parent)
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Writes a file that holds all of `content` or what it held before; see `replacing`.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def output_errors(path: str | Path) -> Iterator[None]:
+    """Within, an error of the disk is one that tells a user what to do about `path`.
+
+    Raises:
+        OutputError: Something could not be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # The system's reason alone: its full text names the temporary file.
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(
+            f"{path} cannot be written: {reason}. Free some space, or choose another place that "
+            "you may write to."
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,97 @@
+"""Which of a model's weights stay on disk, when it does not fit the device."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import shutil
+import tempfile
+from typing import Any
+
+import torch
+
+from .errors import ModelError
+from .hparams import LocFTBFHyperParams
+from .place import find_layers, first_layer_of, match_parameters
+from .store import free_host_memory
+
+logger = logging.getLogger(__name__)
+
+
+def streaming_map(
+    skeleton: Any | None, hparams: LocFTBFHyperParams, device: torch.device
+) -> dict[str, str] | None:
+    """Returns a device map that leaves the frozen layers on disk; `None` if all is resident.
+
+    Args:
+        skeleton: The model without weights; `None` if it cannot be built.
+        hparams: The hyper-parameters; `stream_frozen` decides, or whether the model fits.
+        device: Where the rest goes.
+
+    Raises:
+        ModelError: `stream_frozen` is asked for and the model cannot be split.
+    """
+    if hparams.stream_frozen is False or (hparams.stream_frozen is None and hparams.model_parallel):
+        return None
+    stack = None if skeleton is None else find_layers(skeleton)
+    first = None
+    if skeleton is not None and stack is not None:
+        names = match_parameters(skeleton, hparams.layers, hparams.templates)
+        first = first_layer_of(names, stack)
+    if hparams.stream_frozen is None:
+        if not first or _fits(skeleton, hparams.torch_dtype, device):
+            return None
+        logger.warning(
+            "The model does not fit the free memory of %s: its %d frozen layers are left on disk "
+            "and read once (`stream_frozen`).",
+            device,
+            first,
+        )
+    if skeleton is None or stack is None or first is None or hparams.model_parallel:
+        raise ModelError(
+            "`stream_frozen=true` needs one device (no `model_parallel`) and a place inside the "
+            "model's list of layers; this model and place do not give that. Leave it out."
+        )
+    tied = skeleton.get_input_embeddings().weight is skeleton.get_output_embeddings().weight
+    on_disk = {f"{stack.path}.{i}" for i in range(first)}
+    if not tied:
+        embedding = skeleton.get_input_embeddings()
+        on_disk |= {name for name, module in skeleton.named_modules() if module is embedding}
+    return _device_map(skeleton, on_disk, str(device))
+
+
+def _device_map(skeleton: Any, on_disk: set[str], device: str) -> dict[str, str]:
+    """Returns an entry for every module or parameter, as few as can be."""
+    places: dict[str, str] = {}
+
+    def visit(module: Any, path: str) -> None:
+        if path in on_disk or (not any(name.startswith(path + ".") for name in on_disk) and path):
+            places[path] = "disk" if path in on_disk else device
+            return
+        for name, _ in (
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ):
+            places[f"{path}.{name}" if path else name] = device
+        for name, child in module.named_children():
+            visit(child, f"{path}.{name}" if path else name)
+
+    visit(skeleton, "")
+    return places
+
+
+def _fits(skeleton: Any, dtype: torch.dtype, device: torch.device) -> bool:
+    """Returns whether the weights take at most nine tenths of the device's free memory."""
+    needed = sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_host_memory()
+    return bool(needed <= 0.9 * free)
+
+
+def room_for_conversions(device_map: dict[str, str] | None) -> dict[str, str]:
+    """Returns where weights go that are saved in another form than the model has them in."""
+    if not device_map:
+        return {}
+    folder = tempfile.mkdtemp(prefix="locft-weights-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return {"offload_folder": folder}

@@ -1,0 +1,266 @@
+"""Frozen layers that are never resident: read from disk, run once over everything, dropped.
+
+A model that does not fit its GPU is loaded with its frozen part left on disk (`models.py`). One
+pass then takes one layer after another through the GPU, the next one being read meanwhile, and
+each runs over the tokens of all texts before it goes: every weight is read once, whatever the
+number of texts. Between two layers the hidden states lie in the stores of the texts' prefixes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from .ahead import ahead
+from .anatomy import tracing
+from .batches import length_sorted_batches
+from .cut import Cut, bypassing, layer_cut
+from .devices import input_device
+from .packing import lay_out
+from .place import LayerList, find_layers
+from .prefix import FrozenPrefix
+from .store import StateStore
+from .tokens import TokenizedTexts
+
+logger = logging.getLogger(__name__)
+
+_TOKENS = 8192  # tokens a forward pass through one layer: large products, small activations
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    prefix: FrozenPrefix
+    texts: TokenizedTexts
+    row_tokens: int
+    packed: bool
+
+
+class FrozenStream:
+    """The frozen part of a model that lies on disk.
+
+    A context manager: within, the hooks with which accelerate would read each module anew in every
+    forward pass are off; what is on disk runs in `run` alone.
+
+    Args:
+        model: A model loaded with its layers below `first_layer` on disk.
+        stack: Its layers.
+        first_layer: The first layer that is resident.
+        progress: Show progress bars.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, stack: LayerList, first_layer: int, *, progress: bool = False
+    ) -> None:
+        self.model = model
+        self.stack = stack
+        self.first_layer = first_layer
+        self.progress = progress
+        self.device = input_device(model)
+        self._hooks: dict[nn.Module, Any] = {}
+        self._jobs: list[_Job] = []
+        self.returns_tuple = False
+        self.n_passes = 0
+
+    def __enter__(self) -> FrozenStream:
+        for module in self._on_disk():
+            for part in module.modules():
+                if hasattr(part, "_hf_hook"):
+                    self._hooks[part] = part._hf_hook
+                    remove_hook_from_module(part)
+        self.returns_tuple = self._form()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for part, hook in self._hooks.items():
+            add_hook_to_module(part, hook)
+        self._hooks = {}
+
+    @contextmanager
+    def shortened(self) -> Iterator[None]:
+        """Within, the model runs without its frozen layers: what is above can be examined."""
+        [embedding, *_] = self._on_disk()
+        shorter = bypassing(self.stack, self.first_layer, self.returns_tuple)
+        with _resident(embedding, self._read(embedding)), shorter:
+            yield
+
+    def _form(self) -> bool:
+        """Returns whether layers return tuples."""
+        [embedding, *_] = self._on_disk()
+        ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        with (
+            _resident(embedding, self._read(embedding)),
+            bypassing(self.stack, self.first_layer, False),
+            tracing(self.stack.layers[self.first_layer]) as trace,
+            suppress(Exception),  # what follows that layer does not matter
+            torch.no_grad(),
+        ):
+            self.model(input_ids=ids, use_cache=False)
+        return trace.returns_tuple
+
+    def _on_disk(self) -> list[nn.Module]:
+        """Returns what is read in turn: the embedding, then the frozen layers."""
+        embedding: Any = self.model.get_input_embeddings()
+        return [embedding, *self.stack.layers[: self.first_layer]]
+
+    def record(
+        self, prefix: FrozenPrefix, texts: TokenizedTexts, *, row_tokens: int, packed: bool
+    ) -> None:
+        """Lets the next pass compute `prefix` for `texts` as well."""
+        self._jobs.append(_Job(prefix, texts, row_tokens, packed))
+        prefix.source = self
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Takes the frozen layers through the device once, for all prefixes that wait for it.
+
+        Raises:
+            MemoryBudgetError: The budgets cannot hold the states.
+            OutputError: The disk is full or cannot be written to.
+        """
+        jobs, self._jobs = [job for job in self._jobs if not job.prefix.complete], []
+        if not jobs:
+            return
+        self.n_passes += 1
+        embedding: Any = self.model.get_input_embeddings()
+        width, dtype = int(embedding.weight.shape[1]), self.model.dtype
+        stages = self._on_disk()
+        states: list[StateStore] = []
+        try:
+            for job in jobs:
+                states.append(job.prefix.layer_store(width, dtype, self.device))
+            n_tokens = sum(job.prefix.n_tokens for job in jobs)
+            total = n_tokens * (len(stages) + 1)
+            with tqdm(
+                total=total,
+                desc=f"frozen prefix, {len(stages) - 1} layers from disk",
+                unit="token",
+                unit_scale=True,
+                disable=not self.progress,
+            ) as bar:
+                arriving = ahead(
+                    self._read,
+                    stages,
+                    self.device,
+                    move=lambda weights: weights.values(),
+                    in_thread=True,
+                )
+                for number, weights in enumerate(arriving):
+                    with _resident(stages[number], weights):
+                        for job, store in zip(jobs, states, strict=True):
+                            self._stage(number - 1, job, store, bar)
+                    del weights
+                for job, store in zip(jobs, states, strict=True):
+                    self._last_stage(job, store, bar)
+        finally:
+            for job, store in zip(jobs, states, strict=False):
+                if not job.prefix.holds(store):
+                    store.close()
+
+    def _read(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """Returns a module's weights, read from the checkpoint to the device."""
+        weights = {}
+        for path, part in module.named_modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                if not parameter.is_meta:
+                    continue
+                value = self._hooks[part].weights_map[name]
+                if self.device.type == "cuda":
+                    value = value.pin_memory()
+                full = f"{path}.{name}" if path else name
+                weights[full] = value.to(self.device, non_blocking=True)
+        return weights
+
+    def _stage(self, layer: int, job: _Job, store: StateStore, bar: Any) -> None:
+        """Runs one layer (-1 is the embedding) over all tokens of a job, in place."""
+        entry = layer_cut(self.stack, layer, self.returns_tuple) if layer >= 0 else None
+        exit_ = layer_cut(self.stack, layer + 1, self.returns_tuple)
+        self._batches(job, entry, store, exit_, store, bar)
+
+    def _last_stage(self, job: _Job, store: StateStore, bar: Any) -> None:
+        """Runs what is frozen of the first trained layer."""
+        prefix = job.prefix
+        if prefix.cut.kind == "layer":
+            prefix.adopt(store)
+            bar.update(prefix.n_tokens)
+            return
+        final = prefix.new_store(prefix.cut.width, store.dtype, self.device)
+        entry = layer_cut(self.stack, self.first_layer, self.returns_tuple)
+        self._batches(job, entry, store, prefix.cut, final, bar)
+        prefix.adopt(final)
+
+    def _batches(
+        self,
+        job: _Job,
+        entry: Cut | None,
+        source: StateStore,
+        exit_: Cut,
+        target: StateStore,
+        bar: Any,
+    ) -> None:
+        texts = job.texts
+        ids = torch.from_numpy(texts.ids)
+        mean = max(1.0, float(texts.input_lengths.mean()))
+        fed: list[torch.Tensor] = []
+        for batch in length_sorted_batches(texts.lengths, max(1, int(_TOKENS / mean))):
+            on_host = lay_out(texts, batch, row_tokens=job.row_tokens, packed=job.packed)
+            rows = on_host.to(self.device)
+            cells = on_host.real.flatten().nonzero().squeeze(1)
+            where = on_host.state_index.flatten()[cells]
+
+            def keep(
+                states: torch.Tensor, cells: torch.Tensor = cells, where: torch.Tensor = where
+            ) -> None:
+                target.put(where, states.flatten(0, 1)[cells.to(states.device)])
+
+            inputs: dict[str, Any] = {
+                "position_ids": rows.position_ids,
+                "attention_mask": rows.attention_mask,
+                "use_cache": False,
+            }
+            if entry is None:
+                with exit_.recording(keep, go_on=False):
+                    self.model(input_ids=ids[on_host.gather_index].to(self.device), **inputs)
+            else:
+                fed[:] = [source.get(on_host.state_index.clamp(min=0))]
+                zeros = job.prefix.zeros(fed[0], self.device)
+                with entry.replaying(lambda: fed[0]), exit_.recording(keep, go_on=False):
+                    self.model(inputs_embeds=zeros, **inputs)
+            bar.update(len(cells))
+
+
+@contextmanager
+def _resident(module: nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Within, `module` has these weights; afterwards none again."""
+    originals: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for full, value in weights.items():
+        path, _, name = full.rpartition(".")
+        part = module.get_submodule(path)
+        originals.append((part, name, part._parameters[name]))  # type: ignore[arg-type]
+        part._parameters[name] = nn.Parameter(value, requires_grad=False)
+    try:
+        yield
+    finally:
+        for part, name, original in originals:
+            part._parameters[name] = original
+
+
+def stream_of(
+    model: PreTrainedModel, first_layer: int | None, *, progress: bool = False
+) -> FrozenStream | None:
+    """Returns the stream of a model whose frozen layers were left on disk; `None` if none was."""
+    stack = find_layers(model)
+    if stack is None or not first_layer:
+        return None
+    frozen = [p for layer in stack.layers[:first_layer] for p in layer.parameters()]
+    if not any(parameter.is_meta for parameter in frozen):
+        return None
+    return FrozenStream(model, stack, first_layer, progress=progress)
