@@ -199,9 +199,7 @@ class GreedyDecoder:
                 answers[i] = self._text(ids[len(self.prompts[i]) :])
         return answers
 
-    def _through_the_stream_(
-        self, sequences: list[list[int]], done: Done, description: str
-    ) -> None:
+    def _stream_out_(self, sequences: list[list[int]], done: Done, description: str) -> None:
         """Appends a token to every open sequence in each pass over frozen layers on disk."""
         open_ = list(range(len(sequences)))
         while open_:
