@@ -213,6 +213,12 @@ class ModelReader:
             trained_matmul=self._matmul(trained),
         )
 
+    def _side_by_side(self, layer: nn.Module) -> bool:
+        """Returns whether attention and MLP read one input, so that none enters the MLP alone."""
+        children = [list(child.parameters()) for child in layer.children()]
+        norms = [ps for ps in children if ps and all(p.dim() == 1 for p in ps)]
+        return len(norms) == 1 or bool(getattr(self.config, "use_parallel_residual", False))
+
     def _matmul(self, parameters: Sequence[torch.Tensor]) -> int:
         """Returns how many weights one token is multiplied with."""
         total = 0.0
@@ -239,8 +245,9 @@ class ModelReader:
             if last is not None and trained <= {id(p) for p in last.parameters()}:
                 width["matrix"] = self.hidden + last.weight.numel() // self.hidden
                 above["matrix"] = last.weight.numel()
-            width["mlp"] = self.hidden
-            above["mlp"] = self._matmul(mlp_parameters)
+            if not self._side_by_side(layer):
+                width["mlp"] = self.hidden
+                above["mlp"] = self._matmul(mlp_parameters)
         width["layer"] = self.hidden
         above["layer"] = self._matmul(list(here.values()))
         return {"cuts": width, "above_cut": above}
