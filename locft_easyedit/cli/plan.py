@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from ..errors import HyperParamsError, PlanError
-from ..hparams import ALG_NAME, LocFTBFHyperParams, read_mapping
+from ..errors import HyperParamsError, PlanError, one_message
+from ..hparams import ALG_NAME, LocFTBFHyperParams, read_mapping, type_problems
 from ..hparams_files import hparams_folder
 from ..plan.given import ASSUMED_DISK, ASSUMED_HOST, ASSUMED_READ, Machine, Workload
 from ..plan.make import Plan, make_plan
@@ -71,8 +71,7 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.write(HELP + ", ".join(sorted(names_of(hparams_folder()))) + "\n")
         return 0
     rest, _, file = take_config_file(list(arguments))
-    _, values = read_mapping(file)
-    config = read_arguments(PlanConfig, rest, command="plan", defaults=_checked(values, file))
+    config = read_arguments(PlanConfig, rest, command="plan", defaults=_values(file))
     plan = plan_of(config)
     show(*tables(plan))
     sys.stdout.write(closing_lines(plan))
@@ -82,9 +81,11 @@ def main(arguments: Sequence[str]) -> int:
         write_json(written, plan.to_dict())
         sys.stdout.write(f"plan: {written}\n")
     if plan.chosen is None:
+        least = plan.candidates[-1]
         raise PlanError(
-            "No settings fit; each has its reason in the table. Give more memory (gpu=, host=, "
-            "disk=), train a later layer, or make fewer edits at a time."
+            "No settings fit; each has its reason in the table. The last, "
+            f"{least.setting.dtype} with micro_batch_size=1: {least.reason}. Give more memory "
+            "(gpu=, host=, disk=), choose a later layer, or make fewer edits at a time."
         )
     return 0
 
@@ -120,20 +121,26 @@ def plan_of(config: PlanConfig) -> Plan:
     if config.epochs is not None:
         changes["epochs"] = config.epochs
     work = Workload.of(hparams, config.n, **changes)
-    return make_plan(
-        hparams, work, machine, streamed=config.stream_frozen, cut=config.prefix_cut
-    )
+    return make_plan(hparams, work, machine, streamed=config.stream_frozen, cut=config.prefix_cut)
 
 
-def _checked(values: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Returns a YAML's values; a file of another method is refused."""
+def _values(file: Path) -> dict[str, Any]:
+    """Returns what a YAML of this method says.
+
+    Raises:
+        HyperParamsError: It does not parse, is another method's, or has unknown or ill-typed keys.
+    """
+    _, values = read_mapping(file)
     alg_name = values.get("alg_name", ALG_NAME)
     if alg_name != ALG_NAME:
         raise HyperParamsError(
             f"`alg_name={alg_name!r}` in {file} is another method. Use a file with "
             f"`alg_name: {ALG_NAME}`."
         )
-    return values
+    problems = type_problems(values)
+    if problems:
+        raise HyperParamsError(one_message(f"{file}:", problems))
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _bytes(key: str, gib: float | None) -> int | None:

@@ -21,7 +21,7 @@ def shipped_models() -> dict[str, dict[str, Any]]:
     Each value has the `names` of the model, its number of `parameters` and the fields of its
     `config` that shapes depend on.
     """
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for path in sorted(_FOLDER.glob("*.json")):
         facts = json.loads(path.read_text(encoding="utf-8"))
         found |= {name.lower(): facts for name in facts["names"]}
@@ -58,6 +58,7 @@ def meta_model(model_name: Any, *, trust_remote_code: bool = False) -> tuple[Any
             f"needed), or name one of: {names}."
         )
     config = AutoConfig.for_model(**facts["config"])
+    config.name_or_path = facts["names"][0]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return model, f"shipped facts of {facts['names'][0]}"

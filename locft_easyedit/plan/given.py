@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..errors import HyperParamsError, one_message
@@ -67,6 +68,13 @@ class Workload:
     def run_tokens(self) -> float:
         """Tokens of an edit that run: its last one is only a label."""
         return self.tokens - 1
+
+    def cells(self, n: int) -> float:
+        """Returns the cells of the rows that `n` edits fill: rows are of one length."""
+        tokens = n * self.run_tokens
+        if tokens <= self.row_tokens:
+            return tokens
+        return math.ceil(tokens / self.row_tokens) * self.row_tokens
 
     @property
     def edit_tokens(self) -> float:

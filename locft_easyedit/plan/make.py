@@ -107,6 +107,11 @@ def make_plan(
             "`frozen_prefix=False` runs every layer in every step; a plan is made for runs with "
             "the frozen prefix. Leave `frozen_prefix` on."
         )
+    if hparams.model_parallel:
+        raise HyperParamsError(
+            "`model_parallel=True` spreads the model over several GPUs; a plan is made for one. "
+            "Give model_parallel=false and, as gpu=, the memory of all of them."
+        )
     model, source = meta_model(hparams.model_name, trust_remote_code=hparams.trust_remote_code)
     reader = ModelReader(model, source, hparams.layers, hparams.templates)
     shapes = reader.shapes()
@@ -147,6 +152,7 @@ def assumptions(plan: Plan) -> list[str]:
         f"An edit has {work.tokens:g} tokens, {work.targets:g} of them targets; the last one runs "
         "nowhere.",
         f"All {work.epochs} epochs are run; training often stops earlier.",
+        "Rows are packed, and all edits are about as long as the mean.",
         "Copies between the host and the GPU take no time beside the rest.",
     ]
     if work.evaluate:

@@ -18,7 +18,7 @@ EDITS_PREFIX = "prefix of the edits"
 PROMPTS_PREFIX = "prefix of the evaluation prompts"
 _PREFIX = ("prefix", "train", "evaluate")
 _ROUNDING = 1 + 1e-9
-_NAMES = {"gpu": "the GPU", "host": "the host", "disk": "the disk"}
+NAMES = {"gpu": "the GPU", "host": "the host", "disk": "the disk"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Candidate:
     @property
     def rank(self) -> tuple[bool, bool, float]:
         """What to sort cuts by: one that fits, needs no disk (or else as little as can be)."""
-        on_disk = self.edits.get("disk", 0.0)
+        on_disk = self.edits.get("disk", 0.0) if self.reason is None else 0.0
         return self.reason is not None, on_disk > 0, on_disk
 
 
@@ -142,7 +142,7 @@ def fit(
     # Without its prefix an evaluation runs all layers, which a streamed model does not have.
     needed = edits + (prompts if setting.streamed else 0)
     if reason is None and needed > sum(budgets.values()) * _ROUNDING:
-        there = ", ".join(f"{bytes_text(n)} on {_NAMES[p]}" for p, n in budgets.items())
+        there = ", ".join(f"{bytes_text(n)} on {NAMES[p]}" for p, n in budgets.items())
         reason = f"the prefix takes {bytes_text(needed)}; its budgets are {there}"
     return Candidate(setting, reason, tuple(parts), budgets, placed, kept)
 
@@ -188,9 +188,5 @@ def _too_small(parts: Sequence[Part], machine: Machine) -> str | None:
         if needed > there * _ROUNDING:
             here = sorted((p for p in parts if p.place == place), key=lambda p: -p.bytes)
             largest = ", ".join(f"{p.name} {bytes_text(p.bytes)}" for p in here[:2])
-            return (
-                f"{_NAMES[place]} needs {bytes_text(needed)} of {bytes_text(there)} ({largest})"
-            )
+            return f"{NAMES[place]} needs {bytes_text(needed)} of {bytes_text(there)} ({largest})"
     return None
-
-

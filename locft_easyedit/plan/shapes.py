@@ -235,7 +235,7 @@ class ModelReader:
         layer = self.layers[self.first]
         here = {id(p): p for p in layer.parameters()}
         trained = {id(p) for p in self.selected.values()} & set(here)
-        attention, mlp = parts_of(layer)
+        _, mlp = parts_of(layer)
         mlp_parameters = [p for module in mlp for p in module.parameters()]
         width: dict[str, int] = {}
         above: dict[str, int] = {}
@@ -255,7 +255,8 @@ class ModelReader:
 
 def parts_of(layer: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """Returns a layer's attention modules and its MLP: children that hold matrices."""
-    attention, mlp = [], []
+    attention: list[nn.Module] = []
+    mlp: list[nn.Module] = []
     for name, child in layer.named_children():
         if any(p.dim() >= 2 for p in child.parameters()):
             (attention if "attn" in name or "attention" in name else mlp).append(child)

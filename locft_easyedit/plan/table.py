@@ -6,6 +6,7 @@ from rich.table import Table
 
 from .make import Plan, assumptions
 from .memory import PHASES, PLACES
+from .settings import NAMES
 from .sizes import bytes_text, flop_text, seconds_text
 from .work import step_flop
 
@@ -43,7 +44,7 @@ def candidates_table(plan: Plan) -> Table:
         setting = one.setting
         verdict = f"no: {one.reason}"
         if one.reason is None:
-            where = ", ".join(f"{place} {bytes_text(n)}" for place, n in one.edits.items())
+            where = ", ".join(f"{NAMES[place]} {bytes_text(n)}" for place, n in one.edits.items())
             verdict = f"{'CHOSEN' if one is plan.chosen else 'yes'}: prefix on {where}"
         table.add_row(
             setting.dtype,
@@ -123,4 +124,6 @@ def closing_lines(plan: Plan) -> str:
 
 
 def _yaml(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
