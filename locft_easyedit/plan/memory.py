@@ -83,6 +83,10 @@ def standing_parts(
     size, device = setting.itemsize, machine.device
     kept = shapes.upper if setting.streamed else shapes.parameters
     parts = [Part("weights", device, kept * size)]
+    stored = DTYPES[shapes.stored_dtype].itemsize
+    if stored != size and not setting.streamed:
+        name = "checkpoint, mapped while it is converted"
+        parts.append(Part(name, "host", kept * stored, ("load",)))
     parts.append(Part("requests and tokens", "host", work.n * _BYTES_A_REQUEST))
     if machine.gpu is None:
         return [Part("Python and libraries", "host", _PROCESS), *parts]
