@@ -31,7 +31,8 @@ def streaming_map(
     Raises:
         ModelError: `stream_frozen` is asked for and the model cannot be split.
     """
-    if hparams.stream_frozen is False or (hparams.stream_frozen is None and hparams.model_parallel):
+    elsewhere = hparams.model_parallel or hparams.quantize_frozen is not None
+    if hparams.stream_frozen is False or (hparams.stream_frozen is None and elsewhere):
         return None
     stack = None if skeleton is None else find_layers(skeleton)
     first = None
@@ -39,7 +40,7 @@ def streaming_map(
         names = match_parameters(skeleton, hparams.layers, hparams.templates)
         first = first_layer_of(names, stack)
     if hparams.stream_frozen is None:
-        if not first or _fits(skeleton, hparams.torch_dtype, device):
+        if not first or _fits(skeleton, hparams.dtype_on(device), device):
             return None
         logger.warning(
             "The model does not fit the free memory of %s: its %d frozen layers are left on disk "

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from .batches import in_batches
 from .cut import Cut
-from .devices import input_device
+from .devices import input_device, row_length
 from .packing import Rows, lay_out
 from .statefile import StateFile
 from .store import Budget, StateStore
@@ -165,6 +165,7 @@ class FrozenPrefix:
             MemoryBudgetError: The budgets cannot hold the states.
             OutputError: The disk is full or cannot be written to.
         """
+        row_tokens = row_length(self.model, row_tokens)
 
         def run(batch: np.ndarray) -> None:
             on_host = lay_out(texts, batch, row_tokens=row_tokens, packed=packed)

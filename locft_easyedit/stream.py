@@ -24,7 +24,7 @@ from .ahead import ahead
 from .anatomy import tracing
 from .batches import length_sorted_batches
 from .cut import Cut, bypassing, layer_cut
-from .devices import input_device
+from .devices import input_device, row_length
 from .packing import lay_out
 from .place import LayerList, find_layers
 from .prefix import FrozenPrefix
@@ -206,12 +206,12 @@ class FrozenStream:
         target: StateStore,
         bar: Any,
     ) -> None:
-        texts = job.texts
+        texts, row_tokens = job.texts, row_length(self.model, job.row_tokens)
         ids = torch.from_numpy(texts.ids)
         mean = max(1.0, float(texts.input_lengths.mean()))
         fed: list[torch.Tensor] = []
         for batch in length_sorted_batches(texts.lengths, max(1, int(_TOKENS / mean))):
-            on_host = lay_out(texts, batch, row_tokens=job.row_tokens, packed=job.packed)
+            on_host = lay_out(texts, batch, row_tokens=row_tokens, packed=job.packed)
             rows = on_host.to(self.device)
             cells = on_host.real.flatten().nonzero().squeeze(1)
             where = on_host.state_index.flatten()[cells]

@@ -116,14 +116,14 @@ def test_cross_entropy_works_in_chunks():
     plan = plan_for()
     work = replace(plan.work, targets=10.0)
     small, large = (
-        cross_entropy(plan.shapes, Setting("float32", False, "matrix", n), work, "gpu")
+        cross_entropy(plan.shapes, Setting("float32", False, "matrix", n), work)
         for n in (10, 10_000)
     )
     hidden = 2 * 10 * 4096 * 4
-    assert small == 10 * 10 * 128256 * 8 + 10 * hidden
-    assert large == 2**26 * 8 + 10_000 * hidden
-    on_cpu = cross_entropy(plan.shapes, Setting("bfloat16", False, "matrix", 10_000), work, "host")
-    assert on_cpu == 2**22 * 10 + 10_000 * hidden / 2
+    assert small == 10 * 10 * 128256 * 4 + 10 * hidden
+    assert large == 2**25 * 4 + 10_000 * hidden
+    half = cross_entropy(plan.shapes, Setting("bfloat16", False, "matrix", 10_000), work)
+    assert half == 2**25 * 6 + 10_000 * hidden / 2
 
 
 @pytest.mark.parametrize("place", ["mlp", "layer"])

@@ -58,11 +58,6 @@ class PlanConfig(LocFTBFHyperParams):
     epochs: Optional[int] = None  # noqa: UP045
     evaluate: bool = True
     output: Optional[str] = None  # noqa: UP045
-    stream_frozen: Optional[bool] = None  # noqa: UP045
-    prefix_cut: Optional[str] = None  # noqa: UP045
-    prefix_gpu_gib: Optional[float] = None  # noqa: UP045
-    prefix_host_gib: Optional[float] = None  # noqa: UP045
-    prefix_disk_gib: Optional[float] = None  # noqa: UP045
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -45,7 +45,7 @@ class Workload:
     batch_size: int = 100
     micro_batch_size: int | None = None
     eval_batch_size: int = 64
-    row_tokens: int = 128
+    row_tokens: int = 64
     evaluate: bool = True
 
     def __post_init__(self) -> None:

@@ -132,7 +132,8 @@ def make_plan(
 
     if shapes.first_layer == 0:
         streamed = False
-    dtype = str(hparams.torch_dtype).removeprefix("torch.")
+    device = "cpu" if machine.gpu is None else "cuda"
+    dtype = str(hparams.dtype_on(device)).removeprefix("torch.")
     found = candidates(shapes, activations, work, machine, Wanted(dtype, streamed, cut))
     chosen = next((one for one in found if one.reason is None), None)
     done = phases(shapes, chosen, work, machine) if chosen else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..cross_entropy import LOGITS_AT_ONCE
 from ..hparams import DTYPES
 from .activations import LayerActivations
 from .given import Machine, Workload
@@ -23,8 +24,6 @@ _PROCESS = int(0.4 * GIB)
 _PROCESS_WITH_CUDA = 2 * GIB
 # A request with its strings, and its tokens.
 _BYTES_A_REQUEST = 4096
-# Cross-entropy works on at most this many float32 logits at a time.
-_LOGITS_AT_ONCE = {"host": 2**22, "gpu": 2**26}
 # On a CPU the C library keeps freed blocks for later, and not all of them fit again: after a few
 # steps it holds this much more than the activations at work (0.64 to 0.66 measured with glibc).
 _HELD_FREE = 0.65
@@ -120,7 +119,7 @@ def working_parts(
     parts = [
         *_trained_parts(sum(shapes.trained.values()), size, device),
         Part("activations", device, activations, ("train",)),
-        Part("cross-entropy", device, cross_entropy(shapes, setting, work, device), ("train",)),
+        Part("cross-entropy", device, cross_entropy(shapes, setting, work), ("train",)),
         Part("activations without gradients", device, passed * widest, ("prefix", "evaluate")),
     ]
     if device == "host":
@@ -174,9 +173,9 @@ def training_activations(
     return tokens * (first + above + at_work)
 
 
-def cross_entropy(shapes: ModelShapes, setting: Setting, work: Workload, device: str) -> float:
-    """Returns the bytes of logits at work (and their probabilities), and of their gradients."""
+def cross_entropy(shapes: ModelShapes, setting: Setting, work: Workload) -> float:
+    """Returns the bytes of logits at work, in float32 and as multiplied, and of gradients."""
     scored = setting.micro_batch_size * work.targets
-    chunk = min(scored * shapes.vocab, _LOGITS_AT_ONCE[device])
+    chunk = min(scored * shapes.vocab, LOGITS_AT_ONCE)
     cast = setting.itemsize if setting.itemsize < 4 else 0
-    return chunk * (8 + cast) + 2 * scored * shapes.hidden * setting.itemsize
+    return chunk * (4 + cast) + 2 * scored * shapes.hidden * setting.itemsize
