@@ -59,7 +59,8 @@ def phases(
     if work.evaluate:
         below, upper = prefix_flop(shapes, work, "layer"), evaluation_flop(shapes, work)
         if candidate.prompts_kept:
-            rows.append((PROMPTS_PREFIX, prompts * below, streamed, prompts_disk * turns))
+            # Layers that are streamed come by once, for edits and prompts alike.
+            rows.append((PROMPTS_PREFIX, prompts * below, 0.0, prompts_disk * turns))
         else:
             upper += below
         rows.append(("evaluation before and after", 2 * prompts * upper, 0.0, 2 * prompts_disk))
