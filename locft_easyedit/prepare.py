@@ -74,6 +74,13 @@ def prepare_runner(
                     packed=shortcuts.packed,
                     progress=progress,
                 )
+        where = prefix.store.where() if prefix.complete else "computed with the next pass"
+        logger.info(
+            "The frozen prefix ends at the first trained %s: %d tokens, %s.",
+            chosen.kind,
+            prefix.n_tokens,
+            where,
+        )
     return TextRunner(
         model,
         texts,

@@ -7,7 +7,6 @@ gathered into pinned buffers, from which the GPU takes them without waiting.
 
 from __future__ import annotations
 
-import logging
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -18,8 +17,6 @@ import torch
 
 from .errors import MemoryBudgetError
 from .statefile import StateFile
-
-logger = logging.getLogger(__name__)
 
 # What a tier takes of the memory that is free when its budget is left open.
 _GPU_SHARE = 0.25
@@ -123,7 +120,6 @@ class StateStore:
         if n_disk and file is None:
             self.file = StateFile.temporary(n_disk, width, dtype, budget.folder)
         self._file_start = 0 if file is not None else n_gpu + n_host
-        logger.info("Hidden states of %d tokens: %s.", n_tokens, self.where())
 
     def where(self) -> str:
         """Returns what lies where, for people."""
