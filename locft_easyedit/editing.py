@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .compiling import compiled
 from .devices import context_length
 from .errors import ModelError
 from .hparams import LocFTBFHyperParams
@@ -195,6 +196,9 @@ class EditSession:
                         "the warning). Set `stream_frozen: false`, on a device that holds it whole."
                     )
                 self.stream = stream
+                if h.compile and self.place.stack is not None:
+                    first = self.place.first_layer or 0
+                    self._cleanup.enter_context(compiled(self.place.stack, first))
                 self._runner = prepare_runner(
                     self.model,
                     self._texts,

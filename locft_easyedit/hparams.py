@@ -93,6 +93,8 @@ class LocFTBFHyperParams:
         stream_frozen: Leave the frozen layers on disk and read them once, one after another, when
             the prefix is computed; `None` does so where the model does not fit the device.
         quantize_frozen: Load what is not trained in `8bit` or `4bit` (bitsandbytes).
+        compile: Let torch.compile fuse the norms and MLPs that every step runs. It takes minutes
+            before the first step, and pays where a step is bound by launching kernels.
         packing: Put several edits into one row instead of padding each.
         trust_remote_code: Allow a model folder to bring Python code of its own.
         evaluation_type: EasyEdit's: `None` (teacher-forced), `LLM-judge` or `generate-text`.
@@ -128,6 +130,7 @@ class LocFTBFHyperParams:
     prefix_dir: Optional[str] = None  # noqa: UP045
     stream_frozen: Optional[bool] = None  # noqa: UP045
     quantize_frozen: Optional[str] = None  # noqa: UP045
+    compile: bool = False
     packing: bool = True
     trust_remote_code: bool = False
     evaluation_type: Optional[str] = None  # noqa: UP045
