@@ -38,6 +38,8 @@ def streaming_map(
     if skeleton is not None and stack is not None:
         names = match_parameters(skeleton, hparams.layers, hparams.templates)
         first = first_layer_of(names, stack)
+    if first == 0:
+        return None  # no layer is frozen
     if hparams.stream_frozen is None:
         if not first or _fits(skeleton, hparams.torch_dtype, device):
             return None
