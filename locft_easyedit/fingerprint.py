@@ -78,7 +78,8 @@ def _content(
     weights = weights_of(model.get_submodule(owner))
     info = weights.dataset.index[weights.prefix + own_name]
     path = info.get("safetensors_file")
-    if path is None:  # written anew while the model was loaded
+    made_anew = path is None or os.path.dirname(path) == str(weights.dataset.save_folder)
+    if made_anew:  # while the model was loaded: its saved form is another one
         return checksum(weights[own_name])
     status = os.stat(path)
     return [os.path.basename(path), status.st_size, status.st_mtime_ns]
@@ -87,10 +88,11 @@ def _content(
 def checksum(tensor: torch.Tensor) -> int:
     """Returns a number that changes with any bit of `tensor`, computed where it lies."""
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    aligned = len(flat) % 4 == 0 and flat.storage_offset() % 4 == 0
-    unit = torch.int32 if aligned else torch.uint8
+    if flat.storage_offset() % 4:
+        flat = flat.clone()  # a view of other numbers begins at a multiple of their size
+    unit = torch.int32 if len(flat) % 4 == 0 else torch.uint8
     numbers = flat.view(unit)
-    factors = torch.arange(1, _CHUNK + 1, device=tensor.device)
+    factors = torch.arange(1, min(_CHUNK, len(numbers)) + 1, device=tensor.device)
     total = 0
     for start in range(0, len(numbers), _CHUNK):
         part = numbers[start : start + _CHUNK].long()

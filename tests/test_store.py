@@ -222,10 +222,10 @@ def _resident_bytes():
 
 
 def test_where_tells_what_lies_where(tmp_path):
-    n = 3 * 2**27 // (W * 4)
-    budget = Budget(host_gib=0.25, disk_gib=1.0, folder=str(tmp_path))
+    n = 3 * 2**26 // (W * 4)
+    budget = Budget(host_gib=0.0625, disk_gib=1.0, folder=str(tmp_path))
     store = StateStore(n, W, torch.float32, CPU, budget)
-    assert store.where() == "0.25 GiB host memory, 0.12 GiB disk"
+    assert store.where() == "0.06 GiB host memory, 0.13 GiB disk"
     store.close()
 
 
