@@ -97,3 +97,8 @@ def room_for_conversions(device_map: dict[str, str] | None) -> dict[str, str]:
     folder = tempfile.mkdtemp(prefix="locft-weights-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return {"offload_folder": folder}
+
+
+def left_on_disk(model: Any) -> bool:
+    """Returns whether some of a model's weights were left on disk."""
+    return any(parameter.is_meta for parameter in model.parameters())
