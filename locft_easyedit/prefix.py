@@ -107,7 +107,7 @@ class FrozenPrefix:
             logger.info("The prefix in %s is not used: %s. It is computed.", path, why_not)
             return False
         device = input_device(self.model)
-        store = StateStore(self.n_tokens, file.width, file.dtype, device, self.budget, file)
+        store = StateStore(self.n_tokens, file.width, file.dtype, device, self.budget, file=file)
         store.fill_from_file_()
         self._store, self.complete = store, True
         logger.info("The prefix of an earlier run is used: %s.", path)
@@ -120,16 +120,8 @@ class FrozenPrefix:
             MemoryBudgetError: The budgets cannot hold it.
             OutputError: The disk is full or cannot be written to.
         """
-        file = None
-        if self._kept is not None:
-            file = StateFile.create(self._kept[0], self.n_tokens, width, dtype)
-        return StateStore(self.n_tokens, width, dtype, device, self.budget, file)
-
-    def layer_store(self, width: int, dtype: torch.dtype, device: torch.device) -> StateStore:
-        """Returns a store for the states between two layers, the final one if they end there."""
-        if self.cut.kind == "layer":
-            return self.new_store(width, dtype, device)
-        return StateStore(self.n_tokens, width, dtype, device, self.budget)
+        path = None if self._kept is None else self._kept[0]
+        return StateStore(self.n_tokens, width, dtype, device, self.budget, path=path)
 
     def holds(self, store: StateStore) -> bool:
         """Returns whether `store` is what the states are replayed from."""
@@ -178,15 +170,20 @@ class FrozenPrefix:
                     use_cache=False,
                 )
 
-        in_batches(
-            texts.lengths,
-            batch_size,
-            run,
-            description="frozen prefix",
-            unit="edit",
-            progress=progress,
-        )
-        self.adopt(self.store)
+        try:
+            in_batches(
+                texts.lengths,
+                batch_size,
+                run,
+                description="frozen prefix",
+                unit="edit",
+                progress=progress,
+            )
+            self.adopt(self.store)
+        except BaseException:
+            if self._store is not None:
+                self._store.close()
+            raise
 
     @contextmanager
     def keeping(self, rows: Rows, *, go_on: bool = True) -> Iterator[None]:

@@ -59,7 +59,10 @@ def prepare_runner(
         file = None
         if kept is not None:
             folder, trained = kept
-            fingerprint = prefix_fingerprint(model, chosen, trained, texts, shortcuts.packed)
+            weights_of = None if stream is None else stream.weights_of
+            fingerprint = prefix_fingerprint(
+                model, chosen, trained, texts, shortcuts.packed, weights_of
+            )
             file = Path(folder) / f"prefix-{fingerprint[:16]}.safetensors", fingerprint
         prefix = FrozenPrefix(model, chosen, int(texts.input_offsets[-1]), budget, file)
         if not prefix.reuse(progress=progress):
