@@ -105,8 +105,7 @@ class Cut:
             def hook(handle: Any) -> None:
                 stack.callback(handle.remove)
 
-            # First of all: what narrows the last layer's input comes after it.
-            hook(self.layer.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+            hook(self.layer.register_forward_pre_hook(enter, with_kwargs=True))
             if self.kind != "layer":
                 for side in self.sides:
                     hook(side.register_forward_hook(add))
