@@ -20,8 +20,8 @@ from toys import REPOSITORY, toy_hparams, toy_model, toy_requests, toy_tokenizer
 from locft_easyedit.editing import edit_model
 from locft_easyedit.models import load_model
 
-LIMIT = 250 * 2**20  # bytes beyond what the interpreter and its libraries take
-FROZEN = 8
+LIMIT = 400 * 2**20  # bytes beyond what the interpreter and its libraries take
+FROZEN = 10
 SCRIPT = """
     import json, resource, sys
     import torch
@@ -37,7 +37,7 @@ SCRIPT = """
     folder, stream, limit, out = sys.argv[1:]
     torch.set_num_threads(1)
     h = toy_hparams(
-        model_name=folder, device="cpu", layers=[8], num_steps=2, stream_frozen=stream == "stream"
+        model_name=folder, device="cpu", layers=[10], num_steps=2, stream_frozen=stream == "stream"
     )
     data, resident = taken("VmData"), taken("VmRSS")
     model, tokenizer = load_model(h)
@@ -55,7 +55,7 @@ SCRIPT = """
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """The folder of a model of 8 layers of 49 MiB below the one that is trained."""
+    """The folder of a model of 10 layers of 49 MiB below the one that is trained."""
     folder = tmp_path_factory.mktemp("large")
     model = toy_model(
         "llama",
@@ -67,7 +67,7 @@ def large(tmp_path_factory):
         initializer_range=0.02,
     )
     frozen = [p for layer in model.model.layers[:FROZEN] for p in layer.parameters()]
-    assert sum(p.numel() for p in frozen) * 4 > 1.5 * LIMIT
+    assert sum(p.numel() for p in frozen) * 4 > 1.2 * LIMIT
     model.save_pretrained(folder, max_shard_size="30MB")
     toy_tokenizer().save_pretrained(folder)
     assert len(list(folder.glob("*.safetensors"))) > 10
