@@ -107,7 +107,9 @@ class TextRunner:
     @property
     def narrowed(self) -> bool:
         """Whether the last layer gives hidden states at the scored positions alone."""
-        return self._above_attention or self.tail is not None
+        # A pass that is recorded keeps all positions, those inside the last layer as well.
+        recorded = self.prefix is not None and not self.replays
+        return self._above_attention or (self.tail is not None and not recorded)
 
     @contextmanager
     def ready(self) -> Iterator[TextRunner]:
@@ -117,7 +119,7 @@ class TextRunner:
         with ExitStack() as stack:
             if self.prefix is not None and self.replays:
                 stack.enter_context(self.prefix.replaying())
-            if self.tail is not None and not self._above_attention:
+            if self.tail is not None and self.narrowed and not self._above_attention:
                 stack.enter_context(self.tail.narrowed(self._scored))
             yield self
 

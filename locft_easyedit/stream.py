@@ -222,8 +222,9 @@ class FrozenStream:
                 if not parameter.is_meta:
                     continue
                 value = self._hooks[part].weights_map[name]
-                if self.device.type == "cuda":
-                    value = value.pin_memory()
+                # A copy, and not the map of a whole file that each weight comes in: it is read
+                # here, in the thread, and the file is let go.
+                value = value.pin_memory() if self.device.type == "cuda" else value.clone()
                 full = f"{path}.{name}" if path else name
                 weights[full] = value.to(self.device, non_blocking=True)
         return weights

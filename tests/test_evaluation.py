@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from toys import TOY_KINDS, toy_hparams, toy_model, toy_requests, toy_tokenizer
+from toys import DOWN_PROJECTION, TOY_KINDS, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
 from locft_easyedit.batches import in_batches
 from locft_easyedit.cut import layer_cut
@@ -128,6 +128,23 @@ def test_an_edit_session_shares_its_layers():
         finish_(pre, post)
         assert 0 <= post["locality"]["neighborhood_acc"][0] <= 1
         assert post["generated"]["locality"] in (0.0, 1.0)
+
+
+@pytest.mark.parametrize("template", ["model.layers.{}.", DOWN_PROJECTION["llama"]])
+def test_an_edit_of_the_last_layer_is_measured(template):
+    """The pass that records its prefix keeps all positions; later ones run at few of them."""
+    model, tokenizer, records = toy_model(), toy_tokenizer(), records_with_lists(6)
+    h = toy_hparams(layers=[3], rewrite_module_tmp=template)
+    with EditSession(model, tokenizer, records, h, progress=False) as session:
+        assert session.shortcuts.tail is not None
+        how = HowToRun.of_session(session, progress=False)
+        evaluation = Evaluation(model, tokenizer, records, how)
+        assert as_json(evaluation.measure()) == as_json(
+            Evaluation(model, tokenizer, records).measure()
+        )
+        session.train_()
+        after = evaluation.measure()
+    assert as_json(after) == as_json(Evaluation(model, tokenizer, records).measure())
 
 
 # Perplexity
