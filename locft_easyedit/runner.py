@@ -107,7 +107,13 @@ class TextRunner:
     @property
     def narrowed(self) -> bool:
         """Whether the last layer gives hidden states at the scored positions alone."""
-        return self._above_attention or self.tail is not None
+        return self._above_attention or self._tail_narrows
+
+    @property
+    def _tail_narrows(self) -> bool:
+        # States within the last layer are recorded at all positions.
+        within_last = self.prefix is not None and self.prefix.cut.above_attention
+        return self.tail is not None and not within_last
 
     @contextmanager
     def ready(self) -> Iterator[TextRunner]:
@@ -117,7 +123,7 @@ class TextRunner:
         with ExitStack() as stack:
             if self.prefix is not None and self.replays:
                 stack.enter_context(self.prefix.replaying())
-            if self.tail is not None and not self._above_attention:
+            if self.tail is not None and self._tail_narrows:
                 stack.enter_context(self.tail.narrowed(self._scored))
             yield self
 
