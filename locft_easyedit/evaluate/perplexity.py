@@ -24,7 +24,7 @@ from ..runner import TextRunner
 from ..shortcuts import can_pack
 from ..tokens import TokenizedTexts
 from .choices import HowToRun
-from .questions import Metrics, Question, questions_of
+from .questions import Metrics, Question, Questions
 
 PERPLEXITIES = ("ppl", "ood_ppl")
 _LONGEST = 1024  # EasyEdit cuts texts there
@@ -71,7 +71,7 @@ class Perplexity:
         self.how = how
         self.metric = metric
         self.n_records = len(records)
-        self.questions = [q for q in questions_of(records) if q.part in ("rewrite", "rephrase")]
+        self.questions = list(Questions(records, ("rewrite", "rephrase")))
 
     @torch.no_grad()
     def measure(self, description: str, only: Sequence[int] | None = None) -> list[Metrics]:
