@@ -12,6 +12,7 @@ USAGE = """LocFT-BF for EasyEdit: edit facts by localized, breadth-first fine-tu
 
 Usage:
   locft edit --config-name NAME data=FILE ...   edit a model, measure before and after
+  locft plan --config-name NAME n=N gpu=80GiB   what an edit will take, before a model is loaded
   locft compare --config-name NAME data=FILE    several editing methods side by side
   locft evaluate MODEL data=FILE ...            measure any model, edited by whatever method
   locft capability MODEL ...                    what else the model can do (lm-evaluation-harness)
@@ -24,6 +25,7 @@ Usage:
 # Imported when asked for: each needs seconds.
 _APPLICATIONS = {
     "edit": ".cli.edit",
+    "plan": ".cli.plan",
     "compare": ".cli.compare",
     "evaluate": ".cli.evaluate",
     "capability": ".cli.capability",

@@ -65,8 +65,8 @@ class Trace:
     def way_out(self, call: Call) -> list[nn.Module] | None:
         """Returns what the output of `call` passes on its way to the end of the layer.
 
-        Modules that hand it on unchanged (dropout in evaluation mode) are left out. `None` if
-        something else than that way runs after `call`.
+        Modules that hand it on unchanged are left out. `None` if something else than that way runs
+        after `call`.
         """
         current, passed, inside = call.result, [], None
         for later in self.calls[call.ended :]:
@@ -117,12 +117,18 @@ def tracing(layer: nn.Module) -> Iterator[Trace]:
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         trace.returns_tuple = isinstance(output, tuple)
 
+    def hand_on(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return output if module.training else args[0]
+
     handles = [
         layer.register_forward_pre_hook(enter, with_kwargs=True),
         layer.register_forward_hook(leave),
     ]
     for name, module in layer.named_modules():
-        if name:
+        if isinstance(module, nn.Dropout):
+            # Off, it hands its input on, but not always as the same tensor.
+            handles.append(module.register_forward_hook(hand_on))
+        elif name:
             handles.append(module.register_forward_pre_hook(begin(name), with_kwargs=True))
             handles.append(module.register_forward_hook(end))
     try:

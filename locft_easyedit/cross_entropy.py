@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-_LOGITS = 2**25  # at a time: 128 MiB in float32
+LOGITS_AT_ONCE = 2**25  # 128 MiB in float32
 _VOCABULARY_CPU = 4096  # a CPU multiplies fastest with so much of the head that a cache holds it
 
 
@@ -109,7 +109,7 @@ class _TokenLosses(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, head: Head) -> torch.Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        n_chunks = min(len(hidden), math.ceil(len(hidden) * len(head.weight) / _LOGITS))
+        n_chunks = min(len(hidden), math.ceil(len(hidden) * len(head.weight) / LOGITS_AT_ONCE))
         edges = np.linspace(0, len(hidden), n_chunks + 1).astype(int).tolist()
         for part in itertools.starmap(slice, itertools.pairwise(edges)):
             slope = None if gradient is None else gradient[part]

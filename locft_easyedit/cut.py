@@ -45,6 +45,7 @@ class Cut:
         after: What the block's output passes before it is added to the residual.
         returns_tuple: Whether the layer returns a tuple.
         width: Numbers a token, W; 0 if nobody has looked.
+        narrows: Whether the model takes fewer positions from its last layer than it gave it.
     """
 
     stack: LayerList
@@ -56,11 +57,13 @@ class Cut:
     after: tuple[nn.Module, ...] = ()
     returns_tuple: bool = False
     width: int = 0
+    narrows: bool = True
 
     @property
     def above_attention(self) -> bool:
-        """Whether no position sees another one above the cut."""
-        return self.kind != "layer" and self.first_layer == len(self.stack.layers) - 1
+        """Whether no position sees another one above the cut, and the scored ones alone can run."""
+        last = self.first_layer == len(self.stack.layers) - 1
+        return self.narrows and self.kind != "layer" and last
 
     @property
     def layer(self) -> nn.Module:

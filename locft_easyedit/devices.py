@@ -21,6 +21,16 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return device
 
 
+def row_length(model: PreTrainedModel, row_tokens: int) -> int:
+    """Returns how long packed rows should be for the model's attention.
+
+    FlashAttention takes sequences of different lengths without a mask, and transformers tells them
+    apart in a single row only; every other kernel pays for the square of a row.
+    """
+    implementation = getattr(model.config, "_attn_implementation", None) or ""
+    return 2**31 if str(implementation).startswith("flash_attention") else row_tokens
+
+
 def context_length(model: PreTrainedModel) -> int | None:
     """Returns the model's context in tokens, if its configuration names one."""
     config = getattr(model, "config", None)

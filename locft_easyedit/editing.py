@@ -13,15 +13,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .compiling import compiled
 from .devices import context_length
 from .errors import ModelError
 from .hparams import LocFTBFHyperParams
 from .loop import breadth_first_
 from .modes import evaluation_mode
 from .place import Place, select_place
+from .prepare import prepare_runner
 from .requests import EditSet, distinct_edits
 from .runner import TextRunner
-from .shortcuts import Shortcuts, choose_runner, find_shortcuts
+from .shortcuts import Shortcuts, find_shortcuts
 from .store import Budget
 from .stream import FrozenStream, stream_of
 from .tokens import TokenizedTexts, tokenize_edits
@@ -194,7 +196,10 @@ class EditSession:
                         "the warning). Set `stream_frozen: false`, on a device that holds it whole."
                     )
                 self.stream = stream
-                self._runner = choose_runner(
+                if h.compile and self.place.stack is not None:
+                    first = self.place.first_layer or 0
+                    self._cleanup.enter_context(compiled(self.place.stack, first))
+                self._runner = prepare_runner(
                     self.model,
                     self._texts,
                     self.shortcuts,

@@ -41,6 +41,10 @@ class OutputError(LocFTError):
     """A result cannot be written."""
 
 
+class PlanError(LocFTError):
+    """No settings fit the memory that there is."""
+
+
 class EasyEditNotFoundError(LocFTError, ImportError):
     """EasyEdit is not installed and `EASYEDIT_HOME` does not lead to it."""
 

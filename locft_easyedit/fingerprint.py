@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,12 @@ _CHUNK = 2**22  # numbers summed at a time
 
 
 def prefix_fingerprint(
-    model: Any, cut: Cut, trained: Iterable[str], texts: TokenizedTexts, packed: bool
+    model: Any,
+    cut: Cut,
+    trained: Iterable[str],
+    texts: TokenizedTexts,
+    packed: bool,
+    weights_of: Callable[[nn.Module], Any] | None = None,
 ) -> str:
     """Returns a hash of everything that recorded hidden states depend on.
 
@@ -33,6 +38,7 @@ def prefix_fingerprint(
         trained: Names of the trained parameters, on which they do not depend.
         texts: What is run.
         packed: Whether rows are packed: it moves states by rounding.
+        weights_of: Gives accelerate's map of a module's weights on disk, if some were left there.
     """
     skipped = tuple(
         f"{cut.stack.path}.{i}." for i in range(cut.first_layer + 1, len(cut.stack.layers))
@@ -55,19 +61,25 @@ def prefix_fingerprint(
     left_out = set(trained)
     for name, parameter in model.named_parameters():
         if name not in left_out and not name.startswith(skipped):
-            described = [name, list(parameter.shape), _content(model, name, parameter)]
+            described = [name, list(parameter.shape), _content(model, name, parameter, weights_of)]
             digest.update(json.dumps(described).encode())
     return digest.hexdigest()
 
 
-def _content(model: nn.Module, name: str, parameter: torch.Tensor) -> Any:
-    if not parameter.is_meta:
+def _content(
+    model: nn.Module,
+    name: str,
+    parameter: torch.Tensor,
+    weights_of: Callable[[nn.Module], Any] | None,
+) -> Any:
+    if weights_of is None or not parameter.is_meta:
         return checksum(parameter)
     owner, _, own_name = name.rpartition(".")
-    weights: Any = model.get_submodule(owner)._hf_hook.weights_map  # type: ignore[union-attr]
+    weights = weights_of(model.get_submodule(owner))
     info = weights.dataset.index[weights.prefix + own_name]
     path = info.get("safetensors_file")
-    if path is None:  # written anew while the model was loaded
+    made_anew = path is None or os.path.dirname(path) == str(weights.dataset.save_folder)
+    if made_anew:  # while the model was loaded: its saved form is another one
         return checksum(weights[own_name])
     status = os.stat(path)
     return [os.path.basename(path), status.st_size, status.st_mtime_ns]
@@ -76,9 +88,11 @@ def _content(model: nn.Module, name: str, parameter: torch.Tensor) -> Any:
 def checksum(tensor: torch.Tensor) -> int:
     """Returns a number that changes with any bit of `tensor`, computed where it lies."""
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if flat.storage_offset() % 4:
+        flat = flat.clone()  # a view of other numbers begins at a multiple of their size
     unit = torch.int32 if len(flat) % 4 == 0 else torch.uint8
     numbers = flat.view(unit)
-    factors = torch.arange(1, _CHUNK + 1, device=tensor.device)
+    factors = torch.arange(1, min(_CHUNK, len(numbers)) + 1, device=tensor.device)
     total = 0
     for start in range(0, len(numbers), _CHUNK):
         part = numbers[start : start + _CHUNK].long()

@@ -22,6 +22,7 @@ ALG_NAME = "LocFT-BF"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ON_CONFLICT = ("train", "error", "last")
 CUTS = ("matrix", "mlp", "layer")
+QUANTIZED = ("8bit", "4bit")
 EVALUATION_TYPES = ("LLM-judge", "generate-text")
 
 REQUIRED_IN_FILE = ("alg_name", "model_name", "layers", "rewrite_module_tmp", "lr")
@@ -68,7 +69,8 @@ class LocFTBFHyperParams:
         model_parallel: Spread the model over the visible GPUs (`device_map="auto"`).
         fp16: EasyEdit's older way to say `dtype: float16`.
         dtype: Precision of weights and computation: float32, bfloat16 or float16. The trained
-            matrices have float32 masters in every case. `None` is float32, or float16 with fp16.
+            matrices have float32 masters in every case. `None` is bfloat16 on a GPU and float32 on
+            a CPU, or float16 with fp16.
         seed: Seed of the shuffling.
         append_eos: Train an end-of-sequence token after each target.
         batch_loss_threshold: A mini-batch whose loss is below this makes no update.
@@ -90,6 +92,9 @@ class LocFTBFHyperParams:
             model and edits uses them again; `None` is a temporary file, if one is needed.
         stream_frozen: Leave the frozen layers on disk and read them once, one after another, when
             the prefix is computed; `None` does so where the model does not fit the device.
+        quantize_frozen: Load what is not trained in `8bit` or `4bit` (bitsandbytes).
+        compile: Let torch.compile fuse the norms and MLPs that every step runs. It takes minutes
+            before the first step, and pays where a step is bound by launching kernels.
         packing: Put several edits into one row instead of padding each.
         trust_remote_code: Allow a model folder to bring Python code of its own.
         evaluation_type: EasyEdit's: `None` (teacher-forced), `LLM-judge` or `generate-text`.
@@ -124,6 +129,8 @@ class LocFTBFHyperParams:
     prefix_disk_gib: Optional[float] = None  # noqa: UP045
     prefix_dir: Optional[str] = None  # noqa: UP045
     stream_frozen: Optional[bool] = None  # noqa: UP045
+    quantize_frozen: Optional[str] = None  # noqa: UP045
+    compile: bool = False
     packing: bool = True
     trust_remote_code: bool = False
     evaluation_type: Optional[str] = None  # noqa: UP045
@@ -146,10 +153,16 @@ class LocFTBFHyperParams:
         for name, value in typed.items():
             setattr(self, name, value)
 
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The precision that `dtype` and `fp16` ask for."""
-        return DTYPES[self.dtype or ("float16" if self.fp16 else "float32")]
+    def dtype_on(self, device: torch.device | str) -> torch.dtype:
+        """Returns the precision of weights and computation on a device.
+
+        Args:
+            device: Where the model is. A GPU computes several times faster in bfloat16, and the
+                trained matrices have float32 masters there; a CPU takes float32.
+        """
+        if self.dtype or self.fp16:
+            return DTYPES[self.dtype or "float16"]
+        return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
     @property
     def templates(self) -> list[str]:
@@ -323,6 +336,16 @@ def _broken_rules(values: Mapping[str, Any]) -> list[str]:
             "fp16",
             lambda v: not v or values.get("dtype") in (None, "float16"),
             f"contradicts `dtype={values.get('dtype')!r}`; keep one of them",
+        ),
+        (
+            "quantize_frozen",
+            lambda v: v in (None, *QUANTIZED),
+            f"must be null or one of {', '.join(QUANTIZED)}",
+        ),
+        (
+            "quantize_frozen",
+            lambda v: not (v and values.get("stream_frozen")),
+            "does not go with `stream_frozen`; keep one of them",
         ),
         ("on_conflict", lambda v: v in ON_CONFLICT, f"must be one of {', '.join(ON_CONFLICT)}"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 from collections.abc import Iterator
@@ -11,9 +12,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import is_flash_attn_2_available
 
-from .errors import HyperParamsError, LocFTError, ModelError
+from .errors import HyperParamsError, LocFTError, MissingDependencyError, ModelError
 from .hparams import DTYPES, LocFTBFHyperParams
 from .offload import room_for_conversions, streaming_map
 from .place import match_parameters
@@ -76,10 +84,12 @@ def load_model(hparams: LocFTBFHyperParams) -> tuple[Any, PreTrainedTokenizerBas
     model, tokenizer = load_causal_lm(
         name,
         device=hparams.device,
-        dtype=hparams.torch_dtype,
+        dtype=hparams.dtype_on(device),
         model_parallel=hparams.model_parallel,
         trust_remote_code=hparams.trust_remote_code,
         device_map=streaming_map(skeleton, hparams, device),
+        quantization=_quantization(skeleton, hparams, device),
+        attention=_attention(skeleton, device, hparams.dtype_on(device)),
     )
     return model, tokenizer
 
@@ -92,6 +102,8 @@ def load_causal_lm(
     model_parallel: bool = False,
     trust_remote_code: bool = False,
     device_map: dict[str, str] | None = None,
+    quantization: Any | None = None,
+    attention: str | None = None,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Returns a causal language model, in evaluation mode on its device, and its tokenizer.
 
@@ -105,6 +117,8 @@ def load_causal_lm(
         model_parallel: Spread the model over the visible GPUs.
         trust_remote_code: Allow the folder's own code.
         device_map: Where each module goes, `disk` included.
+        quantization: A quantization configuration of transformers.
+        attention: transformers' `attn_implementation`; `None` is its own choice.
 
     Raises:
         HyperParamsError: `device` or `dtype` cannot be used.
@@ -123,12 +137,23 @@ def load_causal_lm(
             dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
             device_map="auto" if model_parallel else device_map,
             trust_remote_code=trust_remote_code,
+            attn_implementation=attention,
             **room_for_conversions(device_map),
+            **({"quantization_config": quantization} if quantization is not None else {}),
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return _placed(model, model_parallel, where).eval(), tokenizer
+
+
+def _attention(skeleton: Any | None, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Returns the attention to load a model with; `None` is transformers' own choice."""
+    supported = getattr(type(skeleton), "_supports_flash_attn", False)
+    if device.type != "cuda" or dtype == torch.float32 or not supported:
+        return None
+    # Packed rows of short texts without a mask.
+    return "flash_attention_2" if is_flash_attn_2_available() else None
 
 
 def check_model_name(name: str) -> str:
@@ -174,6 +199,44 @@ def _one_model_error(name: str) -> Iterator[None]:
         raise ModelError(
             f"`model_name={name!r}` cannot be loaded as a causal language model: {reason}"
         ) from error
+
+
+def _quantization(
+    skeleton: Any | None, hparams: LocFTBFHyperParams, device: torch.device
+) -> Any | None:
+    """Returns how to load what is not trained in few bits; the trained matrices stay whole.
+
+    Raises:
+        MissingDependencyError: bitsandbytes is not installed.
+        HyperParamsError: The device cannot do it.
+    """
+    if hparams.quantize_frozen is None:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingDependencyError(
+            f"`quantize_frozen={hparams.quantize_frozen!r}` needs the package bitsandbytes. "
+            "Install it: pip install bitsandbytes."
+        )
+    if hparams.quantize_frozen == "4bit" and device.type == "cpu":
+        # Measured: its forward pass runs, its backward pass gives gradients of something else.
+        raise HyperParamsError(
+            "`quantize_frozen='4bit'` cannot be trained through on a CPU: bitsandbytes has no "
+            "derivative of it there. Use 8bit, or a GPU."
+        )
+    if skeleton is None:
+        raise ModelError("`quantize_frozen` needs a model that transformers can build by itself.")
+    trained = match_parameters(skeleton, hparams.layers, hparams.templates)
+    head = skeleton.get_output_embeddings()
+    whole = {name.rpartition(".")[0] for name in trained}
+    whole |= {name for name, module in skeleton.named_modules() if module is head}
+    in_4_bit = hparams.quantize_frozen == "4bit"
+    return BitsAndBytesConfig(
+        load_in_4bit=in_4_bit,
+        load_in_8bit=not in_4_bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=hparams.dtype_on(device),
+        llm_int8_skip_modules=sorted(whole),
+    )
 
 
 def _placed(model: Any, model_parallel: bool, device: torch.device) -> Any:

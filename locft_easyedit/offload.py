@@ -31,15 +31,18 @@ def streaming_map(
     Raises:
         ModelError: `stream_frozen` is asked for and the model cannot be split.
     """
-    if hparams.stream_frozen is False or (hparams.stream_frozen is None and hparams.model_parallel):
+    elsewhere = hparams.model_parallel or hparams.quantize_frozen is not None
+    if hparams.stream_frozen is False or (hparams.stream_frozen is None and elsewhere):
         return None
     stack = None if skeleton is None else find_layers(skeleton)
     first = None
     if skeleton is not None and stack is not None:
         names = match_parameters(skeleton, hparams.layers, hparams.templates)
         first = first_layer_of(names, stack)
+    if first == 0:
+        return None  # no layer is frozen
     if hparams.stream_frozen is None:
-        if not first or _fits(skeleton, hparams.torch_dtype, device):
+        if not first or _fits(skeleton, hparams.dtype_on(device), device):
             return None
         logger.warning(
             "The model does not fit the free memory of %s: its %d frozen layers are left on disk "
@@ -95,3 +98,8 @@ def room_for_conversions(device_map: dict[str, str] | None) -> dict[str, str]:
     folder = tempfile.mkdtemp(prefix="locft-weights-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return {"offload_folder": folder}
+
+
+def left_on_disk(model: Any) -> bool:
+    """Returns whether some of a model's weights were left on disk."""
+    return any(parameter.is_meta for parameter in model.parameters())

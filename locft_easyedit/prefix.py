@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from .batches import in_batches
 from .cut import Cut
-from .devices import input_device
+from .devices import input_device, row_length
 from .packing import Rows, lay_out
 from .statefile import StateFile
 from .store import Budget, StateStore
@@ -107,7 +107,7 @@ class FrozenPrefix:
             logger.info("The prefix in %s is not used: %s. It is computed.", path, why_not)
             return False
         device = input_device(self.model)
-        store = StateStore(self.n_tokens, file.width, file.dtype, device, self.budget, file)
+        store = StateStore(self.n_tokens, file.width, file.dtype, device, self.budget, file=file)
         store.fill_from_file_()
         self._store, self.complete = store, True
         logger.info("The prefix of an earlier run is used: %s.", path)
@@ -120,16 +120,8 @@ class FrozenPrefix:
             MemoryBudgetError: The budgets cannot hold it.
             OutputError: The disk is full or cannot be written to.
         """
-        file = None
-        if self._kept is not None:
-            file = StateFile.create(self._kept[0], self.n_tokens, width, dtype)
-        return StateStore(self.n_tokens, width, dtype, device, self.budget, file)
-
-    def layer_store(self, width: int, dtype: torch.dtype, device: torch.device) -> StateStore:
-        """Returns a store for the states between two layers, the final one if they end there."""
-        if self.cut.kind == "layer":
-            return self.new_store(width, dtype, device)
-        return StateStore(self.n_tokens, width, dtype, device, self.budget)
+        path = None if self._kept is None else self._kept[0]
+        return StateStore(self.n_tokens, width, dtype, device, self.budget, path=path)
 
     def holds(self, store: StateStore) -> bool:
         """Returns whether `store` is what the states are replayed from."""
@@ -165,6 +157,7 @@ class FrozenPrefix:
             MemoryBudgetError: The budgets cannot hold the states.
             OutputError: The disk is full or cannot be written to.
         """
+        row_tokens = row_length(self.model, row_tokens)
 
         def run(batch: np.ndarray) -> None:
             on_host = lay_out(texts, batch, row_tokens=row_tokens, packed=packed)
@@ -177,15 +170,20 @@ class FrozenPrefix:
                     use_cache=False,
                 )
 
-        in_batches(
-            texts.lengths,
-            batch_size,
-            run,
-            description="frozen prefix",
-            unit="edit",
-            progress=progress,
-        )
-        self.adopt(self.store)
+        try:
+            in_batches(
+                texts.lengths,
+                batch_size,
+                run,
+                description="frozen prefix",
+                unit="edit",
+                progress=progress,
+            )
+            self.adopt(self.store)
+        except BaseException:
+            if self._store is not None:
+                self._store.close()
+            raise
 
     @contextmanager
     def keeping(self, rows: Rows, *, go_on: bool = True) -> Iterator[None]:

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from .cross_entropy import Head
-from .devices import input_device
+from .devices import input_device, row_length
 from .forward import mean_by_owner, run_rows, run_to_head
 from .packing import Rows, lay_out
 from .prefix import FrozenPrefix
@@ -78,7 +78,7 @@ class TextRunner:
     ) -> None:
         self.model = model
         self.texts = texts
-        self.row_tokens = row_tokens
+        self.row_tokens = row_length(model, row_tokens)
         self.packed = packed
         self.prefix = prefix
         self.first_position = first_position

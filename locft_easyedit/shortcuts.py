@@ -8,10 +8,9 @@ training, a few edits are run with and without each; what changes the logits is 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,13 +21,11 @@ from transformers import PreTrainedModel
 from .cross_entropy import Head
 from .cut import Cut, find_cuts, layer_cut
 from .devices import input_device
-from .fingerprint import prefix_fingerprint
 from .forward import mean_by_owner
 from .place import Place
 from .prefix import FrozenPrefix
 from .runner import TextRunner
 from .store import Budget
-from .stream import FrozenStream
 from .tail import Tail, find_tail
 from .tokens import TokenizedTexts
 
@@ -171,19 +168,25 @@ class Probes:
         candidates, why_not = [layer_cut(place.stack, place.first_layer)], ""
         with _no_refusal():
             candidates = find_cuts(place, self._run_one)
-        right = []
+        right: list[Cut] = []
         for cut in candidates:
-            try:
-                prefix = self._recorded(cut, packed)
-                error = self._error(self._runner(packed=packed, prefix=prefix))
-                if error <= self.tolerance:
-                    right.append(replace(cut, width=prefix.store.width))
-                else:
-                    why_not = f"replaying it changes the logits (relative error {error:.1e})"
-            except _REFUSALS as failure:
-                # An edit is still possible without it, and the warning says what happened.
-                why_not = f"its layers cannot be split ({type(failure).__name__}: {failure})"
+            found, why_not = self._checked(cut, packed)
+            if found is None and cut.above_attention:  # some models fix the number of positions
+                found, why_not = self._checked(replace(cut, narrows=False), packed)
+            right += [found] if found is not None else []
         return tuple(right), why_not
+
+    def _checked(self, cut: Cut, packed: bool) -> tuple[Cut | None, str]:
+        """Returns the cut with its width, or why it does not leave the logits as they are."""
+        try:
+            prefix = self._recorded(cut, packed)
+            error = self._error(self._runner(packed=packed, prefix=prefix))
+        except _REFUSALS as failure:
+            # An edit is still possible without it, and the warning says what happened.
+            return None, f"its layers cannot be split ({type(failure).__name__}: {failure})"
+        if error > self.tolerance:
+            return None, f"replaying it changes the logits (relative error {error:.1e})"
+        return replace(cut, width=prefix.store.width), ""
 
     def _recorded(self, cut: Cut, packed: bool) -> FrozenPrefix:
         prefix = FrozenPrefix(self.model, cut, int(self.texts.input_offsets[-1]), Budget())
@@ -225,9 +228,10 @@ class Probes:
 
     def _rounding(self) -> float:
         """Returns the relative error that counts as rounding."""
-        if self.reference[0].dtype == torch.float32:
+        quantized = getattr(self.model, "is_quantized", False)
+        if self.reference[0].dtype == torch.float32 and not quantized:
             return _TOLERANCE
-        # Rounding adds up with depth in the half precisions: ordinary padding shows how much.
+        # Rounding adds up with depth in low precision: ordinary padding shows how much.
         padded = self._error(self._runner(packed=False))
         return min(max(_HALF_TOLERANCE, 3 * padded), _MOST_TOLERATED)
 
@@ -277,91 +281,3 @@ def _no_refusal() -> Iterator[None]:
         yield
     except _REFUSALS as failure:
         logger.debug("A shortcut cannot be used: %s: %s", type(failure).__name__, failure)
-
-
-def choose_runner(
-    model: PreTrainedModel,
-    texts: TokenizedTexts,
-    shortcuts: Shortcuts,
-    *,
-    row_tokens: int,
-    batch_size: int,
-    budget: Budget,
-    cut: str | None = None,
-    kept: tuple[str, Iterable[str]] | None = None,
-    stream: FrozenStream | None = None,
-    progress: bool = False,
-) -> TextRunner:
-    """Returns the fastest runner that gives the model's own logits, with its prefix recorded.
-
-    Args:
-        model: The model, in evaluation mode.
-        texts: All edits as tokens.
-        shortcuts: What leaves its logits as they are.
-        row_tokens: Length of packed rows.
-        batch_size: Sequences a forward pass while the prefix is recorded.
-        budget: Where the recorded states may lie.
-        cut: The kind of cut to use, if this model has it; `None` chooses by the budget.
-        kept: A folder where the prefix stays for a later run, and the names of what is trained.
-        stream: What records the prefix, at the next pass, if the frozen layers are on disk.
-        progress: Show a progress bar.
-
-    Raises:
-        MemoryBudgetError: The budgets cannot hold the states.
-        OutputError: The disk is full or cannot be written to.
-    """
-    prefix = None
-    if shortcuts.cuts:
-        chosen = _affordable(model, texts, shortcuts.cuts, budget, cut)
-        file = None
-        if kept is not None:
-            folder, trained = kept
-            fingerprint = prefix_fingerprint(model, chosen, trained, texts, shortcuts.packed)
-            file = Path(folder) / f"prefix-{fingerprint[:16]}.safetensors", fingerprint
-        prefix = FrozenPrefix(model, chosen, int(texts.input_offsets[-1]), budget, file)
-        if not prefix.reuse(progress=progress):
-            if stream is not None:
-                stream.record(prefix, texts, row_tokens=row_tokens, packed=shortcuts.packed)
-            else:
-                prefix.record(
-                    texts,
-                    torch.from_numpy(texts.ids).to(input_device(model)),
-                    batch_size=batch_size,
-                    row_tokens=row_tokens,
-                    packed=shortcuts.packed,
-                    progress=progress,
-                )
-    return TextRunner(
-        model,
-        texts,
-        row_tokens=row_tokens,
-        packed=shortcuts.packed,
-        prefix=prefix,
-        tail=shortcuts.tail,
-        head=shortcuts.head,
-    )
-
-
-def _affordable(
-    model: PreTrainedModel,
-    texts: TokenizedTexts,
-    cuts: tuple[Cut, ...],
-    budget: Budget,
-    kind: str | None,
-) -> Cut:
-    """Returns the cut that leaves least to run and needs no disk, or else the narrowest.
-
-    Reading states from a disk in every epoch costs more than the little that a wider cut saves.
-    """
-    wanted = [cut for cut in cuts if cut.kind == kind]
-    if kind is not None and not wanted:
-        kinds = ", ".join(cut.kind for cut in cuts)
-        logger.warning("`prefix_cut=%s` does not suit this model and place: %s do.", kind, kinds)
-    if wanted:
-        return wanted[0]
-    n_tokens, dtype = int(texts.input_offsets[-1]), model.dtype
-    for cut in cuts:
-        gpu, host, _ = budget.rows(cut.width * dtype.itemsize, input_device(model))
-        if n_tokens <= gpu + host:
-            return cut
-    return min(cuts, key=lambda cut: cut.width)

@@ -12,10 +12,10 @@ import os
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from tqdm import tqdm
@@ -35,16 +35,16 @@ class StateFile:
     """
 
     def __init__(
-        self, path: Path, n_tokens: int, width: int, dtype: torch.dtype, *, temporary: bool
+        self, file: BinaryIO, path: Path, n_tokens: int, width: int, dtype: torch.dtype
     ) -> None:
         self.path = path
         self.n_tokens = n_tokens
         self.width = width
         self.dtype = dtype
-        self._temporary = temporary
+        self._whole = False
         self._row_bytes = width * dtype.itemsize
         self._header = _header(n_tokens, width, dtype)
-        self._file = open(path, "r+b")  # noqa: SIM115 - open as long as the store is
+        self._file = file
 
     @classmethod
     def create(cls, path: Path, n_tokens: int, width: int, dtype: torch.dtype) -> StateFile:
@@ -79,19 +79,21 @@ class StateFile:
     ) -> StateFile:
         header = _header(n_tokens, width, dtype)
         size = len(header) + n_tokens * width * dtype.itemsize
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _seal_path(path).unlink(missing_ok=True)
-            with open(path, "wb") as file:
+        with ExitStack() as undo:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _seal_path(path).unlink(missing_ok=True)
+                file = undo.enter_context(open(path, "w+b"))
+                undo.callback(path.unlink, missing_ok=True)
+                if temporary and os.name == "posix":
+                    path.unlink()  # no name: nothing stays, whatever ends this process
                 file.write(header)
+                file.flush()
                 _reserve(file.fileno(), size)
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            raise _disk_error(path, error) from error
-        made = cls(path, n_tokens, width, dtype, temporary=temporary)
-        if temporary and os.name == "posix":
-            path.unlink()  # no name: nothing stays behind, whatever ends this process
-        return made
+            except OSError as error:
+                raise _disk_error(path, error) from error
+            undo.pop_all()
+        return cls(file, path, n_tokens, width, dtype)
 
     @classmethod
     def open_whole(
@@ -112,17 +114,20 @@ class StateFile:
             sums = [int(value) for value in seal["crc32"]]
             if seal["format"] != _FORMAT or seal["fingerprint"] != fingerprint:
                 return None, "it was made from another model, text or setting"
-            with open(path, "rb") as file:
-                header = _header(n_tokens, width, dtype)
+            header = _header(n_tokens, width, dtype)
+            size = len(header) + n_tokens * width * dtype.itemsize
+            with ExitStack() as undo:
+                file = undo.enter_context(open(path, "r+b"))
                 if file.read(len(header)) != header:
                     return None, "its header is another one"
-        except (OSError, ValueError, KeyError, TypeError) as error:
+                found = cls(file, path, n_tokens, width, dtype)
+                if path.stat().st_size != size or found._checksums(progress) != sums:
+                    return None, "it is damaged: its size or its checksums differ"
+                undo.pop_all()
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             return None, f"it cannot be read ({type(error).__name__}: {error})"
-        whole = cls(path, n_tokens, width, dtype, temporary=False)
-        if whole._checksums(progress) != sums:
-            whole.close()
-            return None, "it is damaged: its checksums differ"
-        return whole, ""
+        found._whole = True
+        return found, ""
 
     def seal(self, fingerprint: str, *, progress: bool = False) -> None:
         """Declares the file whole: from now on it can be opened again.
@@ -148,6 +153,7 @@ class StateFile:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, target)
+        self._whole = True
 
     def put(self, where: torch.Tensor, states: torch.Tensor) -> None:
         """Writes states, [K, W] on the host, of the tokens `where`, [K].
@@ -155,6 +161,13 @@ class StateFile:
         Raises:
             OutputError: The disk is full or cannot be written to.
         """
+        if states.dtype != self.dtype or states.shape != (len(where), self.width):
+            raise ValueError(  # its bytes would land in other tokens' rows
+                f"States {list(states.shape)} of {states.dtype} are no rows of {self.width} "
+                f"{self.dtype} for {len(where)} tokens."
+            )
+        if not len(where):
+            return
         data = states.contiguous().view(torch.uint8).numpy()
         with _telling_disk_errors(self.path):
             for first, last, offset in self._runs(where):
@@ -193,9 +206,10 @@ class StateFile:
             yield first, last, len(self._header) + int(numbers[first]) * self._row_bytes
 
     def close(self) -> None:
-        """Closes the file; a temporary one is removed."""
+        """Closes the file; one that was not sealed is of no use to anybody and is removed."""
+        open_ = not self._file.closed
         self._file.close()
-        if self._temporary:
+        if open_ and not self._whole:
             self.path.unlink(missing_ok=True)
 
     def _checksums(self, progress: bool) -> list[int]:

@@ -7,7 +7,6 @@ from which the GPU takes them without waiting.
 
 from __future__ import annotations
 
-import logging
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -18,8 +17,6 @@ import torch
 
 from .errors import MemoryBudgetError
 from .statefile import StateFile
-
-logger = logging.getLogger(__name__)
 
 # What a tier takes of the memory that is free when its budget is left open.
 _GPU_SHARE = 0.25
@@ -87,11 +84,12 @@ class StateStore:
         dtype: Their precision.
         device: Where they are used.
         budget: What each tier may take.
-        file: The file of a store that is kept, which then holds all states; the other tiers are
-            copies. `None` puts what the other tiers cannot hold into a temporary file.
+        path: Where to make the file of a store that is kept, which then holds all states; the
+            other tiers are copies. `None` puts what those cannot hold into a temporary file.
+        file: Such a file that is there already: it takes no more of the disk.
 
     Raises:
-        MemoryBudgetError: The budgets cannot hold the states.
+        MemoryBudgetError: The budgets cannot hold the states; nothing was written.
         OutputError: The disk is full or cannot be written to.
     """
 
@@ -102,28 +100,35 @@ class StateStore:
         dtype: torch.dtype,
         device: torch.device,
         budget: Budget,
+        *,
+        path: Path | None = None,
         file: StateFile | None = None,
     ) -> None:
         self.device = device
         self.dtype = dtype
+        self.width = width
         row_bytes = width * dtype.itemsize
         gpu, host, disk = budget.rows(row_bytes, device)
         n_gpu = min(n_tokens, gpu)
         n_host = min(n_tokens - n_gpu, host)
-        n_disk = n_tokens if file is not None else n_tokens - n_gpu - n_host
-        if n_disk > disk:
+        kept = path is not None or file is not None
+        n_disk = n_tokens if kept else n_tokens - n_gpu - n_host
+        if n_disk > disk and file is None:
             raise MemoryBudgetError(_too_small(n_tokens, row_bytes, (gpu, host, disk)))
+        self._ends = (n_gpu, n_gpu + n_host, n_tokens)
+        self._file_start = 0 if kept else n_gpu + n_host
+        self.file = file
+        if path is not None:
+            self.file = StateFile.create(path, n_tokens, width, dtype)
+        elif n_disk and file is None:
+            self.file = StateFile.temporary(n_disk, width, dtype, budget.folder)
+        self._gpu = torch.empty(n_gpu, width, dtype=dtype, device=device) if n_gpu else None
+        # Written to at once: memory that is only promised still counts as free, and the next
+        # store would take its share of it as well.
+        self._host = torch.empty(n_host, width, dtype=dtype).zero_() if n_host else None
         self._budget = budget
         self._taken = [n * row_bytes for n in (n_gpu, n_host, n_disk)]
         budget.taken = [a + b for a, b in zip(budget.taken, self._taken, strict=True)]
-        self._ends = (n_gpu, n_gpu + n_host, n_tokens)
-        self._gpu = torch.empty(n_gpu, width, dtype=dtype, device=device) if n_gpu else None
-        self._host = torch.empty(n_host, width, dtype=dtype) if n_host else None
-        self.file = file
-        if n_disk and file is None:
-            self.file = StateFile.temporary(n_disk, width, dtype, budget.folder)
-        self._file_start = 0 if file is not None else n_gpu + n_host
-        logger.info("Hidden states of %d tokens: %s.", n_tokens, self.where())
 
     def where(self) -> str:
         """Returns what lies where, for people."""
@@ -131,15 +136,6 @@ class StateStore:
         parts = [("GPU", n_gpu), ("host memory", host_end - n_gpu), ("disk", end - host_end)]
         row_bytes = self.width * self.dtype.itemsize
         return ", ".join(f"{n * row_bytes / 2**30:.2f} GiB {name}" for name, n in parts if n)
-
-    @property
-    def width(self) -> int:
-        """Numbers a token."""
-        holders = [part for part in (self._gpu, self._host) if part is not None]
-        if holders:
-            return int(holders[0].shape[1])
-        assert self.file is not None
-        return self.file.width
 
     def put(self, where: torch.Tensor, states: torch.Tensor) -> None:
         """Writes states.
@@ -190,7 +186,7 @@ class StateStore:
             if not bool(on_gpu.all()):
                 cells = (~on_gpu).nonzero().squeeze(1).to(self.device, non_blocking=True)
                 found[cells] = self._to_device(self._from_host(flat[~on_gpu], host_end))
-        return found.view(*where.shape, -1)
+        return found.view(*where.shape, self.width)
 
     def _from_host(self, where: torch.Tensor, host_end: int) -> torch.Tensor:
         """Returns rows of the host's memory and the file, [K, W], pinned for a GPU."""

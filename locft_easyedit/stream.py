@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import nn
@@ -24,7 +25,7 @@ from .ahead import ahead
 from .anatomy import tracing
 from .batches import length_sorted_batches
 from .cut import Cut, bypassing, layer_cut
-from .devices import input_device
+from .devices import input_device, row_length
 from .packing import lay_out
 from .place import LayerList, find_layers
 from .prefix import FrozenPrefix
@@ -42,6 +43,7 @@ class _Job:
     texts: TokenizedTexts
     row_tokens: int
     packed: bool
+    first_position: np.ndarray | None
 
 
 class FrozenStream:
@@ -65,19 +67,32 @@ class FrozenStream:
         self.first_layer = first_layer
         self.progress = progress
         self.device = input_device(model)
-        self._hooks: dict[nn.Module, Any] = {}
-        self._jobs: list[_Job] = []
+        embedding: Any = model.get_input_embeddings()
+        self.width, self.dtype = int(embedding.weight.shape[1]), model.dtype
         self.returns_tuple = False
         self.n_passes = 0
+        self._hooks: dict[nn.Module, Any] = {}
+        self._jobs: list[_Job] = []
 
     def __enter__(self) -> FrozenStream:
-        for module in self._on_disk():
-            for part in module.modules():
-                if hasattr(part, "_hf_hook"):
-                    self._hooks[part] = part._hf_hook
-                    remove_hook_from_module(part)
-        self.returns_tuple = self._form()
+        try:
+            for module in self._on_disk():
+                for part in module.modules():
+                    if hasattr(part, "_hf_hook"):
+                        self._hooks[part] = part._hf_hook
+                        remove_hook_from_module(part)
+                        self._place_buffers(part)
+            self._look()
+        except BaseException:  # nobody calls `__exit__` then
+            self.__exit__()
+            raise
         return self
+
+    def _place_buffers(self, part: nn.Module) -> None:
+        """Puts what is no weight on the device: without its hook it is where it was loaded."""
+        for name, buffer in part.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                part._buffers[name] = buffer.to(self.device)
 
     def __exit__(self, *exc: object) -> None:
         for part, hook in self._hooks.items():
@@ -92,19 +107,36 @@ class FrozenStream:
         with _resident(embedding, self._read(embedding)), shorter:
             yield
 
-    def _form(self) -> bool:
-        """Returns whether layers return tuples."""
+    def _look(self) -> None:
+        """Finds out in which form layers take and return hidden states.
+
+        Where layers return tuples, stand-ins that do not make the first resident layer fail; so
+        both forms are tried, until it has run.
+        """
         [embedding, *_] = self._on_disk()
+        layer = self.stack.layers[self.first_layer]
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-        with (
-            _resident(embedding, self._read(embedding)),
-            bypassing(self.stack, self.first_layer, False),
-            tracing(self.stack.layers[self.first_layer]) as trace,
-            suppress(Exception),  # what follows that layer does not matter
-            torch.no_grad(),
-        ):
-            self.model(input_ids=ids, use_cache=False)
-        return trace.returns_tuple
+        forms: list[bool] = []
+        with _resident(embedding, self._read(embedding)), ExitStack() as stack:
+            hook = layer.register_forward_hook(lambda _m, _a, out: forms.append(type(out) is tuple))
+            stack.callback(hook.remove)
+            for form in (False, True):
+                with (
+                    bypassing(self.stack, self.first_layer, form),
+                    tracing(layer) as trace,
+                    suppress(Exception),  # what follows that layer does not matter
+                    torch.no_grad(),
+                ):
+                    self.model(input_ids=ids, use_cache=False)
+                if trace.entry is not None:
+                    self.width, self.dtype = int(trace.entry.shape[-1]), trace.entry.dtype
+                if forms:
+                    self.returns_tuple = forms[0]
+                    return
+
+    def weights_of(self, module: nn.Module) -> Any:
+        """Returns accelerate's map of a module's weights on disk, by their names within it."""
+        return self._hooks[module].weights_map
 
     def _on_disk(self) -> list[nn.Module]:
         """Returns what is read in turn: the embedding, then the frozen layers."""
@@ -112,10 +144,16 @@ class FrozenStream:
         return [embedding, *self.stack.layers[: self.first_layer]]
 
     def record(
-        self, prefix: FrozenPrefix, texts: TokenizedTexts, *, row_tokens: int, packed: bool
+        self,
+        prefix: FrozenPrefix,
+        texts: TokenizedTexts,
+        *,
+        row_tokens: int,
+        packed: bool,
+        first_position: np.ndarray | None = None,
     ) -> None:
-        """Lets the next pass compute `prefix` for `texts` as well."""
-        self._jobs.append(_Job(prefix, texts, row_tokens, packed))
+        """Lets the next pass compute `prefix` for `texts` as well, laid out in this way."""
+        self._jobs.append(_Job(prefix, texts, row_tokens, packed, first_position))
         prefix.source = self
 
     @torch.no_grad()
@@ -123,20 +161,23 @@ class FrozenStream:
         """Takes the frozen layers through the device once, for all prefixes that wait for it.
 
         Raises:
-            MemoryBudgetError: The budgets cannot hold the states.
+            MemoryBudgetError: The budgets cannot hold the states; nothing was read yet.
             OutputError: The disk is full or cannot be written to.
         """
-        jobs, self._jobs = [job for job in self._jobs if not job.prefix.complete], []
+        jobs = [job for job in self._jobs if not job.prefix.complete]
         if not jobs:
             return
         self.n_passes += 1
-        embedding: Any = self.model.get_input_embeddings()
-        width, dtype = int(embedding.weight.shape[1]), self.model.dtype
         stages = self._on_disk()
-        states: list[StateStore] = []
+        final: list[StateStore] = []
+        states: list[StateStore] = []  # between two layers
         try:
+            # First what stays: it is read in every epoch, and takes the fastest tiers.
             for job in jobs:
-                states.append(job.prefix.layer_store(width, dtype, self.device))
+                width = job.prefix.cut.width or self.width
+                final.append(job.prefix.new_store(width, self.dtype, self.device))
+            for job, last in zip(jobs, final, strict=True):
+                states.append(last if job.prefix.cut.kind == "layer" else self._between(job))
             n_tokens = sum(job.prefix.n_tokens for job in jobs)
             total = n_tokens * (len(stages) + 1)
             with tqdm(
@@ -153,17 +194,25 @@ class FrozenStream:
                     move=lambda weights: weights.values(),
                     in_thread=True,
                 )
-                for number, weights in enumerate(arriving):
-                    with _resident(stages[number], weights):
+                layer = -1
+                for weights in arriving:  # `enumerate` would keep the last ones alive
+                    with _resident(stages[layer + 1], weights):
                         for job, store in zip(jobs, states, strict=True):
-                            self._stage(number - 1, job, store, bar)
+                            self._stage(layer, job, store, bar)
+                    layer += 1
                     del weights
-                for job, store in zip(jobs, states, strict=True):
-                    self._last_stage(job, store, bar)
+                for job, store, last in zip(jobs, states, final, strict=True):
+                    self._last_stage(job, store, last, bar)
+            self._jobs = []
         finally:
-            for job, store in zip(jobs, states, strict=False):
-                if not job.prefix.holds(store):
+            held = [job.prefix for job in jobs]
+            for store in {id(s): s for s in (*final, *states)}.values():
+                if not any(prefix.holds(store) for prefix in held):
                     store.close()
+
+    def _between(self, job: _Job) -> StateStore:
+        prefix = job.prefix
+        return StateStore(prefix.n_tokens, self.width, self.dtype, self.device, prefix.budget)
 
     def _read(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """Returns a module's weights, read from the checkpoint to the device."""
@@ -185,14 +234,13 @@ class FrozenStream:
         exit_ = layer_cut(self.stack, layer + 1, self.returns_tuple)
         self._batches(job, entry, store, exit_, store, bar)
 
-    def _last_stage(self, job: _Job, store: StateStore, bar: Any) -> None:
+    def _last_stage(self, job: _Job, store: StateStore, final: StateStore, bar: Any) -> None:
         """Runs what is frozen of the first trained layer."""
         prefix = job.prefix
-        if prefix.cut.kind == "layer":
+        if final is store:
             prefix.adopt(store)
             bar.update(prefix.n_tokens)
             return
-        final = prefix.new_store(prefix.cut.width, store.dtype, self.device)
         entry = layer_cut(self.stack, self.first_layer, self.returns_tuple)
         self._batches(job, entry, store, prefix.cut, final, bar)
         prefix.adopt(final)
@@ -206,12 +254,18 @@ class FrozenStream:
         target: StateStore,
         bar: Any,
     ) -> None:
-        texts = job.texts
+        texts, row_tokens = job.texts, row_length(self.model, job.row_tokens)
         ids = torch.from_numpy(texts.ids)
         mean = max(1.0, float(texts.input_lengths.mean()))
         fed: list[torch.Tensor] = []
         for batch in length_sorted_batches(texts.lengths, max(1, int(_TOKENS / mean))):
-            on_host = lay_out(texts, batch, row_tokens=job.row_tokens, packed=job.packed)
+            on_host = lay_out(
+                texts,
+                batch,
+                row_tokens=row_tokens,
+                packed=job.packed,
+                first_position=job.first_position,
+            )
             rows = on_host.to(self.device)
             cells = on_host.real.flatten().nonzero().squeeze(1)
             where = on_host.state_index.flatten()[cells]

@@ -69,7 +69,7 @@ class Tail:
 
 def select(hidden: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
     """Returns the scored cells of [R, L, any], [1, S, any]."""
-    return hidden.flatten(0, 1)[scored.to(hidden.device)].unsqueeze(0)
+    return hidden.flatten(0, 1).index_select(0, scored.to(hidden.device)).unsqueeze(0)
 
 
 def _replaced(

@@ -18,6 +18,7 @@ from locft_easyedit.evaluate.evaluation import Evaluation, finish_
 from locft_easyedit.evaluate.perplexity import Perplexity
 from locft_easyedit.evaluate.teacher_forced import TeacherForced
 from locft_easyedit.place import find_layers
+from locft_easyedit.store import Budget
 
 ALL = ("accuracy", "generated", "ppl")
 
@@ -77,10 +78,10 @@ def test_the_frozen_layers_run_once(monkeypatch):
     assert set(calls) == {2, 3}
 
 
-def test_no_prefix_is_kept_where_memory_is_short(monkeypatch, caplog):
-    monkeypatch.setattr("os.sysconf", lambda name: 1)
+def test_no_prefix_is_kept_where_memory_is_short(caplog):
     model, tokenizer = toy_model(), toy_tokenizer()
-    how = HowToRun(packed=True, frozen=layer_cut(find_layers(model), 2))
+    nothing = Budget(host_gib=0.0, disk_gib=0.0)
+    how = HowToRun(packed=True, frozen=layer_cut(find_layers(model), 2), budget=nothing)
     evaluation = TeacherForced(model, tokenizer, toy_requests(6), how)
     assert evaluation._choices._prefix is None
     assert "all layers run in every measurement" in caplog.text

@@ -110,15 +110,20 @@ def test_values_become_their_type(written, key, text, value):
 @pytest.mark.parametrize(
     ("values", "dtype"),
     [
-        ({}, torch.float32),
         ({"fp16": True}, torch.float16),
         ({"fp16": True, "dtype": "float16"}, torch.float16),
         ({"dtype": "bfloat16"}, torch.bfloat16),
         ({"dtype": "float32"}, torch.float32),
     ],
 )
-def test_torch_dtype(values, dtype):
-    assert made(**values).torch_dtype is dtype
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1"])
+def test_the_precision_that_is_asked_for(values, dtype, device):
+    assert made(**values).dtype_on(device) is dtype
+
+
+def test_the_precision_that_nobody_asks_for():
+    assert made().dtype_on("cpu") is torch.float32
+    assert made().dtype_on(torch.device("cuda")) is torch.bfloat16
 
 
 BAD_VALUES = [

@@ -41,7 +41,7 @@ def run_application(
     """
     arguments = list(arguments)
     if not arguments or {"-h", "--help"} & set(arguments):
-        sys.stdout.write(help_text + ", ".join(sorted(_names(hparams_folder()))) + "\n")
+        sys.stdout.write(help_text + ", ".join(sorted(names_of(hparams_folder()))) + "\n")
         return 0
 
     def run(config: DictConfig) -> None:
@@ -66,29 +66,40 @@ def run_application(
     return 0
 
 
-def _names(folder: Path) -> dict[str, Path]:
+def names_of(folder: Path) -> dict[str, Path]:
+    """Returns the YAMLs of a folder by name."""
     return {path.stem: path for path in folder.glob("*.yaml")}
 
 
-def _with_stored_configs(arguments: list[str], command: str, config_class: type) -> list[str]:
-    """Puts every YAML that `--config-name` can mean into Hydra's store, with the command's keys.
+def take_config_file(
+    arguments: Sequence[str], *, keep_folder: bool = False
+) -> tuple[list[str], str, Path]:
+    """Returns the arguments without `--config-name`, the YAML's name, and the YAML.
 
-    A flat YAML that EasyEdit can read has no place for `data` or `output`, and Hydra accepts only
-    keys that a configuration has. Returns the arguments, with a path given as name made a name.
+    Args:
+        arguments: What follows a command.
+        keep_folder: Leave `--config-dir` among the arguments.
+
+    Raises:
+        HyperParamsError: No YAML is named, or there is no such YAML.
     """
-    files = _names(hparams_folder())
+    files = names_of(hparams_folder())
+    rest: list[str] = []
     asked = None
-    for i, argument in enumerate(arguments):
+    ahead = iter(arguments)
+    for argument in ahead:
         option, equals, value = argument.partition("=")
-        value = value if equals else (arguments[i + 1] if i + 1 < len(arguments) else "")
+        if option not in ("--config-dir", "-cd", "--config-name", "-cn"):
+            rest.append(argument)
+            continue
+        value = value if equals else next(ahead, "")
         if option in ("--config-dir", "-cd"):
-            files |= _names(Path(value))
-        elif option in ("--config-name", "-cn"):
+            files |= names_of(Path(value))
+            rest += [option, value] if keep_folder else []
+        else:
             asked = Path(value).stem if value.endswith((".yaml", ".yml")) else value
             if asked != value:
                 files[asked] = Path(value)
-            del arguments[i : i + (1 if equals else 2)]
-            arguments.insert(0, f"--config-name={asked}")  # Hydra wants options before overrides
     if asked is None:
         raise HyperParamsError(
             f"--config-name is missing. Choose one of: {', '.join(sorted(files))}."
@@ -98,10 +109,21 @@ def _with_stored_configs(arguments: list[str], command: str, config_class: type)
             f"--config-name={asked} is not known. Choose one of: {', '.join(sorted(files))}, or "
             "give the path of a YAML."
         )
-    _, values = read_mapping(files[asked])
+    return rest, asked, files[asked]
+
+
+def _with_stored_configs(arguments: list[str], command: str, config_class: type) -> list[str]:
+    """Puts every YAML that `--config-name` can mean into Hydra's store, with the command's keys.
+
+    A flat YAML that EasyEdit can read has no place for `data` or `output`, and Hydra accepts only
+    keys that a configuration has. Returns the arguments, with a path given as name made a name.
+    """
+    arguments, asked, file = take_config_file(arguments, keep_folder=True)
+    arguments.insert(0, f"--config-name={asked}")  # Hydra wants options before overrides
+    _, values = read_mapping(file)
     problems = type_problems(values)  # what is missing may still come from the command line
     if problems:
-        raise HyperParamsError(one_message(f"{files[asked]}:", problems))
+        raise HyperParamsError(one_message(f"{file}:", problems))
     node: Any = OmegaConf.merge(OmegaConf.structured(config_class), values)
     hydra_settings = {
         "run": {"dir": "${output}"},

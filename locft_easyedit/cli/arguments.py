@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -28,6 +28,7 @@ def read_arguments(
     *,
     command: str,
     positional: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
 ) -> T:
     """Returns the dataclass that a command's arguments describe.
 
@@ -41,6 +42,7 @@ def read_arguments(
         arguments: What follows the command.
         command: Its name, for messages.
         positional: Fields that are given by place; all of them must be.
+        defaults: Values from elsewhere, a file say, that the arguments override.
 
     Raises:
         HyperParamsError: Lists every argument that is unknown, missing, repeated or ill-typed.
@@ -79,12 +81,12 @@ def read_arguments(
     problems += [
         f"`{name}` is missing. Add {name}=VALUE."
         for name in named
-        if name not in given and _is_required(config_class, name)
+        if name not in {*given, *(defaults or {})} and _is_required(config_class, name)
     ]
     if problems:
         keys = f"Keys: {', '.join(named)}. `locft {command} --help` explains them."
         raise HyperParamsError(one_message("The arguments cannot be used:", problems) + f"\n{keys}")
-    return config_class(**typed)
+    return config_class(**{**(defaults or {}), **typed})
 
 
 def _value(config_class: type, key: str, text: str, annotation: Any) -> Any:

@@ -17,6 +17,7 @@ from ..evaluate.perplexity import PERPLEXITIES, Perplexity
 from ..evaluate.questions import Metrics
 from ..evaluate.teacher_forced import TeacherForced, finish_locality_
 from ..hparams import LocFTBFHyperParams
+from ..offload import left_on_disk
 from .cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
 from .loading import EasyEdit
 
@@ -80,6 +81,18 @@ class Measures:
         """
         self._requests = requests
         h = self.hparams
+        asked = {
+            "`test_generation=True`": self.fluency,
+            f"`evaluation_type={h.evaluation_type!r}`": h.evaluation_type is not None,
+            "`generate_edit`": not self.scores,
+        }
+        if any(asked.values()) and left_on_disk(self.model):
+            names = " and ".join(name for name, value in asked.items() if value)
+            raise LocFTError(
+                f"{names} needs text token by token, and the layers that `stream_frozen` left on "
+                "disk would be read again for each. Leave it out, or set `stream_frozen: false` "
+                "on a device that holds the model."
+            )
         self.run_as(HowToRun(h.eval_batch_size, h.row_tokens, progress=self.progress))
         if pre_edit is None:
             return

@@ -153,7 +153,13 @@ class FirstChoices:
             prefix = FrozenPrefix(model, how.frozen, n_tokens, how.budget)
             self._prefix = prefix if how.stream is not None or prefix.fits() else None
             if how.stream is not None and len(texts):
-                how.stream.record(prefix, texts, row_tokens=how.row_tokens, packed=self.packed())
+                how.stream.record(
+                    prefix,
+                    texts,
+                    row_tokens=how.row_tokens,
+                    packed=self.packed(),
+                    first_position=first_position,
+                )
 
     @torch.no_grad()
     def take(self, description: str, only: np.ndarray | None = None) -> Choices:

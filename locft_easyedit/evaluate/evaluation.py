@@ -39,7 +39,7 @@ class Evaluation:
 
     Raises:
         RequestError: The records cannot be evaluated.
-        HyperParamsError: A metric is unknown.
+        HyperParamsError: A metric is unknown, or cannot be measured with layers left on disk.
         MissingDependencyError: Fluency is asked for, and nltk is not installed.
     """
 
@@ -57,6 +57,12 @@ class Evaluation:
         if unknown or not metrics:
             raise HyperParamsError(
                 f"`metrics={list(metrics)}` must be one or more of {', '.join(METRICS)}."
+            )
+        if how.stream is not None and "fluency" in metrics:
+            raise HyperParamsError(
+                f"`metrics={list(metrics)}`: fluency samples 100 tokens one after another, and the "
+                "layers that `stream_frozen` left on disk would be read again for each. Leave "
+                "fluency out, or set `stream_frozen: false` on a device that holds the model."
             )
         self.model = model
         self.tokenizer = tokenizer

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..batches import in_batches
-from ..devices import input_device
 from ..modes import evaluation_mode
+from ..prefix import FrozenPrefix
 from ..runner import TextRunner
 from ..shortcuts import can_pack
 from ..tokens import TokenizedTexts
@@ -72,6 +72,16 @@ class Perplexity:
         self.metric = metric
         self.n_records = len(records)
         self.questions = list(Questions(records, ("rewrite", "rephrase")))
+        self._counts: list[np.ndarray] = []  # which predicted tokens count, an array for each text
+        self._ends = np.cumsum([0, *(len(q.prompts) for q in self.questions)])
+        self.texts = self._tokenize()
+        self._prefix: FrozenPrefix | None = None
+        if how.stream is not None and how.frozen is not None and len(self.texts):
+            n_tokens = int(self.texts.input_offsets[-1])
+            self._prefix = FrozenPrefix(model, how.frozen, n_tokens, how.budget)
+            how.stream.record(
+                self._prefix, self.texts, row_tokens=how.row_tokens, packed=self._packed()
+            )
 
     @torch.no_grad()
     def measure(self, description: str, only: Sequence[int] | None = None) -> list[Metrics]:
@@ -83,92 +93,102 @@ class Perplexity:
         """
         wanted = range(self.n_records) if only is None else only
         metrics: dict[int, Metrics] = {i: {"metric_meta": {}} for i in wanted}
-        questions = [q for q in self.questions if q.record in metrics]
-        single = [q for q in questions if len(q.prompts) == 1]
+        asked = [i for i, question in enumerate(self.questions) if question.record in metrics]
+        members = {i: range(self._ends[i], self._ends[i + 1]) for i in asked}
+        texts = np.array([j for i in asked for j in members[i]], np.int64)
         with evaluation_mode(self.model):
             progress = self.how.progress and only is None
-            batched = self._batched(single, description, progress)
-            values = dict(zip(map(id, single), batched, strict=True))
-            for question in questions:
-                # A list of prompts is one padded batch there, in which pads are attended to.
-                value = values[id(question)] if id(question) in values else self._padded(question)
-                key = f"{question.part}_ppl" if self.metric == "ppl" else "ood_acc"
-                entry = metrics[question.record]
-                entry[key] = value
-                entry["metric_meta"][question.part] = {"result_key": key, **_META[self.metric]}
+            losses = self._token_losses(texts, description, progress)
+        for i in asked:
+            question, entry = self.questions[i], metrics[self.questions[i].record]
+            nll = np.concatenate([losses[j] for j in members[i]])
+            counts = np.concatenate([self._counts[j] for j in members[i]])
+            key = f"{question.part}_ppl" if self.metric == "ppl" else "ood_acc"
+            entry[key] = _value(self.metric, nll, counts)
+            entry["metric_meta"][question.part] = {"result_key": key, **_META[self.metric]}
         return [metrics[i] for i in wanted]
 
-    def _texts(self, question: Question) -> list[str]:
+    def _tokenize(self) -> TokenizedTexts:
+        """Returns the texts of all questions, and notes which of their tokens count."""
+        single = [q for q in self.questions if len(q.prompts) == 1]
+        known = {
+            id(question): ([text], [prompt])
+            for question, text, prompt in zip(
+                single,
+                self._ids([self._whole(q)[0] for q in single]),
+                self._ids([q.prompts[0] for q in single]),
+                strict=True,
+            )
+        }
+        pad, sequences, starts = self.tokenizer.pad_token_id, [], []
+        for question in self.questions:
+            # A list of prompts is one padded batch there, in which pads are attended to: texts
+            # that begin (or end) with pad tokens.
+            several = len(question.prompts) > 1
+            rows, prompts = (
+                (self._ids(self._whole(question), padding=True), self._ids(question.prompts))
+                if several
+                else known[id(question)]
+            )
+            for ids, prompt in zip(rows, prompts, strict=True):
+                ids = ids[:_LONGEST]
+                n_left_out = 0 if self.metric == "ood_ppl" else len(prompt) - prompt.count(pad)
+                # The first token of all has no predecessor that could predict it.
+                start = min(1 if several else max(1, n_left_out), len(ids))
+                sequences.append(ids)
+                starts.append(start)
+                counts = np.array(ids[start:], np.int64) != pad
+                self._counts.append(counts & (np.arange(start, len(ids)) >= n_left_out))
+        return TokenizedTexts.from_lists(sequences, starts)
+
+    def _ids(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
+        if not texts:
+            return []
+        ids: list[list[int]] = self.tokenizer(list(texts), truncation=True, **options)["input_ids"]
+        return ids
+
+    def _whole(self, question: Question) -> list[str]:
         if self.metric == "ood_ppl":
             return list(question.prompts)
         return [f"{p} {a}" for p, a in zip(question.prompts, question.answers, strict=True)]
 
-    def _batched(
-        self, questions: Sequence[Question], description: str, progress: bool
-    ) -> list[float]:
-        """Returns the values of questions with one prompt."""
-        if not questions:
-            return []
-        pad = self.tokenizer.pad_token_id
-        sequences = self.tokenizer([self._texts(q)[0] for q in questions], truncation=True)
-        ids = [s[:_LONGEST] for s in sequences["input_ids"]]
-        prompts = self.tokenizer([q.prompts[0] for q in questions], truncation=True)["input_ids"]
-        # The first token of all has no predecessor that could predict it.
-        starts = [
-            1 if self.metric == "ood_ppl" else min(max(1, len(p) - p.count(pad)), len(s))
-            for p, s in zip(prompts, ids, strict=True)
-        ]
-        texts = TokenizedTexts.from_lists(ids, starts)
-        losses = self._token_losses(texts, description, progress)
-        values = []
-        for i, nll in enumerate(losses):
-            counts = texts.ids[texts.offsets[i] + starts[i] : texts.offsets[i + 1]] != pad
-            values.append(_value(self.metric, nll, counts))
-        return values
+    def _packed(self) -> bool:
+        if self.how.packed is not None:
+            return self.how.packed
+        return bool(len(self.texts)) and can_pack(self.model, self.texts)
 
     def _token_losses(
-        self, texts: TokenizedTexts, description: str, progress: bool
-    ) -> list[np.ndarray]:
-        """Returns the negative log-likelihood of each predicted token, an array for each text."""
-        packed = can_pack(self.model, texts) if self.how.packed is None else self.how.packed
+        self, texts: np.ndarray, description: str, progress: bool
+    ) -> dict[int, np.ndarray]:
+        """Returns the negative log-likelihood of each predicted token of the texts, by text."""
+        losses: dict[int, np.ndarray] = {}
+        if not len(texts):
+            return losses
         runner = TextRunner(
-            self.model, texts, row_tokens=self.how.row_tokens, packed=packed, prefix=None
+            self.model,
+            self.texts,
+            row_tokens=self.how.row_tokens,
+            packed=self._packed(),
+            prefix=self._prefix,
         )
-        losses = [np.zeros(0)] * len(texts)
 
         def run(batch: np.ndarray) -> None:
-            logits, rows = runner.logits(batch)
+            logits, rows = runner.logits(texts[batch])
             labels = runner.ids[rows.label_index].to(logits.device)
             nll = F.cross_entropy(logits.float(), labels, reduction="none").cpu().numpy()  # [S]
             owner = rows.owner.cpu().numpy()
-            for member, text in enumerate(batch):
-                losses[text] = nll[owner == member]
+            for member, text in enumerate(texts[batch]):
+                losses[int(text)] = nll[owner == member]
 
-        in_batches(
-            texts.lengths,
-            self.how.batch_size,
-            run,
-            description=description,
-            progress=progress,
-        )
+        with runner.ready():
+            in_batches(
+                self.texts.lengths[texts],
+                self.how.batch_size,
+                run,
+                description=description,
+                progress=progress,
+            )
         return losses
-
-    def _padded(self, question: Question) -> float:
-        """Returns the value of several prompts, from the very pass that EasyEdit makes."""
-        pad = self.tokenizer.pad_token_id
-        batch = self.tokenizer(
-            self._texts(question), return_tensors="pt", padding=True, truncation=True
-        )
-        ids = batch["input_ids"][:, :_LONGEST]
-        counts = ids != pad
-        if self.metric == "ppl":
-            for row, prompt in enumerate(
-                self.tokenizer(question.prompts, truncation=True)["input_ids"]
-            ):
-                counts[row, : len(prompt) - prompt.count(pad)] = False
-        logits = self.model(input_ids=ids.to(input_device(self.model))).logits.float().cpu()
-        nll = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        return _value(self.metric, nll.numpy(), counts[:, 1:].flatten().numpy())
 
 
 def _value(metric: str, nll: np.ndarray, counts: np.ndarray) -> float:

@@ -1,0 +1,146 @@
+"""`locft plan`: what an edit will take, before anything is downloaded or loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from ..errors import HyperParamsError, PlanError, one_message
+from ..hparams import ALG_NAME, LocFTBFHyperParams, read_mapping, type_problems
+from ..hparams_files import hparams_folder
+from ..plan.given import ASSUMED_DISK, ASSUMED_HOST, ASSUMED_READ, Machine, Workload
+from ..plan.make import Plan, make_plan
+from ..plan.sizes import GIB, parse_size
+from ..plan.table import closing_lines, tables
+from ..report import prepare_folder, show, write_json
+from .application import names_of, take_config_file
+from .arguments import read_arguments
+
+HELP = f"""Says what an edit will take, from the model's config.json alone.
+
+Usage: locft plan --config-name NAME n=N gpu=SIZE [KEY=VALUE ...]
+
+  --config-name NAME   one of the hparams YAMLs below, or the path of one
+  --config-dir DIR     also look for YAMLs in DIR
+  n=N                  edits
+  gpu=SIZE             memory of the GPU: 80GiB, 80GB, 80G or 80; left out for device=cpu
+  host=SIZE            memory of the host ({ASSUMED_HOST})
+  disk=SIZE            room on the disk for the frozen prefix ({ASSUMED_DISK})
+  rate=R               TFLOP/s that are reached (an assumption by precision and device)
+  read=R               GB/s that the disk reads ({ASSUMED_READ:g})
+  tokens=T             mean tokens an edit (15.6), with EOS
+  targets=T            how many of them are targets (4.3)
+  epochs=N             passes over all edits (num_steps of the YAML)
+  evaluate=false       no metrics before and after
+  output=FILE          also write everything as JSON
+  KEY=VALUE            any hyper-parameter: layers=[22] dtype=bfloat16 model_name=FOLDER
+
+`model_name` needs no weights: a folder with a config.json will do, or the name of a model whose
+shapes are shipped. NAME is one of: """
+
+
+@dataclass(kw_only=True)
+class PlanConfig(LocFTBFHyperParams):
+    """The hyper-parameters, and what the command needs besides."""
+
+    n: int
+    gpu: Optional[str] = None  # noqa: UP045
+    host: str = ASSUMED_HOST
+    disk: str = ASSUMED_DISK
+    rate: Optional[float] = None  # noqa: UP045
+    read: float = ASSUMED_READ
+    tokens: float = 15.6
+    targets: float = 4.3
+    epochs: Optional[int] = None  # noqa: UP045
+    evaluate: bool = True
+    output: Optional[str] = None  # noqa: UP045
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs `locft plan`; returns the exit status."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        sys.stdout.write(HELP + ", ".join(sorted(names_of(hparams_folder()))) + "\n")
+        return 0
+    rest, _, file = take_config_file(list(arguments))
+    config = read_arguments(PlanConfig, rest, command="plan", defaults=_values(file))
+    plan = plan_of(config)
+    show(*tables(plan))
+    sys.stdout.write(closing_lines(plan))
+    if config.output is not None:
+        written = Path(config.output)
+        prepare_folder(written.parent)
+        write_json(written, plan.to_dict())
+        sys.stdout.write(f"plan: {written}\n")
+    if plan.chosen is None:
+        least = plan.candidates[-1]
+        raise PlanError(
+            "No settings fit; each has its reason in the table. The last, "
+            f"{least.setting.dtype} with micro_batch_size=1: {least.reason}. Give more memory "
+            "(gpu=, host=, disk=), choose a later layer, or make fewer edits at a time."
+        )
+    return 0
+
+
+def plan_of(config: PlanConfig) -> Plan:
+    """Returns the plan that the arguments ask for.
+
+    Raises:
+        LocFTError: A value, the model or the place cannot be used.
+    """
+    names = [f.name for f in dataclasses.fields(LocFTBFHyperParams)]
+    hparams = LocFTBFHyperParams(**{name: getattr(config, name) for name in names})
+    if config.gpu is None and str(config.device).lower() != "cpu":
+        raise HyperParamsError(
+            "`gpu` is missing. Add gpu=80GiB, the memory of the GPU, or device=cpu for a machine "
+            "without one."
+        )
+    machine = Machine(
+        gpu=None if config.gpu is None else parse_size("gpu", config.gpu),
+        host=parse_size("host", config.host),
+        disk=parse_size("disk", config.disk),
+        rate=config.rate,
+        read=config.read,
+        prefix_gpu=_bytes("prefix_gpu_gib", config.prefix_gpu_gib),
+        prefix_host=_bytes("prefix_host_gib", config.prefix_host_gib),
+        prefix_disk=_bytes("prefix_disk_gib", config.prefix_disk_gib),
+    )
+    changes: dict[str, Any] = {
+        "tokens": config.tokens,
+        "targets": config.targets,
+        "evaluate": config.evaluate,
+    }
+    if config.epochs is not None:
+        changes["epochs"] = config.epochs
+    work = Workload.of(hparams, config.n, **changes)
+    return make_plan(hparams, work, machine, streamed=config.stream_frozen, cut=config.prefix_cut)
+
+
+def _values(file: Path) -> dict[str, Any]:
+    """Returns what a YAML of this method says.
+
+    Raises:
+        HyperParamsError: It does not parse, is another method's, or has unknown or ill-typed keys.
+    """
+    _, values = read_mapping(file)
+    alg_name = values.get("alg_name", ALG_NAME)
+    if alg_name != ALG_NAME:
+        raise HyperParamsError(
+            f"`alg_name={alg_name!r}` in {file} is another method. Use a file with "
+            f"`alg_name: {ALG_NAME}`."
+        )
+    problems = type_problems(values)
+    if problems:
+        raise HyperParamsError(one_message(f"{file}:", problems))
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _bytes(key: str, gib: float | None) -> int | None:
+    if gib is None:
+        return None
+    if not 0 <= gib < float("inf"):
+        raise HyperParamsError(f"`{key}={gib}` must be 0 or more (0 turns it off), in GiB.")
+    return int(gib * GIB)

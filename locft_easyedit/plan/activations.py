@@ -1,0 +1,135 @@
+"""How many bytes autograd keeps of a transformer layer, a token.
+
+The trained matrices aside, every weight is frozen: a frozen matrix product keeps nothing but its
+weight, and what is left is what norms, attention and activation functions keep. For a Llama layer
+of width D, attention width A, H heads and inner width I, in rows of R tokens and s bytes a number:
+
+    norms      2 (4 D + 4)               their inputs in float32, and one scale each
+    attention  4 A s + 4 H + R s         query, key, value, output; log-sum-exp; the mask's rows
+    MLP        3 I s                     gate, its activation, and what that is multiplied with
+
+Norms and MLP are not written down for each architecture but looked at: each runs once on the meta
+device, where nothing is computed, and what it keeps is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Bytes a token that autograd keeps of one layer.
+
+    Attributes:
+        norms: Of all norms outside the attention.
+        attention: Of the attention.
+        mlp: Of the MLP.
+    """
+
+    norms: float
+    attention: float
+    mlp: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.norms + self.attention + self.mlp
+
+
+def layer_activations(
+    layer: nn.Module,
+    config: Any,
+    *,
+    hidden: int,
+    attention: int,
+    dtype: torch.dtype,
+    row_tokens: int,
+) -> LayerActivations:
+    """Returns what autograd keeps of one layer.
+
+    Args:
+        layer: The layer, on the meta device; it is put into `dtype`.
+        config: The text model's configuration.
+        hidden: Width of the residual stream, D.
+        attention: Width of all heads together, A.
+        dtype: Precision of weights and computation.
+        row_tokens: Length of packed rows, R.
+    """
+    layer = layer.to(dtype)
+    norms = mlp = in_attention = 0.0
+    for name, child in layer.named_children():
+        dimensions = [p.dim() for p in child.parameters()]
+        if not dimensions:
+            continue
+        if max(dimensions) == 1:
+            norms += saved_by(child, hidden, dtype)
+        elif "attn" in name or "attention" in name:
+            in_attention += attention_bytes(config, attention, dtype, row_tokens)
+            in_attention += _head_norms(child, config, dtype)
+        else:
+            mlp += saved_by(child, hidden, dtype)
+    return LayerActivations(norms, in_attention, mlp)
+
+
+def attention_bytes(config: Any, width: int, dtype: torch.dtype, row_tokens: int) -> float:
+    """Returns the bytes a token that autograd keeps of the attention itself.
+
+    Args:
+        config: The text model's configuration.
+        width: Of all heads together, A.
+        dtype: Precision of the computation.
+        row_tokens: Length of a row, R.
+    """
+    size, heads = dtype.itemsize, config.num_attention_heads
+    if getattr(config, "_attn_implementation", None) != "eager":
+        return 4 * width * size + 4 * heads + row_tokens * size
+    # The probabilities in float32 and in the model's precision, and what a soft cap keeps.
+    copies = 4 + (size if size < 4 else 0)
+    copies += size if getattr(config, "attn_logit_softcapping", None) else 0
+    return 3 * width * size + heads * row_tokens * copies
+
+
+def saved_by(module: nn.Module, width: int, dtype: torch.dtype) -> float:
+    """Returns the bytes a token that autograd keeps of `module` with an input of `width`."""
+    try:
+        return float(_saved(module, (1, 2, width), dtype) - _saved(module, (1, 1, width), dtype))
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError):
+        # Some modules cannot run without numbers: the widest matrix says what is kept of it.
+        widest = max((max(p.shape[-2:]) for p in module.parameters() if p.dim() > 1), default=width)
+        return float(3 * widest * dtype.itemsize)
+
+
+def _head_norms(attention: nn.Module, config: Any, dtype: torch.dtype) -> float:
+    """Returns the bytes a token that norms of queries and keys keep."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    total = 0.0
+    for name, norm in attention.named_children():
+        sizes: Sequence[torch.Tensor] = list(norm.parameters())
+        if sizes and all(p.dim() == 1 for p in sizes):
+            n_heads = kv_heads if name.startswith("k") else heads
+            total += n_heads * saved_by(norm, sizes[0].numel(), dtype)
+    return total
+
+
+def _saved(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Returns the bytes of all storages that autograd keeps, parameters aside."""
+    own = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
+    kept: dict[int, torch.Tensor] = {}  # the tensors too: a freed storage's address comes again
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if storage not in own:
+            kept[storage] = tensor
+        return tensor
+
+    given = torch.zeros(shape, device="meta", dtype=dtype, requires_grad=True)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        module(given)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -1,0 +1,157 @@
+"""What a plan is made for: the work to be done, and the machine that is there."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..errors import HyperParamsError, one_message
+from ..hparams import LocFTBFHyperParams
+
+# TFLOP/s that matrix products of a large model reach, not what data sheets promise: an H100 or
+# H200, and two cores of a server.
+ASSUMED_TFLOPS = {
+    ("gpu", "half"): 400.0,
+    ("gpu", "float32"): 40.0,
+    ("cpu", "half"): 0.6,
+    ("cpu", "float32"): 0.15,
+}
+ASSUMED_READ = 3.0
+ASSUMED_HOST = "128GiB"
+ASSUMED_DISK = "500GiB"
+PROMPTS = ("rewrite", "rephrase", "locality", "portability")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The work.
+
+    Attributes:
+        n: Edits.
+        tokens: Mean tokens an edit, with the one after the target that ends it.
+        targets: How many of them are targets, which are scored.
+        epochs: Passes over all edits.
+        batch_size: Edits in a mini-batch.
+        micro_batch_size: Edits in one forward pass, or `None` to choose it.
+        eval_batch_size: Sequences in a forward pass without gradients.
+        row_tokens: Length of packed rows.
+        evaluate: Whether the model is measured before and after.
+    """
+
+    n: int
+    tokens: float = 15.6
+    targets: float = 4.3
+    epochs: int = 25
+    batch_size: int = 100
+    micro_batch_size: int | None = None
+    eval_batch_size: int = 64
+    row_tokens: int = 64
+    evaluate: bool = True
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"`{name}={value}` must be 1 or more."
+            for name, value in (("n", self.n), ("epochs", self.epochs))
+            if value < 1
+        ]
+        if not self.targets > 0:
+            problems.append(f"`targets={self.targets}` must be above 0.")
+        if not self.targets + 1 <= self.tokens < float("inf"):
+            problems.append(
+                f"`tokens={self.tokens}` must be at least one more than `targets={self.targets}`: "
+                "an edit has a prompt."
+            )
+        if problems:
+            raise HyperParamsError(one_message("Nothing can be planned:", problems))
+
+    @property
+    def run_tokens(self) -> float:
+        """Tokens of an edit that run: its last one is only a label."""
+        return self.tokens - 1
+
+    def cells(self, n: int) -> float:
+        """Returns the cells of the rows that `n` edits fill: rows are of one length."""
+        tokens = n * self.run_tokens
+        if tokens <= self.row_tokens:
+            return tokens
+        return math.ceil(tokens / self.row_tokens) * self.row_tokens
+
+    @property
+    def edit_tokens(self) -> float:
+        """Tokens of all edits that run, T."""
+        return self.n * self.run_tokens
+
+    @property
+    def eval_tokens(self) -> float:
+        """Tokens of all evaluation prompts, each as long as an edit."""
+        return len(PROMPTS) * self.edit_tokens if self.evaluate else 0.0
+
+    @property
+    def scored(self) -> float:
+        """The part of an edit's tokens that is scored."""
+        return self.targets / self.run_tokens
+
+    @classmethod
+    def of(cls, hparams: LocFTBFHyperParams, n: int, **changes: float | int | bool) -> Workload:
+        """Returns the work that the hyper-parameters ask for; `changes` override fields.
+
+        Raises:
+            HyperParamsError: A value is out of range.
+        """
+        values = {
+            "epochs": hparams.num_steps,
+            "batch_size": hparams.batch_size,
+            "micro_batch_size": hparams.micro_batch_size,
+            "eval_batch_size": hparams.eval_batch_size,
+            "row_tokens": hparams.row_tokens,
+        }
+        return cls(n=n, **(values | changes))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine; sizes in bytes.
+
+    Attributes:
+        gpu: Memory of the GPU; `None` plans for a CPU alone.
+        host: Memory of the host.
+        disk: Room for the prefix on the disk.
+        rate: TFLOP/s reached, or `None` for what is assumed.
+        read: GB/s that the disk reads and writes.
+        prefix_gpu: Budget of the prefix on the GPU, or `None` for the automatic one.
+        prefix_host: Budget of the prefix in the host's memory.
+        prefix_disk: Budget of the prefix on the disk.
+    """
+
+    gpu: int | None
+    host: int
+    disk: int
+    rate: float | None = None
+    read: float = ASSUMED_READ
+    prefix_gpu: int | None = None
+    prefix_host: int | None = None
+    prefix_disk: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"`{name}={value}` must be above 0."
+            for name, value in (("rate", self.rate), ("read", self.read))
+            if value is not None and not 0 < value < float("inf")
+        ]
+        if problems:
+            raise HyperParamsError(one_message("Nothing can be planned:", problems))
+
+    @property
+    def device(self) -> str:
+        """Which place computes: `gpu` or `host`."""
+        return "host" if self.gpu is None else "gpu"
+
+    def room(self, place: str) -> int:
+        """Returns the memory of `gpu`, `host` or `disk`."""
+        return {"gpu": self.gpu or 0, "host": self.host, "disk": self.disk}[place]
+
+    def flops(self, dtype: str) -> float:
+        """Returns FLOP/s reached in a precision."""
+        kind = "float32" if dtype == "float32" else "half"
+        assumed = ASSUMED_TFLOPS["cpu" if self.gpu is None else "gpu", kind]
+        return (self.rate or assumed) * 1e12

@@ -1,0 +1,180 @@
+"""A plan: from hyper-parameters and a machine to the settings that fit, without any weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import HyperParamsError
+from ..hparams import DTYPES, LocFTBFHyperParams
+from .activations import LayerActivations
+from .facts import meta_model
+from .given import ASSUMED_READ, Machine, Workload
+from .memory import PLACES, Part, peak
+from .settings import Candidate, Wanted, candidates
+from .shapes import CUTS, ModelReader, ModelShapes
+from .sizes import GIB
+from .work import Phase, phases, step_flop
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an edit will take.
+
+    Attributes:
+        shapes: The model's sizes.
+        work: The work.
+        machine: The machine.
+        dtype: The precision that was asked for.
+        candidates: All settings, preferred ones first.
+        chosen: The first that fits, or `None`.
+        phases: Work and time of the chosen one.
+    """
+
+    shapes: ModelShapes
+    work: Workload
+    machine: Machine
+    dtype: str
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate | None
+    phases: tuple[Phase, ...]
+
+    def keys(self) -> dict[str, Any]:
+        """Returns the chosen setting as hyper-parameters; empty where nothing fits."""
+        if self.chosen is None:
+            return {}
+        setting = self.chosen.setting
+        budgets = {f"prefix_{p}_gib": _gib(n) for p, n in self.chosen.budgets.items()}
+        return {
+            "dtype": setting.dtype,
+            "stream_frozen": setting.streamed,
+            "prefix_cut": setting.cut,
+            "micro_batch_size": setting.micro_batch_size,
+            **budgets,
+        }
+
+    def peaks(self) -> dict[str, float]:
+        """Returns the most that each place holds at one time, in bytes."""
+        parts: Sequence[Part] = self.chosen.parts if self.chosen else ()
+        return {place: peak(parts, place) for place in PLACES}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as plain values; sizes in bytes, work in operations."""
+        step = step_flop(self.shapes, self.chosen.setting, self.work) if self.chosen else None
+        return {
+            "model": dataclasses.asdict(self.shapes) | {"layers": len(self.shapes.layers)},
+            "work": dataclasses.asdict(self.work),
+            "machine": dataclasses.asdict(self.machine)
+            | {"flop_per_second": self.machine.flops(self.dtype)},
+            "candidates": [_candidate(one) for one in self.candidates],
+            "chosen": _candidate(self.chosen) if self.chosen else None,
+            "settings": self.keys(),
+            "memory": [dataclasses.asdict(p) for p in self.chosen.parts] if self.chosen else [],
+            "peak_bytes": self.peaks(),
+            "flop_per_step": step,
+            "phases": [dataclasses.asdict(one) for one in self.phases],
+            "seconds": sum(one.seconds for one in self.phases),
+        }
+
+
+def make_plan(
+    hparams: LocFTBFHyperParams,
+    work: Workload,
+    machine: Machine,
+    *,
+    streamed: bool | None = None,
+    cut: str | None = None,
+) -> Plan:
+    """Returns what an edit will take, and which settings fit.
+
+    Args:
+        hparams: The hyper-parameters; `model_name` is a folder with a `config.json`, or the name
+            of a model whose shapes are shipped. Nothing else is read.
+        work: The work.
+        machine: The machine.
+        streamed: Read the frozen layers from the checkpoint; `None` tries both.
+        cut: Where the prefix ends: `matrix`, `mlp` or `layer`; `None` tries all.
+
+    Raises:
+        HyperParamsError: A value cannot be used.
+        ModelError: The model is unknown, or is no model of layers.
+        PlaceError: The place is not in the model.
+    """
+    if not hparams.frozen_prefix:
+        raise HyperParamsError(
+            "`frozen_prefix=False` runs every layer in every step; a plan is made for runs with "
+            "the frozen prefix. Leave `frozen_prefix` on."
+        )
+    if hparams.model_parallel:
+        raise HyperParamsError(
+            "`model_parallel=True` spreads the model over several GPUs; a plan is made for one. "
+            "Give model_parallel=false and, as gpu=, the memory of all of them."
+        )
+    model, source = meta_model(hparams.model_name, trust_remote_code=hparams.trust_remote_code)
+    reader = ModelReader(model, source, hparams.layers, hparams.templates)
+    shapes = reader.shapes()
+    if cut is not None and cut not in shapes.cuts:
+        raise HyperParamsError(
+            f"`prefix_cut={cut}` is not possible here; choose among {', '.join(shapes.cuts)}."
+            if cut in CUTS
+            else f"`prefix_cut={cut}` must be one of {', '.join(CUTS)}."
+        )
+    if streamed and shapes.first_layer == 0:
+        raise HyperParamsError(
+            "`stream_frozen=True` has nothing to stream: layer 0 is trained. Turn it off, or "
+            "choose a later layer."
+        )
+
+    def activations(dtype: str) -> Sequence[LayerActivations]:
+        return reader.activations(DTYPES[dtype], work.row_tokens)
+
+    if shapes.first_layer == 0:
+        streamed = False
+    device = "cpu" if machine.gpu is None else "cuda"
+    dtype = str(hparams.dtype_on(device)).removeprefix("torch.")
+    found = candidates(shapes, activations, work, machine, Wanted(dtype, streamed, cut))
+    chosen = next((one for one in found if one.reason is None), None)
+    done = phases(shapes, chosen, work, machine) if chosen else []
+    return Plan(shapes, work, machine, dtype, tuple(found), chosen, tuple(done))
+
+
+def assumptions(plan: Plan) -> list[str]:
+    """Returns what the figures rest on, one sentence each."""
+    work, machine = plan.work, plan.machine
+    dtype = plan.chosen.setting.dtype if plan.chosen else plan.dtype
+    rate = machine.flops(dtype) / 1e12
+    said = "as given" if machine.rate else "assumed; rate= says what is reached"
+    read = "" if machine.read != ASSUMED_READ else " (assumed unless read= says it)"
+    lines = [
+        f"{rate:g} TFLOP/s are reached in {dtype} ({said}).",
+        f"The disk reads and writes {machine.read:g} GB/s{read}, while something is computed.",
+        f"An edit has {work.tokens:g} tokens, {work.targets:g} of them targets; the last one runs "
+        "nowhere.",
+        f"All {work.epochs} epochs are run; training often stops earlier.",
+        "Rows are packed, and all edits are about as long as the mean.",
+        "Copies between the host and the GPU take no time beside the rest.",
+    ]
+    if work.evaluate:
+        lines.append(
+            "Evaluation is teacher-forced: rewrite, rephrase, one locality and one portability "
+            "prompt an edit. Generated answers come on top."
+        )
+    return lines
+
+
+def _candidate(one: Candidate) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(one.setting),
+        "fits": one.reason is None,
+        "reason": one.reason,
+        "prefix_bytes": one.edits,
+        "budget_bytes": one.budgets,
+        "peak_bytes": {place: peak(one.parts, place) for place in PLACES},
+    }
+
+
+def _gib(n: float) -> float:
+    """Returns bytes in GiB, rounded down: a budget must not grow."""
+    return int(n / GIB * 100) / 100

@@ -1,0 +1,192 @@
+"""Which settings fit a machine, in order of preference, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from .activations import LayerActivations
+from .given import Machine, Workload
+from .memory import PLACES, Part, Setting, peak, standing_parts, working_parts
+from .shapes import CUTS, ModelShapes
+from .sizes import bytes_text
+
+Activations = Callable[[str], Sequence[LayerActivations]]
+
+EDITS_PREFIX = "prefix of the edits"
+PROMPTS_PREFIX = "prefix of the evaluation prompts"
+_PREFIX = ("prefix", "train", "evaluate")
+_ROUNDING = 1 + 1e-9
+NAMES = {"gpu": "the GPU", "host": "the host", "disk": "the disk"}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting, and whether it fits.
+
+    Attributes:
+        setting: The setting; the micro-batch is the largest that fits, or 1.
+        reason: Why it does not fit, or `None`.
+        parts: Its memory by part.
+        budgets: Bytes that the prefix may take, by place.
+        edits: Where the edits' prefix lies, in bytes by place.
+        prompts_kept: Whether there is room for the prefix of the evaluation prompts too; else all
+            layers run in every measurement.
+    """
+
+    setting: Setting
+    reason: str | None
+    parts: tuple[Part, ...]
+    budgets: dict[str, float]
+    edits: dict[str, float]
+    prompts_kept: bool
+
+    @property
+    def rank(self) -> tuple[bool, bool, float]:
+        """What to sort cuts by: one that fits, needs no disk (or else as little as can be)."""
+        on_disk = self.edits.get("disk", 0.0) if self.reason is None else 0.0
+        return self.reason is not None, on_disk > 0, on_disk
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the hyper-parameters leave open or decide; `None` leaves it open.
+
+    Attributes:
+        dtype: The precision.
+        streamed: Whether frozen layers are streamed.
+        cut: Where the prefix ends.
+    """
+
+    dtype: str
+    streamed: bool | None = None
+    cut: str | None = None
+
+
+def candidates(
+    shapes: ModelShapes,
+    activations: Activations,
+    work: Workload,
+    machine: Machine,
+    wanted: Wanted,
+) -> list[Candidate]:
+    """Returns every setting, preferred ones first.
+
+    The precision that was asked for comes before bfloat16, and a resident model before a streamed
+    one. Of the cuts comes first the one that leaves least to run and needs no disk: to read states
+    from a disk in every epoch costs more than the little that a wider cut saves.
+    """
+    dtypes = dict.fromkeys([wanted.dtype, *(["bfloat16"] if wanted.dtype == "float32" else [])])
+    ways = [False, True] if wanted.streamed is None else [wanted.streamed]
+    cuts = [c for c in CUTS if c in shapes.cuts and wanted.cut in (None, c)]
+    saved = cache(activations)
+    found: list[Candidate] = []
+    for dtype in dtypes:
+        for streamed in ways:
+            group = [_largest(shapes, saved, work, machine, dtype, streamed, c) for c in cuts]
+            found += sorted(group, key=lambda one: one.rank)
+    return found
+
+
+def _largest(
+    shapes: ModelShapes,
+    activations: Activations,
+    work: Workload,
+    machine: Machine,
+    dtype: str,
+    streamed: bool,
+    cut: str,
+) -> Candidate:
+    """Returns the candidate with the largest micro-batch that fits."""
+    size = min(work.micro_batch_size or work.batch_size, work.batch_size, work.n)
+    while True:
+        setting = Setting(dtype, streamed, cut, size)
+        candidate = fit(shapes, activations(dtype), setting, work, machine)
+        # Smaller micro-batches make room on the device alone.
+        if candidate.reason is None or size == 1:
+            return candidate
+        size //= 2
+
+
+def fit(
+    shapes: ModelShapes,
+    saved: Sequence[LayerActivations],
+    setting: Setting,
+    work: Workload,
+    machine: Machine,
+) -> Candidate:
+    """Returns whether a setting fits, with its memory by part.
+
+    Args:
+        shapes: The model's sizes.
+        saved: What autograd keeps of each layer from the first trained one up.
+        setting: The setting.
+        work: The work.
+        machine: The machine.
+    """
+    parts = standing_parts(shapes, setting, work, machine)
+    standing = {place: peak(parts, place) for place in PLACES}
+    parts += working_parts(shapes, saved, setting, work, machine)
+    budgets = _budgets(parts, standing, machine)
+    size = setting.itemsize
+    edits = work.edit_tokens * shapes.cuts[setting.cut] * size
+    prompts = work.eval_tokens * shapes.hidden * size
+    left = dict(budgets)
+    placed = _place(edits, left)
+    kept = prompts <= sum(left.values()) * _ROUNDING
+    parts += [Part(EDITS_PREFIX, p, n, _PREFIX) for p, n in placed.items()]
+    if kept:
+        parts += [Part(PROMPTS_PREFIX, p, n, _PREFIX) for p, n in _place(prompts, left).items()]
+    reason = _too_small(parts, machine)
+    # Without its prefix an evaluation runs all layers, which a streamed model does not have.
+    needed = edits + (prompts if setting.streamed else 0)
+    if reason is None and needed > sum(budgets.values()) * _ROUNDING:
+        there = ", ".join(f"{bytes_text(n)} on {NAMES[p]}" for p, n in budgets.items())
+        reason = f"the prefix takes {bytes_text(needed)}; its budgets are {there}"
+    return Candidate(setting, reason, tuple(parts), budgets, placed, kept)
+
+
+def _budgets(
+    parts: Sequence[Part], standing: dict[str, float], machine: Machine
+) -> dict[str, float]:
+    """Returns what the prefix may take in each place: what was asked for, or a share."""
+    shares = {"gpu": 0.25, "host": 0.5, "disk": 1.0}
+    asked = {
+        "gpu": machine.prefix_gpu,
+        "host": machine.prefix_host,
+        "disk": machine.prefix_disk,
+    }
+    budgets: dict[str, float] = {}
+    for place, share in shares.items():
+        if place == "gpu" and machine.gpu is None:
+            continue
+        given = asked[place]
+        room = machine.room(place)
+        free = max(0.0, room - peak(parts, place))
+        automatic = min(share * max(0.0, room - standing[place]), free)
+        budgets[place] = automatic if given is None else given
+    return budgets
+
+
+def _place(n: float, left: dict[str, float]) -> dict[str, float]:
+    """Fills the places in order with `n` bytes, and takes that off what is `left`."""
+    placed = {}
+    for place in left:
+        here = min(n, left[place])
+        if here > 0:
+            placed[place] = here
+        left[place] -= here
+        n -= here
+    return placed
+
+
+def _too_small(parts: Sequence[Part], machine: Machine) -> str | None:
+    """Returns which place is too small, with the parts that fill it."""
+    for place in PLACES:
+        needed, there = peak(parts, place), machine.room(place)
+        if needed > there * _ROUNDING:
+            here = sorted((p for p in parts if p.place == place), key=lambda p: -p.bytes)
+            largest = ", ".join(f"{p.name} {bytes_text(p.bytes)}" for p in here[:2])
+            return f"{NAMES[place]} needs {bytes_text(needed)} of {bytes_text(there)} ({largest})"
+    return None

@@ -1,0 +1,129 @@
+"""A plan as tables for the terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from .make import Plan, assumptions
+from .memory import PHASES, PLACES
+from .settings import NAMES
+from .sizes import bytes_text, flop_text, seconds_text
+from .work import step_flop
+
+
+def model_table(plan: Plan) -> Table:
+    """Returns what is planned for: the model, the place, the machine."""
+    shapes, machine, work = plan.shapes, plan.machine, plan.work
+    table = Table(title="What is planned", title_justify="left", show_header=False)
+    table.add_column("what")
+    table.add_column("value", overflow="fold")
+    trained = ", ".join(shapes.trained)
+    more = f"{len(shapes.trained)} parameters of layer {shapes.first_layer} and above"
+    rows = {
+        "shapes": shapes.name,
+        "parameters": f"{shapes.parameters:,} in {len(shapes.layers)} layers",
+        "trained": f"{trained if len(shapes.trained) < 3 else more} "
+        f"({sum(shapes.trained.values()):,})",
+        "frozen below": f"{shapes.streamed:,} ({shapes.streamed / shapes.parameters:.0%})",
+        "edits": f"{work.n:,}, {work.batch_size} a step, {work.epochs} epochs",
+        "tokens run": f"{work.edit_tokens:,.0f} of edits, {work.eval_tokens:,.0f} of prompts",
+        "memory": ", ".join(f"{place} {bytes_text(machine.room(place))}" for place in PLACES),
+    }
+    for what, value in rows.items():
+        table.add_row(what, value.replace("[", "\\["))
+    return table
+
+
+def candidates_table(plan: Plan) -> Table:
+    """Returns all settings, preferred ones first, each with whether it fits or why not."""
+    table = Table(title="Settings, preferred ones first", title_justify="left")
+    for heading in ("dtype", "frozen layers", "cut", "micro-batch"):
+        table.add_column(heading)
+    table.add_column("fits?", overflow="fold")
+    for one in plan.candidates:
+        setting = one.setting
+        verdict = f"no: {one.reason}"
+        if one.reason is None:
+            where = ", ".join(f"{NAMES[place]} {bytes_text(n)}" for place, n in one.edits.items())
+            verdict = f"{'CHOSEN' if one is plan.chosen else 'yes'}: prefix on {where}"
+        table.add_row(
+            setting.dtype,
+            "streamed" if setting.streamed else "resident",
+            setting.cut,
+            str(setting.micro_batch_size),
+            verdict,
+            style="bold" if one is plan.chosen else None,
+        )
+    return table
+
+
+def memory_table(plan: Plan) -> Table:
+    """Returns the chosen setting's memory by part and place, with each place's peak."""
+    assert plan.chosen is not None
+    table = Table(title="Memory of the chosen settings", title_justify="left")
+    table.add_column("part")
+    table.add_column("while")
+    places = [place for place in PLACES if plan.machine.room(place)]
+    for place in places:
+        table.add_column(place, justify="right")
+    rows: dict[tuple[str, tuple[str, ...]], dict[str, float]] = {}
+    for part in plan.chosen.parts:
+        row = rows.setdefault((part.name, part.phases), {})
+        row[part.place] = row.get(part.place, 0.0) + part.bytes
+    for (name, phases), sizes in rows.items():
+        if sum(sizes.values()) > 0:
+            when = "always" if phases == PHASES else ", ".join(phases)
+            table.add_row(name, when, *(bytes_text(sizes.get(place, 0)) for place in places))
+    table.add_section()
+    peaks = plan.peaks()
+    table.add_row("most at one time", "", *(bytes_text(peaks[place]) for place in places))
+    return table
+
+
+def work_table(plan: Plan) -> Table:
+    """Returns the work, the bytes and the time of each phase."""
+    assert plan.chosen is not None
+    table = Table(title="Work and time", title_justify="left")
+    table.add_column("phase")
+    for heading in ("work", "checkpoint read", "prefix on disk", "time"):
+        table.add_column(heading, justify="right")
+    for one in plan.phases:
+        table.add_row(
+            one.name,
+            flop_text(one.flop) if one.flop else "-",
+            bytes_text(one.checkpoint),
+            bytes_text(one.disk),
+            seconds_text(one.seconds),
+        )
+    table.add_section()
+    table.add_row(
+        "sum",
+        flop_text(sum(one.flop for one in plan.phases)),
+        bytes_text(sum(one.checkpoint for one in plan.phases)),
+        bytes_text(sum(one.disk for one in plan.phases)),
+        seconds_text(sum(one.seconds for one in plan.phases)),
+    )
+    step = step_flop(plan.shapes, plan.chosen.setting, plan.work)
+    table.add_row("a step", flop_text(step))
+    return table
+
+
+def tables(plan: Plan) -> list[Table]:
+    """Returns all tables of a plan."""
+    chosen = [memory_table(plan), work_table(plan)] if plan.chosen else []
+    return [model_table(plan), candidates_table(plan), *chosen]
+
+
+def closing_lines(plan: Plan) -> str:
+    """Returns the chosen settings as arguments, and what the figures rest on."""
+    lines = ["Assumed:", *(f"  - {line}" for line in assumptions(plan))]
+    if plan.chosen:
+        keys = " ".join(f"{key}={_yaml(value)}" for key, value in plan.keys().items())
+        lines += ["Settings that fit:", f"  {keys}"]
+    return "\n".join(lines) + "\n"
+
+
+def _yaml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
