@@ -11,6 +11,7 @@ from typing import Any
 
 from .editing import EditResult, EditSession
 from .evaluate.choices import HowToRun
+from .evaluate.compact import CompactRecords
 from .evaluate.evaluation import Evaluation
 from .evaluate.summary import summarize
 from .files import output_errors
@@ -27,12 +28,12 @@ class Run:
     """The outcome of a run.
 
     Attributes:
-        metrics: A dictionary for each request, with `pre` and `post`.
+        metrics: A dictionary for each request, with `pre` and `post`; made anew at every look.
         result: What the edit did.
         seconds: Seconds by phase.
     """
 
-    metrics: list[dict[str, Any]]
+    metrics: Sequence[Mapping[str, Any]]
     result: EditResult
     seconds: dict[str, float]
 
@@ -77,11 +78,11 @@ def edit_and_measure(
         watch.lap("checks and frozen prefix")
         how = HowToRun.of_session(session, progress=progress)
         evaluation = Evaluation(model, tokenizer, requests, how)
-        before = evaluation.measure("before")
+        before = CompactRecords(evaluation.stream("before"))
         watch.lap("metrics before")
         result = session.train_()
         watch.lap("training")
-        after = evaluation.measure("after")
+        after = CompactRecords(evaluation.stream("after"))
         watch.lap("metrics after")
     return Run(evaluation.joined(before, after), result, watch.seconds)
 

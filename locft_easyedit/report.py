@@ -113,7 +113,8 @@ def prepare_folder(folder: str | Path) -> Path:
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as JSON; NaN, which JSON does not have, becomes null.
 
-    A list in `value`, such as the records of `metrics.json`, is turned into text entry by entry.
+    A sequence in `value`, such as the records of `metrics.json`, is turned into text entry by
+    entry.
 
     Raises:
         OutputError: The file cannot be written.
@@ -129,7 +130,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def _json(value: Any, levels: int, newline: str = "\n") -> Iterator[str]:
     """Yields indented JSON in parts: the outer `levels` of `value` entry by entry."""
-    if not (levels and isinstance(value, (Mapping, list, tuple)) and value):
+    if isinstance(value, str) or not (levels and isinstance(value, (Mapping, Sequence)) and value):
         text = json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
         yield text.replace("\n", newline)  # line ends within a text are escaped
         return

@@ -16,7 +16,7 @@ _PART_KEYS = ("prompt", "ground_truth")
 _KEYS = {"prompts": "prompt", "rephrase_prompts": "rephrase_prompt", "loc_prompts": "loc_prompt"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Edit:
     """One prompt and the target to train for it; `request` is its index in the user's list."""
 

@@ -1,4 +1,4 @@
-"""A flat file of hidden states: safetensors, mapped into memory, with checksums beside it.
+"""A flat file of hidden states: safetensors, read row by row, with checksums beside it.
 
 The file is an ordinary safetensors file with one tensor `states`, [T, W]. What makes it whole is a
 JSON file beside it, written last: the fingerprint of what the states were made from, and a checksum
@@ -8,7 +8,6 @@ of each block. Without that file, or with another fingerprint or checksum, the s
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import tempfile
 import zlib
@@ -24,9 +23,8 @@ from tqdm import tqdm
 from .errors import OutputError
 
 _FORMAT = 1
-_ALIGNMENT = 4096  # a page: the data can be mapped on its own
+_ALIGNMENT = 4096  # a page: whoever maps the file can map the data on its own
 _BLOCK = 64 * 2**20  # bytes a checksum
-_FORGET_AFTER = 256 * 2**20  # bytes read through the map before its pages are given back
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -46,10 +44,7 @@ class StateFile:
         self._whole = False
         self._row_bytes = width * dtype.itemsize
         self._header = _header(n_tokens, width, dtype)
-        self._read = 0
         self._file = file
-        self._map: mmap.mmap | None = None
-        self._rows: torch.Tensor | None = None
 
     @classmethod
     def create(cls, path: Path, n_tokens: int, width: int, dtype: torch.dtype) -> StateFile:
@@ -174,37 +169,44 @@ class StateFile:
         if not len(where):
             return
         data = states.contiguous().view(torch.uint8).numpy()
-        numbers = where.numpy()
-        breaks = (numbers[1:] != numbers[:-1] + 1).nonzero()[0] + 1
-        edges = [0, *breaks.tolist(), len(numbers)]
         with _telling_disk_errors(self.path):
-            for first, last in pairwise(edges):
-                offset = len(self._header) + int(numbers[first]) * self._row_bytes
+            for first, last, offset in self._runs(where):
                 view, done = memoryview(data[first:last].tobytes()), 0
                 while done < len(view):
                     done += os.pwrite(self._file.fileno(), view[done:], offset + done)
 
     def get(self, where: torch.Tensor) -> torch.Tensor:
-        """Returns the states of the tokens `where`, [K, W]."""
-        if self._rows is None:
-            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_WRITE)
-            if hasattr(mmap, "MADV_RANDOM"):
-                self._map.madvise(mmap.MADV_RANDOM)
-            flat = torch.frombuffer(self._map, dtype=self.dtype, offset=len(self._header))
-            self._rows = flat.view(self.n_tokens, self.width)
-        rows = self._rows[where]
-        self._read += rows.numel() * rows.element_size()
-        if self._read > _FORGET_AFTER and hasattr(mmap, "MADV_DONTNEED"):
-            # The pages stay in the system's cache, which it can take back; ours would count.
-            assert self._map is not None
-            self._map.madvise(mmap.MADV_DONTNEED)
-            self._read = 0
+        """Returns the states of the tokens `where`, [K, W].
+
+        Read, not mapped: the system maps the neighbours of each page as well, and these would
+        count as this process's memory, many times what is asked for.
+        """
+        rows = torch.empty(len(where), self.width, dtype=self.dtype)
+        if not len(where):
+            return rows
+        data = memoryview(rows.view(torch.uint8).numpy())
+        with _telling_disk_errors(self.path):
+            for first, last, offset in self._runs(where):
+                self._fill(data[first:last].cast("B"), offset)
         return rows
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(view):
+            n_read = os.preadv(self._file.fileno(), [view[done:]], offset + done)
+            if not n_read:
+                raise OSError(f"it ends at byte {offset + done}")
+            done += n_read
+
+    def _runs(self, where: torch.Tensor) -> Iterator[tuple[int, int, int]]:
+        """Yields where neighbours in `where` begin and end, and at which byte they lie."""
+        numbers = where.numpy()
+        breaks = (numbers[1:] != numbers[:-1] + 1).nonzero()[0] + 1
+        for first, last in pairwise([0, *breaks.tolist(), len(numbers)]):
+            yield first, last, len(self._header) + int(numbers[first]) * self._row_bytes
 
     def close(self) -> None:
         """Closes the file; one that was not sealed is of no use to anybody and is removed."""
-        self._rows = None
-        self._map = None  # unmapped when the last tensor on it is gone
         open_ = not self._file.closed
         self._file.close()
         if open_ and not self._whole:

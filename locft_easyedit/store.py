@@ -1,8 +1,8 @@
 """The store of hidden states: on the GPU, in the host's memory and on disk, within budgets.
 
 One row of numbers a token, in the order of the tokens. The first tokens lie on the GPU, the next in
-the host's memory, the rest in one flat file that is mapped into memory. States on the host are
-gathered into pinned buffers, from which the GPU takes them without waiting.
+the host's memory, the rest in one flat file. States on the host are gathered into pinned buffers,
+from which the GPU takes them without waiting.
 """
 
 from __future__ import annotations

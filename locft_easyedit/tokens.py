@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from .errors import ModelError, RequestError, one_message
 from .requests import Edit, with_leading_space
 
-_CHUNK = 4096  # texts a tokenizer call: bounds the memory of 100,000 edits
+CHUNK = 4096  # texts a tokenizer call: bounds the memory of 100,000 edits
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,42 @@ class TokenizedTexts:
         cls, sequences: Sequence[Sequence[int]], target_start: Sequence[int]
     ) -> TokenizedTexts:
         """Returns the flat form of `sequences`."""
-        offsets = np.cumsum([0, *(len(sequence) for sequence in sequences)], dtype=np.int64)
-        ids = np.fromiter((i for s in sequences for i in s), dtype=np.int64, count=int(offsets[-1]))
-        return cls(ids, offsets, np.asarray(target_start, dtype=np.int64))
+        growing = GrowingTexts()
+        for ids, start in zip(sequences, target_start, strict=True):
+            growing.add(ids, start)
+        return growing.finished()
+
+
+class GrowingTexts:
+    """Token sequences that come one after the other: eight bytes a token, where a list takes 40."""
+
+    def __init__(self) -> None:
+        self._ids = array("q")
+        self._offsets = array("q", [0])
+        self._target_start = array("q")
+
+    def add(self, ids: Sequence[int], target_start: int) -> None:
+        """Appends a sequence; see `TokenizedTexts`."""
+        self._ids.extend(ids)
+        self._offsets.append(len(self._ids))
+        self._target_start.append(target_start)
+
+    def finished(self) -> TokenizedTexts:
+        """Returns all sequences, without a copy; nothing can be added any more."""
+        columns = (self._ids, self._offsets, self._target_start)
+        return TokenizedTexts(
+            *(np.frombuffer(c, np.int64) if c else np.zeros(0, np.int64) for c in columns)
+        )
+
+
+def ids_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Returns the ids of each text with the tokenizer's own special tokens, and nothing else."""
+    if not texts:
+        return []
+    found: list[list[int]] = tokenizer(
+        list(texts), padding=False, truncation=False, return_attention_mask=False
+    )["input_ids"]
+    return found
 
 
 def tokenize_edits(
@@ -87,11 +121,10 @@ def tokenize_edits(
             "`append_eos=True` needs an end-of-sequence token, and the tokenizer has none. "
             "Set `tokenizer.eos_token` or `append_eos: false`."
         )
-    sequences: list[list[int]] = []
-    starts: list[int] = []
+    growing = GrowingTexts()
     problems = []
-    for first in range(0, len(edits), _CHUNK):
-        chunk = edits[first : first + _CHUNK]
+    for first in range(0, len(edits), CHUNK):
+        chunk = edits[first : first + CHUNK]
         texts = [edit.prompt + with_leading_space(edit.target) for edit in chunk]
         for edit, (ids, start) in zip(
             chunk, _split(tokenizer, [e.prompt for e in chunk], texts), strict=True
@@ -101,23 +134,23 @@ def tokenize_edits(
             no_target = not 0 < start < n_text
             if append_eos and ids[-1:] != [eos]:
                 ids = [*ids, eos]
-            name = (
-                f"request {edit.request} ({_shortened(edit.prompt)} -> {_shortened(edit.target)})"
-            )
             if max_positions is not None and len(ids) > max_positions:
                 problems.append(
-                    f"{name} has {len(ids)} tokens; the model's context is {max_positions}. "
-                    "Shorten it."
+                    f"{_named(edit)} has {len(ids)} tokens; the model's context is "
+                    f"{max_positions}. Shorten it."
                 )
             elif no_target:
                 problems.append(
-                    f"{name}: no token of the target can be predicted. Change its text."
+                    f"{_named(edit)}: no token of the target can be predicted. Change its text."
                 )
-            sequences.append(ids)
-            starts.append(start)
+            growing.add(ids, start)
     if problems:
         raise RequestError(one_message("The requests cannot be trained:", problems))
-    return TokenizedTexts.from_lists(sequences, starts)
+    return growing.finished()
+
+
+def _named(edit: Edit) -> str:
+    return f"request {edit.request} ({_shortened(edit.prompt)} -> {_shortened(edit.target)})"
 
 
 def _shortened(text: str, limit: int = 60) -> str:
@@ -129,7 +162,13 @@ def _split(
 ) -> list[tuple[list[int], int]]:
     """Returns the ids of each text, and the index of the first token that goes past its prompt."""
     if tokenizer.is_fast:
-        batch = tokenizer(texts, return_offsets_mapping=True, padding=False, truncation=False)
+        batch = tokenizer(
+            texts,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            padding=False,
+            truncation=False,
+        )
         return [
             (ids, next((i for i, (_, end) in enumerate(spans) if end > len(prompt)), len(ids)))
             for prompt, ids, spans in zip(

@@ -78,6 +78,44 @@ class HowToRun:
         )
 
 
+class Choices:
+    """The first choice at each predicted token of many texts; `choices[i]` are those of text i.
+
+    Args:
+        texts: The texts.
+        asked: Those that are asked for; the others' choices stay empty.
+    """
+
+    def __init__(self, texts: TokenizedTexts, asked: np.ndarray) -> None:
+        n_choices = np.zeros(len(texts), np.int64)
+        n_choices[asked] = (texts.lengths - texts.target_start)[asked]
+        self._ends = np.cumsum(n_choices)
+        self._n_choices = n_choices
+        self._tokens = np.zeros(int(n_choices.sum()), np.int32)
+        self._odd: dict[int, list[int]] = {}
+
+    def __getitem__(self, text: int) -> list[int]:
+        if text in self._odd:
+            return self._odd[text]
+        end = self._ends[text]
+        choices: list[int] = self._tokens[end - self._n_choices[text] : end].tolist()
+        return choices
+
+    def put(self, texts: np.ndarray, tokens: np.ndarray) -> None:
+        """Sets the choices of some texts, [B]: one text's after the other's, [S]."""
+        counts = self._n_choices[texts]
+        before = np.cumsum(counts) - counts
+        first = self._ends[texts] - counts
+        self._tokens[np.repeat(first - before, counts) + np.arange(len(tokens))] = tokens
+
+    def replace(self, text: int, choices: list[int]) -> None:
+        """Sets the choices of one text."""
+        if len(choices) == self._n_choices[text]:
+            self.put(np.array([text]), np.array(choices))
+        else:
+            self._odd[text] = choices
+
+
 class FirstChoices:
     """First choices for a fixed set of texts, to be taken before and after an edit.
 
@@ -124,15 +162,15 @@ class FirstChoices:
                 )
 
     @torch.no_grad()
-    def take(self, description: str, only: np.ndarray | None = None) -> list[list[int]]:
-        """Returns the first choice at each predicted token, a list for each text.
+    def take(self, description: str, only: np.ndarray | None = None) -> Choices:
+        """Returns the first choice at each predicted token of each text.
 
         Args:
             description: Label of the progress bar.
-            only: Indices of the texts that are asked for; the others' lists stay empty.
+            only: Indices of the texts that are asked for; the others' choices stay empty.
         """
-        choices: list[list[int]] = [[] for _ in range(len(self.texts))]
         indices = np.arange(len(self.texts)) if only is None else only
+        choices = Choices(self.texts, indices)
         if not len(indices):
             return choices
         close: set[int] = set()
@@ -148,13 +186,11 @@ class FirstChoices:
                 owner = rows.owner.to(logits.device)
                 # One copy to the host a batch.
                 columns = [owner, best.indices[:, 0], near.long(), finite.long()]
-                for member, token, is_close, is_finite in torch.stack(columns).T.tolist():
-                    text = int(indices[batch[member]])
-                    choices[text].append(token)
-                    if not is_finite:
-                        self.not_finite.add(text)
-                    elif is_close:
-                        close.add(text)
+                owners, tokens, is_close, is_finite = torch.stack(columns).cpu().numpy()
+                texts = indices[batch]
+                choices.put(texts, tokens)
+                self.not_finite.update(texts[owners[is_finite == 0]].tolist())
+                close.update(texts[owners[(is_close == 1) & (is_finite == 1)]].tolist())
 
             with runner.ready():
                 in_batches(
@@ -168,7 +204,7 @@ class FirstChoices:
                 runner.prefix.complete = True
             if self.how.stream is None:  # else the whole model would be read again for each
                 for text in sorted(close - self.not_finite):
-                    choices[text] = self.alone(text)
+                    choices.replace(text, self.alone(text))
         return choices
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ two best tokens are so close that rounding could decide, that prompt is run alon
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +18,8 @@ from ..batches import in_batches
 from ..devices import input_device
 from ..forward import run_next
 from ..modes import evaluation_mode
-from ..tokens import TokenizedTexts
-from .choices import FirstChoices, HowToRun, too_close
+from ..tokens import CHUNK, GrowingTexts, TokenizedTexts, ids_of
+from .choices import Choices, FirstChoices, HowToRun, too_close
 
 STOPS = (".", "\n")
 
@@ -31,7 +32,9 @@ Done = Callable[[int, list[int]], bool]
 @torch.no_grad()
 def decode_(
     model: PreTrainedModel,
-    sequences: list[list[int]],
+    lengths: np.ndarray,
+    begin: Callable[[int], list[int]],
+    end: Callable[[int, list[int]], None],
     *,
     pick: Pick,
     done: Done,
@@ -39,11 +42,13 @@ def decode_(
     description: str,
     progress: bool = False,
 ) -> None:
-    """Appends tokens to each of `sequences` until it is done.
+    """Appends tokens to each of N texts until it is done.
 
     Args:
         model: A causal language model.
-        sequences: Token ids of the texts; in place.
+        lengths: Tokens of each text, [N].
+        begin: Gives text i's tokens, to be changed.
+        end: Takes all tokens of text i when it is done.
         pick: Chooses next tokens.
         done: Called after each token; a text is asked for at least one.
         batch_size: Texts at a time.
@@ -52,12 +57,11 @@ def decode_(
     """
 
     def run(batch: np.ndarray) -> None:
-        grown = [list(sequences[i]) for i in batch]
+        grown = [begin(int(i)) for i in batch]
         _decode_batch(model, batch, grown, pick, done)
         for i, ids in zip(batch, grown, strict=True):
-            sequences[i][:] = ids
+            end(int(i), ids)
 
-    lengths = np.array([len(ids) for ids in sequences], np.int64)
     with evaluation_mode(model):
         in_batches(lengths, batch_size, run, description=description, progress=progress)
 
@@ -140,20 +144,30 @@ class GreedyDecoder:
         self.max_new_tokens = max_new_tokens
         self.ends = end_tokens(model, tokenizer)
         self.stops = stop_tokens(tokenizer)
-        self.prompts: list[list[int]] = (
-            tokenizer(list(prompts), padding=False, truncation=False)["input_ids"]
-            if prompts
-            else []
-        )
         self.not_finite: set[int] = set()
+        self._n_prompts = len(prompts)
+        self._texts = self._tokenized(prompts, drafts)
         self._choices: FirstChoices | None = None
         if prompts and drafts is not None:
-            self._drafts = self._tokenized_drafts(prompts, drafts)
-            texts = TokenizedTexts.from_lists(
-                [p + d for p, d in zip(self.prompts, self._drafts, strict=True)],
-                [len(p) for p in self.prompts],
-            )
-            self._choices = FirstChoices(model, texts, how, alone=self._draft_alone)
+            self._choices = FirstChoices(model, self._texts, how, alone=self._draft_alone)
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """Tokens of each prompt, [N]."""
+        return self._texts.target_start
+
+    def _tokenized(self, prompts: Sequence[str], drafts: Sequence[str] | None) -> TokenizedTexts:
+        """Returns each prompt with what is expected after it."""
+        growing = GrowingTexts()
+        for first in range(0, len(prompts), CHUNK):
+            part = slice(first, first + CHUNK)
+            alone = ids_of(self.tokenizer, prompts[part])
+            expected: list[list[int]] = [[] for _ in alone]
+            if drafts is not None:
+                expected = self._tokenized_drafts(prompts[part], alone, drafts[part])
+            for ids, draft in zip(alone, expected, strict=True):
+                growing.add(ids + draft, len(ids))
+        return growing.finished()
 
     def answers(self, description: str, only: np.ndarray | None = None) -> list[str]:
         """Returns the answer to each prompt, up to EOS, "." or the end of the line.
@@ -162,42 +176,66 @@ class GreedyDecoder:
             description: Label of the progress bar.
             only: Indices of the prompts that are asked; the others' answers are empty.
         """
-        indices = range(len(self.prompts)) if only is None else only.tolist()
-        sequences = {i: list(self.prompts[i]) for i in indices}
+        indices = range(self._n_prompts) if only is None else only.tolist()
         self.not_finite = set()
+        chosen: Choices | None = None
         if self._choices is not None:
             chosen = self._choices.take(description, only)
             self.not_finite |= self._choices.not_finite
-            for i in indices:
-                sequences[i] += self._accepted(i, chosen[i])
             description = f"{description}, word by word"
-        open_ = [
-            i for i in indices if i not in self.not_finite and not self._complete(i, sequences[i])
-        ]
+        answers = [""] * self._n_prompts
+        open_, lengths = array("q"), array("q")
+        for i in indices:
+            if i in self.not_finite:
+                continue
+            ids = self._begun(i, chosen)
+            if self._complete(i, ids):
+                answers[i] = self._text(i, ids)
+            else:
+                open_.append(i)
+                lengths.append(len(ids))
 
         def done(j: int, ids: list[int]) -> bool:
             if ids[-1] < 0:
                 self.not_finite.add(open_[j])
             return ids[-1] < 0 or self._complete(open_[j], ids)
 
-        # Lists are shared: what grows here grows in `sequences`.
+        def end(j: int, ids: list[int]) -> None:
+            if open_[j] not in self.not_finite:
+                answers[open_[j]] = self._text(open_[j], ids)
+
         if self.how.stream is not None:
-            self._stream_out_([sequences[i] for i in open_], done, description)
+            sequences = [self._begun(i, chosen) for i in open_]
+            self._stream_out_(sequences, done, description)
+            for j, ids in enumerate(sequences):
+                end(j, ids)
         else:
             decode_(
                 self.model,
-                [sequences[i] for i in open_],
+                np.array(lengths, np.int64),
+                lambda j: self._begun(open_[j], chosen),
+                end,
                 pick=self._pick,
                 done=done,
                 batch_size=self.how.batch_size,
                 description=description,
                 progress=self.how.progress and only is None and bool(open_),
             )
-        answers = [""] * len(self.prompts)
-        for i, ids in sequences.items():
-            if i not in self.not_finite:
-                answers[i] = self._text(ids[len(self.prompts[i]) :])
         return answers
+
+    def _begun(self, i: int, chosen: Choices | None) -> list[int]:
+        """Returns prompt i with as much of its answer as the draft has shown."""
+        return self._prompt(i) + ([] if chosen is None else self._accepted(i, chosen[i]))
+
+    def _prompt(self, i: int) -> list[int]:
+        first = int(self._texts.offsets[i])
+        ids: list[int] = self._texts.ids[first : first + int(self.prompt_lengths[i])].tolist()
+        return ids
+
+    def _draft(self, i: int) -> list[int]:
+        first = int(self._texts.offsets[i] + self.prompt_lengths[i])
+        ids: list[int] = self._texts.ids[first : int(self._texts.offsets[i + 1])].tolist()
+        return ids
 
     def _stream_out_(self, sequences: list[list[int]], done: Done, description: str) -> None:
         """Appends a token to every open sequence in each pass over frozen layers on disk."""
@@ -214,13 +252,14 @@ class GreedyDecoder:
             choices.close()
             open_ = [i for i in open_ if not done(i, sequences[i])]
 
-    def _tokenized_drafts(self, prompts: Sequence[str], drafts: Sequence[str]) -> list[list[int]]:
+    def _tokenized_drafts(
+        self, prompts: Sequence[str], alone: list[list[int]], drafts: Sequence[str]
+    ) -> list[list[int]]:
         """Returns each draft's tokens after its prompt, with an end token: at least one."""
         end = self.ends[:1] or [0]
         both = [f"{p} {d.strip()}" for p, d in zip(prompts, drafts, strict=True)]
-        together = self.tokenizer(both, padding=False, truncation=False)["input_ids"]
         tokenized = []
-        for prompt, ids in zip(self.prompts, together, strict=True):
+        for prompt, ids in zip(alone, ids_of(self.tokenizer, both), strict=True):
             # Where a token reaches over the end of the prompt there is no draft to be had.
             follows = ids[: len(prompt)] == prompt
             draft = [i for i in ids[len(prompt) :] if i not in self.ends] if follows else []
@@ -229,7 +268,7 @@ class GreedyDecoder:
 
     def _accepted(self, i: int, choices: list[int]) -> list[int]:
         """Returns the first choices as far as they followed from the draft."""
-        draft = self._drafts[i]
+        draft = self._draft(i)
         agreed = next((k for k, c in enumerate(choices) if c != draft[k]), len(choices) - 1)
         answer = choices[: agreed + 1]
         for k, token in enumerate(answer):
@@ -238,9 +277,8 @@ class GreedyDecoder:
         return answer
 
     def _draft_alone(self, i: int) -> list[int]:
-        ids = self.prompts[i] + self._drafts[i]
-        logits = self._alone(ids[:-1])
-        first: list[int] = logits[len(self.prompts[i]) - 1 :].argmax(-1).tolist()
+        logits = self._alone((self._prompt(i) + self._draft(i))[:-1])
+        first: list[int] = logits[int(self.prompt_lengths[i]) - 1 :].argmax(-1).tolist()
         return first
 
     def _alone(self, ids: list[int]) -> torch.Tensor:
@@ -260,13 +298,14 @@ class GreedyDecoder:
         return torch.where(torch.isfinite(best.values[:, 0]), tokens, -1)
 
     def _complete(self, i: int, ids: list[int]) -> bool:
-        n_new = len(ids) - len(self.prompts[i])
+        n_new = len(ids) - int(self.prompt_lengths[i])
         return n_new >= self.max_new_tokens or (
             n_new > 0 and (ids[-1] in self.ends or ids[-1] in self.stops)
         )
 
-    def _text(self, ids: list[int]) -> str:
-        """Returns the text of the generated ids up to the first stop."""
+    def _text(self, i: int, ids: list[int]) -> str:
+        """Returns the answer in the ids of prompt i and what follows, up to the first stop."""
+        ids = ids[int(self.prompt_lengths[i]) :]
         end = next((i for i, token in enumerate(ids) if token in self.ends), len(ids))
         text = str(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
         cut = min((text.find(stop) for stop in STOPS if stop in text), default=len(text))

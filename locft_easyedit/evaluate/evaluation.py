@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, overload
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -82,25 +82,26 @@ class Evaluation:
         self._perplexity = Perplexity(model, tokenizer, records, how) if "ppl" in metrics else None
 
     def measure(self, when: str = "evaluation", only: Sequence[int] | None = None) -> list[Metrics]:
-        """Returns each record's metrics, under EasyEdit's keys and `generated`.
+        """Returns each record's metrics; see `stream`."""
+        return list(self.stream(when, only))
+
+    def stream(
+        self, when: str = "evaluation", only: Sequence[int] | None = None
+    ) -> Iterator[Metrics]:
+        """Measures; yields each record's metrics, under EasyEdit's keys and `generated`.
 
         Args:
             when: Goes into the labels of the progress bars.
             only: Records to measure; all if `None`.
         """
-        n = len(self.records) if only is None else len(only)
-        measured: list[Metrics] = [{"locality": {}, "portability": {}} for _ in range(n)]
-
-        def add(values: Sequence[Metrics], join: Callable[[Metrics, Metrics], None]) -> None:
-            for entry, value in zip(measured, values, strict=True):
-                join(entry, value)
-
+        parts: list[tuple[Iterator[Metrics], Callable[[Metrics, Metrics], None]]] = []
         if self._accuracy is not None:
-            add(self._accuracy.measure(f"metrics {when}".strip(), only), _merge_)
+            parts.append((self._accuracy.stream(f"metrics {when}".strip(), only), _merge_))
         if self._perplexity is not None:
-            add(self._perplexity.measure(f"perplexity {when}".strip(), only), _merge_)
+            perplexities = self._perplexity.measure(f"perplexity {when}".strip(), only)
+            parts.append((iter(perplexities), _merge_))
         if self._generated is not None:
-            add(self._generated.measure(f"answers {when}".strip(), only), _generated_)
+            parts.append((self._generated.stream(f"answers {when}".strip(), only), _generated_))
         if self._words is not None:
             asked = self.records if only is None else [self.records[i] for i in only]
             fluency = batched_fluency(
@@ -112,25 +113,66 @@ class Evaluation:
                 numbers=only,
                 progress=self.how.progress and only is None,
             )
-            add(fluency, _fluency_)
-        return measured
+            parts.append((iter(fluency), _fluency_))
+        for _ in range(len(self.records) if only is None else len(only)):
+            measured: Metrics = {"locality": {}, "portability": {}}
+            for values, join in parts:
+                join(measured, next(values))
+            yield measured
 
-    def joined(self, before: Sequence[Metrics], after: Sequence[Metrics]) -> list[Metrics]:
+    def joined(self, before: Sequence[Metrics], after: Sequence[Metrics]) -> Joined:
         """Returns EasyEdit's metric dictionaries: `case_id`, `requested_rewrite`, `pre`, `post`.
 
-        Adds to `post` what only the comparison tells (see `finish_`).
-
         Args:
-            before: What `measure` returned before the edit.
-            after: What it returned after it.
+            before: What was measured before the edit.
+            after: What was measured after it.
         """
-        entries = []
-        for i, (record, pre, post) in enumerate(zip(self.records, before, after, strict=True)):
-            finish_(pre, post)
-            entries.append(
-                {"case_id": i, "requested_rewrite": dict(record), "pre": pre, "post": post}
+        return Joined(self.records, before, after)
+
+
+class Joined(Sequence[dict[str, Any]]):
+    """Records with their metrics before and after an edit, put together when they are looked at.
+
+    In `post` is also what only the comparison tells (see `finish_`).
+
+    Args:
+        records: The requests.
+        before: The metrics of each before the edit.
+        after: Those after it.
+
+    Raises:
+        ValueError: Their numbers differ.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        before: Sequence[Metrics],
+        after: Sequence[Metrics],
+    ) -> None:
+        if not len(records) == len(before) == len(after):
+            raise ValueError(
+                f"{len(records)} records, {len(before)} measured before and {len(after)} after. "
+                "Measure all of them."
             )
-        return entries
+        self._columns = (records, before, after)
+
+    def __len__(self) -> int:
+        return len(self._columns[0])
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        record, pre, post = (column[index] for column in self._columns)
+        finish_(pre, post)
+        case_id = index % len(self)
+        return {"case_id": case_id, "requested_rewrite": dict(record), "pre": pre, "post": post}
 
 
 def finish_(pre: Mapping[str, Any], post: Metrics) -> None:

@@ -138,7 +138,9 @@ def batched_fluency(
     places = np.array([i for i, ids in enumerate(sequences) if len(ids) < _TOTAL_TOKENS], np.int64)
     decode_(
         model,
-        short,
+        np.array([len(ids) for ids in short], np.int64),
+        lambda i: list(short[i]),
+        lambda i, ids: short[i].__setitem__(slice(None), ids),
         pick=lambda logits, texts, so_far: pick(logits, places[texts], so_far),
         done=lambda _, ids: len(ids) >= _TOTAL_TOKENS,
         batch_size=batch_size,

@@ -6,7 +6,7 @@ reworded prompts (arXiv 2509.22072, section 5; EasyEdit's WILD protocol without 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from .answers import (
 )
 from .choices import HowToRun, warn_not_finite
 from .decoding import GreedyDecoder
-from .questions import Metrics, check_lengths, questions_of
+from .questions import Metrics, Questions, check_lengths
 
 MAX_NEW_TOKENS = 32
 
@@ -51,23 +51,26 @@ class Generated:
         max_new_tokens: int = MAX_NEW_TOKENS,
     ) -> None:
         self.records = records
-        self.questions = questions_of(records)
+        self.questions = Questions(records)
         prompts = [prompt for question in self.questions for prompt in question.prompts]
         expected = [answer for question in self.questions for answer in question.answers]
         self._decoder = GreedyDecoder(
             model, tokenizer, prompts, expected, how, max_new_tokens=max_new_tokens
         )
-        lengths = [len(ids) for ids in self._decoder.prompts]
-        check_lengths(model, self.questions, lengths, max_new_tokens)
+        check_lengths(model, self.questions, self._decoder.prompt_lengths, max_new_tokens)
 
     def measure(self, description: str, only: Sequence[int] | None = None) -> list[Metrics]:
-        """Returns each record's generated answers and what they are worth.
+        """Returns each record's generated answers and what they are worth; see `stream`."""
+        return list(self.stream(description, only))
+
+    def stream(self, description: str, only: Sequence[int] | None = None) -> Iterator[Metrics]:
+        """Measures; yields each record's generated answers and what they are worth.
 
         Args:
             description: Label of the progress bar.
             only: Records to measure; all if `None`.
 
-        Returns:
+        Yields:
             For each record, where 1.0 is yes and 0.0 no: `reliability` (the answer is the target or
             one of its aliases) with the `answer`, `contains_target` and, where an old answer is
             known, `old_answer` (the answer contains it). With rewordings `generalization` and
@@ -75,28 +78,31 @@ class Generated:
             with locality prompts `locality_answers` (see `finish_generated_`). Shares are over a
             record's prompts.
         """
-        wanted = range(len(self.records)) if only is None else only
-        metrics: dict[int, Metrics] = {i: {} for i in wanted}
-        owners = np.array([q.record for q in self.questions for _ in q.prompts])
-        indices = None if only is None else np.flatnonzero(np.isin(owners, list(only)))
-        remaining = iter(self._decoder.answers(description, indices))
-        for question in self.questions:
-            answers = [next(remaining) for _ in question.prompts]
-            if question.record in metrics:
-                record, found = self.records[question.record], metrics[question.record]
-                if question.part == "rewrite":
-                    found |= _rewrite(record, answers[0])
-                elif question.part == "rephrase":
-                    found |= _rephrase(record, answers)
-                else:
-                    found.setdefault(f"{question.part}_answers", {})[question.name] = answers
-        for i, found in metrics.items():
-            found |= _portability(self.records[i], found)
-        warn_not_finite(len(self._decoder.not_finite), len(owners))
-        for i in {int(owners[j]) for j in self._decoder.not_finite}:
-            numbers = {key for key, value in metrics[i].items() if isinstance(value, float)}
-            metrics[i] |= dict.fromkeys(numbers, float("nan"))
-        return [metrics[i] for i in wanted]
+        asked = None if only is None else self.questions.prompts_of(only)
+        answers = self._decoder.answers(description, asked)
+        not_finite = self._decoder.not_finite
+        warn_not_finite(len(not_finite), len(answers))
+        damaged = {self.questions.record_of(prompt) for prompt in not_finite}
+        for i in range(len(self.records)) if only is None else only:
+            found = self._metrics(i, answers)
+            if i in damaged:
+                numbers = {key for key, value in found.items() if isinstance(value, float)}
+                found |= dict.fromkeys(numbers, float("nan"))
+            yield found
+
+    def _metrics(self, i: int, answers: Sequence[str]) -> Metrics:
+        record, found = self.records[i], Metrics()
+        first = int(self.questions.first_prompt[i])
+        for question in self.questions.of(i):
+            own = list(answers[first : first + len(question.prompts)])
+            first += len(own)
+            if question.part == "rewrite":
+                found |= _rewrite(record, own[0])
+            elif question.part == "rephrase":
+                found |= _rephrase(record, own)
+            else:
+                found.setdefault(f"{question.part}_answers", {})[question.name] = own
+        return found | _portability(record, found)
 
 
 def _rewrite(record: Mapping[str, Any], answer: str) -> Metrics:
@@ -172,8 +178,8 @@ def generate_answers(
     """
     how = HowToRun(batch_size, progress=progress)
     decoder = GreedyDecoder(model, tokenizer, prompts, None, how, max_new_tokens=max_new_tokens)
-    as_questions = questions_of([{"prompt": p, "target_new": "-"} for p in prompts])
-    check_lengths(model, as_questions, [len(ids) for ids in decoder.prompts], max_new_tokens)
+    as_questions = Questions([{"prompt": p, "target_new": "-"} for p in prompts])
+    check_lengths(model, as_questions, decoder.prompt_lengths, max_new_tokens)
     return decoder.answers(description)
 
 

@@ -24,7 +24,7 @@ from ..runner import TextRunner
 from ..shortcuts import can_pack
 from ..tokens import TokenizedTexts
 from .choices import HowToRun
-from .questions import Metrics, Question, questions_of
+from .questions import Metrics, Question, Questions
 
 PERPLEXITIES = ("ppl", "ood_ppl")
 _LONGEST = 1024  # EasyEdit cuts texts there
@@ -71,7 +71,7 @@ class Perplexity:
         self.how = how
         self.metric = metric
         self.n_records = len(records)
-        self.questions = [q for q in questions_of(records) if q.part in ("rewrite", "rephrase")]
+        self.questions = list(Questions(records, ("rewrite", "rephrase")))
         self._counts: list[np.ndarray] = []  # which predicted tokens count, an array for each text
         self._ends = np.cumsum([0, *(len(q.prompts) for q in self.questions)])
         self.texts = self._tokenize()

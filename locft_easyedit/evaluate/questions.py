@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from ..devices import context_length
@@ -15,7 +17,7 @@ Metrics = dict[str, Any]
 PARTS = ("rewrite", "rephrase", "locality", "portability")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Question:
     """The prompts that EasyEdit scores in one call, with their answers.
 
@@ -40,42 +42,75 @@ class Question:
         return f"request {self.record}, {self.part}{name}"
 
 
-def questions_of(records: Sequence[Mapping[str, Any]]) -> list[Question]:
-    """Returns the questions of all records, record after record.
+class Questions:
+    """The questions of all records, record after record; made from them whenever they are wanted.
+
+    Args:
+        records: The records.
+        parts: The parts of a record that are asked about.
+
+    Attributes:
+        first_prompt: Number of each record's first prompt among all prompts, [N + 1].
 
     Raises:
         RequestError: A prompt or an answer is no text or blank, or their numbers differ. All such
             problems in one error.
     """
-    questions = [q for i, record in enumerate(records) for q in _questions(i, record)]
-    problems = [problem for question in questions for problem in _problems(question)]
-    if problems:
-        raise RequestError(one_message("The requests cannot be evaluated:", problems))
-    return questions
+
+    def __init__(self, records: Sequence[Mapping[str, Any]], parts: Sequence[str] = PARTS) -> None:
+        self.records = records
+        self.parts = parts
+        first_prompt, problems = array("q", [0]), []
+        for i, record in enumerate(records):
+            questions = list(_questions(i, record))
+            problems += [problem for question in questions for problem in _problems(question)]
+            n_prompts = sum(len(q.prompts) for q in questions if q.part in parts)
+            first_prompt.append(first_prompt[-1] + n_prompts)
+        if problems:
+            raise RequestError(one_message("The requests cannot be evaluated:", problems))
+        self.first_prompt = np.frombuffer(first_prompt, np.int64)
+
+    def __iter__(self) -> Iterator[Question]:
+        for i in range(len(self.records)):
+            yield from self.of(i)
+
+    def of(self, record: int) -> list[Question]:
+        """Returns the questions of one record."""
+        return [q for q in _questions(record, self.records[record]) if q.part in self.parts]
+
+    def record_of(self, prompt: int) -> int:
+        """Returns the record that a prompt belongs to."""
+        return int(np.searchsorted(self.first_prompt, prompt, side="right")) - 1
+
+    def prompts_of(self, records: Sequence[int]) -> np.ndarray:
+        """Returns the numbers of all prompts of some records, in order, each once."""
+        chosen = np.zeros(len(self.records), bool)
+        chosen[list(records)] = True
+        return np.flatnonzero(np.repeat(chosen, np.diff(self.first_prompt)))
 
 
 def check_lengths(
-    model: PreTrainedModel, questions: Sequence[Question], lengths: Sequence[int], n_new: int = 0
+    model: PreTrainedModel, questions: Iterable[Question], lengths: np.ndarray, n_new: int = 0
 ) -> None:
     """Checks that every prompt fits the model's context.
 
     Args:
         model: The model.
         questions: The questions.
-        lengths: Tokens of each prompt of each question, in order.
+        lengths: Tokens of each prompt of each question, in order, [P].
         n_new: Tokens that are generated after it.
 
     Raises:
         RequestError: One does not.
     """
     limit = context_length(model)
-    if limit is None:
+    if limit is None or not (lengths + n_new > limit).any():
         return
     owners = [question for question in questions for _ in question.prompts]
     answer = f" and {n_new} for the answer" if n_new else ""
     problems = [
         f"{owner.where} has {length} tokens{answer}; the model's context is {limit}. Shorten it."
-        for owner, length in zip(owners, lengths, strict=True)
+        for owner, length in zip(owners, lengths.tolist(), strict=True)
         if length + n_new > limit
     ]
     if problems:

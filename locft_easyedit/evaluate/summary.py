@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+_PLAIN = ("rewrite_acc", "rephrase_acc", "rewrite_ppl", "ood_acc")
+_SECTIONS = ("locality", "portability", "fluency", "generated")
+# Values of all records that have them, by section (empty for the plain ones) and key.
+_Columns = dict[tuple[str, str], "array[float]"]
 
-def summarize(metrics: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+
+def summarize(metrics: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Returns the means that EasyEdit's `summary_metrics` prints, fluency and `generated` besides.
 
     Args:
-        metrics: A dictionary for each record, with `pre` and `post`.
+        metrics: A dictionary for each record, with `pre` and `post`; looked at once, in order.
 
     Returns:
         For `pre` and `post`: `rewrite_acc`, `rephrase_acc`, `rewrite_ppl`, `ood_acc`, and the
@@ -20,35 +26,41 @@ def summarize(metrics: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]
         `fluency` and the figures under `generated` as well. A mean is over the records that have
         the metric, after a mean over a record's prompts.
     """
-    return {phase: _phase([m.get(phase, {}) for m in metrics]) for phase in ("pre", "post")}
+    columns: dict[str, _Columns] = {"pre": {}, "post": {}}
+    for record in metrics:
+        for phase, found in columns.items():
+            _collect(record.get(phase, {}), found)
+    return {phase: _means(found) for phase, found in columns.items()}
 
 
-def _phase(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _collect(record: Mapping[str, Any], columns: _Columns) -> None:
+    """Adds a record's values, each the mean over its prompts, to their columns."""
+    for key in _PLAIN:
+        if key in record:
+            _add(columns, "", key, record[key])
+    for section in _SECTIONS:
+        part = record.get(section)
+        if isinstance(part, Mapping):
+            for key, value in part.items():
+                shares = section in ("locality", "portability")
+                if key.endswith("acc") if shares else _is_number(value):
+                    _add(columns, section, key, value)
+
+
+def _add(columns: _Columns, section: str, key: str, value: Any) -> None:
+    columns.setdefault((section, key), array("d")).append(float(np.mean(value)))
+
+
+def _means(columns: _Columns) -> dict[str, Any]:
     means: dict[str, Any] = {}
-    for key in ("rewrite_acc", "rephrase_acc", "rewrite_ppl", "ood_acc"):
-        _add_mean(means, key, [record[key] for record in records if key in record])
-    for section in ("locality", "portability", "fluency", "generated"):
-        parts = [record[section] for record in records if isinstance(record.get(section), Mapping)]
-        numeric = {
-            key: None
-            for part in parts
-            for key, value in part.items()
-            if (
-                key.endswith("acc") if section in ("locality", "portability") else _is_number(value)
-            )
-        }
-        section_means: dict[str, Any] = {}
-        for key in numeric:
-            _add_mean(section_means, key, [part[key] for part in parts if key in part])
-        if section_means:
-            means[section] = section_means
+    for key in _PLAIN:
+        if ("", key) in columns:
+            means[key] = float(np.mean(columns["", key]))
+    for section in _SECTIONS:
+        own = {key: float(np.mean(v)) for (s, key), v in columns.items() if s == section}
+        if own:
+            means[section] = own
     return means
-
-
-def _add_mean(means: dict[str, Any], key: str, values: list[Any]) -> None:
-    """Adds the mean of the values; a value may be a list with one entry a prompt."""
-    if values:
-        means[key] = float(np.mean([np.mean(value) for value in values]))
 
 
 def _is_number(value: Any) -> bool:

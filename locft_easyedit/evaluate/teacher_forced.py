@@ -8,7 +8,8 @@ token do not count, and a prompt is tokenized apart from its target.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..devices import input_device
-from ..tokens import TokenizedTexts
-from .choices import FirstChoices, HowToRun, warn_not_finite
-from .questions import PARTS, Metrics, Question, check_lengths, questions_of
+from ..tokens import CHUNK, GrowingTexts, TokenizedTexts, ids_of
+from .choices import Choices, FirstChoices, HowToRun, warn_not_finite
+from .questions import PARTS, Metrics, Question, Questions, check_lengths
 
 # Stands for every token of a text whose logits were no numbers.
 _NAN = float("nan")
@@ -63,12 +64,9 @@ class TeacherForced:
         self.model = model
         self.pad = tokenizer.pad_token_id
         self.n_records = len(records)
-        self.questions = [q for q in questions_of(records) if q.part in parts]
+        self.questions = Questions(records, parts)
         self.texts, first_position = _tokenize(tokenizer, self.questions)
-        check_lengths(model, self.questions, self.texts.lengths.tolist())
-        n_prompts = [len(question.prompts) for question in self.questions]
-        self._ends = np.cumsum([0, *n_prompts])
-        self._question_of = np.repeat(np.arange(len(n_prompts)), n_prompts)
+        check_lengths(model, self.questions, self.texts.lengths)
         self._choices = FirstChoices(
             model, self.texts, how, alone=self._as_easyedit, first_position=first_position
         )
@@ -78,31 +76,34 @@ class TeacherForced:
         return self._choices.packed()
 
     def measure(self, description: str, only: Sequence[int] | None = None) -> list[Metrics]:
-        """Returns each record's metrics, as EasyEdit's `compute_edit_quality` gives them.
+        """Returns each record's metrics; see `stream`."""
+        return list(self.stream(description, only))
+
+    def stream(self, description: str, only: Sequence[int] | None = None) -> Iterator[Metrics]:
+        """Measures; yields each record's metrics as EasyEdit's `compute_edit_quality` gives them.
 
         Args:
             description: Label of the progress bar.
             only: Records to measure; all if `None`.
 
-        Returns:
+        Yields:
             For each record `rewrite_acc`, `rephrase_acc` (lists of shares), `locality` (the
             predicted tokens, under `NAME_output`), `portability` (`NAME_acc`) and `metric_meta`.
         """
-        wanted = range(self.n_records) if only is None else only
-        metrics: dict[int, Metrics] = {i: {"locality": {}, "portability": {}} for i in wanted}
-        texts = None
-        if only is not None:
-            asked = [q.record in metrics for q in self.questions]
-            texts = np.flatnonzero(np.array(asked)[self._question_of])
+        texts = None if only is None else self.questions.prompts_of(only)
         choices = self._choices.take(description, texts)
         warn_not_finite(len(self._choices.not_finite), len(self.texts))
-        for i, question in enumerate(self.questions):
-            if question.record not in metrics:
-                continue
-            members = range(self._ends[i], self._ends[i + 1])
-            answers = [choices[j] for j in members]
-            self._score_(metrics[question.record], question, answers, members)
-        return [metrics[i] for i in wanted]
+        for i in range(self.n_records) if only is None else only:
+            yield self._metrics(i, choices)
+
+    def _metrics(self, record: int, choices: Choices) -> Metrics:
+        metrics: Metrics = {"locality": {}, "portability": {}}
+        first = int(self.questions.first_prompt[record])
+        for question in self.questions.of(record):
+            members = range(first, first + len(question.prompts))
+            self._score_(metrics, question, [choices[j] for j in members], members)
+            first = members.stop
+        return metrics
 
     def _score_(
         self, metrics: Metrics, question: Question, choices: list[list[int]], members: range
@@ -135,8 +136,7 @@ class TeacherForced:
 
         The prompts of one question in one batch, padded on the left.
         """
-        question = int(self._question_of[i])
-        members = range(self._ends[question], self._ends[question + 1])
+        members = self._asked_with(i)
         rows = [
             self.texts.ids[self.texts.offsets[j] : self.texts.offsets[j + 1]].tolist()
             for j in members
@@ -151,6 +151,16 @@ class TeacherForced:
         n_targets = len(rows[i - members.start]) - int(self.texts.target_start[i])
         first: list[int] = logits.argmax(-1)[width - 1 - n_targets : -1].tolist()
         return first
+
+    def _asked_with(self, i: int) -> range:
+        """Returns the prompts of the question that prompt i belongs to."""
+        record = self.questions.record_of(i)
+        stop = int(self.questions.first_prompt[record])
+        for question in self.questions.of(record):
+            start, stop = stop, stop + len(question.prompts)
+            if i < stop:
+                return range(start, stop)
+        raise IndexError(i)
 
 
 def score_records(
@@ -193,30 +203,44 @@ def finish_locality_(pre: Mapping[str, Any], post: Metrics) -> None:
 
 
 def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
-) -> tuple[TokenizedTexts, np.ndarray]:
-    """Returns all prompts with their answers, and the position of each one's first token."""
-    if not questions:
-        return TokenizedTexts.from_lists([], []), np.zeros(0, np.int64)
+    tokenizer: PreTrainedTokenizerBase, questions: Questions
+) -> tuple[TokenizedTexts, np.ndarray | None]:
+    """Returns all prompts with their answers, and the position of each one's first token.
+
+    The positions are `None` if all are 0.
+    """
+    growing = GrowingTexts()
+    first_position: list[np.ndarray] = []
+    remaining = iter(questions)
+    while chunk := list(itertools.islice(remaining, CHUNK)):
+        lengths = _tokenize_(tokenizer, chunk, growing)
+        # EasyEdit pads the prompts of one call on the left without telling the model, so that a
+        # shorter one starts at a later position; models with learned positions notice.
+        n_prompts = np.array([len(q.prompts) for q in chunk if q.prompts], np.int64)
+        if not len(n_prompts):
+            continue
+        widest = np.maximum.reduceat(lengths, np.cumsum(n_prompts) - n_prompts)
+        first_position.append(np.repeat(widest, n_prompts) - lengths)
+    if not any(positions.any() for positions in first_position):
+        return growing.finished(), None
+    return growing.finished(), np.concatenate(first_position)
+
+
+def _tokenize_(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], growing: GrowingTexts
+) -> np.ndarray:
+    """Appends the prompts of some questions with their answers; returns their lengths, [P]."""
     prompts = [p for q in questions for p in q.prompts]
     answers = [a for q in questions for a in q.answers]
     both = [f"{prompt} {answer}" for prompt, answer in zip(prompts, answers, strict=True)]
-    sequences = tokenizer(both, padding=False, truncation=False)["input_ids"]
-    prompt_ids = tokenizer(prompts, padding=False, truncation=False)["input_ids"]
     pad = tokenizer.pad_token_id
-    # EasyEdit: pads in the padded row (filler, or in the text) plus prompt tokens that are none.
-    starts = [
-        min(ids.count(pad) + len(p) - p.count(pad), len(ids))
-        for ids, p in zip(sequences, prompt_ids, strict=True)
-    ]
-    # EasyEdit pads the prompts of one call on the left without telling the model, so that a
-    # shorter one starts at a later position; models with learned positions notice.
-    first_position: list[int] = []
-    remaining = iter(sequences)
-    for question in questions:
-        lengths = [len(next(remaining)) for _ in question.prompts]
-        first_position += [max(lengths) - length for length in lengths]
-    return TokenizedTexts.from_lists(sequences, starts), np.array(first_position, np.int64)
+    lengths = []
+    for ids, alone in zip(ids_of(tokenizer, both), ids_of(tokenizer, prompts), strict=True):
+        # EasyEdit: pads in the padded row (filler, or in the text) plus prompt tokens that are
+        # none.
+        growing.add(ids, min(ids.count(pad) + len(alone) - alone.count(pad), len(ids)))
+        lengths.append(len(ids))
+    return np.array(lengths, np.int64)
 
 
 def _share(a: Sequence[float], b: Sequence[float]) -> float:
