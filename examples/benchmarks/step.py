@@ -76,7 +76,7 @@ def one_layer(options, layer):
                 )
                 steps[f"{name}, {dtype}"] = made.step
         seconds = {name: [] for name in steps}
-        losses = {}
+        losses, rates = {}, dict.fromkeys(options.dtype, 0.0)
         for repeat in range(options.repeats + 1):  # the first round only warms up
             for name, step in steps.items():
                 start = time.perf_counter()
@@ -84,7 +84,7 @@ def one_layer(options, layer):
                 synchronize(device)
                 if repeat:
                     seconds[name].append(time.perf_counter() - start)
-        rates = {d: matmul_rate(device, d) for d in options.dtype}
+            rates = {d: max(rate, matmul_rate(device, d)) for d, rate in rates.items()}
     median = {name: statistics.median(values) for name, values in seconds.items()}
     print(f"\n{options.model}, layer {layer}, {len(requests)} edits in one mini-batch, {device}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
@@ -197,7 +197,7 @@ def matmul_rate(device, dtype):
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device).to(getattr(torch, dtype))
     best = 0.0
-    for _ in range(8):
+    for _ in range(4):
         start = time.perf_counter()
         a @ a
         synchronize(device)
