@@ -111,9 +111,11 @@ class TextRunner:
 
     @property
     def _tail_narrows(self) -> bool:
-        # States within the last layer are recorded at all positions.
-        within_last = self.prefix is not None and self.prefix.cut.above_attention
-        return self.tail is not None and not within_last
+        if self.tail is None or self._above_attention:
+            return False
+        # States that enter the last layer, or lie within it, are recorded at all positions.
+        recording = self.prefix is not None and not self.replays
+        return not (recording and self.prefix.cut.in_last_layer)  # type: ignore[union-attr]
 
     @contextmanager
     def ready(self) -> Iterator[TextRunner]:
@@ -123,7 +125,8 @@ class TextRunner:
         with ExitStack() as stack:
             if self.prefix is not None and self.replays:
                 stack.enter_context(self.prefix.replaying())
-            if self.tail is not None and self._tail_narrows:
+            if self._tail_narrows:
+                assert self.tail is not None
                 stack.enter_context(self.tail.narrowed(self._scored))
             yield self
 
