@@ -184,7 +184,7 @@ class StateFile:
         rows = torch.empty(len(where), self.width, dtype=self.dtype)
         if not len(where):
             return rows
-        data = memoryview(rows.view(torch.uint8).numpy())
+        data = rows.view(torch.uint8).numpy().data
         with _telling_disk_errors(self.path):
             for first, last, offset in self._runs(where):
                 self._fill(data[first:last].cast("B"), offset)

@@ -169,7 +169,8 @@ class Joined(Sequence[dict[str, Any]]):
             return [self[i] for i in range(len(self))[index]]
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        record, pre, post = (column[index] for column in self._columns)
+        records, before, after = self._columns
+        record, pre, post = records[index], before[index], after[index]
         finish_(pre, post)
         case_id = index % len(self)
         return {"case_id": case_id, "requested_rewrite": dict(record), "pre": pre, "post": post}
