@@ -62,8 +62,12 @@ class Cut:
     @property
     def above_attention(self) -> bool:
         """Whether no position sees another one above the cut, and the scored ones alone can run."""
-        last = self.first_layer == len(self.stack.layers) - 1
-        return self.narrows and self.kind != "layer" and last
+        return self.narrows and self.kind != "layer" and self.in_last_layer
+
+    @property
+    def in_last_layer(self) -> bool:
+        """Whether the cut is in the last layer, or where it begins."""
+        return self.first_layer == len(self.stack.layers) - 1
 
     @property
     def layer(self) -> nn.Module:

@@ -6,7 +6,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from toys import DOWN_PROJECTION, TOY_KINDS, toy_hparams, toy_model, toy_requests, toy_tokenizer
+from toys import (
+    DOWN_PROJECTION,
+    N_LAYERS,
+    TOY_KINDS,
+    toy_hparams,
+    toy_model,
+    toy_requests,
+    toy_tokenizer,
+)
 
 from locft_easyedit.batches import in_batches
 from locft_easyedit.cut import layer_cut
@@ -19,6 +27,7 @@ from locft_easyedit.evaluate.perplexity import Perplexity
 from locft_easyedit.evaluate.teacher_forced import TeacherForced
 from locft_easyedit.place import find_layers
 from locft_easyedit.store import Budget
+from locft_easyedit.tokens import TokenizedTexts
 
 ALL = ("accuracy", "generated", "ppl")
 
@@ -257,3 +266,28 @@ def test_batches_shrink_where_memory_runs_out(caplog):
 
     with pytest.raises(torch.cuda.OutOfMemoryError, match="no room"):
         in_batches(lengths, 4, never, description="")
+
+
+@pytest.mark.parametrize("template", ["model.layers.{}.mlp.down_proj.weight", "model.layers.{}"])
+def test_a_place_in_the_last_layer_shares_its_prefix(template):
+    model, tokenizer, records = toy_model(), toy_tokenizer(), records_with_lists(5)
+    hparams = toy_hparams(layers=[N_LAYERS - 1], rewrite_module_tmp=template, num_steps=1)
+    with EditSession(model, tokenizer, records, hparams, progress=False) as session:
+        how = HowToRun.of_session(session, progress=False)
+        evaluation = Evaluation(model, tokenizer, records, how)
+        for _ in range(2):  # recorded, then replayed
+            assert as_json(evaluation.measure()) == as_json(
+                Evaluation(model, tokenizer, records).measure()
+            )
+            session.train_()
+
+
+def test_choices_of_some_texts_are_put_where_they_belong():
+    texts = TokenizedTexts.from_lists([[5] * 4, [5] * 3, [5] * 6, [5] * 2], [1, 2, 2, 1])
+    found = choices.Choices(texts, np.array([0, 2, 3]))
+    found.put(np.array([3, 0]), np.array([9, 1, 2, 3]))
+    found.put(np.array([2]), np.array([4, 5, 6, 7]))
+    assert [found[i] for i in range(4)] == [[1, 2, 3], [], [4, 5, 6, 7], [9]]
+    found.replace(0, [7, 8, 9])
+    found.replace(3, [1, 2])  # more than were predicted
+    assert [found[i] for i in range(4)] == [[7, 8, 9], [], [4, 5, 6, 7], [1, 2]]

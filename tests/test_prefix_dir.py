@@ -98,7 +98,7 @@ def test_the_whole_run_reuses_it_as_well(recordings, tmp_path):
         )
     assert recordings == [6]
     assert_same(runs[0].result, runs[1].result)
-    assert json.dumps(runs[0].metrics) == json.dumps(runs[1].metrics)
+    assert json.dumps(list(runs[0].metrics)) == json.dumps(list(runs[1].metrics))
     assert len(names(tmp_path)) == 2  # those of the prompts do not stay
 
 

@@ -137,7 +137,7 @@ def test_the_whole_run(folder):
     for stream in (False, True):
         model, tokenizer, h = loaded(folder(), stream)
         run = edit_and_measure(model, tokenizer, records(), h, progress=False)
-        runs.append((run.metrics, run.result))
+        runs.append((list(run.metrics), run.result))
     assert_same(runs)
 
 

@@ -268,5 +268,5 @@ def test_from_lists():
 @pytest.mark.parametrize("wrap", [lambda t: t, WithoutOffsets], ids=["offsets", "fallback"])
 def test_chunks_change_nothing(monkeypatch, chunk, wrap):
     expected = tokenize_edits(toy_tokenizer(), EDITS)
-    monkeypatch.setattr(tokens, "_CHUNK", chunk)
+    monkeypatch.setattr(tokens, "CHUNK", chunk)
     assert same(tokenize_edits(wrap(toy_tokenizer()), EDITS), expected)

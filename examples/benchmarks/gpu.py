@@ -209,7 +209,7 @@ def streamed(options):
         tokenizer.save_pretrained(folder)
         print(f"checkpoint written in {time.perf_counter() - start:.1f} s, "
               f"{layer_bytes / 2**30:.2f} GiB a layer", flush=True)  # fmt: skip
-        options.folder = str(Path(name) / "states")
+        options.folder = None  # states are not kept
         hparams = hparams_of(
             options, stream_frozen=True, dtype=options.dtype, device=options.device
         )
