@@ -118,15 +118,22 @@ def test_weights_of_a_cpu_are_mapped_where_nothing_is_converted():
 
 
 def test_kernels_of_a_cpu_in_half_precision():
-    def kernels(**work):
-        found = sizes(plan_for("smollm2-135m", machine=CPU, dtype="bfloat16", work=work), "host")
+    def kernels(n=100, **work):
+        plan = plan_for(
+            "smollm2-135m", n=n, machine=CPU, dtype="bfloat16", batch_size=100, work=work
+        )
+        found = sizes(plan, "host")
         return [
-            found[f"kernels for {what}"] / (350 * 1024) for what in ("batches", "texts run alone")
+            found[f"kernels for {what}"] / (kib * 1024)
+            for what, kib in (("batches", 350), ("texts run alone", 350), ("mini-batches", 650))
         ]
 
-    # Five matrices of different shapes; texts of 1 to 2 * 19 tokens.
-    assert kernels(tokens=20.0) == pytest.approx([8 * 5, 2 * 19 * 5])
-    assert kernels(tokens=20.0, evaluate=False) == [8 * 5, 0]
+    # Five matrices of different shapes; texts of 1 to 2 * 19 tokens; one mini-batch.
+    assert kernels(tokens=20.0) == pytest.approx([8 * 5, 2 * 19 * 5, 8])
+    assert kernels(tokens=20.0, evaluate=False) == [8 * 5, 0, 8]
+    # As many numbers of scored tokens as there are mini-batches, up to what chance makes of them.
+    assert kernels(n=300, epochs=2, tokens=20.0)[2] == 2 * 3 * 8
+    assert kernels(n=300, epochs=50, tokens=20.0)[2] == pytest.approx(2 * 4.3 * 10 * 8)
     assert sum(kernels(tokens=500.0)) == 1024
     assert not any("kernels" in p.name for p in plan_for(machine=CPU).chosen.parts)
     assert not any("kernels" in p.name for p in plan_for().chosen.parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,11 +35,13 @@ _BYTES_A_REQUEST = 4096
 _HELD_FREE = 0.5
 _GOES_BACK = 32 * MIB
 # On a CPU in half precision oneDNN compiles a kernel for every shape of a matrix product and keeps
-# the last 1,024: 170 took 60 MiB. A pass needs about five (query and output, key and value, gate
-# and up, down, head), and passes differ in their number of tokens.
-_KERNEL = 350 * 1024
+# the last 1,024. 170 for texts and small batches took 60 MiB; those for some hundred tokens take
+# 630 to 770 KiB each. A pass needs about five (query and output, key and value, gate and up, down,
+# head), and passes differ in their number of tokens. In training the last layer's at scored
+# positions differ with every mini-batch: output, gate and up, down and head, forward and backward.
+_KERNEL, _LARGE_KERNEL = 350 * 1024, 650 * 1024
 _KERNELS_KEPT = 1024
-_KERNELS_A_PASS = 5
+_KERNELS_A_PASS, _KERNELS_A_STEP = 5, 8
 _PASSES = 8  # the probes, and batches of several sizes
 
 
@@ -180,9 +183,15 @@ def _kernels(setting: Setting, work: Workload, device: str) -> list[Part]:
     # and texts have up to about twice the mean length.
     lengths = 2 * work.run_tokens * _KERNELS_A_PASS if work.evaluate else 0.0
     alone = min(lengths, _KERNELS_KEPT - batches)
+    # Four standard deviations of the scored tokens, an edit's being half their mean.
+    in_one = setting.micro_batch_size
+    n_parts = math.ceil(work.n / in_one)
+    numbers = min(work.epochs * n_parts, 2 * work.targets * in_one**0.5) if n_parts > 1 else 1.0
+    steps = min(numbers * _KERNELS_A_STEP, _KERNELS_KEPT - batches - alone)
     return [
         Part("kernels for batches", device, batches * _KERNEL, _LATER),
         Part("kernels for texts run alone", device, alone * _KERNEL, _AFTER),
+        Part("kernels for mini-batches", device, steps * _LARGE_KERNEL, _AFTER),
     ]
 
 
