@@ -2,10 +2,12 @@
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from toys import DOWN_PROJECTION, HIDDEN, N_LAYERS, TOY_KINDS, toy_hparams, toy_model
 
 from locft_easyedit.errors import ModelError, PlaceError
@@ -54,7 +56,7 @@ def test_every_yaml_has_a_plan_without_any_folder(yaml, tmp_path, monkeypatch):
     machine = Machine(gpu=320 * GIB, host=1000 * GIB, disk=1000 * GIB)
     plan = make_plan(hparams, Workload.of(hparams, 1000), machine)
     assert plan.chosen is not None
-    assert plan.chosen.setting.dtype == plan.dtype == (hparams.dtype or "float32")
+    assert plan.chosen.setting.dtype == plan.dtype == (hparams.dtype or "bfloat16")
     assert not plan.chosen.setting.streamed
     assert plan.shapes.first_layer == hparams.layers[0]
 
@@ -212,8 +214,12 @@ def test_precision_of_the_checkpoint(tmp_path, dtype):
 # What autograd keeps
 
 
-def kept(kind, layer, dtype, **config):
-    """Returns the bytes that autograd really keeps with `layer`'s matrix trained."""
+def kept(kind, layer, dtype, device, **config):
+    """Returns the bytes that autograd really keeps with `layer`'s matrix trained.
+
+    A CPU's half precision takes the kernel that the runner takes; a GPU's fused one keeps what the
+    CPU's does.
+    """
     model = toy_model(kind, **config).to(dtype).requires_grad_(False)
     dict(model.named_parameters())[DOWN_PROJECTION[kind].format(layer)].requires_grad_(True)
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -227,35 +233,45 @@ def kept(kind, layer, dtype, **config):
 
     ids = torch.randint(3, 300, (8, ROW), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(16).repeat(ROW // 16)[None].expand(8, -1)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    kernel = sdpa_kernel(SDPBackend.MATH) if (device, dtype) == CPU_HALF else nullcontext()
+    with kernel, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         model(input_ids=ids, position_ids=positions, use_cache=False)
     return sum(t.untyped_storage().nbytes() for t in seen.values())
 
 
 # Tensors that are no token's: sliced tables, norms' weights plus one. The parallel residual's two
 # norms keep one input; GPT-J's and Mixtral's own code keeps a little more.
+CPU_HALF = ("cpu", torch.bfloat16)
 CLOSE = {"gemma2": 0.01, "gemma3": 0.03, "gpt2": 0.01, "gptj": 0.06, "gpt_neox": 0.1}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [("cpu", torch.float32), ("cuda", torch.bfloat16), CPU_HALF],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
 @pytest.mark.parametrize("kind", TOY_KINDS)
-def test_activations_are_what_autograd_keeps(kind, dtype):
+def test_activations_are_what_autograd_keeps(kind, device, dtype):
     if kind == "mixtral" and dtype == torch.float32:
         pytest.skip("its experts keep float32 inputs of a CPU kernel")
     config = {"head_dim": 16} if kind in ("llama", "qwen3", "gemma2") else {}
     # One more layer above the trained matrix keeps one layer more.
-    measured = (kept(kind, 1, dtype, **config) - kept(kind, 2, dtype, **config)) / (8 * ROW)
-    told = reader(kind, **config).activations(dtype, ROW)
+    more, less = (kept(kind, layer, dtype, device, **config) for layer in (1, 2))
+    measured = (more - less) / (8 * ROW)
+    told = reader(kind, **config).activations(dtype, ROW, device)
     assert len(told) == N_LAYERS - 1
     assert told[1].total == pytest.approx(measured, rel=CLOSE.get(kind, 1e-3))
 
 
 def test_terms_of_a_llama_layer():
-    [told, *_] = reader("llama", head_dim=16).activations(torch.bfloat16, ROW)
+    [told, *_] = reader("llama", head_dim=16).activations(torch.bfloat16, ROW, "cuda")
     heads, width = 4, 4 * 16
     assert told.norms == 2 * (4 * HIDDEN + 4)
     assert told.attention == 4 * width * 2 + 4 * heads + ROW * 2
     assert told.mlp == 3 * 64 * 2
+    [on_cpu, *_] = reader("llama", head_dim=16).activations(torch.bfloat16, ROW, "cpu")
+    assert on_cpu.attention == 3 * width * 4 + heads * ROW * 4
+    assert (on_cpu.norms, on_cpu.mlp) == (told.norms, told.mlp)
 
 
 def test_a_module_that_needs_numbers_is_estimated():

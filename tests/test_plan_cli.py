@@ -121,7 +121,7 @@ def test_help(capsys):
         (["n=5", "gpu=8", "rewrite_module_tmp=a.{}.b"], "matches nothing in layer 22"),
         (["n=5", "gpu=8", "model_name=who/knows"], "Put the model's config.json into that folder"),
         (["n=5", "gpu=8", "prefix_gpu_gib=-1"], "`prefix_gpu_gib=-1.0` must be 0 or more"),
-        (["n=5", "gpu=8", "prefix_cut=head"], "`prefix_cut=head` must be one of matrix, mlp, "),
+        (["n=5", "gpu=8", "prefix_cut=head"], "`prefix_cut='head'` must be null or one of matrix,"),
         (["n=5", "gpu=8", "model_parallel=true"], "spreads the model over several GPUs"),
     ],
 )  # fmt: skip
@@ -161,8 +161,9 @@ def test_no_config_name(capsys):
 
 def test_nothing_fits(capsys, folder):
     status, out, err = run(
-        capsys, "--config-name", "llama3-8b", "n=5", "gpu=2", "host=3", "output=plan.json"
-    )
+        capsys, "--config-name", "llama3-8b", "n=5", "gpu=2", "host=3", "dtype=float32",
+        "output=plan.json",
+    )  # fmt: skip
     assert status == 2
     assert "locft plan: No settings fit; each has its reason in the table." in err
     assert "bfloat16 with micro_batch_size=1: the GPU needs" in err

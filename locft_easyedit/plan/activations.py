@@ -8,6 +8,10 @@ of width D, attention width A, H heads and inner width I, in rows of R tokens an
     attention  4 A s + 4 H + R s         query, key, value, output; log-sum-exp; the mask's rows
     MLP        3 I s                     gate, its activation, and what that is multiplied with
 
+A CPU in half precision takes no fused attention (`runner.py`) but products of matrices, in float32:
+
+    attention  12 A + 4 H R              query, key and value; the probabilities
+
 Norms and MLP are not written down for each architecture but looked at: each runs once on the meta
 device, where nothing is computed, and what it keeps is counted.
 """
@@ -50,6 +54,7 @@ def layer_activations(
     attention: int,
     dtype: torch.dtype,
     row_tokens: int,
+    device: str,
 ) -> LayerActivations:
     """Returns what autograd keeps of one layer.
 
@@ -60,6 +65,7 @@ def layer_activations(
         attention: Width of all heads together, A.
         dtype: Precision of weights and computation.
         row_tokens: Length of packed rows, R.
+        device: `cpu` or `cuda`.
     """
     layer = layer.to(dtype)
     norms = mlp = in_attention = 0.0
@@ -70,14 +76,16 @@ def layer_activations(
         if max(dimensions) == 1:
             norms += saved_by(child, hidden, dtype)
         elif "attn" in name or "attention" in name:
-            in_attention += attention_bytes(config, attention, dtype, row_tokens)
+            in_attention += attention_bytes(config, attention, dtype, row_tokens, device)
             in_attention += _head_norms(child, config, dtype)
         else:
             mlp += saved_by(child, hidden, dtype)
     return LayerActivations(norms, in_attention, mlp)
 
 
-def attention_bytes(config: Any, width: int, dtype: torch.dtype, row_tokens: int) -> float:
+def attention_bytes(
+    config: Any, width: int, dtype: torch.dtype, row_tokens: int, device: str
+) -> float:
     """Returns the bytes a token that autograd keeps of the attention itself.
 
     Args:
@@ -85,9 +93,12 @@ def attention_bytes(config: Any, width: int, dtype: torch.dtype, row_tokens: int
         width: Of all heads together, A.
         dtype: Precision of the computation.
         row_tokens: Length of a row, R.
+        device: `cpu` or `cuda`.
     """
     size, heads = dtype.itemsize, config.num_attention_heads
     if getattr(config, "_attn_implementation", None) != "eager":
+        if device == "cpu" and size < 4:
+            return 3 * width * 4 + heads * row_tokens * 4
         return 4 * width * size + 4 * heads + row_tokens * size
     # The probabilities in float32 and in the model's precision, and what a soft cap keeps.
     copies = 4 + (size if size < 4 else 0)

@@ -127,12 +127,13 @@ def make_plan(
             "choose a later layer."
         )
 
+    device = "cpu" if machine.gpu is None else "cuda"
+
     def activations(dtype: str) -> Sequence[LayerActivations]:
-        return reader.activations(DTYPES[dtype], work.row_tokens)
+        return reader.activations(DTYPES[dtype], work.row_tokens, device)
 
     if shapes.first_layer == 0:
         streamed = False
-    device = "cpu" if machine.gpu is None else "cuda"
     dtype = str(hparams.dtype_on(device)).removeprefix("torch.")
     found = candidates(shapes, activations, work, machine, Wanted(dtype, streamed, cut))
     chosen = next((one for one in found if one.reason is None), None)

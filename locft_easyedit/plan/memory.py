@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,23 +11,38 @@ from ..hparams import DTYPES
 from .activations import LayerActivations
 from .given import Machine, Workload
 from .shapes import ModelShapes
-from .sizes import GIB
+from .sizes import GIB, MIB
 
 PHASES = ("load", "prefix", "train", "evaluate")
 PLACES = ("gpu", "host", "disk")
 
 _AFTER = ("train", "evaluate")
+_LATER = ("prefix", *_AFTER)
 
 # What is there before any tensor: a CUDA context with its kernels, and Python with its libraries
-# (374 MiB measured; a process with a CUDA context maps a few more).
+# (375 MiB after the imports and 20 more of their code when a model is loaded; a process with a CUDA
+# context maps a few more).
 _CUDA_CONTEXT = GIB // 2
-_PROCESS = int(0.4 * GIB)
+_PROCESS = 395 * MIB
 _PROCESS_WITH_CUDA = 2 * GIB
+# Of a tokenizer stays so much a token (measured with vocabularies of 49,152 and 128,256).
+_BYTES_A_TOKEN = 950
 # A request with its strings, and its tokens.
 _BYTES_A_REQUEST = 4096
-# On a CPU the C library keeps freed blocks for later, and not all of them fit again: after a few
-# steps it holds this much more than the activations at work (0.64 to 0.66 measured with glibc).
-_HELD_FREE = 0.65
+# On a CPU the C library keeps freed blocks for later, and not all of them fit again. It grows over
+# the first steps to half of the activations (0.2 to 0.65 measured with glibc). Blocks above
+# glibc's largest threshold go back to the system.
+_HELD_FREE = 0.5
+_GOES_BACK = 32 * MIB
+# On a CPU in half precision oneDNN compiles a kernel for every shape of a matrix product and keeps
+# the last 1,024. 170 for texts and small batches took 60 MiB; those for some hundred tokens take
+# 630 to 770 KiB each. A pass needs about five (query and output, key and value, gate and up, down,
+# head), and passes differ in their number of tokens. In training the last layer's at scored
+# positions differ with every mini-batch: output, gate and up, down and head, forward and backward.
+_KERNEL, _LARGE_KERNEL = 350 * 1024, 650 * 1024
+_KERNELS_KEPT = 1024
+_KERNELS_A_PASS, _KERNELS_A_STEP = 5, 8
+_PASSES = 8  # the probes, and batches of several sizes
 
 
 @dataclass(frozen=True)
@@ -81,11 +97,14 @@ def standing_parts(
     """Returns what is there all the time (the prefix aside): process, model, requests."""
     size, device = setting.itemsize, machine.device
     kept = shapes.upper if setting.streamed else shapes.parameters
-    parts = [Part("weights", device, kept * size)]
     stored = DTYPES[shapes.stored_dtype].itemsize
+    # On a CPU weights in the checkpoint's precision are mapped, and arrive when they are used.
+    mapped = device == "host" and stored == size
+    parts = [Part("weights", device, kept * size, _LATER if mapped else PHASES)]
     if stored != size and not setting.streamed:
         name = "checkpoint, mapped while it is converted"
         parts.append(Part(name, "host", kept * stored, ("load",)))
+    parts.append(Part("tokenizer", "host", shapes.vocab * _BYTES_A_TOKEN))
     parts.append(Part("requests and tokens", "host", work.n * _BYTES_A_REQUEST))
     if machine.gpu is None:
         return [Part("Python and libraries", "host", _PROCESS), *parts]
@@ -119,11 +138,14 @@ def working_parts(
     parts = [
         *_trained_parts(sum(shapes.trained.values()), size, device),
         Part("activations", device, activations, ("train",)),
-        Part("cross-entropy", device, cross_entropy(shapes, setting, work), ("train",)),
+        # Its buffer stays as long as the session does.
+        Part("cross-entropy", device, cross_entropy(shapes, setting, work), _AFTER),
         Part("activations without gradients", device, passed * widest, ("prefix", "evaluate")),
     ]
     if device == "host":
-        parts.append(Part("kept by the C library", device, _HELD_FREE * activations, _AFTER))
+        held = _HELD_FREE * returned_to_c(shapes, saved, setting, work)
+        parts.append(Part("kept by the C library", device, held, _AFTER))
+        parts += _kernels(setting, work, device)
     if work.evaluate:
         logits = scored * shapes.vocab * (size + 4)
         parts.append(Part("logits of evaluation", device, logits, ("evaluate",)))
@@ -152,25 +174,68 @@ def _trained_parts(n: int, size: int, device: str) -> list[Part]:
     return parts
 
 
+def _kernels(setting: Setting, work: Workload, device: str) -> list[Part]:
+    """Returns what a CPU compiles for the half precisions."""
+    if setting.itemsize == 4:
+        return []
+    batches = _PASSES * _KERNELS_A_PASS
+    # Evaluation runs texts alone where two answers are close: each length is a shape of its own,
+    # and texts have up to about twice the mean length.
+    lengths = 2 * work.run_tokens * _KERNELS_A_PASS if work.evaluate else 0.0
+    alone = min(lengths, _KERNELS_KEPT - batches)
+    # Four standard deviations of the scored tokens, an edit's being half their mean.
+    in_one = setting.micro_batch_size
+    n_parts = math.ceil(work.n / in_one)
+    numbers = min(work.epochs * n_parts, 2 * work.targets * in_one**0.5) if n_parts > 1 else 1.0
+    steps = min(numbers * _KERNELS_A_STEP, _KERNELS_KEPT - batches - alone)
+    return [
+        Part("kernels for batches", device, batches * _KERNEL, _LATER),
+        Part("kernels for texts run alone", device, alone * _KERNEL, _AFTER),
+        Part("kernels for mini-batches", device, steps * _LARGE_KERNEL, _AFTER),
+    ]
+
+
 def training_activations(
     shapes: ModelShapes, saved: Sequence[LayerActivations], setting: Setting, work: Workload
 ) -> float:
     """Returns the bytes that a micro-batch takes besides weights and logits.
 
-    The first trained layer keeps what goes into it from the prefix and, above the cut, its
-    activations; each layer above keeps all of them, the last one those of its MLP at scored
-    positions only. Besides, one layer's worth is at work.
+    Most is there when the backward pass begins: the first trained layer keeps what goes into it
+    from the prefix and, above the cut, its activations; each layer above keeps all of them, the
+    last one those of its MLP at scored positions only. At work is besides whatever takes more: the
+    gradients in the last layer's MLP, or in its attention, when the MLP's activations are gone.
     """
     tokens = work.cells(setting.micro_batch_size)
-    first = float(shapes.cuts[setting.cut] * setting.itemsize)
+    size = setting.itemsize
+    first = float(shapes.cuts[setting.cut] * size)
     if setting.cut != "matrix":
         part = saved[0]
-        first += part.norms / 2 + part.mlp + (part.total - part.mlp) * (setting.cut == "layer")
+        alone = len(saved) == 1 and setting.cut == "mlp"  # then nothing but scored positions runs
+        kept = part.norms / 2 + part.mlp + (part.total - part.mlp) * (setting.cut == "layer")
+        first += kept * (work.scored if alone else 1)
     above = sum(one.total for one in saved[1:])
     if len(saved) > 1:
         above -= (1 - work.scored) * (saved[-1].mlp + saved[-1].norms / 2)
-    at_work = max(one.total for one in saved)
+    last = saved[-1]
+    in_mlp = work.scored * last.mlp
+    in_attention = last.attention + shapes.hidden * size - in_mlp
+    above_attention = len(saved) == 1 and setting.cut != "layer"
+    at_work = in_mlp if above_attention else max(in_mlp, in_attention)
     return tokens * (first + above + at_work)
+
+
+def returned_to_c(
+    shapes: ModelShapes, saved: Sequence[LayerActivations], setting: Setting, work: Workload
+) -> float:
+    """Returns the bytes of activations in blocks that the C library keeps when they are freed."""
+    tokens = work.cells(setting.micro_batch_size)
+    activations = training_activations(shapes, saved, setting, work)
+    large = 0.0
+    for one in saved[1:]:
+        # Norms keep their inputs; attention four such tensors; a gated MLP three.
+        for kept, n_tensors in ((one.norms, 2), (one.attention, 4), (one.mlp, 3)):
+            large += tokens * kept * (tokens * kept / n_tensors > _GOES_BACK)
+    return max(0.0, activations - large)
 
 
 def cross_entropy(shapes: ModelShapes, setting: Setting, work: Workload) -> float:

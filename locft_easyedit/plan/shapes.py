@@ -178,7 +178,9 @@ class ModelReader:
         head = getattr(self.config, "head_dim", None)
         return int(head * self.config.num_attention_heads) if head else self.hidden
 
-    def activations(self, dtype: torch.dtype, row_tokens: int) -> list[LayerActivations]:
+    def activations(
+        self, dtype: torch.dtype, row_tokens: int, device: str
+    ) -> list[LayerActivations]:
         """Returns what autograd keeps of each layer from the first trained one up."""
         kinds: dict[tuple[Any, ...], LayerActivations] = {}
         found = []
@@ -193,6 +195,7 @@ class ModelReader:
                     attention=self.attention,
                     dtype=dtype,
                     row_tokens=row_tokens,
+                    device=device,
                 )
             found.append(kinds[kind])
         return found

@@ -7,7 +7,7 @@ import re
 
 from ..errors import HyperParamsError
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 # 80G and 80 mean GiB, as GPUs are sold; 80GB is taken at its word.
 _UNITS = {
     "": GIB,
