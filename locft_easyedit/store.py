@@ -235,8 +235,8 @@ def _too_small(n_tokens: int, row_bytes: int, rows: tuple[int, int, int]) -> str
     gib = [n * row_bytes / 2**30 for n in rows]
     needed = n_tokens * row_bytes / 2**30
     return (
-        f"The frozen prefix of {n_tokens} tokens takes {needed:.2f} GiB; the budgets allow "
-        f"{gib[0]:.2f} GiB on the GPU, {gib[1]:.2f} GiB of host memory and {gib[2]:.2f} GiB on "
+        f"The frozen prefix of {n_tokens} tokens takes {needed:.3g} GiB; the budgets allow "
+        f"{gib[0]:.3g} GiB on the GPU, {gib[1]:.3g} GiB of host memory and {gib[2]:.3g} GiB on "
         "disk. Raise `prefix_gpu_gib`, `prefix_host_gib` or `prefix_disk_gib`, point `prefix_dir` "
         "at a larger disk, or set `frozen_prefix: false`."
     )
