@@ -12,7 +12,7 @@ from typing import Any
 from .editing import EditResult, EditSession
 from .evaluate.choices import HowToRun
 from .evaluate.compact import CompactRecords
-from .evaluate.evaluation import Evaluation
+from .evaluate.evaluation import Evaluation, Joined
 from .evaluate.summary import summarize
 from .files import output_errors
 from .hparams import LocFTBFHyperParams
@@ -84,7 +84,7 @@ def edit_and_measure(
         watch.lap("training")
         after = CompactRecords(evaluation.stream("after"))
         watch.lap("metrics after")
-    return Run(evaluation.joined(before, after), result, watch.seconds)
+    return Run(Joined(requests, before, after), result, watch.seconds)
 
 
 def write_run(

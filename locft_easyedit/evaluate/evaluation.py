@@ -120,14 +120,16 @@ class Evaluation:
                 join(measured, next(values))
             yield measured
 
-    def joined(self, before: Sequence[Metrics], after: Sequence[Metrics]) -> Joined:
+    def joined(self, before: Sequence[Metrics], after: Sequence[Metrics]) -> list[Metrics]:
         """Returns EasyEdit's metric dictionaries: `case_id`, `requested_rewrite`, `pre`, `post`.
+
+        `Joined` makes them one at a time.
 
         Args:
             before: What was measured before the edit.
             after: What was measured after it.
         """
-        return Joined(self.records, before, after)
+        return list(Joined(self.records, before, after))
 
 
 class Joined(Sequence[dict[str, Any]]):
