@@ -149,10 +149,10 @@ def test_large_blocks_are_not_kept_by_the_c_library():
         own = found["activations without gradients"] + found["logits of evaluation"]
         freed = when["train",] / 0.5
         assert when["evaluate",] == pytest.approx(max(0.5 * freed, 1.5 * freed - own))
-        assert (freed > own > 0) == (batch_size == 100)
+        assert (freed > own) == (batch_size > 100)  # else there is little to take from
         return when["train",] / found["activations"]
 
-    assert held(100) == pytest.approx(0.5)
+    assert held(100) == held(200) == pytest.approx(0.5)
     # 92 rows of 64 tokens with 1,536 numbers are more than 32 MiB, those of 576 are less.
     assert 0 < held(400) < 0.5
 
