@@ -16,7 +16,7 @@ CLOSE = 0.15
 def test_planned_peak_is_the_measured_one(smollm2, tmp_path):
     script = REPOSITORY / "examples" / "benchmarks" / "plan_accuracy.py"
     written = tmp_path / "figures.json"
-    arguments = ["--given-only", "--n", "50", "--batch-size", "50", "--epochs", "2"]
+    arguments = ["--given-only", "--n", "30", "--batch-size", "30", "--epochs", "2"]
     arguments += ["--dtype", "float32", "--no-evaluation", "--model", str(smollm2)]
     ran = subprocess.run(
         [sys.executable, str(script), *arguments, "--json", str(written)],
@@ -30,7 +30,7 @@ def test_planned_peak_is_the_measured_one(smollm2, tmp_path):
     assert list(figures) == ["load", "prefix", "train", "whole run"]
     # Mapped weights and activations are large parts of these.
     assert figures["load"]["measured_bytes"] < figures["prefix"]["measured_bytes"] - 4 * 10**8
-    assert figures["prefix"]["measured_bytes"] < figures["train"]["measured_bytes"] - 10**8
+    assert figures["prefix"]["measured_bytes"] < figures["train"]["measured_bytes"] - 5 * 10**7
     for phase in ("prefix", "train", "whole run"):
         row = figures[phase]
         assert row["planned_bytes"] == pytest.approx(row["measured_bytes"], rel=CLOSE), phase

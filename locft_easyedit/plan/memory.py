@@ -142,13 +142,15 @@ def working_parts(
         Part("cross-entropy", device, cross_entropy(shapes, setting, work), _AFTER),
         Part("activations without gradients", device, passed * widest, ("prefix", "evaluate")),
     ]
+    logits = scored * shapes.vocab * (size + 4) if work.evaluate else 0.0
+    parts.append(Part("logits of evaluation", device, logits, ("evaluate",)))
     if device == "host":
-        held = _HELD_FREE * returned_to_c(shapes, saved, setting, work)
-        parts.append(Part("kept by the C library", device, held, _AFTER))
+        freed = returned_to_c(shapes, saved, setting, work)
+        # After training all of it is free, and evaluation takes its blocks from there.
+        left = max(_HELD_FREE * freed, (1 + _HELD_FREE) * freed - passed * widest - logits)
+        for held, phase in ((_HELD_FREE * freed, "train"), (left, "evaluate")):
+            parts.append(Part("kept by the C library", device, held, (phase,)))
         parts += _kernels(setting, work, device)
-    if work.evaluate:
-        logits = scored * shapes.vocab * (size + 4)
-        parts.append(Part("logits of evaluation", device, logits, ("evaluate",)))
     if setting.streamed:
         below = shapes.layers[: shapes.first_layer]
         layer = max((one.parameters for one in below), default=0)
