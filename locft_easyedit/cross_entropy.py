@@ -97,11 +97,11 @@ class Head:
 
         A CPU spends as long on fresh memory of this size as on what it is for.
         """
-        room = self._room.get(dtype)
-        if room is None or len(room) < n_rows:
+        if dtype not in self._room or len(self._room[dtype]) < n_rows:
+            self._room.pop(dtype, None)  # the old room goes before the new one comes
             shape = (n_rows, len(self.weight))
-            room = self._room[dtype] = self.weight.new_empty(shape, dtype=dtype)
-        return room[:n_rows]
+            self._room[dtype] = self.weight.new_empty(shape, dtype=dtype)
+        return self._room[dtype][:n_rows]
 
 
 class _TokenLosses(torch.autograd.Function):
