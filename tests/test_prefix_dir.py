@@ -229,7 +229,7 @@ def test_a_recording_that_was_interrupted_leaves_no_file(error, tmp_path, monkey
 
 def test_a_budget_that_is_too_small_is_told_before_anything_is_made(tmp_path):
     folder = tmp_path / "new"
-    with pytest.raises(MemoryBudgetError, match=r"0\.00 GiB on disk.*`prefix_disk_gib`"):
+    with pytest.raises(MemoryBudgetError, match=r" 0 GiB on disk.*`prefix_disk_gib`"):
         edit(folder, prefix_disk_gib=1e-9)
     assert not folder.exists()
 

@@ -153,8 +153,8 @@ def test_the_error_names_the_budgets_and_nothing_is_written(kept, tmp_path):
     budget = Budget(host_gib=0.5, disk_gib=0.25, folder=str(tmp_path / "new"))
     path = tmp_path / "new" / "kept" if kept else None
     message = (
-        r"prefix of \d+ tokens takes 1\.00 GiB; the budgets allow 0\.00 GiB on the GPU, "
-        r"0\.50 GiB of host memory and 0\.25 GiB on disk\. Raise `prefix_gpu_gib`, "
+        r"prefix of \d+ tokens takes 1 GiB; the budgets allow 0 GiB on the GPU, "
+        r"0\.5 GiB of host memory and 0\.25 GiB on disk\. Raise `prefix_gpu_gib`, "
         r"`prefix_host_gib` or `prefix_disk_gib`, point `prefix_dir` at a larger disk, or set "
         r"`frozen_prefix: false`"
     )
