@@ -192,9 +192,10 @@ def test_edit_without_sequential_edit_makes_each_edit_alone(editor):
         [expected] = score_records(alone, editor.tok, [request])
         assert entry["post"]["rewrite_acc"] == expected["rewrite_acc"]
         assert entry["post"]["portability"] == expected["portability"]
-    # The model returned carries the last one.
+    # The model returned carries the last one. Measured: 2.3e-6 at most, where Adam divides a
+    # gradient that is rounding by itself; an edit moves weights by up to 3e-2.
     assert torch.allclose(model.model.layers[2].mlp.down_proj.weight,
-                          alone.model.layers[2].mlp.down_proj.weight, atol=1e-6)  # fmt: skip
+                          alone.model.layers[2].mlp.down_proj.weight, atol=1e-5)  # fmt: skip
 
 
 def test_edits_made_alone_are_never_in_conflict(editor, caplog):
