@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from toys import toy_model, toy_requests, toy_tokenizer
 from transformers import AutoModelForCausalLM
@@ -118,9 +119,11 @@ def test_a_damaged_model_is_said_to_be_one(files, capsys):
     ],
     ids=str,
 )
-def test_bad_arguments(files, capsys, arguments, message):
+def test_bad_arguments(files, capsys, monkeypatch, arguments, message):
     import re
 
+    # A name that nobody has is asked for again and again where there is no network.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert main(["evaluate", *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
 
