@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .data import read_requests
     from .easyedit import register, unregister
-    from .editing import EditResult, EditSession, edit_model
+    from .editing import EditSession, edit_model
     from .errors import LocFTError
     from .evaluate.evaluation import Evaluation
     from .evaluate.summary import summarize
     from .hparams import LocFTBFHyperParams
     from .requests import make_requests
+    from .result import EditResult
 
 __version__ = "0.1.0"
 
 # Loaded on first use: `import locft_easyedit` must stay quick and without effects.
 _HOMES = {
-    "EditResult": "editing",
+    "EditResult": "result",
     "EditSession": "editing",
     "Evaluation": "evaluate.evaluation",
     "LocFTBFHyperParams": "hparams",

@@ -22,69 +22,13 @@ from .modes import evaluation_mode
 from .place import Place, select_place
 from .prepare import prepare_runner
 from .requests import EditSet, distinct_edits
+from .result import EditResult
 from .runner import TextRunner
 from .shortcuts import Shortcuts, find_shortcuts
 from .store import Budget
 from .stream import FrozenStream, stream_of
 from .tokens import TokenizedTexts, tokenize_edits
-from .weights import TrainedWeights, write_
-
-
-@dataclass
-class EditResult:
-    """What an edit did to a model.
-
-    Attributes:
-        losses: Mean loss of each epoch.
-        step_losses: Loss of each mini-batch.
-        original: The trained parameters' values before, by name.
-        new: Their values after.
-        timings: Seconds by phase: `prepare` (checks and tokens), `prefix`, `train`.
-        n_updates: Mini-batches that made an update.
-        converged: Whether training stopped because the loss fell below the threshold.
-        n_trained: Distinct edits that were trained.
-        edits: The distinct edits, and how many requests were merged, in conflict or left out.
-        packed: Whether rows were packed.
-        frozen_prefix: Whether the frozen layers were computed only once.
-    """
-
-    losses: list[float]
-    step_losses: list[float]
-    original: dict[str, torch.Tensor]
-    new: dict[str, torch.Tensor]
-    timings: dict[str, float]
-    n_updates: int
-    converged: bool
-    n_trained: int
-    edits: EditSet
-    packed: bool
-    frozen_prefix: bool
-
-    def restore_(self, model: nn.Module) -> None:
-        """Gives `model` the original values back, bit for bit."""
-        write_(dict(model.named_parameters()), self.original)
-
-    def apply_(self, model: nn.Module) -> None:
-        """Gives `model` the edited values."""
-        write_(dict(model.named_parameters()), self.new)
-
-    def summary(self) -> dict[str, Any]:
-        """Returns the figures without the tensors, ready for JSON."""
-        return {
-            "losses": self.losses,
-            "epochs": len(self.losses),
-            "updates": self.n_updates,
-            "converged": self.converged,
-            "requests": self.edits.n_requests,
-            "trained_edits": self.n_trained,
-            "merged_duplicates": self.edits.n_merged,
-            "conflicting_prompts": self.edits.n_conflicts,
-            "replaced_by_later": self.edits.n_replaced,
-            "trained_parameters": {name: list(value.shape) for name, value in self.new.items()},
-            "packed": self.packed,
-            "frozen_prefix": self.frozen_prefix,
-            "seconds": self.timings,
-        }
+from .weights import TrainedWeights
 
 
 def edit_model(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, List, Optional, Union  # noqa: UP035
@@ -17,13 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import HyperParamsError, one_message
-
-ALG_NAME = "LocFT-BF"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ON_CONFLICT = ("train", "error", "last")
-CUTS = ("matrix", "mlp", "layer")
-QUANTIZED = ("8bit", "4bit")
-EVALUATION_TYPES = ("LLM-judge", "generate-text")
+from .hparams_rules import ALG_NAME, DTYPES, broken_rules
 
 REQUIRED_IN_FILE = ("alg_name", "model_name", "layers", "rewrite_module_tmp", "lr")
 # Keys of EasyEdit's other fine-tuning YAMLs: a copied file is told that they do nothing here.
@@ -96,6 +89,15 @@ class LocFTBFHyperParams:
         compile: Let torch.compile fuse the norms and MLPs that every step runs. It takes minutes
             before the first step, and pays where a step is bound by launching kernels.
         packing: Put several edits into one row instead of padding each.
+        tuning: `full` trains the matrices themselves, as published; `lora` a low-rank change of
+            each (LoRA, arXiv 2106.09685), which is added to it when training ends.
+        lora_rank: Rank of that change.
+        lora_alpha: LoRA's alpha: the change is scaled by alpha / rank; `None` is the rank.
+        checkpoint_dir: Folder in which an interrupted training leaves what the same edit goes on
+            from, bit for bit; `None` keeps nothing (`locft edit` uses its output folder).
+        checkpoint_minutes: Minutes between two checkpoints; 0 makes one after every step.
+        health_check: Compare the perplexity of a fixed text, and the norms of the trained matrices,
+            before and after, and warn where the model looks damaged.
         trust_remote_code: Allow a model folder to bring Python code of its own.
         evaluation_type: EasyEdit's: `None` (teacher-forced), `LLM-judge` or `generate-text`.
         api_key: EasyEdit's, for `LLM-judge`.
@@ -132,6 +134,12 @@ class LocFTBFHyperParams:
     quantize_frozen: Optional[str] = None  # noqa: UP045
     compile: bool = False
     packing: bool = True
+    tuning: str = "full"
+    lora_rank: int = 8
+    lora_alpha: Optional[float] = None  # noqa: UP045
+    checkpoint_dir: Optional[str] = None  # noqa: UP045
+    checkpoint_minutes: float = 5.0
+    health_check: bool = True
     trust_remote_code: bool = False
     evaluation_type: Optional[str] = None  # noqa: UP045
     api_key: Optional[str] = None  # noqa: UP045
@@ -147,7 +155,7 @@ class LocFTBFHyperParams:
         """
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(LocFTBFHyperParams)}
         typed, problems = _typed(values)
-        problems += _broken_rules(typed)
+        problems += broken_rules(typed)
         if problems:
             raise HyperParamsError(one_message("Hyper-parameters of LocFT-BF:", problems))
         for name, value in typed.items():
@@ -213,7 +221,7 @@ class LocFTBFHyperParams:
             )
         missing = [f"`{key}` is missing. Add it." for key in REQUIRED_IN_FILE if key not in present]
         typed, ill_typed = _typed(present)
-        problems = [*missing, *ill_typed, *_broken_rules(typed)]
+        problems = [*missing, *ill_typed, *broken_rules(typed)]
         if problems:
             raise HyperParamsError(one_message(f"{source}:", problems))
         return cls(**typed)
@@ -294,96 +302,3 @@ def _unknown_key(key: str, known: list[str]) -> str:
     close = difflib.get_close_matches(key, known, n=1)
     hint = f"Did you mean `{close[0]}`?" if close else f"Known keys: {', '.join(known)}."
     return f"`{key}` is not a key of {ALG_NAME}. {hint}"
-
-
-def _broken_rules(values: Mapping[str, Any]) -> list[str]:
-    """Returns a line for each of the well-typed `values` that breaks a rule."""
-    at_least_one = "must be 1 or more"
-    off_at_zero = "must be 0 or more (0 turns it off)"
-    rules: list[tuple[str, Callable[[Any], bool], str]] = [
-        ("alg_name", lambda v: v == ALG_NAME, f"must be {ALG_NAME}"),
-        ("model_name", _is_model, "must be a folder, a hub name, or a loaded (model, tokenizer)"),
-        ("layers", bool, "is empty; name at least one layer"),
-        ("layers", lambda v: all(type(i) is int for i in v), "must be a list of whole numbers"),
-        (
-            "layers",
-            lambda v: all(i >= 0 for i in v if type(i) is int),
-            "has a negative layer; count from 0",
-        ),
-        ("layers", lambda v: len({str(i) for i in v}) == len(v), "names a layer twice"),
-        ("lr", lambda v: math.isfinite(v) and v > 0, "must be above 0 and finite"),
-        ("weight_decay", lambda v: math.isfinite(v) and v >= 0, "must be 0 or more"),
-        ("num_steps", lambda v: v >= 1, at_least_one),
-        ("batch_size", lambda v: v >= 1, at_least_one),
-        ("eval_batch_size", lambda v: v >= 1, at_least_one),
-        ("max_length", lambda v: v >= 1, at_least_one),
-        ("row_tokens", lambda v: v >= 1, at_least_one),
-        ("micro_batch_size", lambda v: v is None or v >= 1, f"{at_least_one}, or null"),
-        ("prefix_cut", lambda v: v in (None, *CUTS), f"must be null or one of {', '.join(CUTS)}"),
-        *(
-            (
-                f"prefix_{tier}_gib",
-                lambda v: v is None or (math.isfinite(v) and v >= 0),
-                "must be 0 or more (0 leaves it alone), or null",
-            )
-            for tier in ("gpu", "host", "disk")
-        ),
-        ("seed", lambda v: 0 <= v < 2**64, "must be 0 or more, and below 2**64"),
-        ("batch_loss_threshold", lambda v: v >= 0, off_at_zero),
-        ("epoch_loss_threshold", lambda v: v >= 0, off_at_zero),
-        ("dtype", lambda v: v in (None, *DTYPES), f"must be one of {', '.join(DTYPES)}"),
-        (
-            "fp16",
-            lambda v: not v or values.get("dtype") in (None, "float16"),
-            f"contradicts `dtype={values.get('dtype')!r}`; keep one of them",
-        ),
-        (
-            "quantize_frozen",
-            lambda v: v in (None, *QUANTIZED),
-            f"must be null or one of {', '.join(QUANTIZED)}",
-        ),
-        (
-            "quantize_frozen",
-            lambda v: not (v and values.get("stream_frozen")),
-            "does not go with `stream_frozen`; keep one of them",
-        ),
-        ("on_conflict", lambda v: v in ON_CONFLICT, f"must be one of {', '.join(ON_CONFLICT)}"),
-        (
-            "evaluation_type",
-            lambda v: v in (None, *EVALUATION_TYPES),
-            f"must be null or one of {', '.join(EVALUATION_TYPES)}",
-        ),
-    ]
-    problems = [
-        f"`{key}={values[key]!r}` {rule}."
-        for key, holds, rule in rules
-        if key in values and not holds(values[key])
-    ]
-    if "rewrite_module_tmp" in values:
-        problems += _template_problems(values["rewrite_module_tmp"])
-    return problems
-
-
-def _is_model(value: Any) -> bool:
-    if isinstance(value, str):
-        return bool(value.strip())
-    # A pair of strings would be two names, and of no use.
-    loaded = isinstance(value, (tuple, list)) and len(value) == 2
-    return value is None or (loaded and not any(isinstance(part, str) for part in value))
-
-
-def _template_problems(template: Any) -> list[str]:
-    templates = [template] if isinstance(template, str) else template
-    if not isinstance(templates, (list, tuple)) or not templates:
-        return [
-            f"`rewrite_module_tmp={template!r}` must be a text or a list of texts, for example "
-            '"model.layers.{}.mlp.down_proj.weight".'
-        ]
-    return [
-        f"`rewrite_module_tmp={one!r}` must hold {{}} once, in place of the layer number, for "
-        'example "model.layers.{}.mlp.down_proj.weight".'
-        for one in templates
-        if not isinstance(one, str)
-        or one.count("{}") != 1
-        or set(one.replace("{}", "")) & {"{", "}"}
-    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .hparams import ALG_NAME
+from .hparams_rules import ALG_NAME
 
 
 def hparams_folder() -> Path:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .editing import EditResult, EditSession
+from .editing import EditSession
 from .evaluate.choices import HowToRun
 from .evaluate.compact import CompactRecords
 from .evaluate.evaluation import Evaluation, Joined
@@ -17,6 +17,7 @@ from .evaluate.summary import summarize
 from .files import output_errors
 from .hparams import LocFTBFHyperParams
 from .report import prepare_folder, save_edited_matrices, write_json, write_loss_curve
+from .result import EditResult
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from .editing import EditResult
 from .errors import OutputError
 from .files import output_errors, replacing
+from .result import EditResult
 
 _LABELS = {
     "rewrite_acc": "rewrite_acc (teacher-forced)",

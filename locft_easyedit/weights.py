@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from .errors import ModelError
 
 
 class TrainedWeights:
@@ -83,3 +86,29 @@ def write_(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Te
     """Copies `values` into `parameters`, in place."""
     for name, value in values.items():
         parameters[name].copy_(value)
+
+
+@contextmanager
+def exchanged(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Within, the parameters that `values` names hold these; afterwards what they held before.
+
+    Raises:
+        ModelError: The model has no parameter of such a name and shape; nothing was changed.
+    """
+    parameters = dict(model.named_parameters())
+    wrong = [
+        name
+        for name, value in values.items()
+        if name not in parameters or parameters[name].shape != value.shape
+    ]
+    if wrong:
+        raise ModelError(
+            f"{type(model).__name__} has no parameters {', '.join(wrong[:5])} of the shapes that "
+            "the edit has. Give the model that was edited."
+        )
+    held = {name: parameters[name].detach().clone() for name in values}
+    try:
+        write_(parameters, values)
+        yield
+    finally:
+        write_(parameters, held)

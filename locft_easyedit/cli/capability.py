@@ -11,7 +11,7 @@ from typing import Any, List, Optional, Union  # noqa: UP035
 
 from ..capability.metrics import OWN_TASKS, PAPER_TASKS
 from ..errors import HyperParamsError
-from ..hparams import DTYPES
+from ..hparams_rules import DTYPES
 from .arguments import read_arguments
 
 HELP = f"""Measures general capability with lm-evaluation-harness.

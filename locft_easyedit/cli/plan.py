@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 from ..errors import HyperParamsError, PlanError, one_message
-from ..hparams import ALG_NAME, LocFTBFHyperParams, read_mapping, type_problems
+from ..hparams import LocFTBFHyperParams, read_mapping, type_problems
 from ..hparams_files import hparams_folder
+from ..hparams_rules import ALG_NAME
 from ..plan.given import ASSUMED_DISK, ASSUMED_HOST, ASSUMED_READ, Machine, Workload
 from ..plan.make import Plan, make_plan
 from ..plan.sizes import GIB, parse_size

@@ -26,7 +26,7 @@ from ..errors import LocFTError
 from ..evaluate.choices import HowToRun
 from ..evaluate.evaluation import Evaluation, finish_
 from ..evaluate.summary import summarize
-from ..hparams import ALG_NAME
+from ..hparams_rules import ALG_NAME
 from ..models import load_causal_lm
 from .corpus import corpus_from_folder, corpus_from_model
 from .covariance import stats_name, write_key_covariances

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import trange
 
-from ..editing import EditResult, EditSession
+from ..editing import EditSession
 from ..errors import HyperParamsError, LocFTError
 from ..evaluate.choices import HowToRun
 from ..evaluate.questions import Metrics
@@ -20,6 +20,7 @@ from ..files import replacing
 from ..hparams import ALG_NAME, LocFTBFHyperParams
 from ..models import load_model
 from ..requests import make_requests
+from ..result import EditResult
 from ..weights import write_
 from .algorithm import apply_locft_bf_to_model
 from .chat import chat_answers, check_chat

@@ -9,7 +9,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from ..errors import HyperParamsError
-from ..hparams import ALG_NAME, LocFTBFHyperParams, read_mapping
+from ..hparams import LocFTBFHyperParams, read_mapping
+from ..hparams_rules import ALG_NAME
 from .algorithm import apply_locft_bf_to_model
 from .cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
 from .editor import LocFTBFMethods

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..cross_entropy import LOGITS_AT_ONCE
-from ..hparams import DTYPES
+from ..hparams_rules import DTYPES
 from .activations import LayerActivations
 from .given import Machine, Workload
 from .shapes import ModelShapes

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError, PlaceError
-from ..hparams import DTYPES
+from ..hparams_rules import DTYPES
 from ..place import find_layers, match_parameters
 from .activations import LayerActivations, layer_activations
 

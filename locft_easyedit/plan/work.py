@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..hparams import DTYPES
+from ..hparams_rules import DTYPES
 from .given import Machine, Workload
 from .memory import Setting
 from .settings import EDITS_PREFIX, PROMPTS_PREFIX, Candidate

@@ -1,0 +1,122 @@
+"""What the values of hyper-parameters must be: a rule for each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+ALG_NAME = "LocFT-BF"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ON_CONFLICT = ("train", "error", "last")
+CUTS = ("matrix", "mlp", "layer")
+QUANTIZED = ("8bit", "4bit")
+TUNING = ("full", "lora")
+EVALUATION_TYPES = ("LLM-judge", "generate-text")
+
+
+def broken_rules(values: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each of the well-typed `values` that breaks a rule."""
+    at_least_one = "must be 1 or more"
+    off_at_zero = "must be 0 or more (0 turns it off)"
+    rules: list[tuple[str, Callable[[Any], bool], str]] = [
+        ("alg_name", lambda v: v == ALG_NAME, f"must be {ALG_NAME}"),
+        ("model_name", _is_model, "must be a folder, a hub name, or a loaded (model, tokenizer)"),
+        ("layers", bool, "is empty; name at least one layer"),
+        ("layers", lambda v: all(type(i) is int for i in v), "must be a list of whole numbers"),
+        (
+            "layers",
+            lambda v: all(i >= 0 for i in v if type(i) is int),
+            "has a negative layer; count from 0",
+        ),
+        ("layers", lambda v: len({str(i) for i in v}) == len(v), "names a layer twice"),
+        ("lr", lambda v: math.isfinite(v) and v > 0, "must be above 0 and finite"),
+        ("weight_decay", lambda v: math.isfinite(v) and v >= 0, "must be 0 or more"),
+        ("num_steps", lambda v: v >= 1, at_least_one),
+        ("batch_size", lambda v: v >= 1, at_least_one),
+        ("eval_batch_size", lambda v: v >= 1, at_least_one),
+        ("max_length", lambda v: v >= 1, at_least_one),
+        ("row_tokens", lambda v: v >= 1, at_least_one),
+        ("micro_batch_size", lambda v: v is None or v >= 1, f"{at_least_one}, or null"),
+        ("prefix_cut", lambda v: v in (None, *CUTS), f"must be null or one of {', '.join(CUTS)}"),
+        *(
+            (
+                f"prefix_{tier}_gib",
+                lambda v: v is None or (math.isfinite(v) and v >= 0),
+                "must be 0 or more (0 leaves it alone), or null",
+            )
+            for tier in ("gpu", "host", "disk")
+        ),
+        ("tuning", lambda v: v in TUNING, f"must be one of {', '.join(TUNING)}"),
+        ("lora_rank", lambda v: v >= 1, at_least_one),
+        (
+            "lora_alpha",
+            lambda v: v is None or (math.isfinite(v) and v > 0),
+            "must be above 0 and finite, or null",
+        ),
+        (
+            "checkpoint_minutes",
+            lambda v: math.isfinite(v) and v >= 0,
+            "must be 0 or more (0 makes one after every step)",
+        ),
+        ("seed", lambda v: 0 <= v < 2**64, "must be 0 or more, and below 2**64"),
+        ("batch_loss_threshold", lambda v: v >= 0, off_at_zero),
+        ("epoch_loss_threshold", lambda v: v >= 0, off_at_zero),
+        ("dtype", lambda v: v in (None, *DTYPES), f"must be one of {', '.join(DTYPES)}"),
+        (
+            "fp16",
+            lambda v: not v or values.get("dtype") in (None, "float16"),
+            f"contradicts `dtype={values.get('dtype')!r}`; keep one of them",
+        ),
+        (
+            "quantize_frozen",
+            lambda v: v in (None, *QUANTIZED),
+            f"must be null or one of {', '.join(QUANTIZED)}",
+        ),
+        (
+            "quantize_frozen",
+            lambda v: not (v and values.get("stream_frozen")),
+            "does not go with `stream_frozen`; keep one of them",
+        ),
+        ("on_conflict", lambda v: v in ON_CONFLICT, f"must be one of {', '.join(ON_CONFLICT)}"),
+        (
+            "evaluation_type",
+            lambda v: v in (None, *EVALUATION_TYPES),
+            f"must be null or one of {', '.join(EVALUATION_TYPES)}",
+        ),
+    ]
+    problems = [
+        f"`{key}={values[key]!r}` {rule}."
+        for key, holds, rule in rules
+        if key in values and not holds(values[key])
+    ]
+    if "rewrite_module_tmp" in values:
+        problems += _template_problems(values["rewrite_module_tmp"])
+    return problems
+
+
+def _is_model(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip())
+    # A pair of strings would be two names, and of no use.
+    loaded = isinstance(value, (tuple, list)) and len(value) == 2
+    return value is None or (loaded and not any(isinstance(part, str) for part in value))
+
+
+def _template_problems(template: Any) -> list[str]:
+    templates = [template] if isinstance(template, str) else template
+    if not isinstance(templates, (list, tuple)) or not templates:
+        return [
+            f"`rewrite_module_tmp={template!r}` must be a text or a list of texts, for example "
+            '"model.layers.{}.mlp.down_proj.weight".'
+        ]
+    return [
+        f"`rewrite_module_tmp={one!r}` must hold {{}} once, in place of the layer number, for "
+        'example "model.layers.{}.mlp.down_proj.weight".'
+        for one in templates
+        if not isinstance(one, str)
+        or one.count("{}") != 1
+        or set(one.replace("{}", "")) & {"{", "}"}
+    ]
