@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
+from .cli.interrupted import say_interrupted
 from .errors import LocFTError
 
 USAGE = """LocFT-BF for EasyEdit: edit facts by localized, breadth-first fine-tuning.
@@ -58,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LocFTError as error:
         sys.stderr.write(f"locft {command}: {error}\n")
         return 2
+    except KeyboardInterrupt as error:
+        return say_interrupted(command, error)
 
 
 if __name__ == "__main__":

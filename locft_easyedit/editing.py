@@ -13,14 +13,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .checkpoint import Checkpoints
 from .compiling import compiled
 from .devices import context_length
-from .errors import ModelError
+from .errors import ModelError, NonFiniteLossError
+from .files import locked
 from .hparams import LocFTBFHyperParams
+from .identity import Identity
 from .loop import breadth_first_
 from .modes import evaluation_mode
 from .place import Place, select_place
 from .prepare import prepare_runner
+from .progress import Progress
 from .requests import EditSet, distinct_edits
 from .result import EditResult
 from .runner import TextRunner
@@ -76,6 +80,8 @@ class EditSession:
         shortcuts: What leaves this model's logits as they are; once entered.
         budget: Where recorded states may lie; once entered.
         stream: What reads frozen layers that are not resident; once entered.
+        checkpoints: What the first training of all edits goes on from, and leaves; once checked.
+            `None` without `checkpoint_dir`.
     """
 
     model: PreTrainedModel
@@ -91,14 +97,16 @@ class EditSession:
     shortcuts: Shortcuts = field(init=False)
     budget: Budget = field(init=False)
     stream: FrozenStream | None = field(init=False, default=None)
-    _runner: TextRunner = field(init=False)
+    checkpoints: Checkpoints | None = field(init=False, default=None)
+    _runner: TextRunner | None = field(init=False, default=None)
     _cleanup: ExitStack = field(init=False, default_factory=ExitStack)
 
     def check(self) -> None:
         """Checks everything and tokenizes, without touching the model; entering does it too.
 
         Raises:
-            LocFTError: The hyper-parameters, the requests or the place cannot be used.
+            LocFTError: The hyper-parameters, the requests, the place or the checkpoint that is
+                there cannot be used.
         """
         h = self.hparams
         with self._timed("prepare"):
@@ -111,6 +119,9 @@ class EditSession:
                 append_eos=h.append_eos,
                 max_positions=context_length(self.model),
             )
+            if h.checkpoint_dir is not None and h.checkpoint_minutes is not None and not self.alone:
+                identity = Identity.of(self.model, self.place, self._texts, h)
+                self.checkpoints = Checkpoints(h.checkpoint_dir, h.checkpoint_minutes, identity)
 
     def __enter__(self) -> EditSession:
         h = self.hparams
@@ -118,6 +129,8 @@ class EditSession:
             self.check()
         assert self._texts is not None
         with self._cleanup:
+            if self.checkpoints is not None:
+                self._cleanup.enter_context(locked(self.checkpoints.path.parent))
             self._cleanup.enter_context(_only_trainable(self.model, self.place))
             with self._timed("prefix"), _with_gradients():
                 self.budget = Budget(
@@ -143,23 +156,37 @@ class EditSession:
                 if h.compile and self.place.stack is not None:
                     first = self.place.first_layer or 0
                     self._cleanup.enter_context(compiled(self.place.stack, first))
-                self._runner = prepare_runner(
-                    self.model,
-                    self._texts,
-                    self.shortcuts,
-                    row_tokens=h.row_tokens,
-                    batch_size=h.eval_batch_size,
-                    budget=self.budget,
-                    cut=h.prefix_cut,
-                    kept=(h.prefix_dir, self.place.parameters) if h.prefix_dir else None,
-                    stream=stream,
-                    progress=self.progress,
-                )
+                if self.checkpoints is None or not self.checkpoints.finished:
+                    self._runner = self._prepared()
             self._cleanup = self._cleanup.pop_all()  # all went well: clean up on exit, not now
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._cleanup.close()
+
+    def _prepared(self) -> TextRunner:
+        """Returns what runs the edits, with their prefix recorded."""
+        assert self._texts is not None
+        h = self.hparams
+        noted = None if self.checkpoints is None else self.checkpoints.noted("cut")
+        runner = prepare_runner(
+            self.model,
+            self._texts,
+            self.shortcuts,
+            row_tokens=h.row_tokens,
+            batch_size=h.eval_batch_size,
+            budget=self.budget,
+            # The budget's choice may be another one by now, and move the last bits.
+            cut=noted or h.prefix_cut,
+            kept=(h.prefix_dir, self.place.parameters) if h.prefix_dir else None,
+            stream=self.stream,
+            progress=self.progress,
+        )
+        if self.checkpoints is not None:
+            prefix = runner.prefix
+            self.checkpoints.notes["cut"] = None if prefix is None else prefix.cut.kind
+            self.checkpoints.notes["packed"] = runner.packed
+        return runner
 
     def train_(
         self, only: Sequence[int] | None = None, *, progress: bool | None = None
@@ -172,42 +199,88 @@ class EditSession:
 
         Raises:
             NonFiniteLossError: Training diverged; the weights are as they were before the call.
+            EditInterrupted: Ctrl-C or SIGTERM, after a checkpoint; the weights likewise.
         """
         indices = np.arange(len(self.edits.edits))
         if only is not None:
             chosen = {self.edits.edit_of_request[i] for i in only}
             indices = np.array(sorted(i for i in chosen if i is not None))
+        # The file holds one training: that of all edits, from the weights that were checked.
+        checkpoints = self.checkpoints if only is None else None
+        self.checkpoints = None
         weights = TrainedWeights(self.place.parameters)
         try:
-            if self._runner.prefix is not None and not self._runner.replays:
-                with self._timed("prefix"):
-                    self._runner.prefix.ensure()
-            with self._timed("train"), self._runner.ready(), _with_gradients():
-                result = breadth_first_(
-                    self._runner,
-                    weights,
-                    indices,
-                    self.hparams,
-                    describe=self._describe,
-                    progress=self.progress if progress is None else progress,
-                )
+            done = self._finished_(weights, checkpoints)
+            if done is None:
+                shown = self.progress if progress is None else progress
+                done = self._trained_(weights, indices, checkpoints, shown)
+            notes = self._how_it_ran(checkpoints)
             return EditResult(
-                losses=result.losses,
-                step_losses=result.step_losses,
+                losses=done.losses,
+                step_losses=done.step_losses,
                 original=weights.original,
                 new=weights.values(),
                 timings=dict(self.timings),
-                n_updates=result.n_updates,
-                converged=result.converged,
+                n_updates=done.n_updates,
+                converged=done.converged,
                 n_trained=len(indices),
                 edits=self.edits,
-                packed=self._runner.packed,
-                frozen_prefix=self._runner.prefix is not None,
+                packed=notes["packed"],
+                frozen_prefix=notes["cut"] is not None,
             )
-        except BaseException:  # Ctrl-C as well: a half-trained model is of no use to anybody
+        except BaseException as error:
+            # Ctrl-C as well: a half-trained model is of no use to anybody.
             weights.restore_()
             weights.clear_gradients_()
+            if checkpoints is not None and isinstance(error, NonFiniteLossError):
+                checkpoints.discard()  # it leads there again
             raise
+
+    def _finished_(
+        self, weights: TrainedWeights, checkpoints: Checkpoints | None
+    ) -> Progress | None:
+        """Takes the weights of a training that was finished; `None` if there is none."""
+        if checkpoints is None or not checkpoints.finished:
+            return None
+        done = checkpoints.resume_(weights)
+        assert done is not None
+        self.timings["train"] = done.seconds
+        return done
+
+    def _trained_(
+        self,
+        weights: TrainedWeights,
+        indices: np.ndarray,
+        checkpoints: Checkpoints | None,
+        progress: bool,
+    ) -> Progress:
+        """Trains `weights`, from the beginning or from a checkpoint."""
+        if self._runner is None:  # a checkpoint had made it needless
+            self._runner = self._prepared()
+        if self._runner.prefix is not None and not self._runner.replays:
+            with self._timed("prefix"):
+                self._runner.prefix.ensure()
+        with self._timed("train"), self._runner.ready(), _with_gradients():
+            done = breadth_first_(
+                self._runner,
+                weights,
+                indices,
+                self.hparams,
+                describe=self._describe,
+                progress=progress,
+                checkpoints=checkpoints,
+            )
+        if checkpoints is not None:
+            self.timings["train"] = done.seconds  # with what earlier processes spent on it
+        return done
+
+    def _how_it_ran(self, checkpoints: Checkpoints | None) -> Mapping[str, Any]:
+        """Returns where the prefix ended, and whether rows were packed."""
+        if self._runner is None:
+            assert checkpoints is not None
+            return checkpoints.notes
+        cut = None if self._runner.prefix is None else self._runner.prefix.cut.kind
+        return {"cut": cut, "packed": self._runner.packed}
 
     def _describe(self, index: int) -> str:
         edit = self.edits.edits[index]

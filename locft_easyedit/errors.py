@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 
 
@@ -37,6 +38,10 @@ class MemoryBudgetError(LocFTError):
     """The memory that is allowed cannot hold what is needed."""
 
 
+class CheckpointError(LocFTError):
+    """A checkpoint is damaged, or belongs to another training."""
+
+
 class OutputError(LocFTError):
     """A result cannot be written."""
 
@@ -51,6 +56,19 @@ class EasyEditNotFoundError(LocFTError, ImportError):
 
 class MissingDependencyError(LocFTError, ImportError):
     """A package that is needed for this step is not installed."""
+
+
+class EditInterrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM ended a training, after a checkpoint; the model is as before.
+
+    Args:
+        number: The signal.
+        message: What was kept, and how to go on.
+    """
+
+    def __init__(self, number: signal.Signals, message: str) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def one_message(title: str, problems: Sequence[str], limit: int = 10) -> str:

@@ -7,9 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from .errors import OutputError
+
+LOCK = ".lock"
+_TEMPORARY = ".{name}.{pid}.tmp"
 
 
 @contextmanager
@@ -32,7 +36,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     if target.exists() and not target.is_file():
         yield target
         return
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(_TEMPORARY.format(name=target.name, pid=os.getpid()))
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -73,6 +77,34 @@ def output_errors(path: str | Path) -> Iterator[None]:
             f"{path} cannot be written: {reason}. Free some space, or choose another place that "
             "you may write to."
         ) from error
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Within, no other run writes into `folder`, which is made if need be.
+
+    The system ends the lock with the process, however that ends.
+
+    Raises:
+        OutputError: Another run holds it, or the folder cannot be made or written to.
+    """
+    path = Path(folder)
+    with output_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise OutputError(
+                f"{path} is in use: another run is writing there. Wait for its end, or choose "
+                "another folder."
+            ) from error
+    try:
+        for leftover in path.glob(_TEMPORARY.format(name="*", pid="*")):
+            leftover.unlink(missing_ok=True)  # of a run that was killed
+        yield
+    finally:
+        lock.release()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -95,7 +95,8 @@ class LocFTBFHyperParams:
         lora_alpha: LoRA's alpha: the change is scaled by alpha / rank; `None` is the rank.
         checkpoint_dir: Folder in which an interrupted training leaves what the same edit goes on
             from, bit for bit; `None` keeps nothing (`locft edit` uses its output folder).
-        checkpoint_minutes: Minutes between two checkpoints; 0 makes one after every step.
+        checkpoint_minutes: Minutes between two checkpoints; 0 makes one after every step, and
+            `None` none at all.
         health_check: Compare the perplexity of a fixed text, and the norms of the trained matrices,
             before and after, and warn where the model looks damaged.
         trust_remote_code: Allow a model folder to bring Python code of its own.
@@ -138,7 +139,7 @@ class LocFTBFHyperParams:
     lora_rank: int = 8
     lora_alpha: Optional[float] = None  # noqa: UP045
     checkpoint_dir: Optional[str] = None  # noqa: UP045
-    checkpoint_minutes: float = 5.0
+    checkpoint_minutes: Optional[float] = 5.0  # noqa: UP045
     health_check: bool = True
     trust_remote_code: bool = False
     evaluation_type: Optional[str] = None  # noqa: UP045
@@ -212,7 +213,10 @@ class LocFTBFHyperParams:
         Raises:
             HyperParamsError: As for `from_hparams`.
         """
-        present = {k: v for k, v in config.items() if v is not None and v != "???"}
+        optional = {f.name for f in dataclasses.fields(cls) if str(f.type).startswith("Optional")}
+        present = {
+            k: v for k, v in config.items() if (v is not None or k in optional) and v != "???"
+        }
         alg_name = present.get("alg_name")
         if alg_name is not None and alg_name != ALG_NAME:
             raise HyperParamsError(

@@ -58,8 +58,8 @@ def broken_rules(values: Mapping[str, Any]) -> list[str]:
         ),
         (
             "checkpoint_minutes",
-            lambda v: math.isfinite(v) and v >= 0,
-            "must be 0 or more (0 makes one after every step)",
+            lambda v: v is None or (math.isfinite(v) and v >= 0),
+            "must be 0 or more (0 makes one after every step), or null",
         ),
         ("seed", lambda v: 0 <= v < 2**64, "must be 0 or more, and below 2**64"),
         ("batch_loss_threshold", lambda v: v >= 0, off_at_zero),

@@ -9,36 +9,21 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from .ahead import ahead
+from .checkpoint import Checkpoints
 from .errors import NonFiniteLossError
 from .hparams import LocFTBFHyperParams
+from .progress import Progress
 from .runner import Prepared, TextRunner
 from .weights import TrainedWeights
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class LoopResult:
-    """What the loop did.
-
-    Attributes:
-        losses: Mean loss of each epoch, over all edits.
-        step_losses: Loss of each mini-batch, in order.
-        n_updates: Mini-batches that made an update.
-        converged: Whether the last epoch's loss was below the threshold.
-    """
-
-    losses: list[float] = field(default_factory=list)
-    step_losses: list[float] = field(default_factory=list)
-    n_updates: int = 0
-    converged: bool = False
 
 
 def breadth_first_(
@@ -49,8 +34,9 @@ def breadth_first_(
     *,
     describe: Callable[[int], str] = str,
     progress: bool = False,
-) -> LoopResult:
-    """Trains `weights` on the edits `indices`, in place.
+    checkpoints: Checkpoints | None = None,
+) -> Progress:
+    """Trains `weights` on the edits `indices`, in place; returns what it did.
 
     Args:
         runner: Gives the losses of a batch of edits, with a graph to the parameters.
@@ -59,59 +45,92 @@ def breadth_first_(
         hparams: Epochs, batch size, learning rate, thresholds and seed.
         describe: Names an edit in an error.
         progress: Show a progress bar.
+        checkpoints: Where an interrupted training goes on from, and leaves its state.
 
     Raises:
         NonFiniteLossError: A loss or a weight became NaN or infinite. Restoring the weights is up
             to the caller, who holds the originals.
+        EditInterrupted: Ctrl-C or SIGTERM, after a checkpoint.
     """
-    generator = torch.Generator().manual_seed(hparams.seed)
     step = _Step(runner, weights, hparams)
-    result = LoopResult()
     n_batches = math.ceil(len(indices) / hparams.batch_size)
-    with tqdm(
-        total=hparams.num_steps * n_batches, desc="breadth-first", unit="step", disable=not progress
-    ) as bar:
-        for epoch in range(hparams.num_steps):
+    done = Progress.start(hparams.seed, step.micro_batch.size)
+    if checkpoints is not None:
+        done = checkpoints.resume_(weights, step.optimizer, n_batches) or done
+        step.micro_batch.size = done.micro_batch_size
+    generator = torch.Generator()
+    with (
+        tqdm(
+            total=hparams.num_steps * n_batches,
+            initial=done.epoch * n_batches + done.step,
+            desc="breadth-first",
+            unit="step",
+            disable=not progress,
+        ) as bar,
+        checkpoints.watching(done) if checkpoints is not None else nullcontext(),
+    ):
+        while done.epoch < hparams.num_steps and not done.converged:
+            generator.set_state(done.shuffling)
             order = indices[torch.randperm(len(indices), generator=generator).numpy()]
             batches = [
                 order[start : start + hparams.batch_size]
                 for start in range(0, len(order), hparams.batch_size)
             ]
-            outcomes = []
-            for parts in step.prepared(batches):
+            outcomes: list[Outcome] = []
+            for parts in step.prepared(batches[done.step :]):
                 outcomes.append(step.take_(parts))
                 bar.update()
                 if step.waits and not torch.isfinite(outcomes[-1][0]):
                     break
-            losses, updated = _on_host(outcomes)
-            for number, loss in enumerate(losses):
-                if not math.isfinite(loss):
-                    explained = _explain(loss, epoch, number, batches[number], describe, hparams)
-                    raise NonFiniteLossError(explained)
-            result.step_losses += losses
-            result.n_updates += sum(updated)
+                if checkpoints is not None and checkpoints.due():
+                    _count_(done, outcomes, batches, describe, hparams)
+                    done.micro_batch_size = step.micro_batch.size
+                    checkpoints.save(done, weights, step.optimizer)
+            _count_(done, outcomes, batches, describe, hparams)
             sizes = [len(batch) for batch in batches]
-            result.losses.append(float(np.dot(losses, sizes)) / len(order))
-            bar.set_postfix(epoch=epoch + 1, loss=f"{result.losses[-1]:.4f}")
-            if result.losses[-1] < hparams.epoch_loss_threshold:
-                result.converged = True
-                break
-    weights.clear_gradients_()
-    if not weights.finite():
-        raise NonFiniteLossError(
-            "The last update made a weight NaN or infinite; the weights are as they were before "
-            f"the edit. Lower `lr={hparams.lr}`."
-        )
-    return result
+            epoch_losses = done.step_losses[-len(batches) :]
+            done.losses.append(float(np.dot(epoch_losses, sizes)) / len(order))
+            done.epoch, done.step, done.shuffling = done.epoch + 1, 0, generator.get_state()
+            done.converged = done.losses[-1] < hparams.epoch_loss_threshold
+            bar.set_postfix(epoch=done.epoch, loss=f"{done.losses[-1]:.4f}")
+        weights.clear_gradients_()
+        if not weights.finite():
+            raise NonFiniteLossError(
+                "The last update made a weight NaN or infinite; the weights are as they were "
+                f"before the edit. Lower `lr={hparams.lr}`."
+            )
+        done.finished = True
+        if checkpoints is not None:
+            checkpoints.finish(done, weights)
+    return done
 
 
 Outcome = tuple[torch.Tensor, torch.Tensor]  # a mini-batch's loss, and whether it made an update
 
 
-def _on_host(outcomes: list[Outcome]) -> tuple[list[float], list[bool]]:
-    """Returns all losses and whether they made an update: the only wait for a GPU in an epoch."""
+def _count_(
+    done: Progress,
+    outcomes: list[Outcome],
+    batches: list[np.ndarray],
+    describe: Callable[[int], str],
+    hparams: LocFTBFHyperParams,
+) -> None:
+    """Moves outcomes to the host and into `done`: the only wait for a GPU in an epoch.
+
+    Raises:
+        NonFiniteLossError: A loss is NaN or infinite.
+    """
+    if not outcomes:
+        return
     losses, updated = (torch.stack(column).tolist() for column in zip(*outcomes, strict=True))
-    return losses, updated
+    outcomes.clear()
+    for number, loss in enumerate(losses, start=done.step):
+        if not math.isfinite(loss):
+            explained = _explain(loss, done.epoch, number, batches[number], describe, hparams)
+            raise NonFiniteLossError(explained)
+    done.step_losses += losses
+    done.n_updates += sum(updated)
+    done.step += len(losses)
 
 
 class _Step:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from .editing import EditSession
+from .errors import OutputError
 from .evaluate.choices import HowToRun
 from .evaluate.compact import CompactRecords
 from .evaluate.evaluation import Evaluation, Joined
 from .evaluate.summary import summarize
 from .files import output_errors
 from .hparams import LocFTBFHyperParams
+from .identity import digest
 from .report import prepare_folder, save_edited_matrices, write_json, write_loss_curve
 from .result import EditResult
 
@@ -79,13 +81,31 @@ def edit_and_measure(
         watch.lap("checks and frozen prefix")
         how = HowToRun.of_session(session, progress=progress)
         evaluation = Evaluation(model, tokenizer, requests, how)
-        before = CompactRecords(evaluation.stream("before"))
+        before = _before(evaluation, session)
         watch.lap("metrics before")
         result = session.train_()
         watch.lap("training")
         after = CompactRecords(evaluation.stream("after"))
         watch.lap("metrics after")
     return Run(Joined(requests, before, after), result, watch.seconds)
+
+
+def _before(evaluation: Evaluation, session: EditSession) -> CompactRecords:
+    """Returns the metrics before the edit; an interrupted run does not measure them twice."""
+    if session.checkpoints is None:
+        return CompactRecords(evaluation.stream("before"))
+    path = session.checkpoints.path.with_name("before.jsonl")
+    identity = session.checkpoints.identity.to_dict() | {"records": digest(evaluation.records)}
+    records = CompactRecords.read(path, identity)
+    if records is not None:
+        logger.info("%s has the metrics before the edit; they are not measured again.", path)
+        return records
+    records = CompactRecords(evaluation.stream("before"))
+    try:
+        records.write(path, identity)
+    except OutputError as error:
+        logger.warning("The metrics before the edit are kept in memory alone: %s", error)
+    return records
 
 
 def write_run(

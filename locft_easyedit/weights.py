@@ -36,6 +36,16 @@ class TrainedWeights:
         """What the optimizer updates."""
         return [self._separate.get(name, p) for name, p in self.parameters.items()]
 
+    def named_masters(self) -> dict[str, torch.Tensor]:
+        """Returns what the optimizer updates, by the parameters' names."""
+        return dict(zip(self.parameters, self.masters, strict=True))
+
+    @torch.no_grad()
+    def load_(self, masters: Mapping[str, torch.Tensor]) -> None:
+        """Gives the masters, and with them the model, these values."""
+        write_(self.named_masters(), masters)
+        self.publish_()
+
     @property
     def loss_scale(self) -> float:
         """What a loss is multiplied by before it is differentiated.

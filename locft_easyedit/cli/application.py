@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..errors import HyperParamsError, LocFTError, one_message
 from ..hparams import LocFTBFHyperParams, read_mapping, type_problems
 from ..hparams_files import hparams_folder
+from .interrupted import say_interrupted
 
 Job = Callable[[LocFTBFHyperParams, dict[str, Any], Path], None]
 
@@ -57,6 +58,8 @@ def run_application(
             # One message for a user's mistake; Hydra would print a stack of its own calls.
             sys.stderr.write(f"locft {command}: {error}\n")
             raise SystemExit(2) from error
+        except KeyboardInterrupt as error:
+            raise SystemExit(say_interrupted(command, error)) from error
 
     # Hydra adds keys to a dictionary only where a + says so; nobody should have to know.
     open_keys = tuple(f"{f.name}." for f in fields(config_class) if f.default_factory is dict)

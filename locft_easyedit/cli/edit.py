@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from ..data import read_requests
-from ..errors import HyperParamsError
+from ..errors import HyperParamsError, OutputError
 from ..evaluate.summary import summarize
 from ..hparams import ALG_NAME, LocFTBFHyperParams
 from ..models import load_model
 from ..pipeline import SAVE, edit_and_measure, write_run
-from ..report import metrics_table, prepare_folder, seconds_table, show
+from ..report import metrics_table, seconds_table, show
 from ..requests import distinct_edits
+from ..run_folder import run_folder, run_settings, unfinished_run
 from .application import run_application
 
 HELP = f"""Edits a model with {ALG_NAME}.
 
 Usage: locft edit --config-name NAME data=FILE [n=N] [output=DIR] [save=matrices|model|none]
-                  [KEY=VALUE ...]
+                  [resume=true|false] [KEY=VALUE ...]
+
+Interrupted by whatever (Ctrl-C, a kill, a full disk), the same command goes on where it stopped.
 
   --config-name NAME   one of the hparams YAMLs below, or the path of one
   --config-dir DIR     also look for YAMLs in DIR
   data=FILE            a JSON file: ZsRE, CounterFact, KnowEdit, WikiBigEdit or a list of requests
   n=N                  only the first N edits
   output=DIR           where results go (outputs/DATE/TIME)
+  resume=BOOL          go on with an interrupted run of the same command (default), or begin anew
   save=WHAT            the edited matrices (default), the whole edited model, or none
   KEY=VALUE            any hyper-parameter: lr=1e-3 layers=[22] model_name=FOLDER device=cpu
   -m, --cfg job, ...   any option of Hydra: https://hydra.cc
@@ -43,15 +49,17 @@ class EditConfig(LocFTBFHyperParams):
 
     data: str = MISSING
     n: Optional[int] = None  # noqa: UP045
-    output: str = "outputs/${now:%Y-%m-%d}/${now:%H-%M-%S}"
+    output: str = "${locft_output:outputs/${now:%Y-%m-%d}/${now:%H-%M-%S}}"
     save: str = "matrices"
+    resume: bool = True
 
 
-_COMMAND_KEYS = ("data", "n", "output", "save")
+_COMMAND_KEYS = ("data", "n", "output", "save", "resume")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs `locft edit`; returns the exit status."""
+    OmegaConf.register_new_resolver("locft_output", _output, replace=True)
     return run_application(
         arguments,
         command="edit",
@@ -78,12 +86,57 @@ def run_edit(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path)
     requests = read_requests(command["data"], command["n"])
     # Bad requests show before a large model is loaded; conflicts are warned of only once.
     distinct_edits(requests, "error" if hparams.on_conflict == "error" else None)
-    prepare_folder(output)
-    model, tokenizer = load_model(hparams)
-    run = edit_and_measure(model, tokenizer, requests, hparams)
-    written = write_run(
-        output, run, hparams, save=command["save"], model=model, tokenizer=tokenizer
-    )
+    settings = run_settings(hparams, requests)
+    started_with = _without_output({**hparams.to_dict(), **command})
+    with run_folder(output, settings, started_with, resume=command["resume"]) as folder:
+        if folder.finished:
+            _show_again(folder.path)
+            return
+        model, tokenizer = load_model(hparams)
+        kept = dataclasses.replace(
+            hparams, checkpoint_dir=hparams.checkpoint_dir or str(folder.checkpoints)
+        )
+        run = edit_and_measure(model, tokenizer, requests, kept)
+        written = write_run(
+            output, run, hparams, save=command["save"], model=model, tokenizer=tokenizer
+        )
+        folder.finish()
     show(metrics_table(summarize(run.metrics)), seconds_table(run.seconds))
     for what, path in written.items():
         sys.stdout.write(f"{what}: {path}\n")
+
+
+def _show_again(folder: Path) -> None:
+    """Prints the tables of a run that is finished.
+
+    Raises:
+        OutputError: Its results cannot be read.
+    """
+    path = folder / "metrics.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        tables = metrics_table(found["summary"]), seconds_table(found["seconds"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(
+            f"{path}, of a run that was finished, cannot be read: {error}. Begin anew with "
+            "resume=false."
+        ) from error
+    show(*tables)
+    sys.stdout.write(f"This run was finished; its results are in {folder}. ")
+    sys.stdout.write("resume=false makes it again.\n")
+
+
+def _without_output(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a command's values as they are kept in files."""
+    return {key: value for key, value in values.items() if key not in ("output", "api_key")}
+
+
+def _output(by_date: str, *, _root_: DictConfig) -> str:
+    """Returns where results go by default: to an interrupted run of this very command, if any."""
+    values: Any = OmegaConf.to_container(_root_)
+    given = _without_output({f.name: values.get(f.name) for f in dataclasses.fields(EditConfig)})
+    if not given["resume"]:
+        return by_date
+    # By date and time: two levels below the first part.
+    folders = [file.parent for file in Path(by_date).parents[1].glob("*/*/run.json")]
+    return str(unfinished_run(folders, given) or by_date)

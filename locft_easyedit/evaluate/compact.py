@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, overload
+
+from ..files import output_errors, replacing
 
 _BLOCK = 64  # records compressed together: their keys repeat
 
@@ -34,6 +37,34 @@ class CompactRecords(Sequence[dict[str, Any]]):
             text = "\n".join(self._last).encode("utf-8", "surrogatepass")
             self._blocks.append(zlib.compress(text, 1))
             self._last = []
+
+    def write(self, path: Path, of: Any) -> None:
+        """Writes all records to a file, one JSON text a line, after a line that says of what.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        with (
+            output_errors(path),
+            replacing(path) as temporary,
+            temporary.open("w", encoding="utf-8", errors="surrogatepass") as file,
+        ):
+            file.write(json.dumps({"of": of, "records": len(self)}) + "\n")
+            for block in range(len(self._blocks) + 1):
+                file.writelines(text + "\n" for text in self._texts(block))
+
+    @classmethod
+    def read(cls, path: Path, of: Any) -> CompactRecords | None:
+        """Returns the records of a file; `None` if it is none, damaged, or of something else."""
+        try:
+            with path.open(encoding="utf-8", errors="surrogatepass") as file:
+                heading = json.loads(file.readline())
+                if heading["of"] != json.loads(json.dumps(of)):
+                    return None
+                records = cls(json.loads(line) for line in file)
+                return records if len(records) == heading["records"] else None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
 
     def __len__(self) -> int:
         return len(self._blocks) * _BLOCK + len(self._last)

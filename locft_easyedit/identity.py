@@ -1,0 +1,192 @@
+"""What a training is: whether a checkpoint belongs to the same model, edits and settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+
+from .devices import input_device
+from .fingerprint import checksum, sample
+from .hparams import LocFTBFHyperParams
+from .place import Place
+from .tokens import TokenizedTexts
+
+# Hyper-parameters that leave the bits of the result as they are, or that are told elsewhere: the
+# model by its weights, the prefix by the cut that is noted.
+_WITHOUT_EFFECT = frozenset(
+    [
+        "alg_name",
+        "model_name",
+        "device",
+        "model_parallel",
+        "fp16",
+        "dtype",
+        "max_length",
+        "prefix_cut",
+        "prefix_gpu_gib",
+        "prefix_host_gib",
+        "prefix_disk_gib",
+        "prefix_dir",
+        "stream_frozen",
+        "checkpoint_dir",
+        "checkpoint_minutes",
+        "health_check",
+        "trust_remote_code",
+        "evaluation_type",
+        "api_key",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a training is.
+
+    Attributes:
+        model: Hashes of the model's configuration, its frozen weights (a sample of each; `None`
+            for those that are on disk) and the original values of what is trained (all of them),
+            and its precision.
+        edits: Hash of the edits' tokens, and their number.
+        settings: The hyper-parameters that have an effect on the result.
+        surroundings: Versions and device, which may move its last bits.
+    """
+
+    model: dict[str, str | None]
+    edits: dict[str, Any]
+    settings: dict[str, Any]
+    surroundings: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        place: Place,
+        texts: TokenizedTexts,
+        hparams: LocFTBFHyperParams,
+    ) -> Identity:
+        """Returns the identity of a training that is about to begin.
+
+        Args:
+            model: The model, with its original weights.
+            place: What is trained.
+            texts: All edits as tokens.
+            hparams: The hyper-parameters.
+        """
+        device = input_device(model)
+        on_gpu = device.type == "cuda"
+        return cls(
+            model={
+                "configuration": _configuration(model),
+                "precision": str(model.dtype).removeprefix("torch."),
+                **_frozen(model, place),
+                "weights to be trained": digest(
+                    [
+                        [name, list(value.shape), checksum(value)]
+                        for name, value in place.parameters.items()
+                    ]
+                ),
+            },
+            edits={"number of edits": len(texts), "edits": _tokens(texts)},
+            settings=settings_of(hparams),
+            surroundings={
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+                "threads": None if on_gpu else torch.get_num_threads(),
+            },
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Identity:
+        """Returns what `to_dict` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: It is not of that form.
+        """
+        return cls(**{f.name: dict(values[f.name]) for f in dataclasses.fields(cls)})
+
+    def differences(self, other: Identity) -> list[str]:
+        """Returns a line for everything in which `other`, which was found, is another training."""
+        lines = []
+        for name, value in self.model.items():
+            unknown = value is None or (name in other.model and other.model[name] is None)
+            if not unknown and other.model.get(name) != value:
+                named = f" ({other.model.get(name)}; now {value})" if name == "precision" else ""
+                lines.append(f"the model's {name} is another{named}.")
+        if other.edits != self.edits:
+            n_now, n_found = (x.edits.get("number of edits") for x in (self, other))
+            what = f"{n_found} edits; now {n_now}" if n_now != n_found else "other edits, or order"
+            lines.append(f"the edits are others ({what}).")
+        for key in sorted({*self.settings, *other.settings}):
+            now, found = self.settings.get(key), other.settings.get(key)
+            if _json(now) != _json(found):
+                lines.append(f"`{key}={found!r}`; now {now!r}.")
+        return lines
+
+    def changes_of_surroundings(self, other: Identity) -> list[str]:
+        """Returns a line for each version or device that `other`, which was found, had not."""
+        return [
+            f"{key} was {other.surroundings.get(key)} and is {value}."
+            for key, value in self.surroundings.items()
+            if other.surroundings.get(key) != value
+        ]
+
+
+def settings_of(hparams: LocFTBFHyperParams) -> dict[str, Any]:
+    """Returns the hyper-parameters that have an effect on the result."""
+    return {k: v for k, v in hparams.to_dict().items() if k not in _WITHOUT_EFFECT}
+
+
+def digest(value: Any) -> str:
+    """Returns a hash of a value that JSON can hold; the order of a mapping's keys plays no part."""
+    return hashlib.sha256(_json(value).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _configuration(model: Any) -> str:
+    values = model.config.to_dict()
+    for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        values.pop(volatile, None)
+    return digest([type(model).__name__, values])
+
+
+def _frozen(model: nn.Module, place: Place) -> dict[str, str | None]:
+    """Returns hashes of a sample of what is frozen: of what may be left on disk, and of the rest.
+
+    What is on disk is not read: whether it is there may change from one run to the next.
+    """
+    lower = [] if place.stack is None else list(place.stack.layers[: place.first_layer or 0])
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    on_disk = {id(p) for module in (embedding, *lower) for p in module.parameters()}
+    samples: dict[str, list[Any] | None] = {"lower layers": [], "upper layers": []}
+    for name, parameter in model.named_parameters():
+        part = "lower layers" if id(parameter) in on_disk else "upper layers"
+        taken = samples[part]
+        if parameter.is_meta:
+            samples[part] = None
+        elif taken is not None and name not in place.parameters:
+            taken.append([name, sample(parameter)])
+    return {part: None if taken is None else digest(taken) for part, taken in samples.items()}
+
+
+def _tokens(texts: TokenizedTexts) -> str:
+    whole = hashlib.sha256()
+    for array in (texts.ids, texts.offsets, texts.target_start):
+        whole.update(np.ascontiguousarray(array).tobytes())
+    return whole.hexdigest()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)

@@ -1,0 +1,49 @@
+"""Ctrl-C and SIGTERM that wait for the end of a training step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_NOTED = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupts:
+    """What has asked the training to stop.
+
+    Attributes:
+        received: The signal, or `None`.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Within, the first Ctrl-C or SIGTERM is noted and not raised; a second one acts at once.
+
+        SIGTERM is what schedulers of clusters send before they kill. Only a program's main thread
+        gets signals: in any other thread nothing changes.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        former = {number: signal.getsignal(number) for number in _NOTED}
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.received = signal.Signals(number)
+            for noted, handler in former.items():
+                signal.signal(noted, handler)
+
+        # A program that ignores a signal goes on ignoring it; `None` is a handler not of Python's.
+        taken = [n for n, handler in former.items() if handler not in (signal.SIG_IGN, None)]
+        try:
+            for number in taken:
+                signal.signal(number, note)
+            yield
+        finally:
+            for number in taken:
+                signal.signal(number, former[number])
