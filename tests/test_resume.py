@@ -1,0 +1,215 @@
+"""`locft edit` after a kill, Ctrl-C or its end: the same command goes on, another is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toys import REPOSITORY, toy_model, toy_requests, toy_tokenizer
+
+from locft_easyedit.errors import OutputError
+from locft_easyedit.evaluate.compact import CompactRecords
+from locft_easyedit.files import locked
+from locft_easyedit.run_folder import run_folder, unfinished_run
+
+YAML = """
+alg_name: LocFT-BF
+model_name: ./toy
+device: cpu
+layers: [2]
+rewrite_module_tmp: model.layers.{}.mlp.down_proj.weight
+lr: 1e-2
+num_steps: 20
+batch_size: 4
+epoch_loss_threshold: 0
+batch_loss_threshold: 0
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a model, edits and hparams, as the current one."""
+    toy_model("llama").save_pretrained(tmp_path / "toy")
+    toy_tokenizer(pad_is_eos=True).save_pretrained(tmp_path / "toy")
+    (tmp_path / "edits.json").write_text(json.dumps(toy_requests(6)))
+    (tmp_path / "toy.yaml").write_text(YAML)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(*arguments):
+    start = [sys.executable, "-m", "locft_easyedit", "edit", "--config-name", "toy.yaml"]
+    return [*start, "data=edits.json", *arguments]
+
+
+def run(*arguments):
+    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+
+
+def interrupted(number, *arguments):
+    """Starts the command and sends it a signal in training; returns its exit status and errors."""
+    process = subprocess.Popen(
+        command("num_steps=100000", *arguments), stderr=subprocess.PIPE, text=True
+    )
+    shown = ""
+    while "loss=" not in shown:  # an epoch is done
+        shown += process.stderr.read(1)
+        assert process.poll() is None, shown
+    process.send_signal(number)
+    shown += process.communicate()[1]
+    return process.returncode, shown
+
+
+def matrices(folder):
+    [file] = folder.glob("*.safetensors")
+    return {k: v for k, v in load_file(file).items() if not k.startswith("original.")}
+
+
+@pytest.mark.slow
+def test_killed_runs_end_with_the_bits_of_one_that_was_not_killed():
+    script = REPOSITORY / "examples" / "checks" / "kill.py"
+    ran = subprocess.run(
+        [sys.executable, str(script), "--kills", "5", "--epochs", "10", "--seed", "3"],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "equal bit for bit" in ran.stdout
+
+
+def test_an_interrupted_command_says_how_to_go_on(folder):
+    status, shown = interrupted(signal.SIGINT, "output=out")
+    assert status == 130
+    assert "locft edit: Interrupted in epoch" in shown
+    assert "The same command goes on." in shown
+    assert "Traceback" not in shown
+    assert not (folder / "out" / "metrics.json").exists()
+    [left] = (folder / "out").glob("checkpoint/*.safetensors")
+    refused = run("output=out", "lr=1e-3", "num_steps=100000")
+    assert refused.returncode == 2
+    assert "holds the interrupted run of something else" in refused.stderr
+    assert "`lr` is 0.001; there it is 0.01." in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert left.exists()
+
+
+def test_without_an_output_the_interrupted_run_is_found_again(folder):
+    interrupted(signal.SIGINT)
+    [first] = folder.glob("outputs/*/*/run.json")
+    done = run()  # another number of epochs: another run
+    assert done.returncode == 0, done.stderr
+    assert len(list(folder.glob("outputs/*/*/run.json"))) == 2
+    status, _ = interrupted(signal.SIGTERM)
+    assert status == 143
+    assert len(list(folder.glob("outputs/*/*/run.json"))) == 2
+    assert not json.loads(first.read_text())["finished"]
+    log = (first.parent / "locft_edit.log").read_text()
+    assert "training goes on in epoch" in log
+    assert "has the metrics before the edit; they are not measured again" in log
+
+
+def test_a_finished_run_is_shown_again_and_replaced_only_if_asked(folder):
+    first = run("output=out")
+    assert first.returncode == 0, first.stderr
+    assert not (folder / "out" / "checkpoint").exists()
+    expected = matrices(folder / "out")
+    written = {p: p.stat().st_mtime_ns for p in (folder / "out").glob("*.safetensors")}
+
+    again = run("output=out")
+    assert again.returncode == 0, again.stderr
+    assert "This run was finished" in again.stdout
+    tables = first.stdout[first.stdout.index("Metrics:") : first.stdout.index("metrics: ")]
+    assert tables in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in written} == written
+
+    refused = run("output=out", "lr=1e-3")
+    assert refused.returncode == 2
+    assert "holds the finished run of something else" in refused.stderr
+    assert {p: p.stat().st_mtime_ns for p in written} == written
+
+    replaced = run("output=out", "lr=1e-3", "resume=false")
+    assert replaced.returncode == 0, replaced.stderr
+    assert not all(torch.equal(matrices(folder / "out")[k], v) for k, v in expected.items())
+
+
+def test_two_runs_do_not_share_an_output(folder):
+    with locked(folder / "out"):
+        refused = run("output=out")
+    assert refused.returncode == 2
+    assert "out is in use: another run is writing there" in refused.stderr
+
+
+def test_other_edits_under_the_same_name_are_another_run(tmp_path):
+    with run_folder(tmp_path, {"requests": "a", "lr": 1e-3}, {}):
+        pass
+    with (
+        pytest.raises(OutputError, match="`requests` is 'b'; there it is 'a'"),
+        run_folder(tmp_path, {"requests": "b", "lr": 1e-3}, {}),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"format": 2}', "[" * 10**5, '{"format": 1, "finished": 1}']
+)
+def test_a_damaged_note_of_a_run_is_told(content, tmp_path):
+    (tmp_path / "run.json").write_text(content)
+    with (
+        pytest.raises(OutputError, match=r"run.json is damaged.*resume=false"),
+        run_folder(tmp_path, {}, {}),
+    ):
+        pass
+    assert (tmp_path / "run.json").read_text() == content
+    assert unfinished_run([tmp_path], {}) is None
+    with run_folder(tmp_path, {}, {}, resume=False) as folder:
+        assert not folder.finished
+
+
+def test_the_latest_unfinished_run_of_the_same_command_is_found(tmp_path):
+    values = {"lr": 1e-3, "layers": [1]}
+    for name, of in {"1": values, "2": values, "3": {"lr": 1}, "4": values}.items():
+        with run_folder(tmp_path / name, {}, of) as folder:
+            if name == "4":
+                folder.finish()
+    folders = sorted(tmp_path.iterdir())
+    assert unfinished_run(folders, values) == tmp_path / "2"
+    assert unfinished_run(folders, {"lr": 2}) is None
+    assert unfinished_run([], values) is None
+
+
+def test_metrics_before_the_edit_survive_a_kill(tmp_path):
+    records = CompactRecords({"a": i, "nan": float("nan"), "text": "\ud800\n"} for i in range(150))
+    path = tmp_path / "before.jsonl"
+    records.write(path, {"model": (1, 2)})
+    found = CompactRecords.read(path, {"model": [1, 2]})
+    assert [r["a"] for r in found] == list(range(150))
+    assert found[3]["text"] == "\ud800\n"
+    assert CompactRecords.read(path, {"model": 3}) is None
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:-30], b"", b"\xff\xfe", whole + b"{}\n"):
+        path.write_bytes(damaged)
+        assert CompactRecords.read(path, {"model": [1, 2]}) is None
+    assert CompactRecords.read(tmp_path / "none", {}) is None
+
+
+def test_the_lock_ends_with_the_process(tmp_path):
+    code = (
+        "import sys, time; from locft_easyedit.files import locked\n"
+        f"with locked({str(tmp_path)!r}):\n    print('held', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(OutputError, match="in use"), locked(tmp_path):
+        pass
+    process.kill()
+    process.wait()
+    start = time.monotonic()
+    with locked(tmp_path):
+        assert time.monotonic() - start < 10
