@@ -18,6 +18,7 @@ from .devices import context_length
 from .errors import ModelError
 from .hparams import LocFTBFHyperParams
 from .loop import breadth_first_
+from .lora import check_low_rank, low_rank_of
 from .modes import evaluation_mode
 from .place import Place, select_place
 from .prepare import prepare_runner
@@ -105,6 +106,8 @@ class EditSession:
             h.check()
             self.edits = distinct_edits(self.requests, None if self.alone else h.on_conflict)
             self.place = select_place(self.model, h.layers, h.templates)
+            if h.tuning == "lora":
+                check_low_rank(self.model, self.place.parameters, h.lora_rank)
             self._texts = tokenize_edits(
                 self.tokenizer,
                 self.edits.edits,
@@ -142,7 +145,9 @@ class EditSession:
                 self.stream = stream
                 if h.compile and self.place.stack is not None:
                     first = self.place.first_layer or 0
-                    self._cleanup.enter_context(compiled(self.place.stack, first))
+                    # A graph would go on computing with a LoRA that is no longer there.
+                    apart = self.place.parameters.values() if h.tuning == "lora" else ()
+                    self._cleanup.enter_context(compiled(self.place.stack, first, apart))
                 self._runner = prepare_runner(
                     self.model,
                     self._texts,
@@ -177,12 +182,15 @@ class EditSession:
         if only is not None:
             chosen = {self.edits.edit_of_request[i] for i in only}
             indices = np.array(sorted(i for i in chosen if i is not None))
-        weights = TrainedWeights(self.place.parameters)
+        lora = low_rank_of(self.model, self.place.parameters, self.hparams)
+        weights = TrainedWeights(self.place.parameters) if lora is None else lora.weights
+        changed = weights if lora is None else lora
         try:
             if self._runner.prefix is not None and not self._runner.replays:
                 with self._timed("prefix"):
                     self._runner.prefix.ensure()
-            with self._timed("train"), self._runner.ready(), _with_gradients():
+            in_force = nullcontext() if lora is None else lora.in_force()
+            with self._timed("train"), self._runner.ready(), _with_gradients(), in_force:
                 result = breadth_first_(
                     self._runner,
                     weights,
@@ -191,11 +199,12 @@ class EditSession:
                     describe=self._describe,
                     progress=self.progress if progress is None else progress,
                 )
+            adapter = None if lora is None else lora.merge_()
             return EditResult(
                 losses=result.losses,
                 step_losses=result.step_losses,
-                original=weights.original,
-                new=weights.values(),
+                original=changed.original,
+                new=changed.values(),
                 timings=dict(self.timings),
                 n_updates=result.n_updates,
                 converged=result.converged,
@@ -203,9 +212,10 @@ class EditSession:
                 edits=self.edits,
                 packed=self._runner.packed,
                 frozen_prefix=self._runner.prefix is not None,
+                lora=adapter,
             )
         except BaseException:  # Ctrl-C as well: a half-trained model is of no use to anybody
-            weights.restore_()
+            changed.restore_()
             weights.clear_gradients_()
             raise
 
