@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -11,7 +11,9 @@ from .place import LayerList
 
 
 @contextmanager
-def compiled(stack: LayerList, first_layer: int) -> Iterator[None]:
+def compiled(
+    stack: LayerList, first_layer: int, apart: Iterable[nn.Parameter] = ()
+) -> Iterator[None]:
     """Within, the norms and MLPs of the layers from `first_layer` up are compiled.
 
     Attention is left alone: its kernels are what they are, and hooks that other parts put on its
@@ -20,7 +22,9 @@ def compiled(stack: LayerList, first_layer: int) -> Iterator[None]:
     Args:
         stack: The model's layers.
         first_layer: The first layer that training runs.
+        apart: Modules that hold one of these parameters are not compiled.
     """
+    apart_ids = {id(parameter) for parameter in apart}
     last = len(stack.layers) - 1
     chosen: list[nn.Module] = []
     for number, layer in enumerate(stack.layers):
@@ -28,6 +32,7 @@ def compiled(stack: LayerList, first_layer: int) -> Iterator[None]:
         if first_layer < number < last:
             chosen += [m for name, m in layer.named_children() if "attn" not in name.lower()]
     chosen = [m for m in chosen if "attention" not in type(m).__name__.lower()]
+    chosen = [m for m in chosen if not apart_ids & {id(p) for p in m.parameters()}]
     try:
         for module in chosen:
             module.compile(dynamic=True)

@@ -21,6 +21,7 @@ from .files import locked
 from .hparams import LocFTBFHyperParams
 from .identity import Identity
 from .loop import breadth_first_
+from .lora import check_low_rank, low_rank_of
 from .modes import evaluation_mode
 from .place import Place, select_place
 from .prepare import prepare_runner
@@ -113,6 +114,8 @@ class EditSession:
             h.check()
             self.edits = distinct_edits(self.requests, None if self.alone else h.on_conflict)
             self.place = select_place(self.model, h.layers, h.templates)
+            if h.tuning == "lora":
+                check_low_rank(self.model, self.place.parameters, h.lora_rank)
             self._texts = tokenize_edits(
                 self.tokenizer,
                 self.edits.edits,
@@ -155,7 +158,9 @@ class EditSession:
                 self.stream = stream
                 if h.compile and self.place.stack is not None:
                     first = self.place.first_layer or 0
-                    self._cleanup.enter_context(compiled(self.place.stack, first))
+                    # A graph would go on computing with a LoRA that is no longer there.
+                    apart = self.place.parameters.values() if h.tuning == "lora" else ()
+                    self._cleanup.enter_context(compiled(self.place.stack, first, apart))
                 if self.checkpoints is None or not self.checkpoints.finished:
                     self._runner = self._prepared()
             self._cleanup = self._cleanup.pop_all()  # all went well: clean up on exit, not now
@@ -208,18 +213,22 @@ class EditSession:
         # The file holds one training: that of all edits, from the weights that were checked.
         checkpoints = self.checkpoints if only is None else None
         self.checkpoints = None
-        weights = TrainedWeights(self.place.parameters)
+        lora = low_rank_of(self.model, self.place.parameters, self.hparams)
+        weights = TrainedWeights(self.place.parameters) if lora is None else lora.weights
+        changed = weights if lora is None else lora
         try:
             done = self._finished_(weights, checkpoints)
             if done is None:
                 shown = self.progress if progress is None else progress
-                done = self._trained_(weights, indices, checkpoints, shown)
+                with nullcontext() if lora is None else lora.in_force():
+                    done = self._trained_(weights, indices, checkpoints, shown)
+            adapter = None if lora is None else lora.merge_()
             notes = self._how_it_ran(checkpoints)
             return EditResult(
                 losses=done.losses,
                 step_losses=done.step_losses,
-                original=weights.original,
-                new=weights.values(),
+                original=changed.original,
+                new=changed.values(),
                 timings=dict(self.timings),
                 n_updates=done.n_updates,
                 converged=done.converged,
@@ -227,10 +236,11 @@ class EditSession:
                 edits=self.edits,
                 packed=notes["packed"],
                 frozen_prefix=notes["cut"] is not None,
+                lora=adapter,
             )
         except BaseException as error:
             # Ctrl-C as well: a half-trained model is of no use to anybody.
-            weights.restore_()
+            changed.restore_()
             weights.clear_gradients_()
             if checkpoints is not None and isinstance(error, NonFiniteLossError):
                 checkpoints.discard()  # it leads there again

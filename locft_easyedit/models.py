@@ -23,6 +23,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from .errors import HyperParamsError, LocFTError, MissingDependencyError, ModelError
 from .hparams import DTYPES, LocFTBFHyperParams
+from .lora import check_low_rank
 from .offload import room_for_conversions, streaming_map
 from .place import match_parameters
 
@@ -259,7 +260,9 @@ def _check_place(name: str, hparams: LocFTBFHyperParams) -> Any | None:
     except Exception as error:  # code of any kind builds models; the loaded one is checked as well
         logger.debug("%s cannot be built without weights: %s", name, error)
         return None
-    match_parameters(model, hparams.layers, hparams.templates)
+    place = match_parameters(model, hparams.layers, hparams.templates)
+    if hparams.tuning == "lora":
+        check_low_rank(model, place, hparams.lora_rank)
     return model
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .lora import LoraAdapter
 from .requests import EditSet
 from .weights import exchanged, write_
 
@@ -30,6 +31,7 @@ class EditResult:
         edits: The distinct edits, and how many requests were merged, in conflict or left out.
         packed: Whether rows were packed.
         frozen_prefix: Whether the frozen layers were computed only once.
+        lora: What `tuning: lora` trained: the change from `original` to `new`, before rounding.
     """
 
     losses: list[float]
@@ -43,6 +45,7 @@ class EditResult:
     edits: EditSet
     packed: bool
     frozen_prefix: bool
+    lora: LoraAdapter | None = None
 
     def restore_(self, model: nn.Module) -> None:
         """Gives `model` the original values back, bit for bit."""
@@ -80,6 +83,7 @@ class EditResult:
             "conflicting_prompts": self.edits.n_conflicts,
             "replaced_by_later": self.edits.n_replaced,
             "trained_parameters": {name: list(value.shape) for name, value in self.new.items()},
+            "lora": None if self.lora is None else self.lora.summary(),
             "packed": self.packed,
             "frozen_prefix": self.frozen_prefix,
             "seconds": self.timings,

@@ -19,10 +19,12 @@ class TrainedWeights:
 
     Args:
         parameters: The parameters by name.
+        in_float16: Gradients pass through float16, whatever the parameters are in.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], *, in_float16: bool = False) -> None:
         self.parameters = dict(parameters)
+        self._in_float16 = in_float16 or any(p.dtype == torch.float16 for p in parameters.values())
         # A copy, because adding and subtracting a change does not give the original bits back.
         self.original = {name: p.detach().clone() for name, p in self.parameters.items()}
         self._separate = {
@@ -52,7 +54,7 @@ class TrainedWeights:
 
         Small gradients would vanish in float16, whose smallest number is 6e-8.
         """
-        return 1024.0 if any(p.dtype == torch.float16 for p in self.parameters.values()) else 1.0
+        return 1024.0 if self._in_float16 else 1.0
 
     def collect_gradients_(self) -> None:
         """Adds the parameters' gradients to their masters', in float32, and clears them."""

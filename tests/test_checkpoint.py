@@ -74,7 +74,7 @@ def every_checkpoint(tmp_path, monkeypatch):
         {"dtype": torch.float16},
         {"micro_batch_size": 3},
         {"packing": False, "frozen_prefix": False},
-        {"layers": [1, 2]},
+        {"layers": [1, 2], "tuning": "lora", "lora_rank": 2},
     ],
     ids=str,
 )
@@ -193,6 +193,7 @@ def unfinished(tmp_path, monkeypatch):
         ({"num_steps": 9}, "`num_steps=3`; now 9"),
         ({"layers": [1]}, r"`layers=\[2\]`; now \[1\]"),
         ({"n": 13}, "edits are others .14 edits; now 13"),
+        ({"tuning": "lora"}, "`tuning='full'`; now 'lora'"),
         ({"kind": "qwen2"}, "configuration is another"),
         ({"dtype": torch.bfloat16}, "precision is another .float32; now bfloat16"),
     ],

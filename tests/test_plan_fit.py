@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from toys import toy_hparams, toy_model
 
-from locft_easyedit.errors import HyperParamsError, ModelError
+from locft_easyedit.errors import HyperParamsError, ModelError, PlaceError
 from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.hparams_files import hparams_folder
 from locft_easyedit.plan.given import Machine, Workload
@@ -66,6 +66,43 @@ def test_float32_has_no_masters():
     assert "float32 gradients" not in gpu
     assert gpu["gradients"] == gpu["original values"] == 4 * 58_720_256
     assert gpu["weights"] == 4 * 8_030_261_248
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_lora_trains_less(dtype):
+    size = 4 if dtype == "float32" else 2
+    full = plan_for(dtype=dtype)
+    plan = plan_for(dtype=dtype, tuning="lora", lora_rank=16)
+    n, m = 4096 * 14336, 16 * (4096 + 14336)
+    gpu = sizes(plan)
+    assert gpu["LoRA's matrices"] == gpu["their values at the beginning"] == 4 * m
+    assert gpu["Adam's moments"] == 8 * m
+    assert gpu["gradients"] == 4 * m
+    assert gpu["original values"] == size * n
+    for name in ("float32 masters", "float32 gradients"):
+        assert gpu.get(name) == (4 * m if dtype == "float16" else None)
+    if size == 2:
+        assert gpu["LoRA's inputs in float32"] == 4 * 23 * 64 * 14336
+        assert gpu["a matrix in float32, to add LoRA to"] == 4 * n
+    same = ("weights", "activations", "cross-entropy", EDITS_PREFIX)
+    assert all(gpu[name] == sizes(full)[name] for name in same)
+    # Its gradient costs 2 operations a weight and token, LoRA 6 a number of A and B.
+    flop = [step_flop(p.shapes, p.chosen.setting, p.work) for p in (full, plan)]
+    assert flop[0] - flop[1] == pytest.approx(100 * 14.6 * (2 * n - 6 * m))
+
+
+def test_lora_of_several_matrices_and_of_transposed_ones():
+    template = ["transformer.h.{}.mlp.c_proj.weight", "transformer.h.{}.mlp.c_fc.weight"]
+    keys = {"rewrite_module_tmp": template, "layers": [40, 41], "tuning": "lora", "lora_rank": 8}
+    lora = plan_for("gpt2-xl", **keys).shapes.lora
+    assert lora.trained == 4 * 8 * (1600 + 6400)
+    assert lora.inputs == 2 * (1600 + 6400)
+    assert lora.largest == 1600 * 6400
+
+
+def test_a_plan_for_a_lora_that_cannot_be():
+    with pytest.raises(PlaceError, match="`lora_rank=5000` is above 4096"):
+        plan_for(tuning="lora", lora_rank=5000)
 
 
 def test_streamed_model_keeps_what_is_above():

@@ -100,7 +100,7 @@ def make_plan(
     Raises:
         HyperParamsError: A value cannot be used.
         ModelError: The model is unknown, or is no model of layers.
-        PlaceError: The place is not in the model.
+        PlaceError: The place is not in the model, or suits no LoRA.
     """
     if not hparams.frozen_prefix:
         raise HyperParamsError(
@@ -113,7 +113,8 @@ def make_plan(
             "Give model_parallel=false and, as gpu=, the memory of all of them."
         )
     model, source = meta_model(hparams.model_name, trust_remote_code=hparams.trust_remote_code)
-    reader = ModelReader(model, source, hparams.layers, hparams.templates)
+    rank = hparams.lora_rank if hparams.tuning == "lora" else None
+    reader = ModelReader(model, source, hparams.layers, hparams.templates, rank)
     shapes = reader.shapes()
     if cut is not None and cut not in shapes.cuts:
         raise HyperParamsError(

@@ -10,6 +10,7 @@ from ..cross_entropy import LOGITS_AT_ONCE
 from ..hparams_rules import DTYPES
 from .activations import LayerActivations
 from .given import Machine, Workload
+from .lora import LoraShapes
 from .shapes import ModelShapes
 from .sizes import GIB, MIB
 
@@ -135,8 +136,13 @@ def working_parts(
     passed = work.cells(min(work.eval_batch_size, work.n))
     scored = min(work.eval_batch_size, work.n) * work.targets
     activations = training_activations(shapes, saved, setting, work)
+    trained = sum(shapes.trained.values())
     parts = [
-        *_trained_parts(sum(shapes.trained.values()), size, device),
+        *(
+            _trained_parts(trained, size, device)
+            if shapes.lora is None
+            else _lora_parts(shapes.lora, trained, setting, work, device)
+        ),
         Part("activations", device, activations, ("train",)),
         # Its buffer stays as long as the session does.
         Part("cross-entropy", device, cross_entropy(shapes, setting, work), _AFTER),
@@ -172,6 +178,33 @@ def _trained_parts(n: int, size: int, device: str) -> list[Part]:
         parts[:0] = [
             Part("float32 masters", device, 4 * n, train),
             Part("float32 gradients", device, 4 * n, train),
+        ]
+    return parts
+
+
+def _lora_parts(
+    lora: LoraShapes, n: int, setting: Setting, work: Workload, device: str
+) -> list[Part]:
+    """Returns what LoRA of `n` parameters adds; A and B are in float32 in every case."""
+    train, m, size = ("train",), lora.trained, setting.itemsize
+    parts = [
+        Part("LoRA's matrices", device, 4 * m, train),
+        Part("their values at the beginning", device, 4 * m, train),
+        Part("Adam's moments", device, 8 * m, train),
+        Part("gradients", device, 4 * m, train),
+        Part("original values", device, size * n, _AFTER),
+    ]
+    if setting.dtype == "float16":  # whose loss is scaled: gradients and masters are apart
+        parts += [
+            Part("float32 masters", device, 4 * m, train),
+            Part("float32 gradients", device, 4 * m, train),
+        ]
+    if size < 4:
+        inputs = 4 * work.cells(setting.micro_batch_size) * lora.inputs
+        parts += [
+            Part("LoRA's inputs in float32", device, inputs, train),
+            # When the last step's tensors are gone.
+            Part("a matrix in float32, to add LoRA to", device, 4 * lora.largest, ("evaluate",)),
         ]
     return parts
 

@@ -14,6 +14,7 @@ from ..errors import ModelError, PlaceError
 from ..hparams_rules import DTYPES
 from ..place import find_layers, match_parameters
 from .activations import LayerActivations, layer_activations
+from .lora import LoraShapes, lora_shapes
 
 CUTS = ("matrix", "mlp", "layer")
 
@@ -31,7 +32,8 @@ class LayerShape:
         late: Those of `matmul` that come after the attention itself: its output projection and
             the MLP. The last layer needs them at scored positions only.
         trained: Trained parameters.
-        trained_matmul: Those of them that are matrices.
+        trained_matmul: Those of them that are matrices. With LoRA three times A and B, which are
+            multiplied with forward, backward and for their gradients.
     """
 
     parameters: int
@@ -61,6 +63,7 @@ class ModelShapes:
         above_cut: Weights of layer L that a token is multiplied with above each cut.
         trained: Sizes of the trained parameters, by name.
         stored_dtype: The checkpoint's precision.
+        lora: LoRA of them; `None` where they are trained themselves.
     """
 
     name: str
@@ -78,6 +81,7 @@ class ModelShapes:
     above_cut: dict[str, int]
     trained: dict[str, int]
     stored_dtype: str
+    lora: LoraShapes | None = None
 
     @property
     def upper(self) -> int:
@@ -104,15 +108,21 @@ class ModelReader:
         name: Where it comes from.
         layers: Layers to train, counted from 0.
         templates: What to train in each.
+        lora_rank: LoRA's rank; `None` for matrices that are trained themselves.
 
     Raises:
         ModelError: The model has no list of layers, or no input embedding.
         PlaceError: A layer is out of range, a template matches nothing, or what it matches lies
-            outside the layers.
+            outside the layers or suits no LoRA of that rank.
     """
 
     def __init__(
-        self, model: Any, name: str, layers: Sequence[int], templates: Sequence[str]
+        self,
+        model: Any,
+        name: str,
+        layers: Sequence[int],
+        templates: Sequence[str],
+        lora_rank: int | None = None,
     ) -> None:
         self.model = model.requires_grad_(False)
         self.name = name
@@ -131,6 +141,7 @@ class ModelReader:
                 f"`{outside[0]}` lies outside the layers: nothing below it stays frozen, and there "
                 "is nothing to plan. Choose a place in a layer."
             )
+        self.lora = None if lora_rank is None else lora_shapes(model, self.selected, lora_rank)
         self.first = min(int(n[len(stack.path) + 1 :].split(".")[0]) for n in self.selected)
         self.config = model.config.get_text_config()
 
@@ -165,6 +176,7 @@ class ModelReader:
             **self._cuts(),
             trained={name: p.numel() for name, p in self.selected.items()},
             stored_dtype=_stored_dtype(self.config),
+            lora=self.lora,
         )
 
     @property
@@ -213,7 +225,9 @@ class ModelReader:
             late=self._matmul([p for module in mlp for p in module.parameters()])
             + self._matmul([m.weight for _, m in last]),
             trained=count(trained),
-            trained_matmul=self._matmul(trained),
+            trained_matmul=self._matmul(trained)
+            if self.lora is None
+            else 3 * self.lora.of(trained),
         )
 
     def _side_by_side(self, layer: nn.Module) -> bool:

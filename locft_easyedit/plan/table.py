@@ -23,7 +23,8 @@ def model_table(plan: Plan) -> Table:
         "shapes": shapes.name,
         "parameters": f"{shapes.parameters:,} in {len(shapes.layers)} layers",
         "trained": f"{trained if len(shapes.trained) < 3 else more} "
-        f"({sum(shapes.trained.values()):,})",
+        f"({sum(shapes.trained.values()):,})"
+        + (f" through LoRA ({shapes.lora.trained:,})" if shapes.lora else ""),
         "frozen below": f"{shapes.streamed:,} ({shapes.streamed / shapes.parameters:.0%})",
         "edits": f"{work.n:,}, {work.batch_size} a step, {work.epochs} epochs",
         "tokens run": f"{work.edit_tokens:,.0f} of edits, {work.eval_tokens:,.0f} of prompts",
