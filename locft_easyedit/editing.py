@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .compiling import compiled
 from .devices import context_length
 from .errors import ModelError
+from .health import HealthCheck
 from .hparams import LocFTBFHyperParams
 from .loop import breadth_first_
 from .modes import evaluation_mode
@@ -91,6 +92,7 @@ class EditSession:
     shortcuts: Shortcuts = field(init=False)
     budget: Budget = field(init=False)
     stream: FrozenStream | None = field(init=False, default=None)
+    _health: HealthCheck | None = field(init=False, default=None)
     _runner: TextRunner = field(init=False)
     _cleanup: ExitStack = field(init=False, default_factory=ExitStack)
 
@@ -155,6 +157,16 @@ class EditSession:
                     stream=stream,
                     progress=self.progress,
                 )
+                if h.health_check:
+                    self._health = self._cleanup.enter_context(
+                        HealthCheck(
+                            self.model,
+                            self.tokenizer,
+                            self.shortcuts,
+                            row_tokens=h.row_tokens,
+                            stream=stream,
+                        )
+                    )
             self._cleanup = self._cleanup.pop_all()  # all went well: clean up on exit, not now
         return self
 
@@ -182,6 +194,8 @@ class EditSession:
             if self._runner.prefix is not None and not self._runner.replays:
                 with self._timed("prefix"):
                     self._runner.prefix.ensure()
+            if self._health is not None and only is None:
+                self._health.before()
             with self._timed("train"), self._runner.ready(), _with_gradients():
                 result = breadth_first_(
                     self._runner,
@@ -191,11 +205,17 @@ class EditSession:
                     describe=self._describe,
                     progress=self.progress if progress is None else progress,
                 )
+            new, health = weights.values(), None
+            if self._health is not None:
+                # Of edits that are made one at a time, hundreds maybe, the norms alone.
+                health = self._health.after(
+                    weights.original, new, lr=self.hparams.lr, perplexity=only is None
+                )
             return EditResult(
                 losses=result.losses,
                 step_losses=result.step_losses,
                 original=weights.original,
-                new=weights.values(),
+                new=new,
                 timings=dict(self.timings),
                 n_updates=result.n_updates,
                 converged=result.converged,
@@ -203,6 +223,7 @@ class EditSession:
                 edits=self.edits,
                 packed=self._runner.packed,
                 frozen_prefix=self._runner.prefix is not None,
+                health=health,
             )
         except BaseException:  # Ctrl-C as well: a half-trained model is of no use to anybody
             weights.restore_()

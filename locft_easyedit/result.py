@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .health import HealthReport
 from .requests import EditSet
 from .weights import exchanged, write_
 
@@ -30,6 +31,7 @@ class EditResult:
         edits: The distinct edits, and how many requests were merged, in conflict or left out.
         packed: Whether rows were packed.
         frozen_prefix: Whether the frozen layers were computed only once.
+        health: Whether the edit has hurt the model; `None` with `health_check: false`.
     """
 
     losses: list[float]
@@ -43,6 +45,7 @@ class EditResult:
     edits: EditSet
     packed: bool
     frozen_prefix: bool
+    health: HealthReport | None = None
 
     def restore_(self, model: nn.Module) -> None:
         """Gives `model` the original values back, bit for bit."""
@@ -82,5 +85,6 @@ class EditResult:
             "trained_parameters": {name: list(value.shape) for name, value in self.new.items()},
             "packed": self.packed,
             "frozen_prefix": self.frozen_prefix,
+            "health": None if self.health is None else self.health.to_dict(),
             "seconds": self.timings,
         }

@@ -16,7 +16,7 @@ from ..evaluate.summary import summarize
 from ..hparams import ALG_NAME, LocFTBFHyperParams
 from ..models import load_model
 from ..pipeline import SAVE, edit_and_measure, write_run
-from ..report import metrics_table, prepare_folder, seconds_table, show
+from ..report import health_table, metrics_table, prepare_folder, seconds_table, show
 from ..requests import distinct_edits
 from .application import run_application
 
@@ -84,6 +84,7 @@ def run_edit(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path)
     written = write_run(
         output, run, hparams, save=command["save"], model=model, tokenizer=tokenizer
     )
-    show(metrics_table(summarize(run.metrics)), seconds_table(run.seconds))
+    health = [] if run.result.health is None else [health_table(run.result.health)]
+    show(metrics_table(summarize(run.metrics)), *health, seconds_table(run.seconds))
     for what, path in written.items():
         sys.stdout.write(f"{what}: {path}\n")
