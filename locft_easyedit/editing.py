@@ -18,6 +18,7 @@ from .compiling import compiled
 from .devices import context_length
 from .errors import ModelError, NonFiniteLossError
 from .files import locked
+from .health import HealthCheck
 from .hparams import LocFTBFHyperParams
 from .identity import Identity
 from .loop import breadth_first_
@@ -99,6 +100,7 @@ class EditSession:
     budget: Budget = field(init=False)
     stream: FrozenStream | None = field(init=False, default=None)
     checkpoints: Checkpoints | None = field(init=False, default=None)
+    _health: HealthCheck | None = field(init=False, default=None)
     _runner: TextRunner | None = field(init=False, default=None)
     _cleanup: ExitStack = field(init=False, default_factory=ExitStack)
 
@@ -163,6 +165,16 @@ class EditSession:
                     self._cleanup.enter_context(compiled(self.place.stack, first, apart))
                 if self.checkpoints is None or not self.checkpoints.finished:
                     self._runner = self._prepared()
+                if h.health_check:
+                    self._health = self._cleanup.enter_context(
+                        HealthCheck(
+                            self.model,
+                            self.tokenizer,
+                            self.shortcuts,
+                            row_tokens=h.row_tokens,
+                            stream=stream,
+                        )
+                    )
             self._cleanup = self._cleanup.pop_all()  # all went well: clean up on exit, not now
         return self
 
@@ -217,18 +229,26 @@ class EditSession:
         weights = TrainedWeights(self.place.parameters) if lora is None else lora.weights
         changed = weights if lora is None else lora
         try:
+            if self._health is not None and only is None:
+                self._health.before()
             done = self._finished_(weights, checkpoints)
             if done is None:
                 shown = self.progress if progress is None else progress
                 with nullcontext() if lora is None else lora.in_force():
                     done = self._trained_(weights, indices, checkpoints, shown)
             adapter = None if lora is None else lora.merge_()
+            new, health = changed.values(), None
+            if self._health is not None:
+                # Of edits that are made one at a time, hundreds maybe, the norms alone.
+                health = self._health.after(
+                    changed.original, new, lr=self.hparams.lr, perplexity=only is None
+                )
             notes = self._how_it_ran(checkpoints)
             return EditResult(
                 losses=done.losses,
                 step_losses=done.step_losses,
                 original=changed.original,
-                new=changed.values(),
+                new=new,
                 timings=dict(self.timings),
                 n_updates=done.n_updates,
                 converged=done.converged,
@@ -237,6 +257,7 @@ class EditSession:
                 packed=notes["packed"],
                 frozen_prefix=notes["cut"] is not None,
                 lora=adapter,
+                health=health,
             )
         except BaseException as error:
             # Ctrl-C as well: a half-trained model is of no use to anybody.

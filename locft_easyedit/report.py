@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from .errors import OutputError
 from .files import output_errors, replacing
+from .health import HealthReport
 from .result import EditResult
 
 _LABELS = {
@@ -60,6 +61,25 @@ def answers_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
     for row in rows:
         # A model's answer is text, never markup.
         table.add_row(*(cell.replace("[", "\\[") for cell in row))
+    return table
+
+
+def health_table(report: HealthReport) -> Table:
+    """Returns a table of what an edit did to the model besides; see `HealthReport`."""
+    title = "Health of the edited model" + (": it looks damaged" if report.damaged else "")
+    table = Table(title=title, title_justify="left")
+    for heading in ("", "before", "after", "after / before"):
+        table.add_column(heading, justify="right" if heading else "left", overflow="fold")
+    figures = (report.perplexity_before, report.perplexity_after, report.perplexity_ratio)
+    cells = ["-" if figure is None else f"{figure:.4g}" for figure in figures]
+    table.add_row("perplexity of a fixed text", *cells)
+    for name, norms in report.matrices.items():
+        table.add_row(f"{name}: norm", "", "", f"{norms['norm_ratio']:.4g}")
+        if "spectral_ratio" in norms:
+            table.add_row("  largest singular value", "", "", f"{norms['spectral_ratio']:.4g}")
+        table.add_row("  norm of the change", "", "", f"{norms['relative_change']:.4g}")
+    if report.not_measured:
+        table.caption = f"No perplexity: {report.not_measured}.".replace("[", "\\[")
     return table
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .health import HealthReport
 from .lora import LoraAdapter
 from .requests import EditSet
 from .weights import exchanged, write_
@@ -32,6 +33,7 @@ class EditResult:
         packed: Whether rows were packed.
         frozen_prefix: Whether the frozen layers were computed only once.
         lora: What `tuning: lora` trained: the change from `original` to `new`, before rounding.
+        health: Whether the edit has hurt the model; `None` with `health_check: false`.
     """
 
     losses: list[float]
@@ -46,6 +48,7 @@ class EditResult:
     packed: bool
     frozen_prefix: bool
     lora: LoraAdapter | None = None
+    health: HealthReport | None = None
 
     def restore_(self, model: nn.Module) -> None:
         """Gives `model` the original values back, bit for bit."""
@@ -86,5 +89,6 @@ class EditResult:
             "lora": None if self.lora is None else self.lora.summary(),
             "packed": self.packed,
             "frozen_prefix": self.frozen_prefix,
+            "health": None if self.health is None else self.health.to_dict(),
             "seconds": self.timings,
         }

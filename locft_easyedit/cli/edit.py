@@ -15,10 +15,11 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from ..data import read_requests
 from ..errors import HyperParamsError, OutputError
 from ..evaluate.summary import summarize
+from ..health import HealthReport
 from ..hparams import ALG_NAME, LocFTBFHyperParams
 from ..models import load_model
 from ..pipeline import SAVE, edit_and_measure, write_run
-from ..report import metrics_table, seconds_table, show
+from ..report import health_table, metrics_table, seconds_table, show
 from ..requests import distinct_edits
 from ..run_folder import run_folder, run_settings, unfinished_run
 from .application import run_application
@@ -101,7 +102,8 @@ def run_edit(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path)
             output, run, hparams, save=command["save"], model=model, tokenizer=tokenizer
         )
         folder.finish()
-    show(metrics_table(summarize(run.metrics)), seconds_table(run.seconds))
+    health = [] if run.result.health is None else [health_table(run.result.health)]
+    show(metrics_table(summarize(run.metrics)), *health, seconds_table(run.seconds))
     for what, path in written.items():
         sys.stdout.write(f"{what}: {path}\n")
 
@@ -115,7 +117,10 @@ def _show_again(folder: Path) -> None:
     path = folder / "metrics.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        tables = metrics_table(found["summary"]), seconds_table(found["seconds"])
+        tables = [metrics_table(found["summary"])]
+        if found["training"]["health"] is not None:
+            tables.append(health_table(HealthReport.from_dict(found["training"]["health"])))
+        tables.append(seconds_table(found["seconds"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(
             f"{path}, of a run that was finished, cannot be read: {error}. Begin anew with "

@@ -1,0 +1,336 @@
+"""Whether an edit has hurt the model: a fixed text's perplexity, and how far the matrices moved.
+
+An edit can be learned perfectly and leave a model that can do nothing else. The perplexity of
+ordinary text shows it early and costs almost nothing (Yang et al., "The Butterfly Effect of Model
+Editing", Findings of ACL 2024); so does the growth of the edited matrices' norms (Gupta et al.,
+"Model Editing at Scale leads to Gradual and Catastrophic Forgetting", Findings of ACL 2024).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .devices import context_length
+from .prefix import FrozenPrefix
+from .runner import TextRunner
+from .shortcuts import Shortcuts
+from .store import Budget
+from .stream import FrozenStream
+from .tokens import TokenizedTexts, ids_of
+
+logger = logging.getLogger(__name__)
+
+PERPLEXITY_RATIO = 4.0
+RELATIVE_CHANGE = 1.0
+_TEXT = Path(__file__).with_name("health_text.txt")
+_FEWEST_TOKENS = 50  # predicted ones; fewer say little
+_GUESSING = 0.5  # of the vocabulary: a perplexity above it is a guess among that many tokens
+_ITERATIONS = 12  # of the power method: within 7 % of the spectral norm of SmolLM2's matrices
+_AT_ONCE = 2**24  # numbers that are turned into float32 together
+
+T = TypeVar("T")
+Norms = dict[str, float]
+
+
+@dataclass(frozen=True)
+class HealthReport:
+    """How a model is after an edit, beside how it was before.
+
+    Attributes:
+        perplexity_before: Of the fixed text, before the session's first training of all edits;
+            `None` where it was not measured.
+        perplexity_after: After the edit. A number that is not finite is one of a broken model.
+        matrices: For each trained parameter `norm_ratio` (Frobenius norm, new / original),
+            `relative_change` (norm of the change / norm of the original) and, for matrices,
+            `spectral_ratio` (largest singular value, new / original).
+        damaged: Whether something is beyond what a healthy edit does.
+        warnings: What, and what to do about it.
+        not_measured: Why there is no perplexity; empty where there is one.
+    """
+
+    perplexity_before: float | None
+    perplexity_after: float | None
+    matrices: dict[str, Norms]
+    damaged: bool = False
+    warnings: list[str] = field(default_factory=list)
+    not_measured: str = ""
+
+    @property
+    def perplexity_ratio(self) -> float | None:
+        """The perplexity after, over that before."""
+        if self.perplexity_before is None or self.perplexity_after is None:
+            return None
+        return self.perplexity_after / self.perplexity_before
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report ready for JSON."""
+        return {**asdict(self), "perplexity_ratio": self.perplexity_ratio}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> HealthReport:
+        """Returns the report that `to_dict` gave.
+
+        Raises:
+            KeyError: Something is missing.
+        """
+        return cls(**{f.name: values[f.name] for f in fields(cls)})
+
+
+class HealthCheck:
+    """The fixed text, ready to be run before and after an edit.
+
+    Where the frozen layers' states can be kept they are recorded once, so that a measurement runs
+    the upper layers alone, and a model whose frozen layers lie on disk is not read again. Nothing
+    that goes wrong here ends an edit: the report says what.
+
+    Args:
+        model: The model, in evaluation mode.
+        tokenizer: Its tokenizer.
+        shortcuts: What leaves its logits as they are.
+        row_tokens: Length of packed rows.
+        stream: What records the states, at its next pass, if the frozen layers are on disk.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        shortcuts: Shortcuts,
+        *,
+        row_tokens: int = 64,
+        stream: FrozenStream | None = None,
+    ) -> None:
+        self.model = model
+        self.not_measured = ""
+        self.perplexity_before: float | None = None
+        self._warned = False
+        self._runner: TextRunner | None = None
+        texts, self.not_measured = health_texts(model, tokenizer)
+        if self.not_measured:
+            return
+        prefix = None
+        if shortcuts.cuts:
+            # A budget of its own: what a user allows is for the edits, and this is next to nothing.
+            n_tokens = int(texts.input_offsets[-1])
+            prefix = FrozenPrefix(model, shortcuts.cuts[0], n_tokens, Budget())
+            if stream is not None:
+                stream.record(prefix, texts, row_tokens=row_tokens, packed=shortcuts.packed)
+        self._runner = TextRunner(
+            model,
+            texts,
+            row_tokens=row_tokens,
+            packed=shortcuts.packed,
+            prefix=prefix,
+            tail=shortcuts.tail,
+            head=shortcuts.head,
+        )
+
+    def __enter__(self) -> HealthCheck:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def before(self) -> None:
+        """Measures the perplexity before an edit, unless that was done."""
+        if self.perplexity_before is None and not self.not_measured:
+            self.perplexity_before = self._perplexity()
+
+    def after(
+        self,
+        original: Mapping[str, torch.Tensor],
+        new: Mapping[str, torch.Tensor],
+        *,
+        lr: float,
+        perplexity: bool = True,
+    ) -> HealthReport:
+        """Measures the model as it is now; logs a warning, once, if it looks damaged.
+
+        Args:
+            original: The trained parameters' values before the edit, by name.
+            new: Their values now.
+            lr: The learning rate, for the warning.
+            perplexity: Measure the text's perplexity; the norms are compared in any case.
+        """
+        before, after = (self.perplexity_before, None) if perplexity else (None, None)
+        if before is not None:
+            after = self._perplexity()
+        changes = self._safely(lambda: {name: change_of(original[name], new[name]) for name in new})
+        matrices = changes or {}
+        why_not = self.not_measured if perplexity else "only the norms were compared"
+        warnings = damages(before, after, matrices, _vocabulary(self.model))
+        report = HealthReport(before, after, matrices, bool(warnings), warnings, why_not)
+        if warnings and not self._warned:
+            self._warned = True  # of hundreds of edits that are made alone, the first will do
+            logger.warning(
+                "The edited model looks damaged: %s. Lower `lr` (now %g), allow fewer epochs "
+                "(`num_steps`) or choose another layer; `result.restore_(model)` undoes the edit.",
+                "; ".join(warnings),
+                lr,
+            )
+        return report
+
+    def close(self) -> None:
+        """Gives back what the recorded states take."""
+        prefix = self._runner.prefix if self._runner is not None else None
+        if prefix is not None and prefix.complete:
+            prefix.store.close()
+        self._runner = None
+
+    def _perplexity(self) -> float | None:
+        """Returns the text's perplexity; `None` where it cannot be run."""
+        return self._safely(self._measured)
+
+    def _safely(self, measure: Callable[[], T]) -> T | None:
+        """Returns what `measure` does; `None`, and why in `not_measured`, where it fails."""
+        try:
+            with torch.no_grad():
+                return measure()
+        except Exception as error:  # an edit of hours is not lost to a look at it
+            reason = (str(error).splitlines() or [""])[0]
+            self.not_measured = f"{type(error).__name__}: {reason}"
+            logger.info("A part of the health check failed: %s", self.not_measured)
+            return None
+
+    def _measured(self) -> float:
+        runner = self._runner
+        assert runner is not None
+        texts, prefix = runner.texts, runner.prefix
+        if prefix is not None and not prefix.complete:
+            prefix.ensure()
+            if not prefix.complete:
+                prefix.record(
+                    texts,
+                    runner.ids,
+                    batch_size=len(texts),
+                    row_tokens=runner.row_tokens,
+                    packed=runner.packed,
+                    progress=False,
+                )
+        with runner.ready():
+            losses = runner.edit_losses(np.arange(len(texts))).double().cpu().numpy()  # [N]
+        counts = texts.lengths - texts.target_start
+        with np.errstate(over="ignore"):
+            return float(np.exp(np.dot(losses, counts) / counts.sum()))
+
+
+def health_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[TokenizedTexts, str]:
+    """Returns the fixed text's passages as tokens, or why this model cannot be given them."""
+    empty = TokenizedTexts.from_lists([], [])
+    passages = _TEXT.read_text(encoding="utf-8").strip().split("\n\n")
+    try:
+        found = ids_of(tokenizer, passages)
+    except Exception as error:  # a tokenizer may be any Python code
+        return empty, f"the tokenizer cannot read the text ({type(error).__name__})"
+    length = context_length(model)
+    sequences = [ids[:length] for ids in found if len(ids[:length]) > 1]
+    if sum(len(ids) - 1 for ids in sequences) < _FEWEST_TOKENS:
+        return empty, "the tokenizer makes next to no tokens of the text"
+    everything = [token for ids in sequences for token in ids]
+    if max(everything) >= _vocabulary(model):
+        return empty, "the tokenizer has tokens that the model has no embedding for"
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and everything.count(unknown) > len(everything) / 2:
+        return empty, "the tokenizer does not know most of the text"
+    # The first token has no predecessor that could predict it.
+    return TokenizedTexts.from_lists(sequences, [1] * len(sequences)), ""
+
+
+def damages(
+    before: float | None,
+    after: float | None,
+    matrices: Mapping[str, Norms],
+    vocabulary: int,
+) -> list[str]:
+    """Returns what a healthy edit does not do; nothing if all is well.
+
+    Args:
+        before: The text's perplexity before the edit; `None` where it was not measured.
+        after: The same after it.
+        matrices: As in `HealthReport`.
+        vocabulary: Tokens that the model knows.
+    """
+    found = []
+    if before is not None and after is not None and math.isfinite(before):
+        if not math.isfinite(after):
+            found.append(f"the perplexity of ordinary text is {after} ({before:.4g} before)")
+        # To a model that guesses, a toy say, this text tells nothing.
+        elif after > PERPLEXITY_RATIO * before and before < _GUESSING * vocabulary:
+            found.append(
+                f"the perplexity of ordinary text rose from {before:.4g} to {after:.4g}, to more "
+                f"than {PERPLEXITY_RATIO:g} times"
+            )
+    for name, norms in matrices.items():
+        if "spectral_ratio" not in norms:
+            continue  # a bias or a norm's weights may well begin at 0
+        change = norms["relative_change"]
+        if not change <= RELATIVE_CHANGE:  # NaN as well
+            found.append(f"{name} changed by {change:.3g} times its own norm")
+    return found
+
+
+@torch.no_grad()
+def change_of(original: torch.Tensor, new: torch.Tensor) -> Norms:
+    """Returns how far a parameter moved; see `HealthReport.matrices`."""
+    before, after, moved = 0.0, 0.0, 0.0
+    for old, now in zip(_pieces(original), _pieces(new), strict=True):
+        now = now.to(old.device)
+        before = math.hypot(before, float(torch.linalg.vector_norm(old)))
+        after = math.hypot(after, float(torch.linalg.vector_norm(now)))
+        moved = math.hypot(moved, float(torch.linalg.vector_norm(now - old)))
+    norms = {"norm_ratio": _ratio(after, before), "relative_change": _ratio(moved, before)}
+    if new.ndim > 1 and before:
+        norms["spectral_ratio"] = _ratio(spectral_norm(new), spectral_norm(original))
+    return norms
+
+
+@torch.no_grad()
+def spectral_norm(matrix: torch.Tensor) -> float:
+    """Returns the largest singular value, about; of a stack of matrices, the largest of all."""
+    if matrix.ndim > 2:
+        return max(spectral_norm(one) for one in matrix)
+    # Fixed numbers, and none from the program's random state.
+    start = torch.Generator().manual_seed(0)
+    vector = torch.randn(matrix.shape[1], generator=start).to(matrix.device)
+    size = 0.0
+    for _ in range(_ITERATIONS):
+        vector = vector / torch.linalg.vector_norm(vector)
+        following, square = torch.zeros_like(vector), torch.zeros_like(vector[0])
+        for piece in _pieces(matrix):
+            image = piece @ vector
+            square += image.square().sum()
+            following += piece.T @ image
+        vector, size = following, math.sqrt(float(square))
+        if not size or not math.isfinite(size):
+            break
+    return size
+
+
+def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yields a parameter's rows in float32, never a large one as a whole."""
+    rows = tensor.detach() if tensor.ndim else tensor.detach().reshape(1)
+    step = max(1, _AT_ONCE * len(rows) // max(1, rows.numel()))
+    for start in range(0, len(rows), step):
+        yield rows[start : start + step].float()
+
+
+def _ratio(a: float, b: float) -> float:
+    if b:
+        return a / b
+    return 1.0 if a == b else math.inf
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
