@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from .errors import CheckpointError, EditInterrupted, OutputError, one_message
 from .files import output_errors, replacing
+from .hparams_rules import CUTS
 from .identity import Identity
 from .interrupts import Interrupts
 from .progress import Progress
@@ -288,7 +289,9 @@ def read_checkpoint(path: Path) -> Saved:
             raise CheckpointError(f"{path} is damaged: {named} changed since. {remedy}")
         progress = _progress(content["progress"], tensors)
         identity = Identity.from_dict(content["identity"])
-        notes = dict(content["notes"])
+        notes = {"cut": content["notes"]["cut"], "packed": content["notes"]["packed"]}
+        if notes["cut"] not in (None, *CUTS) or type(notes["packed"]) is not bool:
+            raise ValueError(f"its notes are {notes}")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, CheckpointError):
             raise

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint import Checkpoints
@@ -23,7 +22,7 @@ from .hparams import LocFTBFHyperParams
 from .identity import Identity
 from .loop import breadth_first_
 from .lora import check_low_rank, low_rank_of
-from .modes import evaluation_mode
+from .modes import only_trainable, with_gradients
 from .place import Place, select_place
 from .prepare import prepare_runner
 from .progress import Progress
@@ -136,8 +135,8 @@ class EditSession:
         with self._cleanup:
             if self.checkpoints is not None:
                 self._cleanup.enter_context(locked(self.checkpoints.path.parent))
-            self._cleanup.enter_context(_only_trainable(self.model, self.place))
-            with self._timed("prefix"), _with_gradients():
+            self._cleanup.enter_context(only_trainable(self.model, self.place.parameters.values()))
+            with self._timed("prefix"), with_gradients():
                 self.budget = Budget(
                     h.prefix_gpu_gib, h.prefix_host_gib, h.prefix_disk_gib, h.prefix_dir
                 )
@@ -291,7 +290,7 @@ class EditSession:
         if self._runner.prefix is not None and not self._runner.replays:
             with self._timed("prefix"):
                 self._runner.prefix.ensure()
-        with self._timed("train"), self._runner.ready(), _with_gradients():
+        with self._timed("train"), self._runner.ready(), with_gradients():
             done = breadth_first_(
                 self._runner,
                 weights,
@@ -325,30 +324,3 @@ class EditSession:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # once a phase: launched work belongs to the phase
         self.timings[phase] = time.perf_counter() - start
-
-
-@contextmanager
-def _with_gradients() -> Iterator[None]:
-    """Within, gradients are on, also for a caller who has turned them off for the program."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
-
-
-@contextmanager
-def _only_trainable(model: nn.Module, place: Place) -> Iterator[None]:
-    """Within, only the place requires gradients and dropout is off; flags are restored."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    gradients = [(parameter, parameter.grad) for parameter in place.parameters.values()]
-    trained = {id(parameter) for parameter in place.parameters.values()}
-    try:
-        for parameter, _ in flags:
-            if parameter.is_floating_point():
-                parameter.requires_grad_(id(parameter) in trained)
-        with evaluation_mode(model):
-            yield
-    finally:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        for parameter, flag in flags:
-            if parameter.is_floating_point():
-                parameter.requires_grad_(flag)

@@ -1,10 +1,11 @@
-"""Evaluation mode for a while: dropout off, every module's own mode restored."""
+"""What a model is put into for a while: modes and flags, restored in any case."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -18,3 +19,31 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def with_gradients() -> Iterator[None]:
+    """Within, gradients are on, also for a caller who has turned them off for the program."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
+def only_trainable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within, only `parameters` require gradients and dropout is off; flags are restored."""
+    chosen = list(parameters)
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    gradients = [(parameter, parameter.grad) for parameter in chosen]
+    trained = {id(parameter) for parameter in chosen}
+    try:
+        for parameter, _ in flags:
+            if parameter.is_floating_point():
+                parameter.requires_grad_(id(parameter) in trained)
+        with evaluation_mode(model):
+            yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for parameter, flag in flags:
+            if parameter.is_floating_point():
+                parameter.requires_grad_(flag)

@@ -417,6 +417,7 @@ def changed(unfinished, change):
         (lambda c: c["progress"].update(epoch=2), "2 epochs, but 1 losses"),
         (lambda c: c["progress"].update(step=3), "do not fit"),
         (lambda c: c["progress"].update(micro_batch_size=0), "micro_batch_size is 0"),
+        (lambda c: c["notes"].update(cut="embedding"), "its notes are"),
         (lambda c: c["crc32"].pop("losses"), "tensors are missing"),
     ],
     ids=str,

@@ -182,6 +182,23 @@ def test_with_sequential_edit_edits_accumulate(editor):
     assert not same(weights(editor.model), first)
 
 
+def test_the_unedited_model_answers_beside_the_edited_one(editor):
+    before, requests = weights(editor.model), toy_requests(6)
+    with editor.unedited() as model:  # nothing was edited yet
+        assert same(weights(model), before)
+    editor.edit_requests(requests[:3], sequential_edit=True, verbose=False)
+    editor.edit_requests(requests[3:], sequential_edit=True, verbose=False)
+    edited = weights(editor.model)
+    assert not same(edited, before)
+    with editor.unedited() as model:
+        assert model is editor.model
+        assert same(weights(model), before)  # before both edits, not between them
+    assert same(weights(editor.model), edited)
+    editor.edit_requests(requests, sequential_edit=False, verbose=False)
+    with editor.unedited() as model:
+        assert same(weights(model), before)
+
+
 def test_edit_without_sequential_edit_makes_each_edit_alone(editor):
     requests = toy_requests(4)
     metrics, model, former = editor.edit(**columns(requests), verbose=False)

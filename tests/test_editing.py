@@ -9,7 +9,13 @@ from torch import nn
 from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
 from locft_easyedit.editing import EditSession, edit_model
-from locft_easyedit.errors import LocFTError, NonFiniteLossError, PlaceError, RequestError
+from locft_easyedit.errors import (
+    LocFTError,
+    ModelError,
+    NonFiniteLossError,
+    PlaceError,
+    RequestError,
+)
 from locft_easyedit.prefix import FrozenPrefix
 
 
@@ -41,6 +47,35 @@ def test_restoring_and_applying_are_exact(dtype):
     assert_untouched(model, before, modules)
     result.apply_(model)
     assert all(torch.equal(value, edited[n]) for n, value in weights(model).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_one_model_answers_with_and_without_the_edit(dtype):
+    model, tokenizer = toy_model("llama").to(dtype), toy_tokenizer()
+    before = weights(model)
+    result = edit_model(model, tokenizer, toy_requests(4), toy_hparams(), progress=False)
+    edited = weights(model)
+    with result.switched_off(model):
+        assert_same(weights(model), before)
+        with result.switched_on(model):
+            assert_same(weights(model), edited)
+        assert_same(weights(model), before)
+    assert_same(weights(model), edited)
+    with pytest.raises(RuntimeError, match="mine"), result.switched_off(model):
+        raise RuntimeError("mine")
+    assert_same(weights(model), edited)
+    other = toy_model("gpt2")
+    untouched = weights(other)
+    with (
+        pytest.raises(ModelError, match=r"has no parameters .*down_proj"),
+        result.switched_on(other),
+    ):
+        pass
+    assert_same(weights(other), untouched)
+
+
+def assert_same(one, other):
+    assert all(torch.equal(one[name], other[name]) for name in other)
 
 
 def test_edited_weights_survive_saving_and_loading(tmp_path):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ..hparams import ALG_NAME, LocFTBFHyperParams
 from ..models import load_model
 from ..requests import make_requests
 from ..result import EditResult
-from ..weights import write_
+from ..weights import exchanged, write_
 from .algorithm import apply_locft_bf_to_model
 from .chat import chat_answers, check_chat
 from .loading import EasyEdit
@@ -72,6 +73,7 @@ class LocFTBFMethods:
         self.device = self.model.get_input_embeddings().weight.device
         self.last_result: EditResult | None = None
         self._original: dict[str, torch.Tensor] = {}  # to restore when the next call begins
+        self._first: dict[str, torch.Tensor] = {}  # values before the first edit of each parameter
 
     def edit(
         self,
@@ -246,6 +248,15 @@ class LocFTBFMethods:
         )
         return results, self.model, self._former_weights()
 
+    @contextmanager
+    def unedited(self) -> Iterator[Any]:
+        """Within, the model answers as before all edits; afterwards it carries them again.
+
+        Original and edited model side by side, without a second copy of it.
+        """
+        with exchanged(self.model, self._first):
+            yield self.model
+
     def _edit_and_measure(
         self,
         requests: Sequence[Request],
@@ -361,6 +372,8 @@ class LocFTBFMethods:
 
     def _done(self, result: EditResult, sequential: bool) -> None:
         self.last_result = result
+        for name, value in result.original.items():
+            self._first.setdefault(name, value.clone())
         # Copies: what is returned to the caller may be changed by the caller.
         self._original = {} if sequential else {k: v.clone() for k, v in result.original.items()}
 
