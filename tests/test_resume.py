@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -213,3 +214,32 @@ def test_the_lock_ends_with_the_process(tmp_path):
     start = time.monotonic()
     with locked(tmp_path):
         assert time.monotonic() - start < 10
+
+
+def test_a_full_disk_ends_in_one_message_and_the_run_goes_on_later(folder):
+    """A limit on the size of files: writes end half way, as on a disk that is full."""
+
+    def little_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    arguments = command("output=out", "checkpoint_minutes=0")
+    full = subprocess.run(
+        arguments, capture_output=True, text=True, check=False, preexec_fn=little_room
+    )
+    assert full.returncode == 2, full.stderr
+    assert "No checkpoint was made, and training goes on" in full.stderr + full.stdout
+    assert "cannot be written: " in full.stderr
+    assert "Free some space" in full.stderr
+    assert "Traceback" not in full.stderr
+    names = {path.name for path in (folder / "out").rglob("*") if path.is_file()}
+    assert not any(name.endswith(".tmp") for name in names)
+    assert not json.loads((folder / "out" / "run.json").read_text())["finished"]
+    for path in (folder / "out").rglob("*.json"):
+        json.loads(path.read_text())
+
+    later = run("output=out")
+    assert later.returncode == 0, later.stderr
+    undisturbed = run("output=another")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    expected, found = matrices(folder / "another"), matrices(folder / "out")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
