@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import math
+import shutil
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 FILE_NAME = "checkpoint.safetensors"
 _FORMAT = 1
 _KEY = "locft_checkpoint"
+_BYTES_A_NUMBER = 12  # a master and two moments in float32
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 # Of `Progress`: kept as tensors, which hold every bit, or left to JSON.
 _SERIES = ("losses", "step_losses")
@@ -149,6 +151,20 @@ class Checkpoints:
                 progress.step,
             )
         return dataclasses.replace(progress)
+
+    def check_room(self, weights: TrainedWeights) -> None:
+        """Warns, hours before it would be missed, if the disk has no room for a checkpoint."""
+        folder = self.path.parent
+        needed = _BYTES_A_NUMBER * sum(m.numel() for m in weights.masters)
+        free = shutil.disk_usage(folder).free if folder.is_dir() else needed
+        if free < needed:
+            logger.warning(
+                "%s: a checkpoint takes %.2f GiB, and %.2f GiB are free. Free some space, or "
+                "choose another `checkpoint_dir`: without room an interruption loses the training.",
+                folder,
+                needed / 2**30,
+                free / 2**30,
+            )
 
     @contextmanager
     def watching(self, progress: Progress) -> Iterator[None]:

@@ -171,6 +171,8 @@ class EditSession:
                             self.tokenizer,
                             self.shortcuts,
                             row_tokens=h.row_tokens,
+                            # In memory it is sooner computed than found again.
+                            kept=None if stream is None else self._kept,
                             stream=stream,
                         )
                     )
@@ -179,6 +181,12 @@ class EditSession:
 
     def __exit__(self, *exc: object) -> None:
         self._cleanup.close()
+
+    @property
+    def _kept(self) -> tuple[str, Mapping[str, Any]] | None:
+        """Where prefixes stay for a later run, and what they do not depend on."""
+        folder = self.hparams.prefix_dir
+        return (folder, self.place.parameters) if folder else None
 
     def _prepared(self) -> TextRunner:
         """Returns what runs the edits, with their prefix recorded."""
@@ -194,7 +202,7 @@ class EditSession:
             budget=self.budget,
             # The budget's choice may be another one by now, and move the last bits.
             cut=noted or h.prefix_cut,
-            kept=(h.prefix_dir, self.place.parameters) if h.prefix_dir else None,
+            kept=self._kept,
             stream=self.stream,
             progress=self.progress,
         )

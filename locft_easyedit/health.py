@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .devices import context_length
 from .prefix import FrozenPrefix
+from .prepare import kept_file
 from .runner import TextRunner
 from .shortcuts import Shortcuts
 from .store import Budget
@@ -97,6 +98,7 @@ class HealthCheck:
         tokenizer: Its tokenizer.
         shortcuts: What leaves its logits as they are.
         row_tokens: Length of packed rows.
+        kept: As for `prepare_runner`: where the states stay for a later run.
         stream: What records the states, at its next pass, if the frozen layers are on disk.
     """
 
@@ -107,6 +109,7 @@ class HealthCheck:
         shortcuts: Shortcuts,
         *,
         row_tokens: int = 64,
+        kept: tuple[str, Iterable[str]] | None = None,
         stream: FrozenStream | None = None,
     ) -> None:
         self.model = model
@@ -121,8 +124,10 @@ class HealthCheck:
         if shortcuts.cuts:
             # A budget of its own: what a user allows is for the edits, and this is next to nothing.
             n_tokens = int(texts.input_offsets[-1])
-            prefix = FrozenPrefix(model, shortcuts.cuts[0], n_tokens, Budget())
-            if stream is not None:
+            cut = shortcuts.cuts[0]
+            file = kept_file(kept, model, cut, texts, shortcuts.packed, stream)
+            prefix = FrozenPrefix(model, cut, n_tokens, Budget(), file)
+            if not prefix.reuse() and stream is not None:
                 stream.record(prefix, texts, row_tokens=row_tokens, packed=shortcuts.packed)
         self._runner = TextRunner(
             model,

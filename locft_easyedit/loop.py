@@ -56,6 +56,7 @@ def breadth_first_(
     n_batches = math.ceil(len(indices) / hparams.batch_size)
     done = Progress.start(hparams.seed, step.micro_batch.size)
     if checkpoints is not None:
+        checkpoints.check_room(weights)
         done = checkpoints.resume_(weights, step.optimizer, n_batches) or done
         step.micro_batch.size = done.micro_batch_size
     generator = torch.Generator()

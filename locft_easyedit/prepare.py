@@ -56,14 +56,7 @@ def prepare_runner(
     prefix = None
     if shortcuts.cuts:
         chosen = _affordable(model, texts, shortcuts.cuts, budget, cut)
-        file = None
-        if kept is not None:
-            folder, trained = kept
-            weights_of = None if stream is None else stream.weights_of
-            fingerprint = prefix_fingerprint(
-                model, chosen, trained, texts, shortcuts.packed, weights_of
-            )
-            file = Path(folder) / f"prefix-{fingerprint[:16]}.safetensors", fingerprint
+        file = kept_file(kept, model, chosen, texts, shortcuts.packed, stream)
         prefix = FrozenPrefix(model, chosen, int(texts.input_offsets[-1]), budget, file)
         if not prefix.reuse(progress=progress):
             if stream is not None:
@@ -93,6 +86,32 @@ def prepare_runner(
         tail=shortcuts.tail,
         head=shortcuts.head,
     )
+
+
+def kept_file(
+    kept: tuple[str, Iterable[str]] | None,
+    model: PreTrainedModel,
+    cut: Cut,
+    texts: TokenizedTexts,
+    packed: bool,
+    stream: FrozenStream | None,
+) -> tuple[Path, str] | None:
+    """Returns the file in which a prefix stays, and the fingerprint of all it depends on.
+
+    Args:
+        kept: As for `prepare_runner`.
+        model: The model.
+        cut: Where the prefix ends.
+        texts: What is run.
+        packed: Whether rows are packed.
+        stream: What reads frozen layers from disk, if they are there.
+    """
+    if kept is None:
+        return None
+    folder, trained = kept
+    weights_of = None if stream is None else stream.weights_of
+    fingerprint = prefix_fingerprint(model, cut, trained, texts, packed, weights_of)
+    return Path(folder) / f"prefix-{fingerprint[:16]}.safetensors", fingerprint
 
 
 def _affordable(

@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from .errors import OutputError
+from .files import write_atomically
 
 _FORMAT = 1
 _ALIGNMENT = 4096  # a page: whoever maps the file can map the data on its own
@@ -146,13 +147,8 @@ class StateFile:
             "crc32": self._checksums(progress),
         }
         target = _seal_path(self.path)
-        partial = target.with_name(target.name + ".partial")
         with _telling_disk_errors(self.path):
-            with open(partial, "w", encoding="utf-8") as file:
-                json.dump(value, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
+            write_atomically(target, json.dumps(value).encode())
         self._whole = True
 
     def put(self, where: torch.Tensor, states: torch.Tensor) -> None:

@@ -371,6 +371,15 @@ def test_a_folder_that_cannot_be_made_shows_before_anything_is_trained(tmp_path)
     assert_same(weights(model), before)
 
 
+def test_a_disk_without_room_is_told_at_the_beginning(tmp_path, monkeypatch, caplog):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with caplog.at_level(logging.WARNING):
+        edit(tmp_path)
+    [warning] = [r.message for r in caplog.records if "a checkpoint takes" in r.message]
+    assert "choose another `checkpoint_dir`" in warning
+
+
 def test_leftovers_of_a_killed_run_are_removed(tmp_path):
     (tmp_path / ".checkpoint.safetensors.1234.tmp").write_bytes(b"half")
     (tmp_path / "mine.tmp").write_bytes(b"mine")

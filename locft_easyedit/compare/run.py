@@ -22,6 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import LocFTError, OutputError, one_message
+from ..files import locked
 from .job import BEFORE, STATISTICS, Job, JobFolder
 from .outcome import Comparison, Outcome
 from .plan import Settings, planned
@@ -40,7 +41,7 @@ def compare(settings: Settings) -> Comparison:
             even be measured before editing.
     """
     jobs, covariance_modules = planned(settings)
-    with _locked(settings.output):
+    with locked(settings.output):
         return _compared(settings, jobs, covariance_modules)
 
 
@@ -114,29 +115,6 @@ def _has_something(folder: JobFolder) -> bool:
     """Whether a folder holds a result, or a part of one, that is worth keeping."""
     stored = folder.read(folder.result)
     return folder.state.exists() if stored is None else not _not_ok(stored["result"])
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Within, no other comparison can work in the folder.
-
-    Raises:
-        OutputError: Another one does.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with (folder / ".lock").open("w", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OutputError(
-                f"Another comparison is at work in {folder}. Wait for it, or choose another "
-                "`output`."
-            ) from error
-        yield
 
 
 def _result(
