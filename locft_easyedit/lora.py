@@ -4,6 +4,10 @@ A matrix W [out, in] computes W x + (alpha / rank) B A x while training runs, A 
 B [out, rank] being all that is trained; then the change is added to W. The module tree stays as it
 is, so that everything that was found about the model holds: only what a module's `forward` does is
 another thing for a while.
+
+The sum is rounded once to the model's precision, which training did not see. Measured on
+SmolLM2-135M after 16 steps, the logits with the sum differ from those with A and B by 4e-7 of their
+norm in float32 and by 7e-3 in bfloat16, where the edit itself changes them by 0.46.
 """
 
 from __future__ import annotations
