@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .delta.delta import Delta
+from .delta.file import save_delta
 from .editing import EditSession
 from .evaluate.choices import HowToRun
 from .evaluate.compact import CompactRecords
@@ -16,7 +18,7 @@ from .evaluate.evaluation import Evaluation, Joined
 from .evaluate.summary import summarize
 from .files import output_errors
 from .hparams import LocFTBFHyperParams
-from .report import prepare_folder, save_edited_matrices, write_json, write_loss_curve
+from .report import prepare_folder, write_json, write_loss_curve
 from .result import EditResult
 
 logger = logging.getLogger(__name__)
@@ -100,15 +102,15 @@ def write_run(
     """Writes a run's files into `folder`; returns what is where.
 
     `metrics.json` (summary, training and every record), `hparams.json` (the resolved
-    hyper-parameters), `loss.png`, and as `save` asks `edited_matrices.safetensors` or the whole
-    model in `model/`.
+    hyper-parameters), `loss.png`, and as `save` asks `edit.safetensors` (see `Delta`) or the
+    whole model in `model/`.
 
     Args:
         folder: Made if need be.
         run: The outcome.
         hparams: The hyper-parameters it was made with.
         save: `matrices`, `model` or `none`.
-        model: For `save="model"`.
+        model: The edited model; needed unless `save="none"`.
         tokenizer: For `save="model"`.
 
     Raises:
@@ -116,10 +118,11 @@ def write_run(
     """
     path = prepare_folder(folder)
     written = {"metrics": path / "metrics.json", "hyper-parameters": path / "hparams.json"}
+    summary = summarize(run.metrics)
     write_json(
         written["metrics"],
         {
-            "summary": summarize(run.metrics),
+            "summary": summary,
             "training": run.result.summary(),
             "seconds": run.seconds,
             "records": run.metrics,
@@ -129,8 +132,8 @@ def write_run(
     written["loss curve"] = path / "loss.png"
     write_loss_curve(written["loss curve"], run.result.losses, hparams.epoch_loss_threshold)
     if save == "matrices":
-        written["edited matrices"] = path / "edited_matrices.safetensors"
-        save_edited_matrices(written["edited matrices"], run.result, str(hparams.model_name))
+        written["edit"] = path / "edit.safetensors"
+        save_delta(written["edit"], Delta.of(run.result, model, hparams, metrics=summary))
     elif save == "model":
         written["edited model"] = path / "model"
         with output_errors(written["edited model"]):
