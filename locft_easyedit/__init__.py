@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         revert_deltas,
     )
     from .delta.delta import Delta
+    from .delta.export import export_adapter, export_lora, export_model
     from .delta.file import load_delta, save_delta
     from .delta.folder import apply_to_folder, revert_in_folder, verify_folder
     from .delta.verify import verify_delta
@@ -42,6 +43,9 @@ _HOMES = {
     "apply_deltas": "delta.apply",
     "apply_to_folder": "delta.folder",
     "edit_model": "editing",
+    "export_adapter": "delta.export",
+    "export_lora": "delta.export",
+    "export_model": "delta.export",
     "load_delta": "delta.file",
     "make_requests": "requests",
     "read_requests": "data",
@@ -68,6 +72,9 @@ __all__ = [
     "apply_deltas",
     "apply_to_folder",
     "edit_model",
+    "export_adapter",
+    "export_lora",
+    "export_model",
     "load_delta",
     "make_requests",
     "read_requests",

@@ -49,19 +49,15 @@ class Delta:
         requests: Sequence[Mapping[str, Any]] | None = None,
         *,
         metrics: Mapping[str, Any] | None = None,
-        lora: Mapping[str, Factors] | None = None,
-        lora_alpha: float | None = None,
     ) -> Delta:
         """Returns an edit that was made.
 
         Args:
-            result: What `edit_model` returned.
+            result: What `edit_model` returned, with the factors of an edit that trained these.
             model: The model that was edited; whether the edit is in it plays no part.
             hparams: The hyper-parameters it was made with.
             requests: The requests that were trained; those of `result` if `None`.
             metrics: Figures to keep, such as `summarize` returns.
-            lora: The factors A and B of each matrix, where it was trained as LoRA.
-            lora_alpha: LoRA's alpha; the rank if `None`.
 
         Raises:
             DeltaError: The matrices cannot be kept: their names, types or numbers.
@@ -80,16 +76,20 @@ class Delta:
             }
             for name, new in result.new.items()
         }
-        kept, rank = {name: (a, b) for name, (a, b) in (lora or {}).items()}, 0
-        for name, (a, b) in kept.items():
-            matrices[name] |= {"lora_A": digest(a), "lora_B": digest(b)}
-            rank = len(a)
+        low_rank = getattr(result, "lora", None)
+        factors: dict[str, Factors] = {}
+        rank = None
+        if low_rank is not None:
+            factors = {name: (low_rank.a[name], low_rank.b[name]) for name in matrices}
+            rank = {"rank": low_rank.rank, "alpha": float(low_rank.alpha)}
+            for name, (a, b) in factors.items():
+                matrices[name] |= {"lora_A": digest(a), "lora_B": digest(b)}
         about = {
             "format": FORMAT,
             "base_model": printable(str(hparams.to_dict()["model_name"])),
             "matrices": matrices,
             "frozen": frozen_samples(model, matrices),
-            "lora": {"rank": rank, "alpha": float(lora_alpha or rank)} if kept else None,
+            "lora": rank,
             "hparams": printable(hparams.to_dict()),
             "requests": requests_hash([(e.prompt, e.target) for e in edits]),
             "metrics": printable(metrics or {}),
@@ -97,7 +97,7 @@ class Delta:
             "versions": versions(),
             "created": now(),
         }
-        delta = cls(dict(result.new), dict(result.original), sealed(about), kept)
+        delta = cls(dict(result.new), dict(result.original), sealed(about), factors)
         delta.check()
         return delta
 
