@@ -19,7 +19,7 @@ from ..files import new_folder, output_errors
 from ..models import load_causal_lm, model_without_weights
 from ..report import write_json
 from .delta import Delta, Factors
-from .folder import apply_to_folder, originals_from, verify_folder
+from .folder import apply_to_folder, originals_from, values_beside, verify_folder
 from .low_rank import LowRankChange
 from .rank_report import ranks_record, write_ranks_picture
 from .ranks import RankMeter, RankSearch, smallest_rank
@@ -74,7 +74,9 @@ def export_adapter(
         "target_modules": _NO_TARGET,
         "modules_to_save": list(modules),
     }
-    tensors = {_PREFIX + name: value for name, value in delta.new.items()}
+    # peft replaces whole modules: a bias beside an edited weight comes along as it is.
+    beside = values_beside(delta, model, trust_remote_code=trust_remote_code)
+    tensors = {_PREFIX + name: value for name, value in (beside | delta.new).items()}
     with output_errors(output), new_folder(output) as folder:
         _write_adapter(folder, config, tensors, model)
 

@@ -101,6 +101,31 @@ def originals_from(delta: Delta, base: str | Path) -> Delta:
     )
 
 
+def values_beside(
+    delta: Delta, model: str | Path, *, trust_remote_code: bool = False
+) -> dict[str, torch.Tensor]:
+    """Returns what the modules of edited parameters hold besides: a bias beside its weight.
+
+    Raises:
+        ModelError: The model's folder cannot be used.
+    """
+    checkpoint = read_checkpoint(model)
+    skeleton = model_without_weights(
+        str(checkpoint.folder.resolve()), trust_remote_code=trust_remote_code
+    )
+    modules = {name.rpartition(".")[0] for name in delta.new}
+    names = {
+        f"{module}.{own}"
+        for module in modules
+        for own in skeleton.get_submodule(module).state_dict()
+    } - set(delta.new)
+    direct = weights_in_place([delta], checkpoint, trust_remote_code=trust_remote_code)
+    if direct is not None and names <= set(checkpoint.places):
+        return {name: direct.tensor(name) for name in sorted(names)}
+    loaded = _loaded(delta, model, trust_remote_code).state_dict() if names else {}
+    return {name: loaded[name] for name in sorted(names)}
+
+
 def weights_in_place(
     deltas: Iterable[Delta], checkpoint: Checkpoint, *, trust_remote_code: bool = False
 ) -> CheckpointWeights | None:
