@@ -6,6 +6,7 @@ import os
 import struct
 from contextlib import suppress
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -133,12 +134,12 @@ def test_texts_that_a_terminal_would_obey_are_not_written(tmp_path):
         model,
         hparams,
         [{"prompt": "a", "target_new": "b"}],
-        metrics={"post": {"x\n": math.nan}},
+        metrics={"post": {"x\n": math.nan, "y": np.float32(0.5), "z": torch.int8}},
     )
     save_delta(tmp_path / "edit", again)
     about = load_delta(tmp_path / "edit").about
     assert about["base_model"] == "bad?[2Jname"
-    assert about["metrics"] == {"post": {"x?": None}}
+    assert about["metrics"] == {"post": {"x?": None, "y": 0.5, "z": "torch.int8"}}
 
 
 # Files that are no edits
@@ -312,7 +313,7 @@ def put(key, value):
         (put("lora", {"rank": 1, "alpha": 1}), "has no low-rank factors"),
         (put("requests", {"sha256": "0" * 64, "count": -1}), "`requests` has no count"),
         (put("requests", {"sha256": "z" * 64, "count": 1}), "`requests` is no hash of 64"),
-        (put("frozen", {"../../etc/passwd": "0" * 16}), "is no parameter's name"),
+        (put("frozen", {"a\nb": "0" * 16}), "is no parameter's name"),
         (put("frozen", {PLACE: "0" * 16}), "is both changed and unchanged"),
         (put("frozen", {"a": "0" * 15}), "the sample of a` is no hash of 16"),
         (put("hparams", {"x": {"y": "\n"}}), "`hparams` holds what is no number and no printable"),
@@ -356,8 +357,8 @@ def rename(name):
         (describe(extra=1), "is not described by dtype"),
         (rename("model.layers.4.mlp.down_proj.weight"), "belongs to nothing"),
         (rename("original.weight"), "is no name that a parameter can have"),
-        (rename("a/b"), "is no name that a parameter can have"),
-        (rename("a..b"), "is no name that a parameter can have"),
+        (rename("a b"), "is no name that a parameter can have"),
+        (rename("a\x1b[2J"), "is no name that a parameter can have"),
         (rename("x" * 600), "is no name that a parameter can have"),
     ],
     ids=range(14),

@@ -10,6 +10,8 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import numpy as np
+
 from .hashes import DTYPES as _DTYPES
 from .hashes import SAMPLE_LENGTH, dtype_name, hash_of
 
@@ -32,8 +34,7 @@ _KEYS = (
 )
 # Where a prefix begins a tensor's name in the file, a parameter's own name cannot.
 PREFIXES = ("original.", "lora_A.", "lora_B.")
-_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*", re.ASCII)
-_MOST_NAME, _MOST_TEXT, _MOST_VALUES = 512, 4096, 100_000
+_MOST_NAME, _MOST_NAMES, _MOST_TEXT, _MOST_VALUES = 512, 500_000, 4096, 100_000
 _HEX = re.compile(r"[0-9a-f]+", re.ASCII)
 
 
@@ -69,7 +70,9 @@ def now() -> str:
 
 
 def printable(value: Any) -> Any:
-    """Returns a JSON value whose texts a terminal shows as they are; NaN becomes `None`."""
+    """Returns a value for JSON whose texts a terminal shows as they are; NaN becomes `None`."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, Mapping):
         return {printable(str(key)): printable(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -78,7 +81,8 @@ def printable(value: Any) -> Any:
         return "".join(c if c.isprintable() else "?" for c in value)[:_MOST_TEXT]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value
+    plain = value is None or isinstance(value, (bool, int, float))
+    return value if plain else printable(str(value))
 
 
 def problems_of(about: Any) -> list[str]:
@@ -117,8 +121,9 @@ def is_name(value: Any) -> bool:
     """Returns whether a value can be a parameter's name; it is never used as a path."""
     return (
         isinstance(value, str)
-        and len(value) <= _MOST_NAME
-        and bool(_NAME.fullmatch(value))
+        and 0 < len(value) <= _MOST_NAME
+        and value.isprintable()
+        and not any(c.isspace() for c in value)
         and not value.startswith(PREFIXES)
     )
 
@@ -173,8 +178,8 @@ def _is_shape(value: Any) -> bool:
 
 
 def _frozen(value: Any, key: str) -> list[str]:
-    if not isinstance(value, dict) or len(value) > _MOST_VALUES:
-        return [f"`{key}` is no mapping of at most {_MOST_VALUES} names."]
+    if not isinstance(value, dict) or len(value) > _MOST_NAMES:
+        return [f"`{key}` is no mapping of at most {_MOST_NAMES} names."]
     problems = [f"{str(n)[:100]!r} is no parameter's name." for n in value if not is_name(n)]
     return problems + [
         problem

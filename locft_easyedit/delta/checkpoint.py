@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
+from tqdm import tqdm
 
 from ..errors import DeltaError, ModelError, one_message
 from .about import DTYPES
@@ -22,6 +22,7 @@ _SINGLE = "model.safetensors"
 _MOST_HEAD = 100_000_000  # safetensors' own limit
 _MOST_INDEX = 256 * 2**20
 _CHUNK = 2**26
+_PATIENCE = 2  # seconds before a progress bar shows
 # Weights in another form: they would be those of the model before.
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
 
@@ -185,14 +186,14 @@ class CheckpointWeights:
         if entry.dtype not in _BY_CODE or not entry.size:
             return set()
         dtype = _BY_CODE[entry.dtype]
-        rows = np.memmap(
-            self._checkpoint.shards[shard],
-            np.uint8,
-            "r",
-            entry.start,
-            (entry.size // dtype.itemsize, dtype.itemsize),
-        )
-        numbers = torch.from_numpy(rows[sample_positions(len(rows))]).view(dtype).view(-1)
+        places = sample_positions(entry.size // dtype.itemsize) * dtype.itemsize
+        with opened(self._checkpoint.shards[shard]) as file:
+            # Read one by one, not mapped: the system would read on after each, nearly everything.
+            parts = [
+                os.pread(file.fileno(), dtype.itemsize, entry.start + place)
+                for place in places.tolist()
+            ]
+        numbers = torch.frombuffer(bytearray().join(parts), dtype=dtype)
         return {sample_digest(numbers.to(d), entry.shape) for d in DTYPES.values()}
 
 
@@ -212,7 +213,8 @@ def write_checkpoint(checkpoint: Checkpoint, values: dict[str, torch.Tensor], fo
         OSError: It cannot be written.
     """
     rewritten = {checkpoint.places[name][0] for name in values}
-    for shard, path in checkpoint.shards.items():
+    shards = tqdm(checkpoint.shards.items(), desc="files with weights", delay=_PATIENCE)
+    for shard, path in shards:
         if shard not in rewritten:
             _link_or_copy(path, folder / shard)
             continue

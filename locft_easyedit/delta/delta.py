@@ -93,7 +93,7 @@ class Delta:
             "hparams": printable(hparams.to_dict()),
             "requests": requests_hash([(e.prompt, e.target) for e in edits]),
             "metrics": printable(metrics or {}),
-            "losses": list(result.losses),
+            "losses": [float(loss) for loss in result.losses],
             "versions": versions(),
             "created": now(),
         }

@@ -64,15 +64,20 @@ def opened(path: str | Path) -> Iterator[BinaryIO]:
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        raise _unreadable(path, error) from error
+    try:
         with os.fdopen(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise DeltaError(f"`{path}` is no regular file. Give the safetensors file itself.")
             yield file
-    except (OSError, ValueError) as error:
-        if isinstance(error, DeltaError):
-            raise
-        reason = getattr(error, "strerror", None) or error
-        raise DeltaError(f"`{path}` cannot be read: {reason}. Give a file that can.") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str | Path, error: Exception) -> DeltaError:
+    reason = getattr(error, "strerror", None) or error
+    return DeltaError(f"`{path}` cannot be read: {reason}. Give a file that can.")
 
 
 def read_header(file: BinaryIO, path: str | Path, most_bytes: int) -> Header:

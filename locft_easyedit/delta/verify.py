@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from .about import DTYPES, problems_of
 from .delta import Delta, tensor_problems
@@ -16,6 +17,7 @@ from .hashes import digest, dtype_name, readable, sample_digest, sample_numbers
 
 # Other edits change a few parameters; of another model nearly all differ.
 _FEW = 0.2
+_PATIENCE = 2  # seconds before a progress bar shows
 
 
 class Weights(Protocol):
@@ -143,7 +145,9 @@ def _other_parameters(delta: Delta, weights: Weights, names: set[str]) -> tuple[
         lines.append(f"{_some(lacking)}: not in the model. The base is another one.")
     if added:
         lines.append(f"{_some(added)}: not in the model that was edited. The base is another one.")
-    samples = {name: weights.samples(name) for name in frozen if name in names}
+    present = [name for name in frozen if name in names]
+    bar = tqdm(present, desc="comparing parameters", delay=_PATIENCE, leave=False)
+    samples = {name: weights.samples(name) for name in bar}
     unchecked = [n for n, found in samples.items() if frozen[n] is None or not found]
     checked = [name for name in samples if name not in set(unchecked)]
     changed = [name for name in checked if frozen[name] not in samples[name]]
