@@ -176,6 +176,14 @@ def test_metrics_of_other_records_and_an_edit_of_another_model(files, capsys):
     assert "The base is another model" in capsys.readouterr().err
 
 
+def test_an_edit_of_another_model_is_refused_before_anything_is_measured(files, monkeypatch):
+    def measured(*args):
+        raise AssertionError
+
+    monkeypatch.setattr(Evaluation, "measure", measured)
+    assert main(["evaluate", "edited", "data=edits.json", "delta=edit.safetensors"]) == 2
+
+
 def test_help(capsys):
     assert main(["evaluate", "--help"]) == 0
     assert "locft evaluate MODEL data=FILE" in capsys.readouterr().out

@@ -244,6 +244,12 @@ def test_the_smallest_rank_is_found(needed):
     assert (search.full, search.needed, search.n_edits) == (1.0, pytest.approx(0.94), 10)
 
 
+def test_rounding_does_not_decide():
+    full, margin, just = 0.04, 0.03, 0.01
+    assert just < full - margin
+    assert smallest_rank(Meter(lambda rank: just, full=full), margin).chosen == 1
+
+
 def test_no_rank_is_enough(caplog):
     assert smallest_rank(Meter(lambda rank: 0.5)).chosen == 100
     assert "No rank reaches a reliability of 0.990; 100, the largest there is, has 0.500" in (

@@ -28,6 +28,7 @@ from .low_rank import LowRankChange
 
 logger = logging.getLogger(__name__)
 
+_ROUNDING = 1e-9  # 0.04 - 0.03 is a little more than 0.01
 _QUESTION = ("prompt", "target_new", "target_aliases")
 
 
@@ -69,7 +70,7 @@ class RankSearch:
     @property
     def needed(self) -> float:
         """The reliability that a rank must reach."""
-        return self.full - self.margin
+        return self.full - self.margin - _ROUNDING
 
 
 class RankMeter:
