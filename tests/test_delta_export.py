@@ -365,6 +365,7 @@ def test_originals_come_from_the_base(tmp_path, base):
         (["as=lora"], "A rank has to be chosen: add `rank=R`, or `data=FILE`"),
         (["as=lora", "rank=0"], "`rank=0` must be 1 or more"),
         (["as=lora", "rank=2", "data=x"], "two ways to choose a rank"),
+        (["as=lora", "rank=0", "n=3", "margin=2"], r"`rank=0`.*`n=3` counts.*`margin=2.0` must"),
         (["as=adapter", "rank=2"], "`rank` is for as=lora only"),
         (["as=lora", "data=none.json"], "is not a file"),
         (["as=model", "mode=x"], "Did you mean `model`"),

@@ -124,15 +124,7 @@ def export_lora(
         HyperParamsError: Neither a rank nor data are given, or both.
         LocFTError: The model or the data cannot be used, or `output` cannot be written.
     """
-    if rank is not None and data is not None:
-        raise HyperParamsError("`rank` and `data` are two ways to choose a rank. Give one of them.")
-    if rank is not None and rank < 1:
-        raise HyperParamsError(f"`rank={rank}` must be 1 or more.")
-    if rank is None and data is None and not delta.lora:
-        raise HyperParamsError(
-            "A rank has to be chosen: add `rank=R`, or `data=FILE` with the requests that were "
-            "trained, to measure which rank keeps them."
-        )
+    _check_choice(delta, rank, data, n, margin)
     _check_base(delta, model, trust_remote_code)
     linear = _linear_modules(delta, model, trust_remote_code)
     if not delta.original:
@@ -168,6 +160,32 @@ def export_lora(
             scale = delta.about["lora"]["alpha"] / delta.about["lora"]["rank"]
         _write_lora(folder, factors, scale, linear, model)
     return search
+
+
+def _check_choice(
+    delta: Delta, rank: int | None, data: str | Path | None, n: int | None, margin: float
+) -> None:
+    """Checks how the rank is to be chosen.
+
+    Raises:
+        HyperParamsError: It cannot be done that way (all problems in one error).
+    """
+    problems = []
+    if rank is not None and data is not None:
+        problems.append("`rank` and `data` are two ways to choose a rank. Give one of them.")
+    if rank is not None and rank < 1:
+        problems.append(f"`rank={rank}` must be 1 or more.")
+    if n is not None and data is None:
+        problems.append(f"`n={n}` counts requests of `data`. Add `data=FILE`, or leave it out.")
+    if not 0 <= margin < 1:
+        problems.append(f"`margin={margin}` must be 0 or more, and below 1.")
+    if rank is None and data is None and not delta.lora:
+        problems.append(
+            "A rank has to be chosen: add `rank=R`, or `data=FILE` with the requests that were "
+            "trained, to measure which rank keeps them."
+        )
+    if problems:
+        raise HyperParamsError(" ".join(problems))
 
 
 def _write_lora(
