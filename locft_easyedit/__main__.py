@@ -16,6 +16,7 @@ Usage:
   locft plan --config-name NAME n=N gpu=80GiB   what an edit will take, before a model is loaded
   locft compare --config-name NAME data=FILE    several editing methods side by side
   locft evaluate MODEL data=FILE ...            measure any model, edited by whatever method
+  locft delta show|verify|apply|revert|export   an edit as a file: look at it, undo it, pass it on
   locft capability MODEL ...                    what else the model can do (lm-evaluation-harness)
   locft run SCRIPT ...                          run one of EasyEdit's scripts with LocFT-BF
   locft demo [OPTION ...]                       edit 100 facts into SmolLM2-135M on this machine
@@ -30,6 +31,7 @@ _APPLICATIONS = {
     "compare": ".cli.compare",
     "evaluate": ".cli.evaluate",
     "capability": ".cli.capability",
+    "delta": ".cli.delta",
     "demo": ".demo.run",
 }
 

@@ -46,6 +46,10 @@ class OutputError(LocFTError):
     """A result cannot be written."""
 
 
+class DeltaError(LocFTError):
+    """An edit's file is damaged, or does not fit the model that it is put into or taken out of."""
+
+
 class PlanError(LocFTError):
     """No settings fit the memory that there is."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -62,6 +63,41 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 
 
 @contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `path` when the context ends well.
+
+    It does so once everything in it is on the disk; after any failure nothing is left of it.
+
+    Args:
+        path: A folder that does not exist or is empty; folders above it are made.
+
+    Raises:
+        OutputError: `path` holds something.
+        OSError: The content cannot be made safe or put in place.
+    """
+    target = Path(path)
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise OutputError(f"`{path}` is there already. Choose a folder that is new or empty.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_symlink():
+        target = target.resolve()
+    temporary = target.with_name(_TEMPORARY.format(name=target.name, pid=os.getpid()))
+    temporary.mkdir()
+    try:
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+        os.replace(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    with suppress(OSError):
+        _sync_folder(target.parent)
+
+
+@contextmanager
 def output_errors(path: str | Path) -> Iterator[None]:
     """Within, an error of the disk is one that tells a user what to do about `path`.
 
@@ -101,10 +137,23 @@ def locked(folder: str | Path) -> Iterator[None]:
             ) from error
     try:
         for leftover in path.glob(_TEMPORARY.format(name="*", pid="*")):
-            leftover.unlink(missing_ok=True)  # of a run that was killed
+            # Of a run that was killed.
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file is on the disk; not every system can do this with a folder."""
+    if path.is_dir():
+        with suppress(OSError):
+            _sync_folder(path)
+    else:
+        _sync_folder(path)
 
 
 def _sync_folder(folder: Path) -> None:

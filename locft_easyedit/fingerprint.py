@@ -17,7 +17,6 @@ from .cut import Cut
 from .tokens import TokenizedTexts
 
 _CHUNK = 2**22  # numbers summed at a time
-_SAMPLE = 1024
 
 
 def prefix_fingerprint(
@@ -100,16 +99,3 @@ def checksum(tensor: torch.Tensor) -> int:
         # Sums wrap around; a single changed bit still changes them.
         total = (total * 31 + int((part * factors[: len(part)]).sum())) % 2**61
     return total
-
-
-def sample(tensor: torch.Tensor) -> str:
-    """Returns a short hash of the tensor's type, shape and 1,024 numbers spread over it.
-
-    Training moves nearly every number of a matrix: a sample tells an edited matrix, and another
-    model's, from the one it was, at almost no cost.
-    """
-    flat = tensor.detach().reshape(-1)
-    where = torch.linspace(0, max(len(flat) - 1, 0), min(len(flat), _SAMPLE), dtype=torch.float64)
-    numbers = flat[where.long().to(flat.device)].contiguous().view(torch.uint8).cpu().numpy()
-    described = f"{tensor.dtype} {list(tensor.shape)} ".encode()
-    return hashlib.sha256(described + numbers.tobytes()).hexdigest()[:16]

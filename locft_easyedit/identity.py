@@ -15,7 +15,8 @@ import transformers
 from torch import nn
 
 from .devices import input_device
-from .fingerprint import checksum, sample
+from .fingerprint import checksum
+from .hashes import sample_digest, sample_numbers
 from .hparams import LocFTBFHyperParams
 from .place import Place
 from .tokens import TokenizedTexts
@@ -177,7 +178,7 @@ def _frozen(model: nn.Module, place: Place) -> dict[str, str | None]:
         if parameter.is_meta:
             samples[part] = None
         elif taken is not None and name not in place.parameters:
-            taken.append([name, sample(parameter)])
+            taken.append([name, sample_digest(sample_numbers(parameter), parameter.shape)])
     return {part: None if taken is None else digest(taken) for part, taken in samples.items()}
 
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .delta.delta import Delta
+from .delta.file import save_delta
 from .editing import EditSession
 from .errors import OutputError
 from .evaluate.choices import HowToRun
 from .evaluate.compact import CompactRecords
 from .evaluate.evaluation import Evaluation, Joined
 from .evaluate.summary import summarize
-from .files import output_errors
+from .files import new_folder, output_errors
 from .hparams import LocFTBFHyperParams
 from .identity import digest
-from .report import prepare_folder, save_edited_matrices, write_json, write_loss_curve
+from .report import prepare_folder, write_json, write_loss_curve
 from .result import EditResult
 
 logger = logging.getLogger(__name__)
@@ -120,15 +123,15 @@ def write_run(
     """Writes a run's files into `folder`; returns what is where.
 
     `metrics.json` (summary, training and every record), `hparams.json` (the resolved
-    hyper-parameters), `loss.png`, and as `save` asks `edited_matrices.safetensors` or the whole
-    model in `model/`.
+    hyper-parameters), `loss.png`, and as `save` asks `edit.safetensors` (see `Delta`) or the
+    whole model in `model/`.
 
     Args:
         folder: Made if need be.
         run: The outcome.
         hparams: The hyper-parameters it was made with.
         save: `matrices`, `model` or `none`.
-        model: For `save="model"`.
+        model: The edited model; needed unless `save="none"`.
         tokenizer: For `save="model"`.
 
     Raises:
@@ -136,10 +139,11 @@ def write_run(
     """
     path = prepare_folder(folder)
     written = {"metrics": path / "metrics.json", "hyper-parameters": path / "hparams.json"}
+    summary = summarize(run.metrics)
     write_json(
         written["metrics"],
         {
-            "summary": summarize(run.metrics),
+            "summary": summary,
             "training": run.result.summary(),
             "seconds": run.seconds,
             "records": run.metrics,
@@ -149,11 +153,14 @@ def write_run(
     written["loss curve"] = path / "loss.png"
     write_loss_curve(written["loss curve"], run.result.losses, hparams.epoch_loss_threshold)
     if save == "matrices":
-        written["edited matrices"] = path / "edited_matrices.safetensors"
-        save_edited_matrices(written["edited matrices"], run.result, str(hparams.model_name))
+        written["edit"] = path / "edit.safetensors"
+        save_delta(written["edit"], Delta.of(run.result, model, hparams, metrics=summary))
     elif save == "model":
         written["edited model"] = path / "model"
         with output_errors(written["edited model"]):
-            model.save_pretrained(written["edited model"])
-            tokenizer.save_pretrained(written["edited model"])
+            if written["edited model"].exists():
+                shutil.rmtree(written["edited model"])  # of a run that was killed before its end
+            with new_folder(written["edited model"]) as folder_of_model:
+                model.save_pretrained(folder_of_model)
+                tokenizer.save_pretrained(folder_of_model)
     return written

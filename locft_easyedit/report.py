@@ -9,15 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
 
 from .errors import OutputError
 from .files import output_errors, replacing
 from .health import HealthReport
-from .result import EditResult
 
 _LABELS = {
     "rewrite_acc": "rewrite_acc (teacher-forced)",
@@ -202,14 +199,3 @@ def write_loss_curve(path: Path, losses: Sequence[float], threshold: float) -> N
     axes.legend()
     with output_errors(path), replacing(path) as temporary:
         figure.savefig(temporary, format="png")
-
-
-def save_edited_matrices(path: Path, result: EditResult, base_model: str) -> None:
-    """Writes the edited parameters alone, as safetensors under their names in the model.
-
-    Raises:
-        OutputError: The file cannot be written.
-    """
-    tensors: dict[str, torch.Tensor] = {k: v.cpu().contiguous() for k, v in result.new.items()}
-    with output_errors(path), replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", "base_model": base_model})

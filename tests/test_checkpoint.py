@@ -382,6 +382,8 @@ def test_a_disk_without_room_is_told_at_the_beginning(tmp_path, monkeypatch, cap
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path):
     (tmp_path / ".checkpoint.safetensors.1234.tmp").write_bytes(b"half")
+    (tmp_path / ".model.1234.tmp").mkdir()
+    (tmp_path / ".model.1234.tmp" / "config.json").write_bytes(b"half")
     (tmp_path / "mine.tmp").write_bytes(b"mine")
     edit(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}

@@ -6,11 +6,12 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from toys import toy_model, toy_requests, toy_tokenizer
 from transformers import AutoModelForCausalLM
 
 from locft_easyedit.__main__ import main
+from locft_easyedit.delta.file import load_delta
+from locft_easyedit.delta.verify import verify_delta
 from locft_easyedit.editing import edit_model
 from locft_easyedit.hparams import LocFTBFHyperParams
 
@@ -72,8 +73,12 @@ def test_edit_writes_what_there_is_to_see(folder):
         LocFTBFHyperParams.from_mapping(values, source="hparams.json"),
         progress=False,
     )
-    [(name, tensor)] = load_file(out / "edited_matrices.safetensors").items()
+    delta = load_delta(out / "edit.safetensors")
+    [(name, tensor)] = delta.new.items()
     assert torch.equal(dict(model.named_parameters())[name], tensor)
+    assert delta.about["requests"]["count"] == 5
+    assert delta.about["metrics"]["post"].keys() == metrics["summary"]["post"].keys()
+    assert verify_delta(delta, model).state == "applied"
 
 
 def test_edit_saves_the_whole_model_where_asked(folder):
@@ -85,7 +90,7 @@ def test_edit_saves_the_whole_model_where_asked(folder):
     assert [n for n in original if not torch.equal(original[n], edited[n])] == [
         "model.layers.2.mlp.down_proj.weight"
     ]
-    assert not (folder / "out" / "edited_matrices.safetensors").exists()
+    assert not (folder / "out" / "edit.safetensors").exists()
 
 
 def test_a_multirun_makes_a_folder_a_cell(folder):

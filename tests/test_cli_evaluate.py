@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from huggingface_hub import constants
-from safetensors.torch import save_file
-from toys import toy_model, toy_requests, toy_tokenizer
+from toys import made_delta, toy_model, toy_requests, toy_tokenizer
 from transformers import AutoModelForCausalLM
 
 from locft_easyedit.__main__ import main
+from locft_easyedit.delta.file import save_delta
 from locft_easyedit.evaluate.evaluation import Evaluation, finish_
 from locft_easyedit.evaluate.summary import summarize
 
@@ -18,16 +18,14 @@ PLACE = "model.layers.2.mlp.down_proj.weight"
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """A toy model, the same one edited, the edited matrix alone, and data."""
+    """A toy model, the same one edited, the edit alone, and data."""
     monkeypatch.chdir(tmp_path)
     model, tokenizer = toy_model("llama"), toy_tokenizer(pad_is_eos=True)
+    model.save_pretrained("base")
+    save_delta("edit.safetensors", made_delta(model=model))
+    model.save_pretrained("edited")
     for name in ("base", "edited"):
-        model.save_pretrained(name)
         tokenizer.save_pretrained(name)
-        with torch.no_grad():
-            dict(model.named_parameters())[PLACE].mul_(-0.5)
-    edited = AutoModelForCausalLM.from_pretrained("edited")
-    save_file({PLACE: dict(edited.named_parameters())[PLACE].detach()}, "matrices.safetensors")
     (tmp_path / "edits.json").write_text(json.dumps(toy_requests(5)))
     return tmp_path
 
@@ -56,7 +54,7 @@ def test_three_ways_to_say_what_was_before(files):
     for output, more in {
         "two": ["edited", "original=base"],
         "three": ["edited", "original=one/metrics.json"],
-        "four": ["base", "matrices=matrices.safetensors"],
+        "four": ["base", "delta=edit.safetensors"],
     }.items():
         assert main(["evaluate", *more, "data=edits.json", f"output={output}"]) == 0
     two = written("two")
@@ -112,8 +110,9 @@ def test_a_damaged_model_is_said_to_be_one(files, capsys):
         (["base", "data=edits.json", "batch_size=0"], "must be 1 or more"),
         (["base", "data=edits.json", "batchsize=8"], "Did you mean `batch_size`"),
         (["base", "data=edits.json", "original=edits.json"], "is no metrics.json"),
-        (["base", "data=edits.json", "matrices=edits.json"], "is no safetensors file"),
-        (["base", "data=edits.json", "matrices=a", "original=b"], "Leave `original` out"),
+        (["base", "data=edits.json", "delta=edits.json"], "is no safetensors file"),
+        (["base", "data=edits.json", "delta=a", "original=b"], "Leave `original` out"),
+        (["edited", "data=edits.json", "delta=edit.safetensors"], "it is already applied"),
         (["base", "data=edits.json", "device=99"], "`device='99'` needs a CUDA GPU"),
         (["base", "data=edits.json", "dtype=int8"], "must be one of float32"),
     ],
@@ -167,14 +166,22 @@ def test_a_peft_adapter_without_a_tokenizer(files):
     assert main(["evaluate", "adapter", "data=edits.json"]) == 0
 
 
-def test_metrics_of_other_records_and_matrices_of_another_model(files, capsys):
+def test_metrics_of_other_records_and_an_edit_of_another_model(files, capsys):
     main(["evaluate", "base", "data=edits.json", "output=one"])
     arguments = ["edited", "data=edits.json", "n=3", "original=one/metrics.json"]
     assert main(["evaluate", *arguments]) == 2
     assert "measured on other records" in capsys.readouterr().err
-    save_file({"model.layers.9.weight": torch.zeros(2)}, "other.safetensors")
-    assert main(["evaluate", "base", "data=edits.json", "matrices=other.safetensors"]) == 2
-    assert "it has no model.layers.9.weight of that shape" in capsys.readouterr().err
+    save_delta("other.safetensors", made_delta(model=toy_model("llama", seed=1)))
+    assert main(["evaluate", "base", "data=edits.json", "delta=other.safetensors"]) == 2
+    assert "The base is another model" in capsys.readouterr().err
+
+
+def test_an_edit_of_another_model_is_refused_before_anything_is_measured(files, monkeypatch):
+    def measured(*args):
+        raise AssertionError
+
+    monkeypatch.setattr(Evaluation, "measure", measured)
+    assert main(["evaluate", "edited", "data=edits.json", "delta=edit.safetensors"]) == 2
 
 
 def test_help(capsys):

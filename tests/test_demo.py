@@ -24,6 +24,6 @@ def test_the_demo_edits_the_real_model(smollm2, tmp_path, capsys):
     assert after["rewrite_acc"] >= 0.95
     assert metrics["summary"]["pre"]["generated"]["reliability"] <= 0.2
     assert (tmp_path / "loss.png").stat().st_size > 5000
-    assert (tmp_path / "edited_matrices.safetensors").is_file()
+    assert (tmp_path / "edit.safetensors").is_file()
     for heading in ("A few questions", "Metrics", "Seconds"):
         assert heading in shown

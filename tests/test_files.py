@@ -8,16 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
-from toys import toy_hparams
+from toys import made_delta, toy_hparams
 
 from locft_easyedit import pipeline
 from locft_easyedit.cli import compare as cli
 from locft_easyedit.compare.outcome import Comparison, write_comparison
 from locft_easyedit.compare.picture import write_comparison_picture
+from locft_easyedit.delta.file import save_delta
 from locft_easyedit.errors import OutputError
-from locft_easyedit.files import output_errors, replacing, write_atomically
+from locft_easyedit.files import new_folder, output_errors, replacing, write_atomically
 from locft_easyedit.pipeline import Run
-from locft_easyedit.report import save_edited_matrices, write_json, write_loss_curve
+from locft_easyedit.report import write_json, write_loss_curve
 
 FAILURES = [OSError(28, "stopped"), KeyboardInterrupt("stopped")]
 
@@ -155,6 +156,40 @@ def test_a_pipe_is_written_to(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
+# Folders
+
+
+def test_a_folder_is_there_whole(tmp_path):
+    target = tmp_path / "above" / "folder"
+    with new_folder(target) as temporary:
+        assert temporary.parent == target.parent
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "file").write_text("new")
+        assert not target.exists()
+    assert content_of(target / "inner") == {"file": "new"}
+    assert [path.name for path in target.parent.iterdir()] == ["folder"]
+    (tmp_path / "empty").mkdir()
+    with new_folder(tmp_path / "empty") as temporary:
+        (temporary / "file").write_text("new")
+    assert content_of(tmp_path / "empty") == {"file": "new"}
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+@pytest.mark.parametrize("error", FAILURES, ids=repr)
+def test_nothing_is_left_of_a_folder_that_fails(tmp_path, monkeypatch, function, error):
+    monkeypatch.setattr(os, function, raising(error))
+    with pytest.raises(type(error), match="stopped"), new_folder(tmp_path / "x") as temporary:
+        (temporary / "file").write_text("half")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_holds_something_is_refused(tmp_path, target):
+    for path in (tmp_path, target):
+        with pytest.raises(OutputError, match=r"is there already\. Choose"), new_folder(path):
+            raise AssertionError
+    assert content_of(tmp_path) == {"file": "old"}
+
+
 # What a user is told
 
 
@@ -207,9 +242,7 @@ COMPARISON = Comparison("model", "data", 1, "source", "cpu", "float32", {}, {}, 
 WRITERS = {
     "metrics.json": lambda path: write_json(path, {"a": 1}),
     "loss.png": lambda path: write_loss_curve(path, [2.0, 1.0], 0.01),
-    "x.safetensors": lambda path: save_edited_matrices(
-        path, SimpleNamespace(new={"a": torch.ones(3)}), "base"
-    ),
+    "edit.safetensors": lambda path: save_delta(path, made_delta()),
     "comparison.json": lambda path: write_comparison(path, COMPARISON),
     "comparison.png": lambda path: write_comparison_picture(path, COMPARISON),
     "comparison.md": write_table,

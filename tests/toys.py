@@ -21,8 +21,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from locft_easyedit.delta.delta import Delta
 from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.requests import make_requests
+from locft_easyedit.requests import distinct_edits, make_requests
+from locft_easyedit.result import EditResult
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
@@ -176,6 +178,23 @@ def loaded_hparams(**changes):
     """Returns `toy_hparams` with a loaded toy as the model."""
     pair = (toy_model("llama"), toy_tokenizer(pad_is_eos=True))
     return toy_hparams(**({"model_name": pair, "device": "cpu"} | changes))
+
+
+def made_delta(kind="llama", layer=2, *, model=None, dtype=torch.float32, scale=1.5):
+    """Returns an edit of one matrix that was made by hand; the model holds it afterwards."""
+    model = toy_model(kind).to(dtype) if model is None else model
+    name = DOWN_PROJECTION[kind].format(layer)
+    parameter = dict(model.named_parameters())[name]
+    original = {name: parameter.detach().clone()}
+    with torch.no_grad():
+        # No multiple: rounding would make some of the products equal in half precision.
+        parameter.mul_(-scale).add_(0.01)
+    requests = toy_requests(3)
+    edits = distinct_edits(requests)
+    new = {name: parameter.detach().clone()}
+    result = EditResult([2.0, 0.5], [], original, new, {}, 2, True, 3, edits, True, True)
+    hparams = toy_hparams(layers=[layer], rewrite_module_tmp=DOWN_PROJECTION[kind])
+    return Delta.of(result, model, hparams, metrics={"post": {"rewrite_acc": 1.0}})
 
 
 def toy_requests(n):

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ..data import read_requests
-from ..errors import DataError, HyperParamsError, ModelError
+from ..delta.apply import apply_delta, check_fits
+from ..delta.file import load_delta
+from ..errors import DataError, HyperParamsError
 from ..evaluate.choices import HowToRun
 from ..evaluate.evaluation import DEFAULT_METRICS, METRICS, Evaluation, finish_
 from ..evaluate.questions import Metrics
@@ -23,7 +23,6 @@ from ..evaluate.summary import summarize
 from ..models import load_causal_lm
 from ..pipeline import Stopwatch
 from ..report import flat, metrics_table, prepare_folder, seconds_table, show, write_json
-from ..weights import write_
 from .arguments import read_arguments
 
 HELP = f"""Measures a model on editing data; nothing is edited.
@@ -33,7 +32,7 @@ Usage: locft evaluate MODEL data=FILE [KEY=VALUE ...]
   MODEL               a model's folder (a PEFT adapter's too) or hub name, edited by any method
   data=FILE           a JSON file: ZsRE, CounterFact, KnowEdit, WikiBigEdit or a list of requests
   n=N                 only the first N records
-  matrices=FILE       edited matrices (as `locft edit` saves them) to put into MODEL; MODEL itself
+  delta=FILE          an edit (the edit.safetensors of `locft edit`) to put into MODEL; MODEL itself
                       is measured first, for locality
   original=MODEL|FILE the model before editing, or the metrics.json of an earlier `locft evaluate`
                       of it: locality compares with it
@@ -54,7 +53,7 @@ class EvaluateConfig:
     model: str
     data: str
     n: Optional[int] = None  # noqa: UP045
-    matrices: Optional[str] = None  # noqa: UP045
+    delta: Optional[str] = None  # noqa: UP045
     original: Optional[str] = None  # noqa: UP045
     metrics: list[str] = field(default_factory=lambda: list(DEFAULT_METRICS))
     batch_size: int = 64
@@ -85,7 +84,7 @@ def run_evaluate(config: EvaluateConfig) -> int:
     watch = Stopwatch()
     requests = read_requests(config.data, config.n)
     original = _stored(config, requests) if _is_file(config.original) else None
-    edited = _matrices(config.matrices)
+    delta = load_delta(config.delta) if config.delta is not None else None
     output = prepare_folder(config.output)
     if config.original is not None and original is None:
         model, tokenizer = _load(config, config.original)
@@ -99,11 +98,12 @@ def run_evaluate(config: EvaluateConfig) -> int:
     model, tokenizer = _load(config, config.model)
     evaluation = _evaluation(config, model, tokenizer, requests)
     watch.lap("loading")
-    if edited:
+    if delta is not None:
+        check_fits(delta, model)
         if original is None:
             original = evaluation.measure("before")
             watch.lap("metrics before")
-        _put_in_(model, edited, str(config.matrices))
+        apply_delta(model, delta)
     measured = evaluation.measure("after" if original else "")
     watch.lap("metrics after" if original else "metrics")
     records: list[dict[str, Any]] = [
@@ -125,8 +125,8 @@ def _check(config: EvaluateConfig) -> None:
     problems = []
     if config.batch_size < 1 or config.row_tokens < 1:
         problems.append("`batch_size` and `row_tokens` must be 1 or more.")
-    if config.matrices is not None and config.original is not None:
-        problems.append("`matrices` are measured against MODEL itself. Leave `original` out.")
+    if config.delta is not None and config.original is not None:
+        problems.append("`delta` is measured against MODEL itself. Leave `original` out.")
     unknown = [name for name in config.metrics if name not in METRICS]
     if unknown or not config.metrics:
         problems.append(f"`metrics={config.metrics}` must be one or more of {', '.join(METRICS)}.")
@@ -205,33 +205,6 @@ def _with_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_with_nan(entry) for entry in value]
     return float("nan") if value is None else value
-
-
-def _matrices(path: str | None) -> dict[str, torch.Tensor]:
-    if path is None:
-        return {}
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(
-            f"`matrices={path}` is no safetensors file that can be read: {error}. Give the "
-            "edited_matrices.safetensors of `locft edit`."
-        ) from error
-
-
-def _put_in_(model: Any, edited: Mapping[str, torch.Tensor], path: str) -> None:
-    parameters = dict(model.named_parameters())
-    wrong = [
-        name
-        for name, value in edited.items()
-        if name not in parameters or parameters[name].shape != value.shape
-    ]
-    if wrong:
-        raise ModelError(
-            f"`matrices={path}` does not fit this model: it has no {', '.join(wrong[:5])} of that "
-            "shape. Give the model that was edited."
-        )
-    write_(parameters, edited)
 
 
 def _report_not_finite(summary: Mapping[str, Any]) -> int:

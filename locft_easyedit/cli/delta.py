@@ -1,0 +1,241 @@
+"""`locft delta`: an edit as a file: shown, put into a model's folder, taken out, exported."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional, TypeVar
+
+from ..delta.delta import Delta
+from ..delta.export import export_adapter, export_lora, export_model
+from ..delta.file import load_delta
+from ..delta.folder import apply_to_folder, originals_from, revert_in_folder, verify_folder
+from ..delta.rank_report import ranks_table
+from ..delta.table import delta_tables, description
+from ..errors import HyperParamsError
+from ..report import show, write_json
+from .arguments import read_arguments
+
+HELP = """Handles an edit that is a file of its own: the edit.safetensors of `locft edit`.
+
+Usage: locft delta show FILE [json=FILE]
+       locft delta verify FILE [model=FOLDER]
+       locft delta apply FILE [FILE ...] model=FOLDER output=DIR
+       locft delta revert FILE [FILE ...] model=FOLDER output=DIR [base=FOLDER]
+       locft delta export FILE model=FOLDER output=DIR as=model|adapter|lora
+                          [rank=R | data=FILE [n=N] [margin=0.01]]
+
+  show                what was edited, where, when and how well
+  verify              whether the file is whole, and with a model whether the edit is in it, could
+                      be put into it, or neither and why (exit status 1)
+  apply               writes the model with the edits, in the order in which they were made
+  revert              writes the model without them; the last one comes first
+  export as=model     writes the edited model (as `apply`)
+         as=adapter   a PEFT adapter with the edited matrices themselves: exact, can be switched off
+         as=lora      a PEFT adapter with their change at a rank: that of an edit trained as LoRA,
+                      rank=R, or with data=FILE (what was trained; n=N: the first N of it) the
+                      smallest one whose generated reliability is within `margin` of the edit's
+
+  FILE                an edit; nothing in it is believed before it is checked
+  model=FOLDER        a model's folder
+  output=DIR          a folder that is new or empty
+  base=FOLDER         the model before the edits, for files that leave out what they replaced
+  json=FILE           also write what is shown as JSON
+  device=D            where export measures: cpu, cuda, or the number of a GPU
+  trust_remote_code=true
+
+Nothing is ever changed in FOLDER, and DIR is there whole or not at all.
+"""
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class ShowConfig:
+    """The arguments of `locft delta show`."""
+
+    json: Optional[str] = None  # noqa: UP045
+
+
+@dataclass(kw_only=True)
+class VerifyConfig:
+    """The arguments of `locft delta verify`."""
+
+    model: Optional[str] = None  # noqa: UP045
+    trust_remote_code: bool = False
+
+
+@dataclass(kw_only=True)
+class ApplyConfig:
+    """The arguments of `locft delta apply`."""
+
+    model: str
+    output: str
+    trust_remote_code: bool = False
+
+
+@dataclass(kw_only=True)
+class RevertConfig(ApplyConfig):
+    """The arguments of `locft delta revert`."""
+
+    base: Optional[str] = None  # noqa: UP045
+
+
+@dataclass(kw_only=True)
+class ExportConfig(ApplyConfig):
+    """The arguments of `locft delta export`."""
+
+    as_: str
+    rank: Optional[int] = None  # noqa: UP045
+    data: Optional[str] = None  # noqa: UP045
+    n: Optional[int] = None  # noqa: UP045
+    margin: float = 0.01
+    device: Optional[str] = None  # noqa: UP045
+    batch_size: int = 64
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs `locft delta`; returns the exit status: 1 if an edit does not fit the model.
+
+    Raises:
+        LocFTError: The arguments, an edit or a model cannot be used.
+    """
+    if not arguments or {"-h", "--help"} & set(arguments):
+        sys.stdout.write(HELP)
+        return 0
+    if arguments[0] not in _ACTIONS:
+        raise HyperParamsError(
+            f"`{arguments[0]}` is nothing that can be done with an edit. Use one of "
+            f"{', '.join(_ACTIONS)} (locft delta --help)."
+        )
+    return _ACTIONS[arguments[0]](arguments[1:])
+
+
+def _show(arguments: Sequence[str]) -> int:
+    [path], config = _read(ShowConfig, arguments, "show", one=True)
+    delta = load_delta(path)
+    show(*delta_tables(delta))
+    if config.json is not None:
+        write_json(Path(config.json), description(delta))
+        sys.stdout.write(f"description: {config.json}\n")
+    return 0
+
+
+def _verify(arguments: Sequence[str]) -> int:
+    [path], config = _read(VerifyConfig, arguments, "verify", one=True)
+    delta = load_delta(path)
+    sys.stdout.write(f"{path}: edit {delta.short_id} is whole; all hashes are right.\n")
+    if config.model is None:
+        return 0
+    report = verify_folder(delta, config.model, trust_remote_code=config.trust_remote_code)
+    meaning = {
+        "base": "the model is as before the edit, which can be applied",
+        "applied": "the edit is in the model, and can be reverted",
+        "neither": "the edit can neither be applied nor reverted",
+    }
+    sys.stdout.write(f"{config.model}: {report.state}: {meaning[report.state]}.\n")
+    for line in report.differences:
+        sys.stdout.write(f"  - {line}\n")
+    if report.unchecked:
+        sys.stdout.write(f"  {report.unchecked} parameters could not be compared.\n")
+    return int(report.state == "neither")
+
+
+def _apply(arguments: Sequence[str]) -> int:
+    paths, config = _read(ApplyConfig, arguments, "apply")
+    deltas = [load_delta(path) for path in paths]
+    loaded = apply_to_folder(
+        deltas, config.model, config.output, trust_remote_code=config.trust_remote_code
+    )
+    return _done("edited model", config.output, loaded, deltas)
+
+
+def _revert(arguments: Sequence[str]) -> int:
+    paths, config = _read(RevertConfig, arguments, "revert")
+    deltas = [load_delta(path) for path in paths]
+    if config.base is not None:
+        deltas = [d if d.original else originals_from(d, config.base) for d in deltas]
+    loaded = revert_in_folder(
+        deltas, config.model, config.output, trust_remote_code=config.trust_remote_code
+    )
+    return _done("reverted model", config.output, loaded, deltas)
+
+
+def _export(arguments: Sequence[str]) -> int:
+    # `as` cannot be the name of a field.
+    renamed = [f"as_={a[3:]}" if a.startswith("as=") else a for a in arguments]
+    try:
+        [path], config = _read(ExportConfig, renamed, "export", one=True)
+    except HyperParamsError as error:
+        raise HyperParamsError(re.sub(r"\bas_\b", "as", str(error))) from error
+    forms = {"model": "merged model", "adapter": "adapter", "lora": "LoRA adapter"}
+    if config.as_ not in forms:
+        raise HyperParamsError(f"`as={config.as_}` must be one of {', '.join(forms)}.")
+    searched = {"rank": config.rank, "data": config.data, "n": config.n}
+    unused = [f"`{key}`" for key, value in searched.items() if value is not None]
+    if config.as_ != "lora" and unused:
+        raise HyperParamsError(f"{', '.join(unused)} is for as=lora only. Leave it out.")
+    delta, trusted = load_delta(path), config.trust_remote_code
+    if config.as_ == "model":
+        export_model(delta, config.model, config.output, trust_remote_code=trusted)
+    elif config.as_ == "adapter":
+        export_adapter(delta, config.model, config.output, trust_remote_code=trusted)
+    else:
+        search = export_lora(
+            delta,
+            config.model,
+            config.output,
+            rank=config.rank,
+            data=config.data,
+            n=config.n,
+            margin=config.margin,
+            device=config.device,
+            batch_size=config.batch_size,
+            trust_remote_code=trusted,
+        )
+        if search is not None:
+            show(ranks_table(search))
+    sys.stdout.write(f"{forms[config.as_]}: {config.output} ({delta.short_id})\n")
+    return 0
+
+
+def _done(what: str, output: str, loaded: bool, deltas: Sequence[Delta]) -> int:
+    how = "loaded and saved anew" if loaded else "only the files with edited matrices rewritten"
+    ids = ", ".join(delta.short_id for delta in deltas)
+    sys.stdout.write(f"{what}: {output} ({how}; {ids})\n")
+    return 0
+
+
+def _read(
+    config_class: type[T], arguments: Sequence[str], action: str, *, one: bool = False
+) -> tuple[list[str], T]:
+    """Returns the files and the other arguments of an action.
+
+    Raises:
+        HyperParamsError: There is no file, or an argument cannot be used.
+    """
+    files = [a for a in arguments if not a.startswith("-") and not _is_pair(a)]
+    rest = [a for a in arguments if a not in files]
+    if not files or (one and len(files) > 1):
+        raise HyperParamsError(
+            f"`locft delta {action}` needs {'one edit' if one else 'at least one edit'}; "
+            f"{len(files)} were given. Add the path of an edit.safetensors."
+        )
+    return files, read_arguments(config_class, rest, command="delta")
+
+
+def _is_pair(argument: str) -> bool:
+    key, sign, _ = argument.partition("=")
+    return bool(sign) and key.isidentifier()
+
+
+_ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {
+    "show": _show,
+    "verify": _verify,
+    "apply": _apply,
+    "revert": _revert,
+    "export": _export,
+}

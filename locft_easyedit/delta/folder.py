@@ -1,0 +1,196 @@
+"""Edits put into, or taken out of, a model's folder: a new folder, whole or not at all."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import DeltaError, LocFTError, ModelError
+from ..files import new_folder, output_errors
+from ..hashes import dtype_name
+from ..models import load_causal_lm, model_without_weights
+from ..weights import write_
+from .checkpoint import (
+    Checkpoint,
+    CheckpointWeights,
+    copy_others,
+    read_checkpoint,
+    write_checkpoint,
+)
+from .delta import Delta
+from .order import values_to_apply, values_to_revert
+from .verify import ModelWeights, Report, Weights, compare, tied_names
+
+logger = logging.getLogger(__name__)
+
+_Change = Callable[[Sequence[Delta], Weights], dict[str, torch.Tensor]]
+
+
+def apply_to_folder(
+    deltas: Sequence[Delta],
+    model: str | Path,
+    output: str | Path,
+    *,
+    trust_remote_code: bool = False,
+) -> bool:
+    """Writes the model in a folder with edits put into it, in order, to another folder.
+
+    Where the parameters lie in the checkpoint under their own names and in the edit's precision,
+    the model is not loaded: only the files that hold edited matrices are written anew. Otherwise it
+    is loaded in the edit's precision and saved.
+
+    Args:
+        deltas: The edits, in the order in which they were made.
+        model: The folder of the model without them.
+        output: A folder that does not exist or is empty.
+        trust_remote_code: Allow the model's own code, where it has to be loaded.
+
+    Returns:
+        Whether the model had to be loaded.
+
+    Raises:
+        DeltaError: An edit does not fit; nothing was written.
+        ModelError: `model` cannot be used.
+        OutputError: `output` holds something or cannot be written.
+    """
+    return _changed(deltas, model, output, values_to_apply, trust_remote_code)
+
+
+def revert_in_folder(
+    deltas: Sequence[Delta],
+    model: str | Path,
+    output: str | Path,
+    *,
+    trust_remote_code: bool = False,
+) -> bool:
+    """Writes the model in a folder without edits that are in it, the last one first.
+
+    Args and errors are those of `apply_to_folder`.
+    """
+    return _changed(deltas, model, output, values_to_revert, trust_remote_code)
+
+
+def verify_folder(delta: Delta, model: str | Path, *, trust_remote_code: bool = False) -> Report:
+    """Returns how the model in a folder stands to an edit; see `verify_delta`.
+
+    Raises:
+        ModelError: The folder cannot be used.
+    """
+    checkpoint = read_checkpoint(model)
+    direct = weights_in_place([delta], checkpoint, trust_remote_code=trust_remote_code)
+    return compare(delta, direct or ModelWeights(_loaded(delta, model, trust_remote_code), model))
+
+
+def originals_from(delta: Delta, base: str | Path) -> Delta:
+    """Returns the edit with the values that it replaced, from the folder of its base model.
+
+    Raises:
+        DeltaError: The base does not hold them.
+        ModelError: The folder cannot be used.
+    """
+    checkpoint = read_checkpoint(base)
+    weights = CheckpointWeights(checkpoint)
+    present = [n for n in delta.new if n in checkpoint.places]
+    return delta.with_originals(
+        {n: weights.tensor(n) for n in present if not isinstance(weights.kind(n), str)}
+    )
+
+
+def values_beside(
+    delta: Delta, model: str | Path, *, trust_remote_code: bool = False
+) -> dict[str, torch.Tensor]:
+    """Returns what the modules of edited parameters hold besides: a bias beside its weight.
+
+    Raises:
+        ModelError: The model's folder cannot be used.
+    """
+    checkpoint = read_checkpoint(model)
+    skeleton = model_without_weights(
+        str(checkpoint.folder.resolve()), trust_remote_code=trust_remote_code
+    )
+    modules = {name.rpartition(".")[0] for name in delta.new}
+    names = {
+        f"{module}.{own}"
+        for module in modules
+        for own in skeleton.get_submodule(module).state_dict()
+    } - set(delta.new)
+    direct = weights_in_place([delta], checkpoint, trust_remote_code=trust_remote_code)
+    if direct is not None and names <= set(checkpoint.places):
+        return {name: direct.tensor(name) for name in sorted(names)}
+    loaded = _loaded(delta, model, trust_remote_code).state_dict() if names else {}
+    return {name: loaded[name] for name in sorted(names)}
+
+
+def weights_in_place(
+    deltas: Iterable[Delta], checkpoint: Checkpoint, *, trust_remote_code: bool = False
+) -> CheckpointWeights | None:
+    """Returns the weights of a checkpoint whose files an edit can be written into as they are.
+
+    They hold every parameter of the model under its own name, and the edited ones in the edit's
+    precision; `None` if they do not.
+    """
+    if not checkpoint.shards:
+        return None
+    try:
+        skeleton = model_without_weights(
+            str(checkpoint.folder.resolve()), trust_remote_code=trust_remote_code
+        )
+    except LocFTError as error:
+        logger.debug("%s cannot be built without weights: %s", checkpoint.folder, error)
+        return None
+    names = {name for name, _ in skeleton.named_parameters()}
+    weights = CheckpointWeights(checkpoint, names)
+    edited = {n: m["dtype"] for delta in deltas for n, m in delta.matrices.items() if n in names}
+    # What is tied is for the loaded model to refuse: a checkpoint does not know of it.
+    tied = tied_names(skeleton)
+    held = names <= set(checkpoint.places)
+    same = held and all(weights.kind(n)[0] == d and n not in tied for n, d in edited.items())
+    return weights if same else None
+
+
+def _changed(
+    deltas: Sequence[Delta],
+    model: str | Path,
+    output: str | Path,
+    change: _Change,
+    trust_remote_code: bool,
+) -> bool:
+    checkpoint = read_checkpoint(model)
+    if not deltas:
+        raise DeltaError("No edit was given. Give at least one.")
+    for name in checkpoint.left_out:
+        logger.warning("%s is left out: it holds weights without the change.", name)
+    direct = weights_in_place(deltas, checkpoint, trust_remote_code=trust_remote_code)
+    with output_errors(output), new_folder(output) as folder:
+        if direct is not None:
+            values = change(deltas, direct)
+            write_checkpoint(checkpoint, values, folder)
+        else:
+            loaded: Any = _loaded(deltas[0], model, trust_remote_code)
+            values = change(deltas, ModelWeights(loaded, model))
+            write_(dict(loaded.named_parameters()), values)
+            loaded.save_pretrained(folder)
+            copy_others(checkpoint, folder)
+    return direct is None
+
+
+def _loaded(delta: Delta, model: str | Path, trust_remote_code: bool) -> nn.Module:
+    """Returns the model of a folder in an edit's precision, in the host's memory."""
+    try:
+        loaded: nn.Module = load_causal_lm(
+            str(Path(model).expanduser().resolve()),
+            device="cpu",
+            dtype=delta.dtype,
+            trust_remote_code=trust_remote_code,
+        )[0]
+        return loaded
+    except LocFTError as error:
+        raise ModelError(
+            f"Edit {delta.short_id} names parameters that `{model}` does not hold in "
+            f"{dtype_name(delta.dtype)}, and it cannot be loaded to look further: {error}"
+        ) from error
