@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .reading import shown
+
 ALG_NAME = "LocFT-BF"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ON_CONFLICT = ("train", "error", "last")
@@ -15,11 +17,12 @@ CUTS = ("matrix", "mlp", "layer")
 QUANTIZED = ("8bit", "4bit")
 TUNING = ("full", "lora")
 EVALUATION_TYPES = ("LLM-judge", "generate-text")
+_MOST = 2**31  # of a count: what arrays are indexed with
 
 
 def broken_rules(values: Mapping[str, Any]) -> list[str]:
     """Returns a line for each of the well-typed `values` that breaks a rule."""
-    at_least_one = "must be 1 or more"
+    at_least_one = "must be 1 or more, and below 2**31"
     off_at_zero = "must be 0 or more (0 turns it off)"
     rules: list[tuple[str, Callable[[Any], bool], str]] = [
         ("alg_name", lambda v: v == ALG_NAME, f"must be {ALG_NAME}"),
@@ -34,12 +37,12 @@ def broken_rules(values: Mapping[str, Any]) -> list[str]:
         ("layers", lambda v: len({str(i) for i in v}) == len(v), "names a layer twice"),
         ("lr", lambda v: math.isfinite(v) and v > 0, "must be above 0 and finite"),
         ("weight_decay", lambda v: math.isfinite(v) and v >= 0, "must be 0 or more"),
-        ("num_steps", lambda v: v >= 1, at_least_one),
-        ("batch_size", lambda v: v >= 1, at_least_one),
-        ("eval_batch_size", lambda v: v >= 1, at_least_one),
-        ("max_length", lambda v: v >= 1, at_least_one),
-        ("row_tokens", lambda v: v >= 1, at_least_one),
-        ("micro_batch_size", lambda v: v is None or v >= 1, f"{at_least_one}, or null"),
+        ("num_steps", lambda v: 1 <= v < _MOST, at_least_one),
+        ("batch_size", lambda v: 1 <= v < _MOST, at_least_one),
+        ("eval_batch_size", lambda v: 1 <= v < _MOST, at_least_one),
+        ("max_length", lambda v: 1 <= v < _MOST, at_least_one),
+        ("row_tokens", lambda v: 1 <= v < _MOST, at_least_one),
+        ("micro_batch_size", lambda v: v is None or 1 <= v < _MOST, f"{at_least_one}, or null"),
         ("prefix_cut", lambda v: v in (None, *CUTS), f"must be null or one of {', '.join(CUTS)}"),
         *(
             (
@@ -50,7 +53,7 @@ def broken_rules(values: Mapping[str, Any]) -> list[str]:
             for tier in ("gpu", "host", "disk")
         ),
         ("tuning", lambda v: v in TUNING, f"must be one of {', '.join(TUNING)}"),
-        ("lora_rank", lambda v: v >= 1, at_least_one),
+        ("lora_rank", lambda v: 1 <= v < _MOST, at_least_one),
         (
             "lora_alpha",
             lambda v: v is None or (math.isfinite(v) and v > 0),
@@ -62,8 +65,8 @@ def broken_rules(values: Mapping[str, Any]) -> list[str]:
             "must be 0 or more (0 makes one after every step)",
         ),
         ("seed", lambda v: 0 <= v < 2**64, "must be 0 or more, and below 2**64"),
-        ("batch_loss_threshold", lambda v: v >= 0, off_at_zero),
-        ("epoch_loss_threshold", lambda v: v >= 0, off_at_zero),
+        ("batch_loss_threshold", lambda v: math.isfinite(v) and v >= 0, off_at_zero),
+        ("epoch_loss_threshold", lambda v: math.isfinite(v) and v >= 0, off_at_zero),
         ("dtype", lambda v: v in (None, *DTYPES), f"must be one of {', '.join(DTYPES)}"),
         (
             "fp16",
@@ -88,7 +91,7 @@ def broken_rules(values: Mapping[str, Any]) -> list[str]:
         ),
     ]
     problems = [
-        f"`{key}={values[key]!r}` {rule}."
+        f"`{key}={shown(values[key])}` {rule}."
         for key, holds, rule in rules
         if key in values and not holds(values[key])
     ]
@@ -100,20 +103,20 @@ def broken_rules(values: Mapping[str, Any]) -> list[str]:
 def _is_model(value: Any) -> bool:
     if isinstance(value, str):
         return bool(value.strip())
-    # A pair of strings would be two names, and of no use.
-    loaded = isinstance(value, (tuple, list)) and len(value) == 2
-    return value is None or (loaded and not any(isinstance(part, str) for part in value))
+    # A pair of anything else, of two names say, is of no use.
+    pair = isinstance(value, (tuple, list)) and len(value) == 2
+    return value is None or (pair and isinstance(value[0], torch.nn.Module) and callable(value[1]))
 
 
 def _template_problems(template: Any) -> list[str]:
     templates = [template] if isinstance(template, str) else template
     if not isinstance(templates, (list, tuple)) or not templates:
         return [
-            f"`rewrite_module_tmp={template!r}` must be a text or a list of texts, for example "
+            f"`rewrite_module_tmp={shown(template)}` must be a text or a list of texts, such as "
             '"model.layers.{}.mlp.down_proj.weight".'
         ]
     return [
-        f"`rewrite_module_tmp={one!r}` must hold {{}} once, in place of the layer number, for "
+        f"`rewrite_module_tmp={shown(one)}` must hold {{}} once, in place of the layer number, for "
         'example "model.layers.{}.mlp.down_proj.weight".'
         for one in templates
         if not isinstance(one, str)

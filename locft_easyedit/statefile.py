@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from .errors import OutputError
+from .files import write_atomically
 
 _FORMAT = 1
 _ALIGNMENT = 4096  # a page: whoever maps the file can map the data on its own
@@ -124,7 +125,7 @@ class StateFile:
                 if path.stat().st_size != size or found._checksums(progress) != sums:
                     return None, "it is damaged: its size or its checksums differ"
                 undo.pop_all()
-        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             return None, f"it cannot be read ({type(error).__name__}: {error})"
         found._whole = True
         return found, ""
@@ -145,14 +146,8 @@ class StateFile:
             "block_bytes": _BLOCK,
             "crc32": self._checksums(progress),
         }
-        target = _seal_path(self.path)
-        partial = target.with_name(target.name + ".partial")
         with _telling_disk_errors(self.path):
-            with open(partial, "w", encoding="utf-8") as file:
-                json.dump(value, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
+            write_atomically(_seal_path(self.path), json.dumps(value).encode())
         self._whole = True
 
     def put(self, where: torch.Tensor, states: torch.Tensor) -> None:
