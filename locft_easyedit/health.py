@@ -29,7 +29,7 @@ from .tokens import TokenizedTexts, ids_of
 
 logger = logging.getLogger(__name__)
 
-PERPLEXITY_RATIO = 4.0
+PERPLEXITY_RATIO = 2.5
 RELATIVE_CHANGE = 1.0
 _TEXT = Path(__file__).with_name("health_text.txt")
 _FEWEST_TOKENS = 50  # predicted ones; fewer say little

@@ -17,12 +17,21 @@ CUTS = ("matrix", "mlp", "layer")
 QUANTIZED = ("8bit", "4bit")
 TUNING = ("full", "lora")
 EVALUATION_TYPES = ("LLM-judge", "generate-text")
+_COUNTS = (
+    "num_steps",
+    "batch_size",
+    "eval_batch_size",
+    "max_length",
+    "row_tokens",
+    "micro_batch_size",
+    "lora_rank",
+)
 _MOST = 2**31  # of a count: what arrays are indexed with
 
 
 def broken_rules(values: Mapping[str, Any]) -> list[str]:
     """Returns a line for each of the well-typed `values` that breaks a rule."""
-    at_least_one = "must be 1 or more, and below 2**31"
+    at_least_one = "must be 1 or more"
     off_at_zero = "must be 0 or more (0 turns it off)"
     rules: list[tuple[str, Callable[[Any], bool], str]] = [
         ("alg_name", lambda v: v == ALG_NAME, f"must be {ALG_NAME}"),
@@ -37,12 +46,13 @@ def broken_rules(values: Mapping[str, Any]) -> list[str]:
         ("layers", lambda v: len({str(i) for i in v}) == len(v), "names a layer twice"),
         ("lr", lambda v: math.isfinite(v) and v > 0, "must be above 0 and finite"),
         ("weight_decay", lambda v: math.isfinite(v) and v >= 0, "must be 0 or more"),
-        ("num_steps", lambda v: 1 <= v < _MOST, at_least_one),
-        ("batch_size", lambda v: 1 <= v < _MOST, at_least_one),
-        ("eval_batch_size", lambda v: 1 <= v < _MOST, at_least_one),
-        ("max_length", lambda v: 1 <= v < _MOST, at_least_one),
-        ("row_tokens", lambda v: 1 <= v < _MOST, at_least_one),
-        ("micro_batch_size", lambda v: v is None or 1 <= v < _MOST, f"{at_least_one}, or null"),
+        ("num_steps", lambda v: v >= 1, at_least_one),
+        ("batch_size", lambda v: v >= 1, at_least_one),
+        ("eval_batch_size", lambda v: v >= 1, at_least_one),
+        ("max_length", lambda v: v >= 1, at_least_one),
+        ("row_tokens", lambda v: v >= 1, at_least_one),
+        ("micro_batch_size", lambda v: v is None or v >= 1, f"{at_least_one}, or null"),
+        *((name, lambda v: v is None or v < _MOST, "must be below 2**31") for name in _COUNTS),
         ("prefix_cut", lambda v: v in (None, *CUTS), f"must be null or one of {', '.join(CUTS)}"),
         *(
             (
@@ -53,7 +63,7 @@ def broken_rules(values: Mapping[str, Any]) -> list[str]:
             for tier in ("gpu", "host", "disk")
         ),
         ("tuning", lambda v: v in TUNING, f"must be one of {', '.join(TUNING)}"),
-        ("lora_rank", lambda v: 1 <= v < _MOST, at_least_one),
+        ("lora_rank", lambda v: v >= 1, at_least_one),
         (
             "lora_alpha",
             lambda v: v is None or (math.isfinite(v) and v > 0),
@@ -105,7 +115,7 @@ def _is_model(value: Any) -> bool:
         return bool(value.strip())
     # A pair of anything else, of two names say, is of no use.
     pair = isinstance(value, (tuple, list)) and len(value) == 2
-    return value is None or (pair and isinstance(value[0], torch.nn.Module) and callable(value[1]))
+    return value is None or (pair and isinstance(value[0], torch.nn.Module))
 
 
 def _template_problems(template: Any) -> list[str]:

@@ -54,7 +54,9 @@ def text_of(path: str | Path, error: type[LocFTError], *, most: int | None = Non
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as reason:
-        raise error(f"{path} is not UTF-8 (byte {reason.start}). Convert it.") from reason
+        raise error(
+            f"`{path}` does not parse: it is not UTF-8 (byte {reason.start}). Convert it."
+        ) from reason
 
 
 def json_of(text: str, *, unique_keys: bool = False) -> Any:

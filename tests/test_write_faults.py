@@ -246,8 +246,15 @@ def test_writes_that_the_system_cuts_short(tmp_path):
 
 
 def test_a_full_device():
-    if not os.path.exists("/dev/full"):
-        pytest.skip("needs /dev/full")
+    try:
+        with open("/dev/full", "w") as file:
+            file.write("x")
+    except OSError as error:
+        full = error.errno == errno.ENOSPC
+    else:
+        full = False  # a sandbox's own idea of it
+    if not full:
+        pytest.skip("needs a /dev/full that is full")
     with pytest.raises(OutputError, match=r"/dev/full cannot be written: No space left"):
         write_json("/dev/full", {"a": 1})
 
