@@ -208,7 +208,8 @@ class HealthCheck:
     def _safely(self, measure: Callable[[], T]) -> T | None:
         """Returns what `measure` does; `None`, and why in `not_measured`, where it fails."""
         try:
-            with torch.no_grad():
+            # What is recorded outlives this pass, and a caller's inference mode with it.
+            with torch.inference_mode(False), torch.no_grad():
                 return measure()
         except Exception as error:  # an edit of hours is not lost to a look at it
             reason = (str(error).splitlines() or [""])[0]

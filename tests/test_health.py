@@ -341,6 +341,14 @@ def test_the_upper_layers_alone_run_twice_and_the_lower_ones_once():
     assert runs == {0: 1, 3: 4}
 
 
+def test_what_was_recorded_is_given_back():
+    with session_of(toy_model()) as session:
+        session.train_()
+        budget = session._health._runner.prefix.budget
+        assert sum(budget.taken) > 0
+    assert sum(budget.taken) == 0
+
+
 def test_a_later_training_is_compared_with_the_first_beginning():
     model, tokenizer = toy_model(), toy_tokenizer()
     before = naive_perplexity(model, tokenizer)
@@ -383,6 +391,15 @@ def test_random_states_and_what_is_learned_stay():
     assert torch.equal(torch.get_rng_state(), state)
     assert with_check.step_losses == without.step_losses
     assert torch.equal(with_check.new[NAME], without.new[NAME])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_caller_without_gradients_gets_the_same_report(mode):
+    expected, model = edited(toy_model()).health, toy_model()
+    with mode():
+        found = edited(model).health
+    assert found == expected
+    assert found.not_measured == ""
 
 
 def test_the_model_is_left_alone():

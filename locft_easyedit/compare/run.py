@@ -28,7 +28,7 @@ from .outcome import Comparison, Outcome
 from .plan import Settings, planned
 
 _POLL_SECONDS = 0.2
-_BEFORE = {"n", "easyedit", "device", "versions", "summary", "capability"}
+_BEFORE = {"n", "easyedit", "device", "versions", "summary", "capability", "records"}
 _FOLDERS = {BEFORE: "before", STATISTICS: "statistics"}
 
 
