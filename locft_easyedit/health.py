@@ -157,6 +157,10 @@ class HealthCheck:
 
     def before(self) -> None:
         """Measures the perplexity before an edit, unless that was done."""
+        prefix = None if self._runner is None else self._runner.prefix
+        if prefix is not None and prefix.source is not None and not prefix.complete:
+            # The edits' own states came from an earlier run, and nobody else asked for a pass.
+            self.not_measured = "the frozen layers would have to be read from disk for it alone"
         if self.perplexity_before is None and not self.not_measured:
             self.perplexity_before = self._perplexity()
 
@@ -222,16 +226,14 @@ class HealthCheck:
         assert runner is not None
         texts, prefix = runner.texts, runner.prefix
         if prefix is not None and not prefix.complete:
-            prefix.ensure()
-            if not prefix.complete:
-                prefix.record(
-                    texts,
-                    runner.ids,
-                    batch_size=len(texts),
-                    row_tokens=runner.row_tokens,
-                    packed=runner.packed,
-                    progress=False,
-                )
+            prefix.record(
+                texts,
+                runner.ids,
+                batch_size=len(texts),
+                row_tokens=runner.row_tokens,
+                packed=runner.packed,
+                progress=False,
+            )
         with runner.ready():
             losses = runner.edit_losses(np.arange(len(texts))).double().cpu().numpy()  # [N]
         counts = texts.lengths - texts.target_start

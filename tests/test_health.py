@@ -433,6 +433,29 @@ def test_a_streamed_model_is_measured_as_a_resident_one(tmp_path):
     assert reports[0].perplexity_after is not None
 
 
+def test_no_layer_is_read_for_the_text_alone(tmp_path):
+    toy_model().save_pretrained(tmp_path / "toy", max_shard_size="50KB")
+    toy_tokenizer().save_pretrained(tmp_path / "toy")
+    h = toy_hparams(
+        model_name=str(tmp_path / "toy"), stream_frozen=True, device="cpu",
+        prefix_dir=str(tmp_path / "kept"),
+    )  # fmt: skip
+    found = []
+    for _ in range(2):
+        model, tokenizer = load_model(h)
+        with EditSession(model, tokenizer, toy_requests(6), h, progress=False) as session:
+            result = session.train_()
+            found.append((session.stream.n_passes, result))
+    (passes, first), (passes_again, again) = found
+    assert (passes, passes_again) == (1, 0)
+    assert first.health.not_measured == ""
+    assert again.health.not_measured == (
+        "the frozen layers would have to be read from disk for it alone"
+    )
+    assert again.health.perplexity_before is again.health.perplexity_after is None
+    assert torch.equal(again.new[NAME], first.new[NAME])
+
+
 def test_a_real_model(smollm2, warned):
     h = loaded_hparams(model_name=str(smollm2), layers=[27], lr=4e-3, num_steps=4)
     model, tokenizer = load_model(h)

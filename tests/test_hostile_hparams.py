@@ -172,6 +172,18 @@ def test_a_value_from_a_file_reads_no_environment_variable(tmp_path, monkeypatch
         LocFTBFHyperParams.from_mapping(GOOD | {"rewrite_module_tmp": [text]}, source="it")
 
 
+@pytest.mark.parametrize("key", ["model_name", "prefix_dir", "rewrite_module_tmp"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a\0{}", "holds a NUL character. Remove it"), ("\ud800{}", "holds a lone surrogate. Clean")],
+    ids=["NUL", "surrogate"],
+)
+def test_a_name_that_no_file_can_have(key, text, message):
+    for value in (text, [text]) if key == "rewrite_module_tmp" else (text,):
+        with pytest.raises(HyperParamsError, match=f"`{key}=.*` {message}"):
+            LocFTBFHyperParams.from_mapping(GOOD | {key: value}, source="it")
+
+
 # Model folders
 
 
