@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .cli.interrupted import say_interrupted
+from .cli.mistakes import debugging, take_debug, tell
 from .errors import LocFTError
 
 USAGE = """LocFT-BF for EasyEdit: edit facts by localized, breadth-first fine-tuning.
@@ -21,7 +22,8 @@ Usage:
   locft run SCRIPT ...                          run one of EasyEdit's scripts with LocFT-BF
   locft demo [OPTION ...]                       edit 100 facts into SmolLM2-135M on this machine
 
-`locft COMMAND --help` says more.
+`locft COMMAND --help` says more. A mistake is told in one message; with --debug, anywhere among the
+arguments (before SCRIPT for `locft run`), the traceback comes first.
 """
 
 # Imported when asked for: each needs seconds.
@@ -38,31 +40,36 @@ _APPLICATIONS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status (2 for a user's mistake)."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments, debug = take_debug(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0
     command, rest = arguments[0], arguments[1:]
-    try:
-        if command in _APPLICATIONS:
-            main_of: Callable[[Sequence[str]], int] = importlib.import_module(
-                _APPLICATIONS[command], __package__
-            ).main
-            return main_of(rest)
-        if command == "run":
-            if not rest:
-                raise LocFTError("`locft run` needs the path of a script. See locft --help.")
-            from .easyedit.script import run_script
+    with debugging(debug):
+        try:
+            return _run(command, rest)
+        except LocFTError as error:
+            tell(command, error)
+            return 2
+        except KeyboardInterrupt as error:
+            return say_interrupted(command, error)
 
-            run_script(rest[0], rest[1:])
-            return 0
-        names = ", ".join([*_APPLICATIONS, "run"])
-        raise LocFTError(f"`{command}` is no command. Use one of {names} (locft --help).")
-    except LocFTError as error:
-        sys.stderr.write(f"locft {command}: {error}\n")
-        return 2
-    except KeyboardInterrupt as error:
-        return say_interrupted(command, error)
+
+def _run(command: str, rest: list[str]) -> int:
+    if command in _APPLICATIONS:
+        main_of: Callable[[Sequence[str]], int] = importlib.import_module(
+            _APPLICATIONS[command], __package__
+        ).main
+        return main_of(rest)
+    if command == "run":
+        if not rest:
+            raise LocFTError("`locft run` needs the path of a script. See locft --help.")
+        from .easyedit.script import run_script
+
+        run_script(rest[0], rest[1:])
+        return 0
+    names = ", ".join([*_APPLICATIONS, "run"])
+    raise LocFTError(f"`{command}` is no command. Use one of {names} (locft --help).")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError, one_message
+from .reading import ParseError, is_file, json_of, text_of
 
 Record = Mapping[str, Any]
 Request = dict[str, Any]
+_MOST_SHOWN = 500  # characters of a record in a message
 
 
 def read_requests(path: str | Path, n: int | None = None) -> list[Request]:
@@ -50,8 +52,10 @@ def read_requests(path: str | Path, n: int | None = None) -> list[Request]:
         except KeyError as missing:
             problems.append(f"record {i} ({_fields(record)}) lacks {missing}. Add the field.")
             continue
-        except (TypeError, ValueError, AttributeError, IndexError) as error:
-            problems.append(f"record {i} ({_fields(record)}) is not of its form: {error}.")
+        except (TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+            problems.append(
+                f"record {i} ({_fields(record)}) is not of its form: {str(error)[:_MOST_SHOWN]}."
+            )
             continue
         if request is None:
             problems.append(
@@ -70,12 +74,9 @@ def read_requests(path: str | Path, n: int | None = None) -> list[Request]:
 
 
 def _read_records(path: Path) -> list[Any]:
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"`data={path}` is not a file. Give the path of a JSON file.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}). Convert it.") from error
+    text = text_of(path, DataError)
     if path.suffix == ".jsonl":
         return [
             _parse(line, path, number)
@@ -90,7 +91,9 @@ def _read_records(path: Path) -> list[Any]:
 
 def _parse(text: str, path: Path, first_line: int) -> Any:
     try:
-        return json.loads(text)
+        return json_of(text)
+    except ParseError as error:
+        raise DataError(f"{path}, from line {first_line}: {error}. Correct the JSON.") from error
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise DataError(
@@ -101,7 +104,8 @@ def _parse(text: str, path: Path, first_line: int) -> Any:
 def _fields(record: Any) -> str:
     if not isinstance(record, Mapping):
         return f"a {type(record).__name__}"
-    return "fields " + (", ".join(map(str, record)) or "none")
+    names = ", ".join(map(str, record)) or "none"
+    return "fields " + (names if len(names) <= _MOST_SHOWN else names[:_MOST_SHOWN] + "...")
 
 
 def _to_request(record: Any) -> Request | None:

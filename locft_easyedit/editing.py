@@ -236,13 +236,16 @@ class EditSession:
         weights = TrainedWeights(self.place.parameters) if lora is None else lora.weights
         changed = weights if lora is None else lora
         try:
+            finished = checkpoints is not None and checkpoints.finished
+            runner = None if finished else self._ready_runner()
             if self._health is not None and only is None:
                 self._health.before()
             done = self._finished_(weights, checkpoints)
             if done is None:
+                assert runner is not None
                 shown = self.progress if progress is None else progress
                 with nullcontext() if lora is None else lora.in_force():
-                    done = self._trained_(weights, indices, checkpoints, shown)
+                    done = self._trained_(runner, weights, indices, checkpoints, shown)
             adapter = None if lora is None else lora.merge_()
             new, health = changed.values(), None
             if self._health is not None:
@@ -274,6 +277,15 @@ class EditSession:
                 checkpoints.discard()  # it leads there again
             raise
 
+    def _ready_runner(self) -> TextRunner:
+        """Returns what runs the edits, with their prefix complete."""
+        if self._runner is None:  # a checkpoint had made it needless
+            self._runner = self._prepared()
+        if self._runner.prefix is not None and not self._runner.replays:
+            with self._timed("prefix"):
+                self._runner.prefix.ensure()
+        return self._runner
+
     def _finished_(
         self, weights: TrainedWeights, checkpoints: Checkpoints | None
     ) -> Progress | None:
@@ -287,20 +299,16 @@ class EditSession:
 
     def _trained_(
         self,
+        runner: TextRunner,
         weights: TrainedWeights,
         indices: np.ndarray,
         checkpoints: Checkpoints | None,
         progress: bool,
     ) -> Progress:
         """Trains `weights`, from the beginning or from a checkpoint."""
-        if self._runner is None:  # a checkpoint had made it needless
-            self._runner = self._prepared()
-        if self._runner.prefix is not None and not self._runner.replays:
-            with self._timed("prefix"):
-                self._runner.prefix.ensure()
-        with self._timed("train"), self._runner.ready(), with_gradients():
+        with self._timed("train"), runner.ready(), with_gradients():
             done = breadth_first_(
-                self._runner,
+                runner,
                 weights,
                 indices,
                 self.hparams,

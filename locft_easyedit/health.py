@@ -4,6 +4,30 @@ An edit can be learned perfectly and leave a model that can do nothing else. The
 ordinary text shows it early and costs almost nothing (Yang et al., "The Butterfly Effect of Model
 Editing", Findings of ACL 2024); so does the growth of the edited matrices' norms (Gupta et al.,
 "Model Editing at Scale leads to Gradual and Catastrophic Forgetting", Findings of ACL 2024).
+
+The thresholds were chosen on SmolLM2-135M-Instruct in float32: 50 edits, batches of 10, at most 25
+epochs, the down-projection of one layer; 4e-3 is the rate of its YAML. Text is the perplexity of
+the fixed text, after / before (19.8); change the norm of the change over that of the matrix; the
+rest is independent of both: next tokens of other text that stay the same, and the tasks
+`locft_basics` and `locft_copying` (0.83 and 0.60 before).
+
+    data         layer     lr  reliability    text  change  next tokens  basics  copying
+    ZsRE            27   1e-3         0.50    1.11    0.17         0.88    0.79     0.65
+    ZsRE            27   4e-3         1.00    1.28    0.30         0.82    0.80     0.75
+    ZsRE            27  12e-3         0.98    2.27    0.54         0.66    0.79     0.75
+    ZsRE            27  40e-3         1.00    16.3    1.24         0.42    0.69     0.45
+    ZsRE            27   0.12         0.96     848    3.70         0.13    0.51     0.10
+    ZsRE            15   1e-3         0.78    1.14    0.16         0.82    0.78     0.60
+    ZsRE            15   4e-3         1.00    1.43    0.29         0.74    0.78     0.60
+    ZsRE            15  12e-3         1.00    2.14    0.52         0.61    0.71     0.55
+    CounterFact     27   1e-3         0.88    1.13    0.16         0.80    0.80     0.60
+    CounterFact     27   4e-3         1.00    1.52    0.27         0.66    0.80     0.60
+    CounterFact     27  12e-3         1.00    3.37    0.52         0.49    0.81     0.35
+    CounterFact     27  40e-3         0.98    28.7    1.33         0.25    0.69     0.10
+    CounterFact     27   0.12         1.00    5543    3.50         0.07    0.55     0.00
+
+Reliability says nothing about damage. A ratio of 2.5 separates what lost a task from what did not;
+the change alone does so only where the matrix moved by more than its own norm.
 """
 
 from __future__ import annotations
@@ -30,7 +54,7 @@ from .tokens import TokenizedTexts, ids_of
 
 logger = logging.getLogger(__name__)
 
-PERPLEXITY_RATIO = 4.0
+PERPLEXITY_RATIO = 2.5
 RELATIVE_CHANGE = 1.0
 _TEXT = Path(__file__).with_name("health_text.txt")
 _FEWEST_TOKENS = 50  # predicted ones; fewer say little
@@ -147,6 +171,10 @@ class HealthCheck:
 
     def before(self) -> None:
         """Measures the perplexity before an edit, unless that was done."""
+        prefix = None if self._runner is None else self._runner.prefix
+        if prefix is not None and prefix.source is not None and not prefix.complete:
+            # The edits' own states came from an earlier run, and nobody else asked for a pass.
+            self.not_measured = "the frozen layers would have to be read from disk for it alone"
         if self.perplexity_before is None and not self.not_measured:
             self.perplexity_before = self._perplexity()
 
@@ -198,7 +226,8 @@ class HealthCheck:
     def _safely(self, measure: Callable[[], T]) -> T | None:
         """Returns what `measure` does; `None`, and why in `not_measured`, where it fails."""
         try:
-            with torch.no_grad():
+            # What is recorded outlives this pass, and a caller's inference mode with it.
+            with torch.inference_mode(False), torch.no_grad():
                 return measure()
         except Exception as error:  # an edit of hours is not lost to a look at it
             reason = (str(error).splitlines() or [""])[0]
@@ -211,16 +240,14 @@ class HealthCheck:
         assert runner is not None
         texts, prefix = runner.texts, runner.prefix
         if prefix is not None and not prefix.complete:
-            prefix.ensure()
-            if not prefix.complete:
-                prefix.record(
-                    texts,
-                    runner.ids,
-                    batch_size=len(texts),
-                    row_tokens=runner.row_tokens,
-                    packed=runner.packed,
-                    progress=False,
-                )
+            prefix.record(
+                texts,
+                runner.ids,
+                batch_size=len(texts),
+                row_tokens=runner.row_tokens,
+                packed=runner.packed,
+                progress=False,
+            )
         with runner.ready():
             losses = runner.edit_losses(np.arange(len(texts))).double().cpu().numpy()  # [N]
         counts = texts.lengths - texts.target_start

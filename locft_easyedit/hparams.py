@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, List, Optional, Union  # noqa: UP035
+from typing import Any, List, Optional, Union, get_type_hints  # noqa: UP035
 
 import torch
-import yaml
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import HyperParamsError, one_message
 from .hparams_rules import ALG_NAME, DTYPES, broken_rules
+from .reading import bad_text, is_file, json_of, shown, text_of, yaml_of
 
+_MOST_BYTES = 2**20
 REQUIRED_IN_FILE = ("alg_name", "model_name", "layers", "rewrite_module_tmp", "lr")
 # Keys of EasyEdit's other fine-tuning YAMLs: a copied file is told that they do nothing here.
 OTHER_METHODS_KEYS = frozenset(
@@ -35,6 +36,18 @@ OTHER_METHODS_KEYS = frozenset(
         "v_loss_layer",
         "stats_dir",
     ]
+)
+
+
+# What OmegaConf, and the values themselves, raise where they do not suit a field.
+_NOT_OF_THE_TYPE = (
+    OmegaConfBaseException,
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    OverflowError,
+    RecursionError,
 )
 
 
@@ -213,6 +226,10 @@ class LocFTBFHyperParams:
         Raises:
             HyperParamsError: As for `from_hparams`.
         """
+        if not isinstance(config, Mapping):
+            raise HyperParamsError(
+                f"{source} holds {type(config).__name__}, not keys with values. Give a mapping."
+            )
         optional = {f.name for f in dataclasses.fields(cls) if str(f.type).startswith("Optional")}
         present = {
             k: v for k, v in config.items() if (v is not None or k in optional) and v != "???"
@@ -220,7 +237,7 @@ class LocFTBFHyperParams:
         alg_name = present.get("alg_name")
         if alg_name is not None and alg_name != ALG_NAME:
             raise HyperParamsError(
-                f"`alg_name={alg_name!r}` in {source} is another method; these are the "
+                f"`alg_name={shown(alg_name)}` in {source} is another method; these are the "
                 f"hyper-parameters of {ALG_NAME}. Use a file with `alg_name: {ALG_NAME}`."
             )
         missing = [f"`{key}` is missing. Add it." for key in REQUIRED_IN_FILE if key not in present]
@@ -237,15 +254,19 @@ def read_mapping(name_or_path: str | Path) -> tuple[Path, dict[str, Any]]:
     Raises:
         HyperParamsError: The file is missing, does not parse, or is not a mapping.
     """
+    if not isinstance(name_or_path, (str, Path)) or not Path(name_or_path).name:
+        raise HyperParamsError(
+            f"`{shown(name_or_path)}` is not a file. Give the path of an hparams YAML."
+        )
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml", ".json"):
         path = path.with_name(path.name + ".yaml")
-    if not path.is_file():
+    if not is_file(path):
         raise HyperParamsError(f"`{path}` is not a file. Give the path of an hparams YAML.")
+    text = text_of(path, HyperParamsError, most=_MOST_BYTES)
     try:
-        text = path.read_text(encoding="utf-8")
-        config = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        config = json_of(text, unique_keys=True) if path.suffix == ".json" else yaml_of(text)
+    except ValueError as error:
         raise HyperParamsError(f"`{path}` does not parse: {error}. Correct the file.") from error
     if not isinstance(config, dict):
         raise HyperParamsError(
@@ -257,25 +278,47 @@ def read_mapping(name_or_path: str | Path) -> tuple[Path, dict[str, Any]]:
 
 def _typed(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Returns the values converted to their fields' types, and a line for each that is not."""
-    schema = OmegaConf.structured(LocFTBFHyperParams)
-    known = list(schema.keys())
+    known = [f.name for f in dataclasses.fields(LocFTBFHyperParams)]
     typed: dict[str, Any] = {}
     problems = []
     for key, value in values.items():
         if key not in known:
-            problems.append(_unknown_key(str(key), known))
+            problems.append(_unknown_key(shown(key) if not isinstance(key, str) else key, known))
+        elif (unusable := _unusable(value)) is not None:
+            problems.append(f"`{key}={shown(value)}` {unusable}.")
         elif key == "model_name":
             typed[key] = value  # may be a loaded (model, tokenizer); OmegaConf holds plain values
         else:
             try:
-                merged = OmegaConf.merge(schema, {str(key): value})[str(key)]  # type: ignore[index]
+                merged = OmegaConf.merge(_schema_of(key), {key: value})[key]  # type: ignore[index]
                 typed[key] = (
                     OmegaConf.to_container(merged) if OmegaConf.is_config(merged) else merged
                 )
-            except OmegaConfBaseException as error:
-                reason = str(error).split("\n")[0]
-                problems.append(f"`{key}={value!r}`: {reason}. Allowed: {_type_name(key)}.")
+            except _NOT_OF_THE_TYPE as error:
+                reason = (str(error) or type(error).__name__).split("\n")[0][:300]
+                problems.append(f"`{key}={shown(value)}`: {reason}. Allowed: {_type_name(key)}.")
     return typed, problems
+
+
+@functools.cache
+def _schema_of(key: str) -> Any:
+    """Returns a schema with this field alone: with all of them, each value takes milliseconds."""
+    annotation = get_type_hints(LocFTBFHyperParams)[key]
+    one = dataclasses.make_dataclass("OneField", [(key, annotation, MISSING)])
+    return OmegaConf.structured(one)
+
+
+def _unusable(value: Any) -> str | None:
+    """Returns what is wrong with the texts within a value, whatever its type."""
+    waiting = [value] if isinstance(value, (str, list)) else []
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, list):
+            waiting += one
+        # OmegaConf would put in what it names: an environment variable, say.
+        elif isinstance(one, str) and "${" in one:
+            return "holds `${`; nothing is put in here. Write the value out"
+    return bad_text(value)
 
 
 def _type_name(key: str) -> str:
@@ -303,6 +346,7 @@ def type_problems(values: Mapping[str, Any]) -> list[str]:
 def _unknown_key(key: str, known: list[str]) -> str:
     if key in OTHER_METHODS_KEYS:
         return f"`{key}` belongs to other methods of EasyEdit and does nothing here. Remove it."
-    close = difflib.get_close_matches(key, known, n=1)
+    name = key if len(key) <= 100 else f"{key[:97]}..."
+    close = difflib.get_close_matches(name, known, n=1)
     hint = f"Did you mean `{close[0]}`?" if close else f"Known keys: {', '.join(known)}."
-    return f"`{key}` is not a key of {ALG_NAME}. {hint}"
+    return f"`{name}` is not a key of {ALG_NAME}. {hint}"

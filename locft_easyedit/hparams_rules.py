@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .reading import shown
+
 ALG_NAME = "LocFT-BF"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ON_CONFLICT = ("train", "error", "last")
@@ -15,6 +17,16 @@ CUTS = ("matrix", "mlp", "layer")
 QUANTIZED = ("8bit", "4bit")
 TUNING = ("full", "lora")
 EVALUATION_TYPES = ("LLM-judge", "generate-text")
+_COUNTS = (
+    "num_steps",
+    "batch_size",
+    "eval_batch_size",
+    "max_length",
+    "row_tokens",
+    "micro_batch_size",
+    "lora_rank",
+)
+_MOST = 2**31  # of a count: what arrays are indexed with
 
 
 def broken_rules(values: Mapping[str, Any]) -> list[str]:
@@ -40,6 +52,7 @@ def broken_rules(values: Mapping[str, Any]) -> list[str]:
         ("max_length", lambda v: v >= 1, at_least_one),
         ("row_tokens", lambda v: v >= 1, at_least_one),
         ("micro_batch_size", lambda v: v is None or v >= 1, f"{at_least_one}, or null"),
+        *((name, lambda v: v is None or v < _MOST, "must be below 2**31") for name in _COUNTS),
         ("prefix_cut", lambda v: v in (None, *CUTS), f"must be null or one of {', '.join(CUTS)}"),
         *(
             (
@@ -62,8 +75,8 @@ def broken_rules(values: Mapping[str, Any]) -> list[str]:
             "must be 0 or more (0 makes one after every step), or null",
         ),
         ("seed", lambda v: 0 <= v < 2**64, "must be 0 or more, and below 2**64"),
-        ("batch_loss_threshold", lambda v: v >= 0, off_at_zero),
-        ("epoch_loss_threshold", lambda v: v >= 0, off_at_zero),
+        ("batch_loss_threshold", lambda v: math.isfinite(v) and v >= 0, off_at_zero),
+        ("epoch_loss_threshold", lambda v: math.isfinite(v) and v >= 0, off_at_zero),
         ("dtype", lambda v: v in (None, *DTYPES), f"must be one of {', '.join(DTYPES)}"),
         (
             "fp16",
@@ -88,7 +101,7 @@ def broken_rules(values: Mapping[str, Any]) -> list[str]:
         ),
     ]
     problems = [
-        f"`{key}={values[key]!r}` {rule}."
+        f"`{key}={shown(values[key])}` {rule}."
         for key, holds, rule in rules
         if key in values and not holds(values[key])
     ]
@@ -100,20 +113,20 @@ def broken_rules(values: Mapping[str, Any]) -> list[str]:
 def _is_model(value: Any) -> bool:
     if isinstance(value, str):
         return bool(value.strip())
-    # A pair of strings would be two names, and of no use.
-    loaded = isinstance(value, (tuple, list)) and len(value) == 2
-    return value is None or (loaded and not any(isinstance(part, str) for part in value))
+    # A pair of anything else, of two names say, is of no use.
+    pair = isinstance(value, (tuple, list)) and len(value) == 2
+    return value is None or (pair and isinstance(value[0], torch.nn.Module))
 
 
 def _template_problems(template: Any) -> list[str]:
     templates = [template] if isinstance(template, str) else template
     if not isinstance(templates, (list, tuple)) or not templates:
         return [
-            f"`rewrite_module_tmp={template!r}` must be a text or a list of texts, for example "
+            f"`rewrite_module_tmp={shown(template)}` must be a text or a list of texts, such as "
             '"model.layers.{}.mlp.down_proj.weight".'
         ]
     return [
-        f"`rewrite_module_tmp={one!r}` must hold {{}} once, in place of the layer number, for "
+        f"`rewrite_module_tmp={shown(one)}` must hold {{}} once, in place of the layer number, for "
         'example "model.layers.{}.mlp.down_proj.weight".'
         for one in templates
         if not isinstance(one, str)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +25,7 @@ from .hparams import DTYPES, LocFTBFHyperParams
 from .lora import check_low_rank
 from .offload import room_for_conversions, streaming_map
 from .place import match_parameters
+from .reading import is_file, shown
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,9 @@ def _one_model_error(name: str) -> Iterator[None]:
         yield
     except LocFTError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # code of any kind reads what a folder holds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"`model_name={name!r}` cannot be loaded as a causal language model: {reason}"
@@ -273,9 +275,15 @@ def _check_shards(name: str, folder: Path) -> None:
         return
     try:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        odd = [shard for shard in shards if Path(shard).name != shard or "\0" in shard]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ModelError(f"`{index}` is damaged: {error}. Download the model again.") from error
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if odd:
+        raise ModelError(
+            f"`{index}` names {shown(odd[0])}, which is no file of this folder. Download the model "
+            "again, from somebody you trust."
+        )
+    missing = [shard for shard in shards if not is_file(folder / shard)]
     if missing:
         raise ModelError(
             f"`model_name={name!r}` lacks {len(missing)} of its {len(shards)} parts: "

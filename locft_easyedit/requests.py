@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import RequestError, one_message
+from .reading import encodable, shown
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,11 @@ def make_requests(
         "loc_prompts": loc_prompts,
     }
     for part, inputs in (("locality", locality_inputs), ("portability", portability_inputs)):
+        if inputs is not None and not isinstance(inputs, Mapping):
+            raise RequestError(
+                f"{part}_inputs is a {type(inputs).__name__}; it must be a dictionary: a name, and "
+                "for it `prompt` and `ground_truth`, each a list."
+            )
         for name, fields in (inputs or {}).items():
             for key in _PART_KEYS:
                 value = fields.get(key) if isinstance(fields, Mapping) else None
@@ -227,26 +233,19 @@ def _request_problems(i: int, request: Any) -> list[str]:
         if key not in request:
             problems.append(f"request {i} has no `{key}`. Add it.")
         elif not isinstance(value, str):
-            problems.append(f"request {i}: `{key}={value!r}` is not a text. Give one text.")
+            problems.append(f"request {i}: `{key}={shown(value)}` is not a text. Give one text.")
         elif not value.strip():
             problems.append(
-                f"request {i}: `{key}={value!r}` is blank. Fill it in or drop the request."
+                f"request {i}: `{key}={shown(value)}` is blank. Fill it in or drop the request."
             )
-        elif not _encodable(value):
+        elif not encodable(value):
             problems.append(
-                f"request {i}: `{key}={value!r}` holds a lone surrogate. Clean the text."
+                f"request {i}: `{key}={shown(value)}` holds a lone surrogate. Clean the text."
             )
     return problems
 
 
-def _encodable(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _describe(group: list[Edit]) -> str:
-    targets = ", ".join(f"{edit.target!r} (request {edit.request})" for edit in group)
-    return f"{group[0].prompt!r} -> {targets}"
+    targets = ", ".join(f"{shown(edit.target)} (request {edit.request})" for edit in group[:10])
+    more = f" and {len(group) - 10} more" if len(group) > 10 else ""
+    return f"{shown(group[0].prompt)} -> {targets}{more}"

@@ -12,7 +12,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -84,8 +84,8 @@ class StateFile:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _seal_path(path).unlink(missing_ok=True)
-                file = undo.enter_context(open(path, "w+b"))
-                undo.callback(path.unlink, missing_ok=True)
+                file = open(path, "w+b")  # noqa: SIM115
+                undo.callback(_give_up, file, path)
                 if temporary and os.name == "posix":
                     path.unlink()  # no name: nothing stays, whatever ends this process
                 file.write(header)
@@ -125,7 +125,7 @@ class StateFile:
                 if path.stat().st_size != size or found._checksums(progress) != sums:
                     return None, "it is damaged: its size or its checksums differ"
                 undo.pop_all()
-        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             return None, f"it cannot be read ({type(error).__name__}: {error})"
         found._whole = True
         return found, ""
@@ -146,9 +146,8 @@ class StateFile:
             "block_bytes": _BLOCK,
             "crc32": self._checksums(progress),
         }
-        target = _seal_path(self.path)
         with _telling_disk_errors(self.path):
-            write_atomically(target, json.dumps(value).encode())
+            write_atomically(_seal_path(self.path), json.dumps(value).encode())
         self._whole = True
 
     def put(self, where: torch.Tensor, states: torch.Tensor) -> None:
@@ -230,6 +229,14 @@ def _header(n_tokens: int, width: int, dtype: torch.dtype) -> bytes:
     text = json.dumps(described).encode()
     padding = -(8 + len(text)) % _ALIGNMENT
     return (len(text) + padding).to_bytes(8, "little") + text + b" " * padding
+
+
+def _give_up(file: BinaryIO, path: Path) -> None:
+    """Closes and removes a file that could not be made; the error that led here is what counts."""
+    with suppress(OSError):
+        file.close()  # which writes what is still buffered, and fails as well
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def _seal_path(path: Path) -> Path:

@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from toys import toy_hparams, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit import checkpoint, files, loop
-from locft_easyedit.checkpoint import Checkpoints, read_checkpoint
+from locft_easyedit import checkpoint, checkpoint_file, files, loop
+from locft_easyedit.checkpoint import Checkpoints
+from locft_easyedit.checkpoint_file import read_checkpoint
 from locft_easyedit.editing import EditSession, edit_model
 from locft_easyedit.errors import CheckpointError, EditInterrupted, NonFiniteLossError, OutputError
 
@@ -346,7 +347,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning(fails, tmp_path, monke
             raise OSError(28, "No space left on device")
         return original(*args, **kwargs)
 
-    owner = checkpoint if fails == "save_file" else files.os
+    owner = checkpoint_file if fails == "save_file" else files.os
     original = getattr(owner, fails)
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr(owner, fails, full)
@@ -465,6 +466,6 @@ def test_any_byte_may_change(data, unfinished):
 
 def test_progress_is_kept_whole(unfinished):
     """A field that is added must be kept as well."""
-    kept = {*checkpoint._SERIES, *checkpoint._COUNTS, "shuffling"}
+    kept = {*checkpoint_file._SERIES, *checkpoint_file._COUNTS, "shuffling"}
     fields = {f.name for f in dataclasses.fields(loop.Progress)}
     assert kept == fields

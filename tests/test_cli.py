@@ -52,10 +52,12 @@ def test_edit_writes_what_there_is_to_see(folder):
     done = run("--config-name", "toy.yaml", "data=edits.json", "n=5", "lr=2e-2", "output=out")
     assert done.returncode == 0, done.stderr
     assert "reliability (generated)" in done.stdout
+    assert "perplexity of a fixed text" in done.stdout
     assert "breadth-first" in done.stderr  # the progress bar
     out = folder / "out"
     metrics = json.loads((out / "metrics.json").read_text())
     assert len(metrics["records"]) == metrics["training"]["trained_edits"] == 5
+    assert metrics["training"]["health"]["perplexity_after"] > 1
     assert set(metrics["summary"]["post"]) == {
         "rewrite_acc", "rephrase_acc", "locality", "portability", "generated"
     }  # fmt: skip

@@ -12,7 +12,13 @@ from toys import loaded_hparams, toy_model, toy_requests, toy_tokenizer
 import locft_easyedit
 from locft_easyedit.easyedit import chat, editor_class
 from locft_easyedit.editing import edit_model
-from locft_easyedit.errors import HyperParamsError, LocFTError, ModelError, RequestError
+from locft_easyedit.errors import (
+    HyperParamsError,
+    LocFTError,
+    ModelError,
+    OutputError,
+    RequestError,
+)
 from locft_easyedit.evaluate.teacher_forced import score_records
 from locft_easyedit.hparams import LocFTBFHyperParams
 
@@ -283,7 +289,7 @@ def test_a_file_of_measurements_that_cannot_be_written_is_as_it_was(editor, tmp_
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OutputError, match=r"pre\.json cannot be written: No space left"):
         editor.edit_requests(toy_requests(3), pre_file=str(path), verbose=False)
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
     assert same(before, weights(editor.model))

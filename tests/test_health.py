@@ -341,6 +341,14 @@ def test_the_upper_layers_alone_run_twice_and_the_lower_ones_once():
     assert runs == {0: 1, 3: 4}
 
 
+def test_what_was_recorded_is_given_back():
+    with session_of(toy_model()) as session:
+        session.train_()
+        budget = session._health._runner.prefix.budget
+        assert sum(budget.taken) > 0
+    assert sum(budget.taken) == 0
+
+
 def test_a_later_training_is_compared_with_the_first_beginning():
     model, tokenizer = toy_model(), toy_tokenizer()
     before = naive_perplexity(model, tokenizer)
@@ -385,6 +393,15 @@ def test_random_states_and_what_is_learned_stay():
     assert torch.equal(with_check.new[NAME], without.new[NAME])
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_caller_without_gradients_gets_the_same_report(mode):
+    expected, model = edited(toy_model()).health, toy_model()
+    with mode():
+        found = edited(model).health
+    assert found == expected
+    assert found.not_measured == ""
+
+
 def test_the_model_is_left_alone():
     model = toy_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -414,6 +431,29 @@ def test_a_streamed_model_is_measured_as_a_resident_one(tmp_path):
                 assert session.stream.n_passes == 1  # no layer was read for this alone
     assert reports[0] == reports[1]
     assert reports[0].perplexity_after is not None
+
+
+def test_no_layer_is_read_for_the_text_alone(tmp_path):
+    toy_model().save_pretrained(tmp_path / "toy", max_shard_size="50KB")
+    toy_tokenizer().save_pretrained(tmp_path / "toy")
+    h = toy_hparams(
+        model_name=str(tmp_path / "toy"), stream_frozen=True, device="cpu",
+        prefix_dir=str(tmp_path / "kept"),
+    )  # fmt: skip
+    found = []
+    for _ in range(2):
+        model, tokenizer = load_model(h)
+        with EditSession(model, tokenizer, toy_requests(6), h, progress=False) as session:
+            result = session.train_()
+            found.append((session.stream.n_passes, result))
+    (passes, first), (passes_again, again) = found
+    assert (passes, passes_again) == (1, 0)
+    assert first.health.not_measured == ""
+    assert again.health.not_measured == (
+        "the frozen layers would have to be read from disk for it alone"
+    )
+    assert again.health.perplexity_before is again.health.perplexity_after is None
+    assert torch.equal(again.new[NAME], first.new[NAME])
 
 
 def test_a_real_model(smollm2, warned):

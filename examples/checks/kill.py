@@ -170,7 +170,8 @@ def log_of(folder):
 
 def state_of(folder):
     """Returns how far a killed run had come, and what is not whole in its folder."""
-    from locft_easyedit.checkpoint import FILE_NAME, read_checkpoint
+    from locft_easyedit.checkpoint import FILE_NAME
+    from locft_easyedit.checkpoint_file import read_checkpoint
 
     if not (folder / "run.json").exists():
         return "before it had begun", None

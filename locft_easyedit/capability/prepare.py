@@ -195,7 +195,8 @@ def _unreadable(folder: Path) -> str:
             load_yaml(path, resolve_func=False)
             reasons.append(f"{path.name} has no key `task`")
         except Exception as error:  # whatever YAML and its includes can raise
-            reasons.append(f"{path.name}: {str(error).splitlines()[0]}")
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reasons.append(f"{path.name}: {reason}")
     return f" ({'; '.join(reasons[:5])})" if reasons else ""
 
 

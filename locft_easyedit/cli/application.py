@@ -12,11 +12,13 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import HyperParamsError, LocFTError, one_message
 from ..hparams import LocFTBFHyperParams, read_mapping, type_problems
 from ..hparams_files import hparams_folder
 from .interrupted import say_interrupted
+from .mistakes import tell
 
 Job = Callable[[LocFTBFHyperParams, dict[str, Any], Path], None]
 
@@ -48,7 +50,7 @@ def run_application(
     def run(config: DictConfig) -> None:
         """One run; Hydra calls it once, or once a cell of a multirun."""
         try:
-            values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+            values = _resolved(config)
             given = {key: values.pop(key, None) for key in command_keys}
             hparams = LocFTBFHyperParams.from_mapping(values, source="The hyper-parameters")
             if given["data"] in (None, "???"):
@@ -56,7 +58,7 @@ def run_application(
             job(hparams, given, Path(HydraConfig.get().runtime.output_dir))
         except LocFTError as error:
             # One message for a user's mistake; Hydra would print a stack of its own calls.
-            sys.stderr.write(f"locft {command}: {error}\n")
+            tell(command, error)
             raise SystemExit(2) from error
         except KeyboardInterrupt as error:
             raise SystemExit(say_interrupted(command, error)) from error
@@ -67,6 +69,19 @@ def run_application(
     sys.argv = [f"locft {command}", *_with_stored_configs(arguments, command, config_class)]
     hydra.main(version_base="1.3", config_path=None)(run)()
     return 0
+
+
+def _resolved(config: DictConfig) -> dict[str, Any]:
+    """Returns plain values; `${...}` on the command line is the user's own and is computed.
+
+    Raises:
+        HyperParamsError: It cannot be.
+    """
+    try:
+        return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        reason = str(error).split("\n")[0]
+        raise HyperParamsError(f"{reason}. Correct the value on the command line.") from error
 
 
 def names_of(folder: Path) -> dict[str, Path]:

@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 # A path such as ./lr=1e-3/model is no pair: its first part is not a name.
 _PAIR = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+# What YAML raises besides its own errors.
+_BAD_VALUES = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
 _NULL = ("null", "~", "")
 
 
@@ -75,8 +77,8 @@ def read_arguments(
             given.add(key)
             try:
                 typed[key] = _value(config_class, key, text, fields[key])
-            except (OmegaConfBaseException, yaml.YAMLError, ValueError):
-                problems.append(f"`{key}={text}` must be {_type_name(fields[key])}.")
+            except (OmegaConfBaseException, yaml.YAMLError, *_BAD_VALUES):
+                problems.append(f"`{key}={text[:200]}` must be {_type_name(fields[key])}.")
     problems += [f"{name.upper()} is missing; it comes before the keys." for name in places]
     problems += [
         f"`{name}` is missing. Add {name}=VALUE."

@@ -22,6 +22,7 @@ from ..evaluate.questions import Metrics
 from ..evaluate.summary import summarize
 from ..models import load_causal_lm
 from ..pipeline import Stopwatch
+from ..reading import is_file
 from ..report import flat, metrics_table, prepare_folder, seconds_table, show, write_json
 from .arguments import read_arguments
 
@@ -111,7 +112,13 @@ def run_evaluate(config: EvaluateConfig) -> int:
         for i, (request, post) in enumerate(zip(requests, measured, strict=True))
     ]
     for record, pre in zip(records, original or [], strict=bool(original)):
-        finish_(pre, record["post"])
+        try:
+            finish_(pre, record["post"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"`original={config.original}` does not hold the metrics of these records "
+                f"({type(error).__name__}: {error}). Measure the original model again."
+            ) from error
         record["pre"] = pre
     summary = summarize(records)
     written = output / "metrics.json"
@@ -152,7 +159,7 @@ def _evaluation(
 
 
 def _is_file(name: str | None) -> bool:
-    return name is not None and Path(name).is_file()
+    return name is not None and is_file(name)
 
 
 def _stored(config: EvaluateConfig, requests: list[dict[str, Any]]) -> list[Metrics]:
@@ -167,7 +174,9 @@ def _stored(config: EvaluateConfig, requests: list[dict[str, Any]]) -> list[Metr
         same = [record["requested_rewrite"] for record in records] == requests
         metrics: list[Metrics] = [_with_nan(record["post"]) for record in records]
         edited = any(record["pre"] for record in records)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not all(isinstance(entry, dict) for entry in metrics):
+            raise TypeError("`post` is not a mapping")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"`original={path}` is no metrics.json of `locft evaluate` ({type(error).__name__}: "
             f"{error}). Give one, or the original model's folder."

@@ -205,7 +205,7 @@ def _read_texts(file: Path, n: int) -> list[str] | None:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
         texts = [json.loads(line)["text"] for line in lines]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return texts if len(texts) == n and all(isinstance(text, str) for text in texts) else None
 

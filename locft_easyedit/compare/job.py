@@ -93,12 +93,13 @@ class JobFolder:
         self.log = path / "log.txt"
         self.state = path / "state"
 
-    def read(self, file: Path) -> Any:
-        """Returns a file's content, `None` if there is none or it is damaged."""
+    def read(self, file: Path, *keys: str) -> Any:
+        """Returns a file's mapping with at least these keys; `None` if there is none."""
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             return None
+        return found if isinstance(found, dict) and set(keys) <= set(found) else None
 
     def write(self, file: Path, value: Any) -> None:
         """Writes a file so that it is there whole or not at all.

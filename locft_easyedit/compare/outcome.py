@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..files import output_errors, write_atomically
+from ..reading import is_file
 from .outcome_fields import (
     COMPARISON_KINDS,
     OUTCOME_KINDS,
@@ -159,13 +160,18 @@ def read_comparison(path: str | Path) -> Comparison:
         DataError: The file cannot be read or is damaged.
     """
     try:
+        # A pipe would be waited for.
+        if not is_file(path):
+            raise OSError("it is not a file")
         value = json.loads(Path(path).read_text(encoding="utf-8"))
+        return Comparison.from_dict(value, source=str(path))
+    except DataError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"{path} cannot be read as the JSON file of a comparison: {error}. Give the file that "
             "`locft compare` wrote, or run the comparison again."
         ) from error
-    return Comparison.from_dict(value, source=str(path))
 
 
 def headline(outcome: Outcome) -> dict[str, float | None]:

@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Any
 
 from ..errors import DataError, one_message
+from ..reading import shown
 
 STATUSES = ("ok", "failed", "unavailable", "not finite")
 MEMORY_OF = ("GPU", "process")
@@ -50,8 +51,10 @@ def decoded(value: Any) -> Any:
 
 
 def is_number(value: Any) -> bool:
-    """Returns whether `value` is an int or a float."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Returns whether `value` is a float, or an int that one can hold."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**1023
+    return isinstance(value, float)
 
 
 def _is_means(value: Any) -> bool:
@@ -128,7 +131,7 @@ def problems_of(value: Any, kinds: Mapping[str, Kind], where: str) -> list[str]:
     problems += [f"{where} has an unknown field `{name}`." for name in value if name not in kinds]
     for name, (what, is_kind) in kinds.items():
         if name in value and not is_kind(value[name]):
-            problems.append(f"{where}: `{name}={value[name]!r:.80}` is not {what}.")
+            problems.append(f"{where}: `{name}={shown(value[name], 80)}` is not {what}.")
     return problems
 
 

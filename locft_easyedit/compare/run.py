@@ -23,11 +23,13 @@ from tqdm import tqdm
 
 from ..errors import LocFTError, OutputError, one_message
 from ..files import locked
+from ..reading import is_file
 from .job import BEFORE, STATISTICS, Job, JobFolder
 from .outcome import Comparison, Outcome
 from .plan import Settings, planned
 
 _POLL_SECONDS = 0.2
+_BEFORE = {"n", "easyedit", "device", "versions", "summary", "capability", "records"}
 _FOLDERS = {BEFORE: "before", STATISTICS: "statistics"}
 
 
@@ -50,7 +52,7 @@ def _compared(
 ) -> Comparison:
     folders = {name: JobFolder(settings.output / _folder_of(name)) for name in jobs}
     _refuse_other_settings(jobs, folders)
-    before = _result(jobs[BEFORE], folders[BEFORE], settings.progress)
+    before = _result(jobs[BEFORE], folders[BEFORE], settings.progress, again_if=_lacks_figures)
     if isinstance(before, str):
         raise LocFTError(f"The model could not be measured before editing: {before}")
     statistics: Any = None
@@ -113,7 +115,7 @@ def _refuse_other_settings(jobs: Mapping[str, Job], folders: Mapping[str, JobFol
 
 def _has_something(folder: JobFolder) -> bool:
     """Whether a folder holds a result, or a part of one, that is worth keeping."""
-    stored = folder.read(folder.result)
+    stored = folder.read(folder.result, "result")
     return folder.state.exists() if stored is None else not _not_ok(stored["result"])
 
 
@@ -124,14 +126,14 @@ def _result(
     again_if: Callable[[Any], bool] = lambda result: False,
 ) -> Any:
     """Returns what a job found, from its folder or by running it; a text if it failed."""
-    stored = folder.read(folder.result)
+    stored = folder.read(folder.result, "result")
     if stored is not None and not again_if(stored["result"]):
         return stored["result"]
     folder.result.unlink(missing_ok=True)
     (folder.path / "null_space_project.pt").unlink(missing_ok=True)  # AlphaEdit trusts any it finds
     folder.write(folder.job, vars(job))
     reason = _run_process(job.name, folder, progress)
-    stored = folder.read(folder.result)
+    stored = folder.read(folder.result, "result")
     if stored is None:
         return reason or "its process ended without a result"
     shutil.rmtree(folder.state, ignore_errors=True)
@@ -155,9 +157,9 @@ def _run_process(name: str, folder: JobFolder, progress: bool) -> str | None:
         )
         try:
             while process.poll() is None:
-                _show(bar, name, folder.read(folder.progress))
+                _show(bar, name, folder.read(folder.progress, "phase", "done", "total"))
                 time.sleep(_POLL_SECONDS)
-            _show(bar, name, folder.read(folder.progress))
+            _show(bar, name, folder.read(folder.progress, "phase", "done", "total"))
         except BaseException:
             process.terminate()
             try:
@@ -216,7 +218,14 @@ def _not_ok(result: Any) -> bool:
 
 def _files_are_gone(statistics: Any) -> bool:
     """Whether key covariances that were computed once are no longer there."""
-    return any(not Path(file).is_file() for file in statistics.get("files", []))
+    if not isinstance(statistics, Mapping) or not isinstance(statistics.get("files", []), list):
+        return True  # the file is damaged
+    return any(not is_file(str(file)) for file in statistics.get("files", []))
+
+
+def _lacks_figures(before: Any) -> bool:
+    """Whether a stored measurement before editing is damaged."""
+    return not isinstance(before, Mapping) or not set(before) >= _BEFORE
 
 
 def _folder_of(name: str) -> str:

@@ -17,7 +17,7 @@ from ..errors import HyperParamsError, LocFTError
 from ..evaluate.choices import HowToRun
 from ..evaluate.questions import Metrics
 from ..evaluate.summary import summarize
-from ..files import replacing
+from ..files import output_errors, replacing
 from ..hparams import ALG_NAME, LocFTBFHyperParams
 from ..models import load_model
 from ..requests import make_requests
@@ -317,7 +317,11 @@ class LocFTBFMethods:
             else:
                 entries = [{"pre": value} for value in measure("before the edit")]
                 if pre_file is not None:
-                    with replacing(pre_file) as path, path.open("w", encoding="utf-8") as file:
+                    with (
+                        output_errors(pre_file),
+                        replacing(pre_file) as path,
+                        path.open("w", encoding="utf-8") as file,
+                    ):
                         json.dump(entries, file, indent=4)
             start = time.perf_counter()
             if alone and len(requests) > 1:

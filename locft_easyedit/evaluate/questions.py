@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..devices import context_length
 from ..errors import RequestError, one_message
+from ..reading import encodable, shown
 
 Metrics = dict[str, Any]
 PARTS = ("rewrite", "rephrase", "locality", "portability")
@@ -38,7 +39,7 @@ class Question:
     @property
     def where(self) -> str:
         """The question's place, for a message."""
-        name = f" {self.name!r}" if self.name else ""
+        name = f" {shown(self.name)}" if self.name else ""
         return f"request {self.record}, {self.part}{name}"
 
 
@@ -62,6 +63,9 @@ class Questions:
         self.parts = parts
         first_prompt, problems = array("q", [0]), []
         for i, record in enumerate(records):
+            if shape := _shape_problems(i, record):
+                problems += shape
+                continue
             questions = list(_questions(i, record))
             problems += [problem for question in questions for problem in _problems(question)]
             n_prompts = sum(len(q.prompts) for q in questions if q.part in parts)
@@ -117,6 +121,27 @@ def check_lengths(
         raise RequestError(one_message("The requests cannot be evaluated:", problems))
 
 
+def _shape_problems(index: int, record: Any) -> list[str]:
+    """Returns what keeps the questions of a record from being found at all."""
+    if not isinstance(record, Mapping):
+        return [f"request {index} is a {type(record).__name__}, not a dictionary."]
+    where = f"request {index}"
+    problems = [
+        f"{where} has no `{k}`. Add it." for k in ("prompt", "target_new") if k not in record
+    ]
+    for part in ("locality", "portability"):
+        entries = record.get(part) or {}
+        if not isinstance(entries, Mapping):
+            problems.append(f"{where}: `{part}` is a {type(entries).__name__}, not a dictionary.")
+            continue
+        problems += [
+            f"{where}, {part} {shown(name)} needs `prompt` and `ground_truth`. Add them."
+            for name, fields in entries.items()
+            if not isinstance(fields, Mapping) or not {"prompt", "ground_truth"} <= set(fields)
+        ]
+    return problems
+
+
 def _questions(index: int, record: Mapping[str, Any]) -> Iterable[Question]:
     target = record["target_new"]
     yield _question(index, "rewrite", "", record["prompt"], target)
@@ -143,7 +168,8 @@ def _problems(question: Question) -> list[str]:
             "Pair them."
         )
     return problems + [
-        f"{question.where}: `{text!r}` must be a text that is not blank. Fill it in or drop it."
+        f"{question.where}: `{shown(text)}` must be a text that is not blank and holds no lone "
+        "surrogate. Fill it in or drop it."
         for text in (*question.prompts, *question.answers)
-        if not isinstance(text, str) or not text.strip()
+        if not isinstance(text, str) or not text.strip() or not encodable(text)
     ]

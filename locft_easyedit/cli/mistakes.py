@@ -1,0 +1,51 @@
+"""What a user sees of an error: one message, and with `--debug` where it comes from."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+OPTION = "--debug"
+_HYDRA = "HYDRA_FULL_ERROR"
+_debug: ContextVar[bool] = ContextVar("debug", default=False)
+
+
+def take_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    """Returns the arguments without `--debug`, and whether it was among them.
+
+    What follows the script of `locft run` is the script's own.
+    """
+    rest = list(arguments)
+    end = len(rest)
+    plain = [i for i, argument in enumerate(rest) if argument != OPTION]
+    if len(plain) > 1 and rest[plain[0]] == "run":
+        end = plain[1]
+    ours = [argument for argument in rest[:end] if argument != OPTION]
+    return ours + rest[end:], len(ours) < end
+
+
+@contextmanager
+def debugging(on: bool) -> Iterator[None]:
+    """Within, `tell` shows where errors come from, and so does Hydra, if `on`."""
+    token, former = _debug.set(on), os.environ.get(_HYDRA)
+    if on:
+        os.environ[_HYDRA] = "1"
+    try:
+        yield
+    finally:
+        _debug.reset(token)
+        if on and former is None:
+            del os.environ[_HYDRA]
+        elif on and former is not None:
+            os.environ[_HYDRA] = former
+
+
+def tell(command: str, error: BaseException) -> None:
+    """Writes an error to the terminal: its message, after its traceback with `--debug`."""
+    if _debug.get():
+        traceback.print_exception(error)
+    sys.stderr.write(f"locft {command}: {error}\n")
