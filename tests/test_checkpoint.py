@@ -25,6 +25,14 @@ N = 14
 SETTINGS = {"batch_size": 4, "num_steps": 3, "lr": 5e-3, "batch_loss_threshold": 5.9}
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Ctrl-C as on a terminal: a shell starts what runs in the background without it."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
 def weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 

@@ -55,7 +55,11 @@ def run(*arguments):
 def interrupted(number, *arguments):
     """Starts the command and sends it a signal in training; returns its exit status and errors."""
     process = subprocess.Popen(
-        command("num_steps=100000", *arguments), stderr=subprocess.PIPE, text=True
+        command("num_steps=100000", *arguments),
+        stderr=subprocess.PIPE,
+        text=True,
+        # Ctrl-C as on a terminal: a shell starts what runs in the background without it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     shown = ""
     while "loss=" not in shown:  # an epoch is done
