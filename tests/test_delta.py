@@ -103,7 +103,7 @@ def test_a_tied_matrix_is_not_written():
         untied.lm_head.weight.copy_(parameter)
     new = {name: parameter.detach() + 1}
     values = {"new": new, "original": {name: parameter.detach().clone()}}
-    result = type("Result", (), values | {"losses": [], "edits": None})
+    result = type("Result", (), values | {"losses": [], "lora": None, "edits": None})
     delta = Delta.of(result, untied, toy_hparams(), toy_requests(2))
     with pytest.raises(DeltaError, match=r"it is tied to `lm_head.weight`"):
         apply_delta(tied, delta)
@@ -125,7 +125,7 @@ def test_states(trained):
 def test_an_edit_that_changes_nothing_goes_both_ways():
     model = toy_model()
     value = dict(model.named_parameters())[PLACE].detach().clone()
-    names = {"new": {PLACE: value}, "original": {PLACE: value}, "losses": []}
+    names = {"new": {PLACE: value}, "original": {PLACE: value}, "losses": [], "lora": None}
     delta = Delta.of(type("Result", (), names), model, toy_hparams(), toy_requests(1))
     before = values_of(model)
     apply_delta(model, delta)
@@ -192,7 +192,7 @@ def test_half_an_edit():
     names = [place.format(2, "up"), place.format(2, "down")]
     original = {n: before[n] for n in names}
     new = {n: before[n] * 2 for n in names}
-    result = type("Result", (), {"new": new, "original": original, "losses": []})
+    result = type("Result", (), {"new": new, "original": original, "losses": [], "lora": None})
     delta = Delta.of(result, model, toy_hparams(), toy_requests(1))
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight.mul_(2)

@@ -58,7 +58,7 @@ def several(names, model, change):
         for name in names:
             parameters[name].add_(change(parameters[name]))
     new = {name: parameters[name].detach().clone() for name in names}
-    result = SimpleNamespace(new=new, original=original, losses=[])
+    result = SimpleNamespace(new=new, original=original, losses=[], lora=None)
     return Delta.of(result, model, toy_hparams(), toy_requests(3))
 
 
@@ -211,6 +211,25 @@ def test_an_edit_that_was_trained_as_lora(tmp_path, base):
     assert (config["r"], config["lora_alpha"]) == (4, 6)
     adapted = loaded(base, tmp_path / "out")
     assert (logits(adapted) - logits(model)).abs().max() < ROUNDING
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_training_as_lora_is_served_as_it_was_trained(tmp_path, kind):
+    """From `tuning: lora` through the file to an adapter that peft loads."""
+    base = saved(tmp_path / "base", toy_model(kind))
+    model = toy_model(kind)
+    hparams = toy_hparams(
+        tuning="lora", lora_rank=3, lora_alpha=5.0, rewrite_module_tmp=DOWN_PROJECTION[kind]
+    )
+    requests = toy_requests(8)
+    result = edit_model(model, toy_tokenizer(), requests, hparams, progress=False)
+    save_delta(tmp_path / "edit", Delta.of(result, model, hparams, requests))
+    export_lora(load_delta(tmp_path / "edit"), base, tmp_path / "out")
+    adapted = loaded(base, tmp_path / "out")
+    assert (logits(adapted) - logits(model)).abs().max() < ROUNDING
+    with adapted.disable_adapter():
+        assert torch.equal(logits(adapted), logits(toy_model(kind)))
+    assert (logits(model) - logits(toy_model(kind))).abs().max() > 1000 * ROUNDING
 
 
 # The smallest rank

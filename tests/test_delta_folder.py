@@ -246,7 +246,9 @@ def test_a_tied_matrix_is_not_rewritten(tmp_path):
     delta = made_delta()
     value = untied.state_dict()[name]
     result = type(
-        "R", (), {"new": {name: value + 1}, "original": {name: value.clone()}, "losses": []}
+        "R",
+        (),
+        {"new": {name: value + 1}, "original": {name: value.clone()}, "losses": [], "lora": None},
     )
     from toys import toy_hparams, toy_requests
 
