@@ -170,22 +170,35 @@ class Checkpoints:
                 tensors[f"{moment}.{name}"] = value
         written = self._write(progress, tensors)
         self._last = time.monotonic()
-        if self._interrupts.received is not None:
-            raise EditInterrupted(
-                self._interrupts.received,
-                f"Interrupted in epoch {progress.epoch + 1}, after {progress.step} of its "
-                "mini-batches. The model is as before the edit. "
-                + (
-                    f"{self.path} has what was trained; the same edit goes on there."
-                    if written
-                    else f"{self.path} could not be written; an earlier one may be there."
-                ),
-            )
+        self._end_if_asked(progress, written)
 
     def finish(self, progress: Progress, weights: TrainedWeights) -> None:
-        """Leaves the trained weights alone: whatever comes next, they need not be trained again."""
+        """Leaves the trained weights alone: whatever comes next, they need not be trained again.
+
+        Raises:
+            EditInterrupted: A signal came after the last step.
+        """
         masters = weights.named_masters()
-        self._write(progress, {f"master.{name}": master for name, master in masters.items()})
+        written = self._write(progress, {f"master.{name}": m for name, m in masters.items()})
+        self._end_if_asked(progress, written)
+
+    def _end_if_asked(self, progress: Progress, written: bool) -> None:
+        """Ends the training if a signal has asked for it.
+
+        Raises:
+            EditInterrupted: It has.
+        """
+        if self._interrupts.received is None:
+            return
+        where = f"in epoch {progress.epoch + 1}, after {progress.step} of its mini-batches"
+        kept = f"{self.path} has what was trained; the same edit goes on there."
+        if not written:
+            kept = f"{self.path} could not be written; an earlier one may be there."
+        raise EditInterrupted(
+            self._interrupts.received,
+            f"Interrupted {'after training' if progress.finished else where}. The model is as "
+            f"before the edit. {kept}",
+        )
 
     def discard(self) -> None:
         """Removes the checkpoint."""

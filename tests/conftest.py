@@ -1,3 +1,4 @@
+import json
 import logging
 import os
 
@@ -5,7 +6,15 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
-from toys import REPOSITORY, SHARED_DATA, loaded_hparams
+from toys import (
+    REPOSITORY,
+    SHARED_DATA,
+    TOY_YAML,
+    loaded_hparams,
+    toy_model,
+    toy_requests,
+    toy_tokenizer,
+)
 
 from locft_easyedit.errors import MissingDependencyError
 
@@ -55,3 +64,14 @@ def easyedit():
 def editor(easyedit):
     """A LocFTBFEditor with a toy model."""
     return easyedit.BaseEditor.from_hparams(loaded_hparams())
+
+
+@pytest.fixture
+def toy_folder(tmp_path, monkeypatch):
+    """A folder with a model, edits and hparams, as the current one."""
+    toy_model("llama").save_pretrained(tmp_path / "toy")
+    toy_tokenizer(pad_is_eos=True).save_pretrained(tmp_path / "toy")
+    (tmp_path / "edits.json").write_text(json.dumps(toy_requests(6)))
+    (tmp_path / "toy.yaml").write_text(TOY_YAML)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

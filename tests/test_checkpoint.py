@@ -20,6 +20,7 @@ from locft_easyedit.checkpoint import Checkpoints
 from locft_easyedit.checkpoint_file import read_checkpoint
 from locft_easyedit.editing import EditSession, edit_model
 from locft_easyedit.errors import CheckpointError, EditInterrupted, NonFiniteLossError, OutputError
+from locft_easyedit.weights import TrainedWeights
 
 N = 14
 SETTINGS = {"batch_size": 4, "num_steps": 3, "lr": 5e-3, "batch_loss_threshold": 5.9}
@@ -165,6 +166,23 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(number, tmp_path, monkey
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     resumed, _ = edit(tmp_path)
     assert_same(weights(resumed), weights(expected))
+
+
+def test_a_signal_after_the_last_step_is_not_lost(tmp_path, monkeypatch):
+    expected, _ = edit(None)
+    finite = TrainedWeights.finite
+
+    def finite_and_interrupted(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return finite(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainedWeights, "finite", finite_and_interrupted)
+        with pytest.raises(EditInterrupted, match="Interrupted after training"):
+            edit(tmp_path, checkpoint_minutes=5)
+    assert read_checkpoint(tmp_path / checkpoint.FILE_NAME).progress.finished
+    model, _ = edit(tmp_path)
+    assert_same(weights(model), weights(expected))
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path, monkeypatch):

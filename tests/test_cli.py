@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from toys import toy_model, toy_requests, toy_tokenizer
+from toys import TOY_YAML, toy_model, toy_requests, toy_tokenizer
 from transformers import AutoModelForCausalLM
 
 from locft_easyedit.__main__ import main
@@ -14,28 +14,6 @@ from locft_easyedit.delta.file import load_delta
 from locft_easyedit.delta.verify import verify_delta
 from locft_easyedit.editing import edit_model
 from locft_easyedit.hparams import LocFTBFHyperParams
-
-YAML = """
-alg_name: LocFT-BF
-model_name: ./toy
-device: cpu
-layers: [2]
-rewrite_module_tmp: model.layers.{}.mlp.down_proj.weight
-lr: 1e-2
-num_steps: 3
-batch_size: 4
-"""
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A folder with a model, edits and hparams, as the current one."""
-    toy_model("llama").save_pretrained(tmp_path / "toy")
-    toy_tokenizer(pad_is_eos=True).save_pretrained(tmp_path / "toy")
-    (tmp_path / "edits.json").write_text(json.dumps(toy_requests(6)))
-    (tmp_path / "toy.yaml").write_text(YAML)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def run(*arguments):
@@ -48,13 +26,13 @@ def run(*arguments):
     )
 
 
-def test_edit_writes_what_there_is_to_see(folder):
+def test_edit_writes_what_there_is_to_see(toy_folder):
     done = run("--config-name", "toy.yaml", "data=edits.json", "n=5", "lr=2e-2", "output=out")
     assert done.returncode == 0, done.stderr
     assert "reliability (generated)" in done.stdout
     assert "perplexity of a fixed text" in done.stdout
     assert "breadth-first" in done.stderr  # the progress bar
-    out = folder / "out"
+    out = toy_folder / "out"
     metrics = json.loads((out / "metrics.json").read_text())
     assert len(metrics["records"]) == metrics["training"]["trained_edits"] == 5
     assert metrics["training"]["health"]["perplexity_after"] > 1
@@ -83,23 +61,23 @@ def test_edit_writes_what_there_is_to_see(folder):
     assert verify_delta(delta, model).state == "applied"
 
 
-def test_edit_saves_the_whole_model_where_asked(folder):
+def test_edit_saves_the_whole_model_where_asked(toy_folder):
     # Overrides may come before the name.
     done = run("data=edits.json", "--config-name", "toy.yaml", "save=model", "output=out")
     assert done.returncode == 0, done.stderr
-    edited = AutoModelForCausalLM.from_pretrained(folder / "out" / "model").state_dict()
+    edited = AutoModelForCausalLM.from_pretrained(toy_folder / "out" / "model").state_dict()
     original = toy_model("llama").state_dict()
     assert [n for n in original if not torch.equal(original[n], edited[n])] == [
         "model.layers.2.mlp.down_proj.weight"
     ]
-    assert not (folder / "out" / "edit.safetensors").exists()
+    assert not (toy_folder / "out" / "edit.safetensors").exists()
 
 
-def test_a_multirun_makes_a_folder_a_cell(folder):
+def test_a_multirun_makes_a_folder_a_cell(toy_folder):
     done = run("-m", "--config-name=toy.yaml", "data=edits.json", "output=out", "lr=1e-2,2e-2")
     assert done.returncode == 0, done.stderr
     rates = [
-        json.loads((folder / "out" / cell / "hparams.json").read_text())["lr"] for cell in "01"
+        json.loads((toy_folder / "out" / cell / "hparams.json").read_text())["lr"] for cell in "01"
     ]
     assert rates == [0.01, 0.02]
 
@@ -128,16 +106,16 @@ def test_help_and_shipped_names(capsys):
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_a_mistake_is_one_message_and_exit_code_2(folder, arguments, message):
-    (folder / "broken.yaml").write_text(YAML + "learning_rate: 1\n")
-    (folder / "bad.json").write_text("[\n{]")
+def test_a_mistake_is_one_message_and_exit_code_2(toy_folder, arguments, message):
+    (toy_folder / "broken.yaml").write_text(TOY_YAML + "learning_rate: 1\n")
+    (toy_folder / "bad.json").write_text("[\n{]")
     done = run(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_value_of_the_wrong_type_is_refused(folder):
+def test_a_value_of_the_wrong_type_is_refused(toy_folder):
     done = run("--config-name=toy.yaml", "data=edits.json", "lr=fast")
     assert done.returncode != 0
     assert "could not be converted to Float" in done.stderr
@@ -178,9 +156,9 @@ json.dump([type(editor).__name__, metrics], open('result.json', 'w'))
 """
 
 
-def test_a_script_of_easyedit_runs_unmodified(folder):
+def test_a_script_of_easyedit_runs_unmodified(toy_folder):
     pytest.importorskip("nltk", reason="EasyEdit needs nltk: pip install locft_easyedit[easyedit]")
-    (folder / "script.py").write_text(SCRIPT)
+    (toy_folder / "script.py").write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, "-m", "locft_easyedit", "run", "script.py", "--hparams_dir=toy.yaml"],
         capture_output=True,
@@ -188,7 +166,7 @@ def test_a_script_of_easyedit_runs_unmodified(folder):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    name, metrics = json.loads((folder / "result.json").read_text())
+    name, metrics = json.loads((toy_folder / "result.json").read_text())
     assert name == "LocFTBFEditor"
     # Such scripts average all entries of locality; token lists are none of them.
     assert [set(m["post"]["locality"]) for m in metrics] == [{"near_acc"}] * 2

@@ -11,36 +11,26 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from toys import REPOSITORY, toy_model, toy_requests, toy_tokenizer
+from toys import REPOSITORY
 
 from locft_easyedit.errors import OutputError
 from locft_easyedit.evaluate.compact import CompactRecords
 from locft_easyedit.files import locked
 from locft_easyedit.run_folder import run_folder, unfinished_run
 
-YAML = """
-alg_name: LocFT-BF
-model_name: ./toy
-device: cpu
-layers: [2]
-rewrite_module_tmp: model.layers.{}.mlp.down_proj.weight
-lr: 1e-2
+LONGER = """
 num_steps: 20
-batch_size: 4
 epoch_loss_threshold: 0
 batch_loss_threshold: 0
 """
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(toy_folder):
     """A folder with a model, edits and hparams, as the current one."""
-    toy_model("llama").save_pretrained(tmp_path / "toy")
-    toy_tokenizer(pad_is_eos=True).save_pretrained(tmp_path / "toy")
-    (tmp_path / "edits.json").write_text(json.dumps(toy_requests(6)))
-    (tmp_path / "toy.yaml").write_text(YAML)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    yaml = toy_folder / "toy.yaml"
+    yaml.write_text(yaml.read_text().replace("num_steps: 3\n", "") + LONGER)
+    return toy_folder
 
 
 def command(*arguments):

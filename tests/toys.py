@@ -229,3 +229,15 @@ def toy_requests(n):
             }
         },
     )
+
+
+TOY_YAML = """
+alg_name: LocFT-BF
+model_name: ./toy
+device: cpu
+layers: [2]
+rewrite_module_tmp: model.layers.{}.mlp.down_proj.weight
+lr: 1e-2
+num_steps: 3
+batch_size: 4
+"""
