@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import OutputError, one_message
-from .files import locked, output_errors
+from .files import LOCK, locked, output_errors
 from .hparams import LocFTBFHyperParams
 from .identity import digest, settings_of
 from .report import prepare_folder, write_json
@@ -43,6 +43,12 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """The folder for what an interrupted run goes on from."""
         return self.path / "checkpoint"
+
+    @property
+    def has_something(self) -> bool:
+        """Whether there is something to go on from."""
+        folder = self.checkpoints
+        return folder.is_dir() and any(file.name != LOCK for file in folder.iterdir())
 
     def finish(self) -> None:
         """Declares the results written; what an interrupted run would need is removed.
@@ -100,6 +106,8 @@ def run_folder(
     with locked(path):
         run = RunFolder(path, settings, command)
         there = _read(path) if resume else None
+        if there is not None and not there["finished"] and not run.has_something:
+            there = None  # it ended before there was anything to go on from
         if there is not None:
             differences = [
                 f"`{key}` is {settings.get(key)!r}; there it is {there['settings'].get(key)!r}."

@@ -117,7 +117,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(toy_folder, arguments, message
 
 def test_a_value_of_the_wrong_type_is_refused(toy_folder):
     done = run("--config-name=toy.yaml", "data=edits.json", "lr=fast")
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert "could not be converted to Float" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -142,11 +142,26 @@ def test_two_runs_do_not_share_an_output(folder):
 
 
 def test_other_edits_under_the_same_name_are_another_run(tmp_path):
-    with run_folder(tmp_path, {"requests": "a", "lr": 1e-3}, {}):
-        pass
+    with run_folder(tmp_path, {"requests": "a", "lr": 1e-3}, {}) as folder:
+        folder.checkpoints.mkdir()
+        (folder.checkpoints / "before.jsonl").write_text("something")
     with (
         pytest.raises(OutputError, match="`requests` is 'b'; there it is 'a'"),
         run_folder(tmp_path, {"requests": "b", "lr": 1e-3}, {}),
+    ):
+        pass
+
+
+def test_a_run_that_ended_before_it_had_anything_gives_way(tmp_path):
+    """A wrong layer, say, shows when the model is looked at: the corrected command goes there."""
+    with run_folder(tmp_path, {"layers": [99]}, {}) as folder, locked(folder.checkpoints):
+        pass
+    with run_folder(tmp_path, {"layers": [2]}, {}) as folder:
+        assert folder.settings == {"layers": [2]}
+        folder.finish()
+    with (
+        pytest.raises(OutputError, match="holds the finished run of something else"),
+        run_folder(tmp_path, {"layers": [1]}, {}),
     ):
         pass
 

@@ -47,8 +47,12 @@ def run_application(
         sys.stdout.write(help_text + ", ".join(sorted(names_of(hparams_folder()))) + "\n")
         return 0
 
+    begun = False
+
     def run(config: DictConfig) -> None:
         """One run; Hydra calls it once, or once a cell of a multirun."""
+        nonlocal begun
+        begun = True
         try:
             values = _resolved(config)
             given = {key: values.pop(key, None) for key in command_keys}
@@ -67,8 +71,16 @@ def run_application(
     open_keys = tuple(f"{f.name}." for f in fields(config_class) if f.default_factory is dict)
     arguments = [f"++{a}" if open_keys and a.startswith(open_keys) else a for a in arguments]
     sys.argv = [f"locft {command}", *_with_stored_configs(arguments, command, config_class)]
-    hydra.main(version_base="1.3", config_path=None)(run)()
+    try:
+        hydra.main(version_base="1.3", config_path=None)(run)()
+    except SystemExit as error:
+        # Hydra has told of an override that it cannot use: a user's mistake like any other.
+        return 2 if error.code == 1 and not begun else _status(error)
     return 0
+
+
+def _status(error: SystemExit) -> int:
+    return error.code if isinstance(error.code, int) else int(error.code is not None)
 
 
 def _resolved(config: DictConfig) -> dict[str, Any]:
