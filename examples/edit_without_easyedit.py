@@ -1,8 +1,16 @@
-"""Edit any causal language model of transformers in place, undo it, and do it again."""
+"""Edit any causal language model of transformers in place, undo it, and keep it as a file."""
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from locft_easyedit import LocFTBFHyperParams, edit_model, make_requests
+from locft_easyedit import (
+    Delta,
+    LocFTBFHyperParams,
+    edit_model,
+    load_delta,
+    make_requests,
+    revert_delta,
+    save_delta,
+)
 
 FOLDER = "models/SmolLM2-135M-Instruct"  # `make demo` puts it there
 
@@ -24,7 +32,11 @@ def answer(prompt):
 print("loss by epoch:", [round(loss, 3) for loss in result.losses])
 for prompt in prompts:
     print("edited:  ", prompt, answer(prompt))
-result.restore_(model)  # bit for bit
+with result.switched_off(model):  # the original, in the same model
+    for prompt in prompts:
+        print("original:", prompt, answer(prompt))
+
+save_delta("edit.safetensors", Delta.of(result, model, hparams))
+revert_delta(model, load_delta("edit.safetensors"))  # in any later program as well; bit for bit
 for prompt in prompts:
-    print("restored:", prompt, answer(prompt))
-result.apply_(model)
+    print("reverted:", prompt, answer(prompt))

@@ -39,7 +39,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
         return
     temporary = target.with_name(_TEMPORARY.format(name=target.name, pid=os.getpid()))
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        temporary.unlink()  # who writes nothing must not leave an empty file in place of the old
         yield temporary
+        # safetensors makes files that nobody else may read, whatever the user's umask says.
+        temporary.chmod(mode)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)

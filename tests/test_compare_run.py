@@ -21,6 +21,7 @@ from locft_easyedit.compare.plan import Settings, planned
 from locft_easyedit.compare.run import compare
 from locft_easyedit.errors import LocFTError, OutputError
 from locft_easyedit.evaluate.choices import HowToRun
+from locft_easyedit.files import locked
 
 
 @pytest.fixture
@@ -230,7 +231,7 @@ def test_what_brought_no_result_may_be_run_with_other_settings(settings, monkeyp
 def test_one_comparison_at_a_time_in_a_folder(settings, monkeypatch):
     FakeProcesses(monkeypatch)
     compare(settings())
-    with run_module._locked(settings().output), pytest.raises(LocFTError, match="Another compar"):
+    with locked(settings().output), pytest.raises(LocFTError, match="in use: another run"):
         compare(settings())
 
 

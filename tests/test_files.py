@@ -266,3 +266,13 @@ def test_a_result_that_cannot_be_written_is_told_and_the_last_one_stays(
 def test_a_model_that_cannot_be_written_is_told(tmp_path):
     with pytest.raises(OutputError, match=r"model cannot be written: No space left\. Free"):
         save_model(tmp_path / "model")
+
+
+def test_a_team_may_read_what_the_umask_lets_it_read(tmp_path):
+    former = os.umask(0o027)
+    try:
+        save_delta(tmp_path / "edit.safetensors", made_delta())
+        write_json(tmp_path / "a.json", {})
+    finally:
+        os.umask(former)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}

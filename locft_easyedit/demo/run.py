@@ -15,7 +15,7 @@ from ..evaluate.summary import summarize
 from ..hparams import LocFTBFHyperParams
 from ..hparams_files import hparams_folder
 from ..pipeline import Run, Stopwatch, write_run
-from ..report import answers_table, metrics_table, prepare_folder, seconds_table, show
+from ..report import answers_table, health_table, metrics_table, prepare_folder, seconds_table, show
 from .model import prepare_smollm2
 
 FACTS = Path(__file__).resolve().parent / "demo_counterfact.json"
@@ -63,9 +63,11 @@ def main(arguments: Sequence[str]) -> int:
         (r["prompt"], r["target_new"], str(pre["answer"]), str(post["answer"]))
         for r, pre, post in zip(requests[:_N_SHOWN], before, after, strict=False)
     ]
+    health = editor.last_result.health
     show(
         answers_table(rows),
         metrics_table(summarize(metrics)),
+        *([] if health is None else [health_table(health)]),
         seconds_table(watch.seconds, within=editor.last_result.timings),
     )
     for what, path in written.items():
