@@ -41,7 +41,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
-        temporary.unlink()  # who writes nothing must not leave an empty file in place of the old
+        os.unlink(temporary)  # who writes nothing must not leave an empty file in place of the old
         yield temporary
         # safetensors makes files that nobody else may read, whatever the user's umask says.
         temporary.chmod(mode)
