@@ -4,15 +4,18 @@ import inspect
 import json
 import logging
 import os
+import signal
 
 import pytest
 import torch
 from toys import loaded_hparams, toy_model, toy_requests, toy_tokenizer
 
 import locft_easyedit
+from locft_easyedit import loop
 from locft_easyedit.easyedit import chat, editor_class
 from locft_easyedit.editing import edit_model
 from locft_easyedit.errors import (
+    EditInterrupted,
     HyperParamsError,
     LocFTError,
     ModelError,
@@ -186,6 +189,29 @@ def test_with_sequential_edit_edits_accumulate(editor):
     _, _, former = editor.edit_requests(requests[3:], sequential_edit=True, verbose=False)
     assert same(former, first)
     assert not same(weights(editor.model), first)
+
+
+def test_an_interrupted_call_goes_on_where_it_was(editor, tmp_path, monkeypatch):
+    requests, before = toy_requests(8), weights(editor.model)
+    plain = toy_model("llama")
+    edit_model(plain, editor.tok, requests, editor.hparams, progress=False)
+    editor.hparams.checkpoint_dir = str(tmp_path)
+    steps, take_ = [], loop._Step.take_
+
+    def interrupted(self, parts):
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take_(self, parts)
+
+    monkeypatch.setattr(loop._Step, "take_", interrupted)
+    with pytest.raises(EditInterrupted, match="epoch 2, after 1 of its mini-batches"):
+        editor.batch_edit(**columns(requests), verbose=False)
+    assert same(weights(editor.model), before)
+    _, model, former = editor.batch_edit(**columns(requests), verbose=False)
+    assert same(weights(model), weights(plain))
+    assert same(former, before)
+    assert len(steps) == 6  # three epochs of two, none of them twice
 
 
 def test_the_unedited_model_answers_beside_the_edited_one(editor):
