@@ -74,7 +74,7 @@ def test_edit_saves_the_whole_model_where_asked(toy_folder):
 
 
 def test_a_multirun_makes_a_folder_a_cell(toy_folder):
-    done = run("-m", "--config-name=toy.yaml", "data=edits.json", "output=out", "lr=1e-2,2e-2")
+    done = run("--config-name=toy.yaml", "data=edits.json", "-m", "output=out", "lr=1e-2,2e-2")
     assert done.returncode == 0, done.stderr
     rates = [
         json.loads((toy_folder / "out" / cell / "hparams.json").read_text())["lr"] for cell in "01"
