@@ -125,8 +125,8 @@ def test_texts_that_a_terminal_would_obey_are_not_written(tmp_path):
     model = toy_model()
     delta = made_delta(model=model)
     hparams = toy_hparams(model_name="bad\x1b[2Jname")
-    result = dataclasses.make_dataclass("Result", ["new", "original", "losses"])(
-        delta.new, delta.original, [1.0]
+    result = dataclasses.make_dataclass("Result", ["new", "original", "losses", "lora"])(
+        delta.new, delta.original, [1.0], None
     )
     again = type(delta).of(
         result,

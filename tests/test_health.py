@@ -440,20 +440,27 @@ def test_no_layer_is_read_for_the_text_alone(tmp_path):
         model_name=str(tmp_path / "toy"), stream_frozen=True, device="cpu",
         prefix_dir=str(tmp_path / "kept"),
     )  # fmt: skip
-    found = []
-    for _ in range(2):
+
+    def run():
         model, tokenizer = load_model(h)
         with EditSession(model, tokenizer, toy_requests(6), h, progress=False) as session:
-            result = session.train_()
-            found.append((session.stream.n_passes, result))
-    (passes, first), (passes_again, again) = found
-    assert (passes, passes_again) == (1, 0)
+            return session.train_(), session.stream.n_passes
+
+    first, passes = run()
+    assert passes == 1
     assert first.health.not_measured == ""
-    assert again.health.not_measured == (
+    again, passes = run()  # the text's states stay with those of the edits
+    assert passes == 0
+    assert again.health == first.health
+    largest = max((tmp_path / "kept").iterdir(), key=lambda path: path.stat().st_size)
+    largest.unlink()  # the text is longer than the edits
+    without, passes = run()
+    assert passes == 0
+    assert without.health.not_measured == (
         "the frozen layers would have to be read from disk for it alone"
     )
-    assert again.health.perplexity_before is again.health.perplexity_after is None
-    assert torch.equal(again.new[NAME], first.new[NAME])
+    assert without.health.perplexity_before is without.health.perplexity_after is None
+    assert torch.equal(without.new[NAME], first.new[NAME])
 
 
 def test_a_real_model(smollm2, warned):
