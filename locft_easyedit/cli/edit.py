@@ -87,7 +87,7 @@ def run_edit(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path)
     requests = read_requests(command["data"], command["n"])
     # Bad requests show before a large model is loaded; conflicts are warned of only once.
     distinct_edits(requests, "error" if hparams.on_conflict == "error" else None)
-    settings = run_settings(hparams, requests)
+    settings = run_settings(hparams, requests) | {"save": command["save"]}
     started_with = _without_output({**hparams.to_dict(), **command})
     with run_folder(output, settings, started_with, resume=command["resume"]) as folder:
         if folder.finished:
