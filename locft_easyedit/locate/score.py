@@ -1,0 +1,22 @@
+"""One number for a place: whether edits are learned, generalize, and leave the rest alone."""
+
+from __future__ import annotations
+
+import math
+
+
+def score(reliability: float, reworded: float, drift: float) -> float:
+    """Returns the harmonic mean of reliability, generalization and stability, 0 to 1.
+
+    As the "score" of Meng et al. ("Locating and Editing Factual Associations in GPT", NeurIPS
+    2022) it is low if any of the three is. Stability is exp(-drift).
+
+    Args:
+        reliability: Share of the edits that are learned.
+        reworded: Share of the edits' rewordings that are answered with the target.
+        drift: KL divergence of the next-token distribution on unrelated text, in nats a token.
+    """
+    parts = (reliability, reworded, math.exp(-drift) if drift >= 0 else math.nan)
+    if not all(math.isfinite(part) for part in parts) or min(parts) <= 0:
+        return 0.0
+    return len(parts) / sum(1 / part for part in parts)
