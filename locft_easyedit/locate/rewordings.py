@@ -7,9 +7,9 @@ help would be measured on what it was chosen for.
 from __future__ import annotations
 
 # Begin so in the middle of a sentence; anything else may be a name.
-_SMALL_WORDS = frozenset(
+_SMALL_WORDS = (
     "a an the in on at of by for from what which who whom whose where when why how was is are were "
-    "do does did can could has have had to it its".split()
+    "do does did can could has have had to it its"
 )
 _QUESTION_FRAMES = (
     "Question: {prompt} Answer:",
@@ -39,4 +39,4 @@ def reword(prompt: str) -> list[str]:
 def _within_sentence(prompt: str) -> str:
     """Returns the prompt as it stands in the middle of a sentence."""
     first = prompt.split(" ", 1)[0]
-    return prompt[:1].lower() + prompt[1:] if first.lower() in _SMALL_WORDS else prompt
+    return prompt[:1].lower() + prompt[1:] if first.lower() in _SMALL_WORDS.split() else prompt
