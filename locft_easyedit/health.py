@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -256,11 +256,20 @@ class HealthCheck:
 
 
 def health_texts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    passages: Sequence[str] | None = None,
 ) -> tuple[TokenizedTexts, str]:
-    """Returns the fixed text's passages as tokens, or why this model cannot be given them."""
+    """Returns a text's passages as tokens, or why this model cannot be given them.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        passages: The text; the fixed one if `None`.
+    """
     empty = TokenizedTexts.from_lists([], [])
-    passages = _TEXT.read_text(encoding="utf-8").strip().split("\n\n")
+    if passages is None:
+        passages = _TEXT.read_text(encoding="utf-8").strip().split("\n\n")
     try:
         found = ids_of(tokenizer, passages)
     except Exception as error:  # a tokenizer may be any Python code

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM that wait for the end of a training step."""
+"""Ctrl-C and SIGTERM: noted until a training step ends, or passed on to other processes."""
 
 from __future__ import annotations
 
@@ -47,3 +47,20 @@ class Interrupts:
         finally:
             for number in taken:
                 signal.signal(number, former[number])
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Within, SIGTERM is an exception, so that processes that were started are ended as well."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+    former = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)

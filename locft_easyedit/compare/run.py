@@ -11,10 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from tqdm import tqdm
 
 from ..errors import LocFTError, OutputError, one_message
 from ..files import locked
+from ..interrupts import ended_by_sigterm
 from ..reading import is_file
 from .job import BEFORE, STATISTICS, Job, JobFolder
 from .outcome import Comparison, Outcome
@@ -148,7 +147,7 @@ def _run_process(name: str, folder: JobFolder, progress: bool) -> str | None:
         environment["EASYEDIT_HOME"] = str(home.resolve())
     folder.progress.unlink(missing_ok=True)
     with (
-        _ended_by_sigterm(),
+        ended_by_sigterm(),
         folder.log.open("ab") as log,
         tqdm(disable=not progress, desc=name, unit="edit", leave=True) as bar,
     ):
@@ -175,23 +174,6 @@ def _run_process(name: str, folder: JobFolder, progress: bool) -> str | None:
         hint = " (the system does so when memory runs out)" if killed == "SIGKILL" else ""
         return f"its process was ended by {killed}{hint}"
     return _last_line(folder.log) or f"its process ended with status {process.returncode}"
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Within, SIGTERM is an exception, so that the process that runs is ended as well."""
-
-    def end(signum: int, frame: Any) -> None:
-        raise SystemExit(128 + signum)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may handle signals
-        return
-    former = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
 
 
 def _command(folder: JobFolder) -> list[str]:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 
+# Less than a few edits can tell from nothing; of places that all fail in one respect, the others
+# still decide.
+_FLOOR = 0.01
+
 
 def score(reliability: float, reworded: float, drift: float) -> float:
     """Returns the harmonic mean of reliability, generalization and stability, 0 to 1.
@@ -17,6 +21,6 @@ def score(reliability: float, reworded: float, drift: float) -> float:
         drift: KL divergence of the next-token distribution on unrelated text, in nats a token.
     """
     parts = (reliability, reworded, math.exp(-drift) if drift >= 0 else math.nan)
-    if not all(math.isfinite(part) for part in parts) or min(parts) <= 0:
+    if not all(math.isfinite(part) for part in parts):
         return 0.0
-    return len(parts) / sum(1 / part for part in parts)
+    return len(parts) / sum(1 / max(part, _FLOOR) for part in parts)

@@ -1,0 +1,384 @@
+"""A location study and its folder: what is tried, what is done, and who is at what."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..data import read_requests
+from ..errors import HyperParamsError, LocFTError, OutputError, one_message
+from ..files import output_errors
+from ..hparams import LocFTBFHyperParams
+from ..identity import digest
+from ..models import model_without_weights, resolve_device
+from ..report import prepare_folder, write_json
+from ..requests import distinct_edits
+from ..run_folder import run_settings
+from .outcome import OK, STATES, Cell, CellOutcome, StudyOutcome
+from .passages import read_passages
+from .places import MODULES, Location, find_locations, select_locations
+
+_FORMAT = 1
+# What the cells differ in, or what has no part in them.
+_NOT_OF_THE_STUDY = ("layers", "rewrite_module_tmp", "lr", "health_check")
+RATES = (0.1, 0.3, 1.0, 3.0)  # times the rate of the YAML
+ANY_DEVICE = "auto"  # the study's own, or a GPU if there is one
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What a location study is asked to do.
+
+    Attributes:
+        hparams: Model and training; the place and the rate of these are replaced.
+        data: A file with edits.
+        n: Only the first n edits; all if `None`.
+        layers: Layers to visit; all if `None`.
+        every: Of these layers every so many, counted from the last.
+        modules: Modules to visit (see `MODULES`); all that the model has if `None`.
+        rates: Learning rates; `RATES` times that of `hparams` if `None`.
+        text: A text file for the drift; the fixed text of the health check if `None`.
+        capability: Tasks to measure in every cell.
+        capability_limit: Items of a task at most.
+        tasks_dir: Folder with tasks of the user's own.
+        devices: A process on each of these works on cells; that of `hparams` alone if `None`.
+        retry: Try cells again that diverged, ran out of memory or failed.
+    """
+
+    hparams: LocFTBFHyperParams
+    data: str
+    n: int | None = None
+    layers: Sequence[int] | None = None
+    every: int = 1
+    modules: Sequence[str] | None = None
+    rates: Sequence[float] | None = None
+    text: str | None = None
+    capability: Sequence[str] = ()
+    capability_limit: int | None = None
+    tasks_dir: str | None = None
+    devices: Sequence[int | str] | None = None
+    retry: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the settings ready for JSON."""
+        return {**vars(self), "hparams": self.hparams.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StudySettings:
+        """Returns the settings that `to_dict` gave."""
+        hparams = LocFTBFHyperParams.from_mapping(values["hparams"], source="The study")
+        return cls(**{**values, "hparams": hparams})
+
+
+@dataclass
+class Study:
+    """A study in its folder: any number of processes may work on it at a time.
+
+    Attributes:
+        settings: What is asked for.
+        path: The folder.
+        requests: The edits.
+        locations: The places, in the order in which they are best tried.
+        rates: The learning rates.
+        passages: The unrelated text, if it is not the fixed one.
+    """
+
+    settings: StudySettings
+    path: Path
+    requests: list[dict[str, Any]] = field(init=False)
+    locations: list[Location] = field(init=False)
+    rates: list[float] = field(init=False)
+    passages: list[str] | None = field(init=False, default=None)
+    _done: dict[str, CellOutcome] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Reads and checks everything; no weights are loaded and nothing is written.
+
+        Raises:
+            LocFTError: The settings, the data or the model cannot be used.
+        """
+        s, h = self.settings, self.settings.hparams
+        problems = _problems(s)
+        for device in (h.device, *(s.devices or ())):
+            resolve_device(None if device == ANY_DEVICE else device)
+        if problems:
+            raise HyperParamsError(one_message("This study cannot be made:", problems))
+        self.requests = read_requests(s.data, s.n)
+        distinct_edits(self.requests, "error" if h.on_conflict == "error" else None)
+        if s.text is not None:
+            self.passages = read_passages(s.text)
+        if s.capability:
+            from ..capability.prepare import prepare_tasks  # an extra
+
+            prepare_tasks(s.capability, tasks_dir=s.tasks_dir, limit=s.capability_limit)
+        model = model_without_weights(h.model_name, trust_remote_code=h.trust_remote_code)
+        self.locations = coarse_to_fine(_visited(find_locations(model), s))
+        self.rates = sorted(float(r) for r in (s.rates or [h.lr * factor for factor in RATES]))
+
+    @property
+    def cells_folder(self) -> Path:
+        """The folder with a file for each cell that is done."""
+        return self.path / "cells"
+
+    @property
+    def before(self) -> Path:
+        """The file with every record's metrics before an edit."""
+        return self.path / "before.jsonl"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes it this study and no other; its grid may grow."""
+        s = self.settings
+        values = run_settings(s.hparams, self.requests)
+        return {k: v for k, v in values.items() if k not in _NOT_OF_THE_STUDY} | {
+            "text": None if self.passages is None else digest(self.passages),
+            "capability": list(s.capability),
+            "capability_limit": s.capability_limit,
+        }
+
+    def open(self) -> None:
+        """Makes the folder this study's, or finds that it is.
+
+        Raises:
+            OutputError: It is another study's, damaged, or cannot be written to.
+        """
+        path = prepare_folder(self.path)
+        with output_errors(path):
+            self.cells_folder.mkdir(exist_ok=True)
+        file, identity = path / "study.json", self.identity
+        with self.held("study"):
+            there = _read(file)
+            if there is None and file.exists():
+                raise OutputError(
+                    f"{file} is damaged or of another version. Choose another output, or remove it."
+                )
+            if there is not None:
+                differences = [
+                    f"`{key}` is {identity.get(key)!r}; there it is {there.get(key)!r}."
+                    for key in sorted({*identity, *there})
+                    if identity.get(key) != there.get(key)
+                ]
+                if differences:
+                    raise OutputError(
+                        one_message(
+                            f"`output={path}` holds another study. Choose another output, or "
+                            "remove that one:",
+                            differences,
+                        )
+                    )
+            write_json(file, {"format": _FORMAT, "study": identity, "settings": self._stored()})
+            self._forget_marks()
+
+    def _forget_marks(self) -> None:
+        """Removes what is to be tried again: once, by the one who asks for it."""
+        for file in self.cells_folder.glob("*.json") if self.settings.retry else ():
+            found = self._outcome(file)
+            if found is not None and found.state != OK:
+                file.unlink()
+        self._done.clear()
+
+    def _stored(self) -> dict[str, Any]:
+        values = self.settings.to_dict()
+        values["data"] = str(Path(values["data"]).resolve())
+        return values
+
+    @contextmanager
+    def held(self, name: str, *, wait: bool = True) -> Iterator[bool]:
+        """Within, nobody else holds this part of the folder; yields whether it was to be had.
+
+        The system ends it with the process, however that ends.
+
+        Args:
+            name: The part.
+            wait: Wait for it, or else yield `False` where somebody has it.
+        """
+        folder = self.path / "locks"
+        with output_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / f"{name}.lock", timeout=-1 if wait else 0)
+            try:
+                lock.acquire()
+            except Timeout:
+                lock = None  # type: ignore[assignment]
+        try:
+            yield lock is not None
+        finally:
+            if lock is not None:
+                lock.release()
+
+    def all_cells(self) -> list[Cell]:
+        """Returns the cells of the grid that is asked for."""
+        return [Cell(location, rate) for location in self.locations for rate in self.rates]
+
+    def open_rates(self, location: Location) -> list[float]:
+        """Returns the rates with which a place was not tried yet."""
+        return [rate for rate in self.rates if self.result(Cell(location, rate)) is None]
+
+    def open_cells(self) -> list[Cell]:
+        """Returns the cells that were not tried yet."""
+        return [cell for cell in self.all_cells() if self.result(cell) is None]
+
+    def result(self, cell: Cell) -> CellOutcome | None:
+        """Returns what a cell found; `None` if it is to be tried."""
+        if cell.key not in self._done:
+            found = self._outcome(self.cells_folder / f"{cell.key}.json")
+            if found is None:
+                return None
+            self._done[cell.key] = found
+        return self._done[cell.key]
+
+    def begin(self, cell: Cell) -> None:
+        """Notes that this process is at a cell now, for the one that has started it."""
+        write_json(self._at(os.getpid()), cell.key)
+
+    def at(self, process: int) -> Cell | None:
+        """Returns the cell that a process was at; `None` if it was at none."""
+        try:
+            values = json.loads(self._at(process).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return next((cell for cell in self.all_cells() if cell.key == values), None)
+
+    def _at(self, process: int) -> Path:
+        return self.path / "locks" / f"at-{process}.json"
+
+    def write(self, outcome: CellOutcome) -> None:
+        """Keeps what a cell found.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        value = {"format": _FORMAT, **outcome.to_dict()}
+        write_json(self.cells_folder / f"{outcome.cell.key}.json", value)
+        self._done[outcome.cell.key] = outcome
+
+    def outcome(self) -> StudyOutcome:
+        """Returns what was found so far, cells of former grids included."""
+        files = sorted(self.cells_folder.glob("*.json"))
+        cells = [found for file in files if (found := self._outcome(file)) is not None]
+        known = {one.cell.key for one in cells}
+        missing = [cell for cell in self.all_cells() if cell.key not in known]
+        return StudyOutcome(
+            model=Path(str(self.settings.hparams.model_name)).name,
+            data=Path(self.settings.data).stem,
+            n=len(self.requests),
+            cells=sorted(cells, key=lambda one: _order(one.cell)),
+            n_cells=len(cells) + len(missing),
+        )
+
+    @staticmethod
+    def _outcome(file: Path) -> CellOutcome | None:
+        """Returns the outcome in a file; `None` if there is none, or none that can be read."""
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            if values.pop("format") != _FORMAT:
+                return None
+            found = CellOutcome.from_dict(values)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None
+        return found if found.state in STATES and f"{found.cell.key}.json" == file.name else None
+
+
+def load_study(folder: Path) -> Study:
+    """Returns the study whose folder this is, as it was asked for last.
+
+    Raises:
+        OutputError: There is none.
+    """
+    try:
+        values = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+        settings = StudySettings.from_dict(values["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, LocFTError):
+            raise
+        raise OutputError(f"{folder} holds no study: {error}.") from error
+    return Study(settings, folder)
+
+
+def coarse_to_fine(locations: Sequence[Location]) -> list[Location]:
+    """Returns the places in an order that gives a picture of the whole model early.
+
+    The middle layer comes first, then those half-way to the ends, and so on.
+    """
+    layers = sorted({location.layer for location in locations})
+    order, waiting = [], [(0, len(layers))]
+    while waiting:
+        start, end = waiting.pop(0)
+        if start < end:
+            middle = (start + end) // 2
+            order.append(layers[middle])
+            waiting += [(start, middle), (middle + 1, end)]
+    return sorted(locations, key=lambda one: (order.index(one.layer), MODULES.index(one.module)))
+
+
+def _visited(locations: Sequence[Location], settings: StudySettings) -> list[Location]:
+    """Returns the places that a study visits.
+
+    Raises:
+        HyperParamsError: A layer or module is named that the model does not have.
+    """
+    there = sorted({one.layer for one in locations})
+    modules = [m for m in MODULES if any(one.module == m for one in locations)]
+    problems = []
+    if settings.layers is not None and (bad := [i for i in settings.layers if i not in there]):
+        problems.append(f"`sweep_layers`: {bad} is not among the layers 0 to {there[-1]}.")
+    if settings.modules is not None and (odd := [m for m in settings.modules if m not in MODULES]):
+        problems.append(f"`sweep_modules`: {odd} must be among {', '.join(MODULES)}.")
+    elif settings.modules is not None and not set(settings.modules) & set(modules):
+        problems.append(
+            f"`sweep_modules={list(settings.modules)}`: this model has none of them, but "
+            f"{', '.join(modules)}. Choose among these."
+        )
+    if problems:
+        raise HyperParamsError(one_message("This study cannot be made:", problems))
+    layers = sorted(settings.layers) if settings.layers is not None else there
+    # From the last: late layers are where most models are edited.
+    layers = layers[::-1][:: settings.every]
+    return select_locations(locations, layers, settings.modules)
+
+
+def _problems(settings: StudySettings) -> list[str]:
+    """Returns what is wrong with the settings, as far as they alone can tell."""
+    h, found = settings.hparams, []
+    if not isinstance(h.model_name, str):
+        found.append("`model_name` must be a folder or hub name: each process loads the model.")
+    for key in ("stream_frozen", "quantize_frozen"):
+        if getattr(h, key):
+            found.append(
+                f"`{key}={getattr(h, key)!r}`: every layer of the model is trained in turn, so all "
+                f"of it must be on the device. Leave `{key}` out, or locate in a smaller model of "
+                "the family."
+            )
+    if settings.rates is not None and (
+        not settings.rates or not all(0 < float(rate) < float("inf") for rate in settings.rates)
+    ):
+        found.append(f"`sweep_lrs={list(settings.rates)}` must be numbers above 0, at least one.")
+    if settings.every < 1:
+        found.append(f"`every={settings.every}` must be 1 or more.")
+    for key, value in (("sweep_layers", settings.layers), ("sweep_modules", settings.modules)):
+        if value is not None and not value:
+            found.append(f"`{key}` is empty. Name at least one, or leave it out for all.")
+    if settings.devices is not None and not settings.devices:
+        found.append("`devices` is empty. Name at least one, or leave it out.")
+    return found
+
+
+def _order(cell: Cell) -> tuple[int, int, float]:
+    return cell.location.layer, MODULES.index(cell.location.module), cell.lr
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """Returns the identity in a study's file; `None` if there is none that can be read."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        identity = values["study"]
+        return dict(identity) if values["format"] == _FORMAT else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
