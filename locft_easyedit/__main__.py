@@ -15,6 +15,7 @@ USAGE = """LocFT-BF for EasyEdit: edit facts by localized, breadth-first fine-tu
 Usage:
   locft edit --config-name NAME data=FILE ...   edit a model, measure before and after
   locft plan --config-name NAME n=N gpu=80GiB   what an edit will take, before a model is loaded
+  locft locate --config-name NAME data=FILE     find the place to edit: layers, modules, rates
   locft compare --config-name NAME data=FILE    several editing methods side by side
   locft evaluate MODEL data=FILE ...            measure any model, edited by whatever method
   locft delta show|verify|apply|revert|export   an edit as a file: look at it, undo it, pass it on
@@ -30,6 +31,7 @@ arguments (before SCRIPT for `locft run`), the traceback comes first.
 _APPLICATIONS = {
     "edit": ".cli.edit",
     "plan": ".cli.plan",
+    "locate": ".cli.locate",
     "compare": ".cli.compare",
     "evaluate": ".cli.evaluate",
     "capability": ".cli.capability",

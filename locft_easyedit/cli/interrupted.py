@@ -7,7 +7,7 @@ import sys
 
 from ..errors import EditInterrupted
 
-_RESUMABLE = ("edit", "compare")
+_RESUMABLE = ("edit", "compare", "locate")
 
 
 def say_interrupted(command: str, error: KeyboardInterrupt) -> int:

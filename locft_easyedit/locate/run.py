@@ -68,7 +68,7 @@ def _work(study: Study, progress: bool) -> list[str]:
         try:
             workers = [_start(study, device, i) for i, device in enumerate(_devices(study))]
             while workers:
-                time.sleep(_POLL_SECONDS)
+                _pause()
                 bar.update(n_all - len(study.open_cells()) - bar.n)
                 for i, one in reversed(list(enumerate(workers))):
                     status = one.process.poll()
@@ -87,6 +87,10 @@ def _work(study: Study, progress: bool) -> list[str]:
     return reasons
 
 
+def _pause() -> None:
+    time.sleep(_POLL_SECONDS)
+
+
 def _devices(study: Study) -> list[str]:
     """Returns where processes work, one for each; a device may be named several times."""
     settings = study.settings
@@ -98,7 +102,6 @@ def _devices(study: Study) -> list[str]:
 
 def _start(study: Study, device: str, number: int) -> _Worker:
     log = study.path / "logs" / f"{device.replace(':', '-')}-{number}.txt"
-    command = [sys.executable, "-m", "locft_easyedit.locate.worker", str(study.path), device]
     environment = dict(os.environ)
     n_on_cpu = _devices(study).count("cpu")
     if device == "cpu" and n_on_cpu > 1:
@@ -108,9 +111,13 @@ def _start(study: Study, device: str, number: int) -> _Worker:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
             process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=environment
+                _command(study, device), stdout=file, stderr=subprocess.STDOUT, env=environment
             )
     return _Worker(device, log, process)
+
+
+def _command(study: Study, device: str) -> list[str]:
+    return [sys.executable, "-m", "locft_easyedit.locate.worker", str(study.path), device]
 
 
 def _end(workers: list[_Worker]) -> None:

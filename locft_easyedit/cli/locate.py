@@ -1,0 +1,169 @@
+"""`locft locate`: the location study, and an hparams YAML with the place that it finds."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from omegaconf import MISSING
+
+from ..files import output_errors, write_atomically
+from ..hparams import LocFTBFHyperParams
+from ..locate.outcome import StudyOutcome
+from ..locate.picture import write_front, write_heat_maps
+from ..locate.places import MODULES
+from ..locate.run import locate
+from ..locate.study import Study, StudySettings
+from ..locate.table import (
+    study_markdown,
+    study_table,
+    write_cells_csv,
+    write_chosen_yaml,
+    write_study,
+)
+from ..report import show
+from .application import run_application
+
+HELP = f"""Finds the place to edit: tries layers, modules and learning rates, and measures each.
+
+Usage: locft locate --config-name NAME data=FILE [n=N] [output=DIR] [KEY=VALUE ...]
+
+  --config-name NAME     hparams: the model, its device and the training are those of every cell
+  data=FILE              a JSON file: ZsRE, CounterFact, KnowEdit, WikiBigEdit or requests
+  n=N                    only the first N edits
+  output=DIR             where results go (outputs/locate); the same command goes on there
+  sweep_layers=[A,B,...] layers to visit; all of them by default
+  every=N                of these every N-th, counted from the last
+  sweep_modules=[A,...]  of {", ".join(MODULES)};
+                         by default all that the model has
+  sweep_lrs=[A,B,...]    learning rates; by default 0.1, 0.3, 1 and 3 times `lr`
+  text=FILE              plain text on which the drift is measured; a fixed one by default
+  capability=[A,...]     tasks of lm-evaluation-harness in every cell (slow), capability_limit=N
+                         items a task, tasks_dir=DIR for tasks of your own
+  devices=[0,1,...]      a process on each; the same device may be named twice
+  retry=true             try cells again that diverged, ran out of memory or failed
+  KEY=VALUE              any hyper-parameter: num_steps=10 batch_size=50 device=cpu dtype=bfloat16
+  -m, ...                any option of Hydra; with -m hydra.sweep.subdir=. worker=1,2,3,4 and a
+                         launcher of your cluster, its jobs work on one study
+
+NAME is one of: """
+
+
+@dataclass(kw_only=True)
+class LocateConfig(LocFTBFHyperParams):
+    """The hyper-parameters, and what the command needs besides."""
+
+    data: str = MISSING
+    n: Optional[int] = None  # noqa: UP045
+    output: str = "outputs/locate"
+    sweep_layers: Optional[list[int]] = None  # noqa: UP045
+    every: int = 1
+    sweep_modules: Optional[list[str]] = None  # noqa: UP045
+    sweep_lrs: Optional[list[float]] = None  # noqa: UP045
+    text: Optional[str] = None  # noqa: UP045
+    capability: list[str] = field(default_factory=list)
+    capability_limit: Optional[int] = None  # noqa: UP045
+    tasks_dir: Optional[str] = None  # noqa: UP045
+    devices: Optional[list[Any]] = None  # noqa: UP045
+    retry: bool = False
+    worker: int = 0  # tells the jobs of a multirun apart, and nothing else
+
+
+_COMMAND_KEYS = (
+    "data",
+    "n",
+    "output",
+    "sweep_layers",
+    "every",
+    "sweep_modules",
+    "sweep_lrs",
+    "text",
+    "capability",
+    "capability_limit",
+    "tasks_dir",
+    "devices",
+    "retry",
+    "worker",
+)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs `locft locate`; returns the exit status."""
+    return run_application(
+        arguments,
+        command="locate",
+        config_class=LocateConfig,
+        command_keys=_COMMAND_KEYS,
+        help_text=HELP,
+        job=run_locate,
+    )
+
+
+def run_locate(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path) -> None:
+    """Makes a study, prints its table and writes its files.
+
+    Args:
+        hparams: The hyper-parameters; their place and rate are not used.
+        command: The values of the command's own keys.
+        output: Where results go.
+
+    Raises:
+        LocFTError: Something cannot be used, and nothing has run; or a file cannot be written.
+    """
+    settings = StudySettings(
+        hparams,
+        command["data"],
+        n=command["n"],
+        layers=command["sweep_layers"],
+        every=command["every"],
+        modules=command["sweep_modules"],
+        rates=command["sweep_lrs"],
+        text=command["text"],
+        capability=command["capability"],
+        capability_limit=command["capability_limit"],
+        tasks_dir=command["tasks_dir"],
+        devices=command["devices"],
+        retry=command["retry"],
+    )
+    study = Study(settings, output)
+    try:
+        outcome = locate(study)
+    except BaseException:
+        if (found := study.outcome()).cells:
+            write_study_files(output, found, hparams)  # what there is can be looked at
+        raise
+    written = write_study_files(output, outcome, hparams)
+    show(study_table(outcome))
+    for what, path in written.items():
+        sys.stdout.write(f"{what}: {path}\n")
+
+
+def write_study_files(
+    folder: Path, outcome: StudyOutcome, hparams: LocFTBFHyperParams
+) -> dict[str, Path]:
+    """Writes all that there is to see of a study; returns what is where.
+
+    Args:
+        folder: The study's folder.
+        outcome: What was found.
+        hparams: What the cells have in common.
+
+    Raises:
+        OutputError: A file cannot be written.
+    """
+    names = {"figures": "outcome.json", "cells": "cells.csv", "tables": "study.md"}
+    names |= {"heat maps": "heat_maps.png", "trade-off": "front.png"}
+    paths = {what: folder / name for what, name in names.items()}
+    write_study(paths["figures"], outcome)
+    write_cells_csv(paths["cells"], outcome)
+    with output_errors(paths["tables"]):
+        write_atomically(paths["tables"], study_markdown(outcome).encode())
+    write_heat_maps(paths["heat maps"], outcome)
+    write_front(paths["trade-off"], outcome)
+    if outcome.chosen() is not None:
+        paths["hyper-parameters with the place found"] = folder / "hparams.yaml"
+        write_chosen_yaml(folder / "hparams.yaml", outcome, hparams)
+    return paths
