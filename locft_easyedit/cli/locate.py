@@ -129,6 +129,7 @@ def run_locate(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Pat
         retry=command["retry"],
     )
     study = Study(settings, output)
+    study.open()  # from here on the folder is this study's, and may be written to
     try:
         outcome = locate(study)
     except BaseException:
