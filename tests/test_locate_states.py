@@ -48,6 +48,17 @@ def session(kind="llama", layer=2, *, model, states=None, template=None, n=6, **
     )
 
 
+def records_with_lists(n):
+    """Returns requests with questions of two prompts; the shorter begins at a later position."""
+    records = toy_requests(n)
+    for record in records:
+        record["locality"]["many"] = {
+            "prompt": ["The river is", f"Once more, the river near {record['subject']} is the"],
+            "ground_truth": ["Rhine", "Loire and the Rhine"],
+        }
+    return records
+
+
 def recorded(prefix):
     return prefix.store.get(torch.arange(prefix.n_tokens))
 
@@ -133,7 +144,7 @@ def test_metrics_are_the_same(kind, packing):
                     kind, layer, model=model, states=lender, template=template, packing=packing, n=3
                 ) as one:
                     how = HowToRun.of_session(one, progress=False)
-                    evaluation = Evaluation(model, toy_tokenizer(), one.requests, how)
+                    evaluation = Evaluation(model, toy_tokenizer(), records_with_lists(3), how)
                     result = one.train_()
                     found.append(as_json(evaluation.measure()))
                     result.restore_(model)
@@ -241,6 +252,20 @@ def test_positions_of_first_tokens_count():
         n = int(texts.input_lengths[0])  # the first text is where it was
         assert torch.allclose(recorded(plain)[:n], recorded(moved)[:n], atol=1e-5)
         assert not torch.allclose(recorded(plain)[n:], recorded(moved)[n:], atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["matrix", "mlp", "layer"])
+def test_positions_of_first_tokens_reach_the_layer_that_runs_alone(kind):
+    model = toy_model()
+    with session(model=model) as plain:
+        [cut] = [cut for cut in plain.shortcuts.cuts if cut.kind == kind]
+    texts, positions = small_texts(12), 7 * np.arange(12)
+    layout = {"batch_size": 12, "row_tokens": 24, "packed": True, "first_position": positions}
+    own, filled = (FrozenPrefix(model, cut, int(texts.input_offsets[-1])) for _ in range(2))
+    own.record(texts, torch.from_numpy(texts.ids), **layout, progress=False)
+    with LayerStates(model, [2, 3]) as states:
+        assert fill(states, filled, texts, **layout)
+        assert torch.equal(recorded(filled), recorded(own))
 
 
 # Who owns what
@@ -360,6 +385,25 @@ def test_a_prefix_that_finds_no_room_is_left_empty():
     assert not prefix.complete
     with pytest.raises(RuntimeError, match="Nothing was recorded yet"):
         _ = prefix.store
+
+
+def test_a_prefix_whose_disk_is_full_can_be_recorded_later(tmp_path, monkeypatch):
+    def full(*args):
+        raise OutputError("no space left")
+
+    model = toy_model()
+    with session(model=model) as plain:
+        [cut] = [cut for cut in plain.shortcuts.cuts if cut.kind == "matrix"]
+        texts = plain._texts
+    budget = Budget(host_gib=0.0, folder=str(tmp_path))
+    prefix = FrozenPrefix(model, cut, int(texts.input_offsets[-1]), budget)
+    with LayerStates(model, [2]) as states:
+        with monkeypatch.context() as patch:
+            patch.setattr(StateFile, "put", full)
+            assert not fill(states, prefix, texts)
+        assert budget.taken == [0, 0, 0]
+        assert fill(states, prefix, texts)
+        assert torch.isfinite(recorded(prefix)).all()
 
 
 def test_what_was_begun_is_forgotten_when_it_fails(monkeypatch):
