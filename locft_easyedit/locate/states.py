@@ -193,7 +193,7 @@ class LayerStates:
             return True
 
     def _store_of(self, layout: _Layout, prefix: FrozenPrefix) -> StateStore | None:
-        """Returns what enters the layer of `prefix`, recorded now if need be; `None` if it cannot."""
+        """Returns what enters the layer of `prefix`, recorded now if need be; `None` if not."""
         layer, key = prefix.cut.first_layer, layout.key()
         ours = prefix.model is self.model and layer in self.layers and layout.n_tokens > 0
         if not ours or self._stack is None or self._intact is None:
