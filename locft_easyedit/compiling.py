@@ -40,3 +40,20 @@ def compiled(
     finally:
         for module in chosen:
             module._compiled_call_impl = None
+
+
+@contextmanager
+def not_compiled(stack: LayerList) -> Iterator[None]:
+    """Within, the layers run as they are written: what is run once is not worth a graph."""
+    found = [
+        (module, module._compiled_call_impl)
+        for module in stack.layers.modules()
+        if module._compiled_call_impl is not None
+    ]
+    try:
+        for module, _ in found:
+            module._compiled_call_impl = None
+        yield
+    finally:
+        for module, graph in found:
+            module._compiled_call_impl = graph

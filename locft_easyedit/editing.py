@@ -24,6 +24,7 @@ from .loop import breadth_first_
 from .lora import check_low_rank, low_rank_of
 from .modes import only_trainable, with_gradients
 from .place import Place, select_place
+from .prefix import Recorded
 from .prepare import prepare_runner
 from .progress import Progress
 from .requests import EditSet, distinct_edits
@@ -78,6 +79,7 @@ class EditSession:
         hparams: The hyper-parameters.
         progress: Show progress bars.
         alone: Requests will be trained one at a time, so that no two of them are in conflict.
+        states: States of frozen layers that several sessions share (see `LayerStates`).
         shortcuts: What leaves this model's logits as they are; once entered.
         budget: Where recorded states may lie; once entered.
         stream: What reads frozen layers that are not resident; once entered.
@@ -91,6 +93,7 @@ class EditSession:
     hparams: LocFTBFHyperParams
     progress: bool = True
     alone: bool = False
+    states: Recorded | None = None
     edits: EditSet = field(init=False)
     place: Place = field(init=False)
     timings: dict[str, float] = field(init=False, default_factory=dict)
@@ -188,6 +191,12 @@ class EditSession:
         folder = self.hparams.prefix_dir
         return (folder, self.place.parameters) if folder else None
 
+    @property
+    def shared_states(self) -> Recorded | None:
+        """The states of frozen layers that this place can begin with; once entered."""
+        usable = self.stream is None and self.shortcuts.from_layer
+        return self.states if usable else None
+
     def _prepared(self) -> TextRunner:
         """Returns what runs the edits, with their prefix recorded."""
         assert self._texts is not None
@@ -204,6 +213,7 @@ class EditSession:
             cut=noted or h.prefix_cut,
             kept=self._kept,
             stream=self.stream,
+            states=self.shared_states,
             progress=self.progress,
         )
         if self.checkpoints is not None:

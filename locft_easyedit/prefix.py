@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .batches import in_batches
-from .cut import Cut
+from .cut import Cut, layer_cut
 from .devices import input_device, row_length
 from .packing import Rows, lay_out
 from .statefile import StateFile
@@ -33,6 +33,22 @@ class Source(Protocol):
 
     def run(self) -> None:
         """Records the states of all prefixes that wait for it."""
+
+
+class Recorded(Protocol):
+    """States of frozen layers that are there already, for several prefixes."""
+
+    def fill(
+        self,
+        prefix: FrozenPrefix,
+        texts: TokenizedTexts,
+        *,
+        batch_size: int,
+        row_tokens: int,
+        packed: bool,
+        first_position: np.ndarray | None = None,
+    ) -> bool:
+        """Returns whether `prefix` now has the states of `texts`."""
 
 
 class FrozenPrefix:
@@ -66,6 +82,7 @@ class FrozenPrefix:
         self.source: Source | None = None
         self._kept = kept
         self._store: StateStore | None = None
+        self._borrowed = False
         self._fed: torch.Tensor | None = None
         embedding: Any = model.get_input_embeddings()
         self._embedding_width = int(embedding.weight.shape[1])
@@ -133,6 +150,15 @@ class FrozenPrefix:
             store.file.seal(self._kept[1])
         self._store, self.complete = store, True
 
+    def borrow(self, store: StateStore) -> None:
+        """Replays a store that holds the states of all sequences and stays somebody else's."""
+        self._store, self.complete, self._borrowed = store, True, True
+
+    def close(self) -> None:
+        """Gives back what recorded states took, unless they are somebody else's."""
+        if self.complete and not self._borrowed:
+            self.store.close()
+
     def record(
         self,
         texts: TokenizedTexts,
@@ -142,6 +168,8 @@ class FrozenPrefix:
         row_tokens: int,
         packed: bool,
         progress: bool,
+        first_position: np.ndarray | None = None,
+        below: StateStore | None = None,
     ) -> None:
         """Runs what is frozen, and nothing else, over all sequences and keeps what leaves it.
 
@@ -152,19 +180,31 @@ class FrozenPrefix:
             row_tokens: As for `lay_out`.
             packed: As for `lay_out`.
             progress: Show a progress bar.
+            first_position: As for `lay_out`.
+            below: The states that enter the first trained layer, [T, D]: what is below it does
+                not run. `None` runs it.
 
         Raises:
             MemoryBudgetError: The budgets cannot hold the states.
             OutputError: The disk is full or cannot be written to.
         """
         row_tokens = row_length(self.model, row_tokens)
+        entry = layer_cut(self.cut.stack, self.cut.first_layer, self.cut.returns_tuple)
 
         def run(batch: np.ndarray) -> None:
-            on_host = lay_out(texts, batch, row_tokens=row_tokens, packed=packed)
+            on_host = lay_out(
+                texts, batch, row_tokens=row_tokens, packed=packed, first_position=first_position
+            )
             rows = on_host.to(ids.device)
-            with self.keeping(on_host, go_on=False), torch.no_grad():
+            begin: AbstractContextManager[None] = nullcontext()
+            inputs = {"input_ids": ids[rows.gather_index]}
+            if below is not None:
+                states = below.get(on_host.state_index.clamp(min=0))  # [R, L, D]
+                begin = entry.replaying(lambda: states)
+                inputs = {"inputs_embeds": self.zeros(states, ids.device)}
+            with begin, self.keeping(on_host, go_on=False), torch.no_grad():
                 self.model(
-                    input_ids=ids[rows.gather_index],
+                    **inputs,
                     position_ids=rows.position_ids,
                     attention_mask=rows.attention_mask,
                     use_cache=False,
@@ -183,6 +223,7 @@ class FrozenPrefix:
         except BaseException:
             if self._store is not None:
                 self._store.close()
+                self._store = None
             raise
 
     @contextmanager

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .cut import Cut
 from .devices import input_device
 from .fingerprint import prefix_fingerprint
-from .prefix import FrozenPrefix
+from .prefix import FrozenPrefix, Recorded
 from .runner import TextRunner
 from .shortcuts import Shortcuts
 from .store import Budget
@@ -33,6 +33,7 @@ def prepare_runner(
     cut: str | None = None,
     kept: tuple[str, Iterable[str]] | None = None,
     stream: FrozenStream | None = None,
+    states: Recorded | None = None,
     progress: bool = False,
 ) -> TextRunner:
     """Returns the fastest runner that gives the model's own logits, with its prefix recorded.
@@ -47,6 +48,8 @@ def prepare_runner(
         cut: The kind of cut to use, if this model has it; `None` chooses by the budget.
         kept: A folder where the prefix stays for a later run, and the names of what is trained.
         stream: What records the prefix, at the next pass, if the frozen layers are on disk.
+        states: What may have recorded the frozen layers' states already. What is borrowed from it
+            leaves no file.
         progress: Show a progress bar.
 
     Raises:
@@ -58,7 +61,17 @@ def prepare_runner(
         chosen = _affordable(model, texts, shortcuts.cuts, budget, cut)
         file = kept_file(kept, model, chosen, texts, shortcuts.packed, stream)
         prefix = FrozenPrefix(model, chosen, int(texts.input_offsets[-1]), budget, file)
-        if not prefix.reuse(progress=progress):
+        there = prefix.reuse(progress=progress) or (
+            states is not None
+            and states.fill(
+                prefix,
+                texts,
+                batch_size=batch_size,
+                row_tokens=row_tokens,
+                packed=shortcuts.packed,
+            )
+        )
+        if not there:
             if stream is not None:
                 stream.record(prefix, texts, row_tokens=row_tokens, packed=shortcuts.packed)
             else:

@@ -66,6 +66,11 @@ class Shortcuts:
     tail: Tail | None = None
     head: Head | None = None
 
+    @property
+    def from_layer(self) -> bool:
+        """Whether the model can begin at the input of the first trained layer."""
+        return any(cut.kind == "layer" for cut in self.cuts)
+
 
 def can_pack(model: PreTrainedModel, texts: TokenizedTexts) -> bool:
     """Returns whether packed rows give the model's own logits; warns if they do not."""

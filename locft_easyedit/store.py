@@ -107,6 +107,7 @@ class StateStore:
         self.device = device
         self.dtype = dtype
         self.width = width
+        self.n_tokens = n_tokens
         row_bytes = width * dtype.itemsize
         gpu, host, disk = budget.rows(row_bytes, device)
         n_gpu = min(n_tokens, gpu)

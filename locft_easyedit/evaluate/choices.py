@@ -19,7 +19,7 @@ from ..batches import in_batches
 from ..cut import Cut
 from ..editing import EditSession
 from ..modes import evaluation_mode
-from ..prefix import FrozenPrefix
+from ..prefix import FrozenPrefix, Recorded
 from ..runner import TextRunner
 from ..shortcuts import can_pack
 from ..store import Budget
@@ -50,6 +50,7 @@ class HowToRun:
         tail: Lets the end of the model run at scored positions alone.
         budget: Where recorded states may lie.
         stream: What reads the frozen layers, if they are not resident.
+        states: What may have recorded the frozen layers' states already.
     """
 
     batch_size: int = 64
@@ -60,6 +61,7 @@ class HowToRun:
     tail: Tail | None = None
     budget: Budget | None = None
     stream: FrozenStream | None = None
+    states: Recorded | None = None
 
     @classmethod
     def of_session(cls, session: EditSession, *, progress: bool) -> HowToRun:
@@ -75,6 +77,7 @@ class HowToRun:
             found.tail,
             session.budget,
             session.stream,
+            session.shared_states,
         )
 
 
@@ -151,7 +154,8 @@ class FirstChoices:
         if how.frozen is not None:
             n_tokens = int(texts.input_offsets[-1])
             prefix = FrozenPrefix(model, how.frozen, n_tokens, how.budget)
-            self._prefix = prefix if how.stream is not None or prefix.fits() else None
+            there = how.stream is not None or self._filled(prefix)
+            self._prefix = prefix if there or prefix.fits() else None
             if how.stream is not None and len(texts):
                 how.stream.record(
                     prefix,
@@ -209,8 +213,21 @@ class FirstChoices:
 
     def close(self) -> None:
         """Gives back what recorded states took."""
-        if self._prefix is not None and self._prefix.complete:
-            self._prefix.store.close()
+        if self._prefix is not None:
+            self._prefix.close()
+
+    def _filled(self, prefix: FrozenPrefix) -> bool:
+        """Returns whether somebody had the states of `prefix`, which now has them too."""
+        if self.how.states is None or not len(self.texts):
+            return False
+        return self.how.states.fill(
+            prefix,
+            self.texts,
+            batch_size=self.how.batch_size,
+            row_tokens=self.how.row_tokens,
+            packed=self.packed(),
+            first_position=self.first_position,
+        )
 
     def packed(self) -> bool:
         """Returns whether rows are packed; measured on a few texts if `how` leaves it open."""
