@@ -25,7 +25,7 @@ def make_bench(kind="llama", requests=None, **changes):
     requests = toy_requests(6) if requests is None else requests
     hparams = toy_hparams(rewrite_module_tmp=DOWN_PROJECTION[kind], **changes)
     before = measure_before(model, tokenizer, requests, hparams)
-    return Bench(model, tokenizer, requests, hparams, before)
+    return Bench(model, tokenizer, requests, hparams, before, range(4))
 
 
 def location_of(model, layer, module):

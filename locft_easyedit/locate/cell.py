@@ -6,7 +6,7 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,11 +23,13 @@ from ..health import health_texts
 from ..hparams import LocFTBFHyperParams
 from ..requests import distinct_edits
 from ..shortcuts import can_pack
+from ..store import Budget
 from .drift import Drift
 from .held_out import HeldOut
 from .outcome import DIVERGED, FAILED, OUT_OF_MEMORY, Cell, CellOutcome
 from .places import Location
 from .score import score
+from .states import LayerStates
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class Bench:
         requests: EasyEdit's request dictionaries.
         hparams: What all cells have in common; place and rate are replaced.
         before: Each record's metrics before an edit (see `measure_before`).
+        layers: The layers of all places: what enters them is recorded once.
         passages: The unrelated text; the fixed one of the health check if `None`.
         capability: Measures what else the model can do, 0 to 1; `None` leaves it out.
     """
@@ -61,10 +64,12 @@ class Bench:
     requests: Sequence[Mapping[str, Any]]
     hparams: LocFTBFHyperParams
     before: Sequence[Metrics]
+    layers: Collection[int] = ()
     passages: Sequence[str] | None = None
     capability: Callable[[], float] | None = None
     _held_out: HeldOut = field(init=False)
     _drift: Drift = field(init=False)
+    _states: LayerStates = field(init=False)
 
     def __post_init__(self) -> None:
         h = self.hparams
@@ -77,6 +82,8 @@ class Bench:
             )
         packed = h.packing and can_pack(self.model, texts)
         self._drift = Drift(self.model, texts, packed=packed, row_tokens=h.row_tokens)
+        tiers = h.prefix_gpu_gib, h.prefix_host_gib, h.prefix_disk_gib, h.prefix_dir
+        self._states = LayerStates(self.model, self.layers, Budget(*tiers))
 
     def cells(
         self, location: Location, rates: Sequence[float], begin: Callable[[Cell], None]
@@ -99,7 +106,10 @@ class Bench:
             health_check=False,
         )
         try:
-            with EditSession(self.model, self.tokenizer, self.requests, h, progress=False) as one:
+            session = EditSession(
+                self.model, self.tokenizer, self.requests, h, progress=False, states=self._states
+            )
+            with session as one:
                 how = HowToRun.of_session(one, progress=False)
                 evaluation = Evaluation(self.model, self.tokenizer, self.requests, how)
                 asked = self._held_out.ready(how)

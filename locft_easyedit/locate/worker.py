@@ -82,7 +82,8 @@ def _bench(study: Study, device: int | str | None) -> Bench:
     capability = None
     if study.settings.capability:
         capability = _Capability(study, model, tokenizer)
-    return Bench(model, tokenizer, study.requests, h, before, study.passages, capability)
+    layers = {location.layer for location in study.locations}
+    return Bench(model, tokenizer, study.requests, h, before, layers, study.passages, capability)
 
 
 def _before(study: Study, model: Any, tokenizer: Any) -> list[Metrics]:
