@@ -122,6 +122,8 @@ class GreedyDecoder:
         drafts: The answer that is expected of each prompt, or `None` for no guess.
         how: How prompts are run.
         max_new_tokens: Tokens of an answer, at most.
+        still_open: Says of prompt i whether the rest of an answer that begins so is wanted; `None`
+            wants all answers whole.
 
     Attributes:
         not_finite: Prompts for which the last measurement met logits that are NaN or infinite;
@@ -137,10 +139,12 @@ class GreedyDecoder:
         how: HowToRun,
         *,
         max_new_tokens: int,
+        still_open: Callable[[int, str], bool] | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.how = how
+        self._still_open = still_open
         self.max_new_tokens = max_new_tokens
         self.ends = end_tokens(model, tokenizer)
         self.stops = stop_tokens(tokenizer)
@@ -299,9 +303,11 @@ class GreedyDecoder:
 
     def _complete(self, i: int, ids: list[int]) -> bool:
         n_new = len(ids) - int(self.prompt_lengths[i])
-        return n_new >= self.max_new_tokens or (
-            n_new > 0 and (ids[-1] in self.ends or ids[-1] in self.stops)
-        )
+        if n_new <= 0:
+            return False
+        if n_new >= self.max_new_tokens or ids[-1] in self.ends or ids[-1] in self.stops:
+            return True
+        return self._still_open is not None and not self._still_open(i, self._text(i, ids))
 
     def _text(self, i: int, ids: list[int]) -> str:
         """Returns the answer in the ids of prompt i and what follows, up to the first stop."""

@@ -33,6 +33,8 @@ class Evaluation:
         how: How prompts are run.
         metrics: Any of `accuracy` (EasyEdit's teacher-forced ones, locality and portability),
             `generated` (the paper's), `ppl` and `fluency`.
+        before: Each record's metrics before the edit, where the edited model's answers themselves
+            are not wanted, only what counts (see `Generated`).
 
     Attributes:
         packed: Whether rows are packed; `None` if nobody has measured it.
@@ -51,6 +53,7 @@ class Evaluation:
         how: HowToRun | None = None,
         *,
         metrics: Sequence[str] = DEFAULT_METRICS,
+        before: Sequence[Metrics] | None = None,
     ) -> None:
         how = how or HowToRun()
         unknown = [name for name in metrics if name not in METRICS]
@@ -77,7 +80,9 @@ class Evaluation:
             how = replace(how, packed=self._accuracy.packed())  # measured once for all metrics
         self.packed = how.packed
         self._generated = (
-            Generated(model, tokenizer, records, how) if "generated" in metrics else None
+            Generated(model, tokenizer, records, how, before=before)
+            if "generated" in metrics
+            else None
         )
         self._perplexity = Perplexity(model, tokenizer, records, how) if "ppl" in metrics else None
 

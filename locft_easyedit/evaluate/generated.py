@@ -23,6 +23,7 @@ from .answers import (
 from .choices import HowToRun, warn_not_finite
 from .decoding import GreedyDecoder
 from .questions import Metrics, Questions, check_lengths
+from .verdicts import Verdicts
 
 MAX_NEW_TOKENS = 32
 
@@ -36,6 +37,8 @@ class Generated:
         records: Requests, as for `TeacherForced`.
         how: How prompts are run.
         max_new_tokens: Tokens of an answer, at most.
+        before: Each record's metrics before the edit, where only what counts is wanted: an answer
+            that cannot count any more is not generated to its end, and no answers are given.
 
     Raises:
         RequestError: A prompt is no text or blank, or beyond the model's context with its answer.
@@ -49,13 +52,21 @@ class Generated:
         how: HowToRun,
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        before: Sequence[Metrics] | None = None,
     ) -> None:
         self.records = records
         self.questions = Questions(records)
         prompts = [prompt for question in self.questions for prompt in question.prompts]
         expected = [answer for question in self.questions for answer in question.answers]
+        self._verdicts = None if before is None else Verdicts(self.questions, records, before)
         self._decoder = GreedyDecoder(
-            model, tokenizer, prompts, expected, how, max_new_tokens=max_new_tokens
+            model,
+            tokenizer,
+            prompts,
+            expected if self._verdicts is None else self._verdicts.drafts,
+            how,
+            max_new_tokens=max_new_tokens,
+            still_open=None if self._verdicts is None else self._verdicts.open,
         )
         check_lengths(model, self.questions, self._decoder.prompt_lengths, max_new_tokens)
 
@@ -102,7 +113,11 @@ class Generated:
                 found |= _rephrase(record, own)
             else:
                 found.setdefault(f"{question.part}_answers", {})[question.name] = own
-        return found | _portability(record, found)
+        found |= _portability(record, found)
+        if self._verdicts is not None:  # these would need answers that are complete
+            for key in ("answer", "contains_target", "old_answer", "rephrase_answers"):
+                found.pop(key, None)
+        return found
 
 
 def _rewrite(record: Mapping[str, Any], answer: str) -> Metrics:

@@ -111,7 +111,9 @@ class Bench:
             )
             with session as one:
                 how = HowToRun.of_session(one, progress=False)
-                evaluation = Evaluation(self.model, self.tokenizer, self.requests, how)
+                evaluation = Evaluation(
+                    self.model, self.tokenizer, self.requests, how, before=self.before
+                )
                 asked = self._held_out.ready(how)
                 while left:
                     one.hparams = replace(h, lr=left[0])
