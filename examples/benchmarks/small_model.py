@@ -1,0 +1,292 @@
+"""Trains a small model from scratch that really knows its facts, to try the choice of a place on.
+
+A random model knows nothing that an edit could change, and a downloaded one was trained by others
+on other text. This one is a Llama of 8 layers that learns the *original* facts of some editing
+data (prompts, rephrase prompts and locality prompts with their true answers) beside ordinary
+English: the docstrings of Python's standard library, which every machine has. The health check's
+text, on which drift is measured, is no part of it, nor is any new target as an answer.
+
+    python examples/benchmarks/small_model.py zsre.json counterfact.json --output small_model
+
+The folder is an ordinary one: AutoModelForCausalLM and AutoTokenizer load it. `facts.json` in it
+says how many of the facts the model knows. About ten minutes on one core.
+"""
+
+import argparse
+import ast
+import json
+import math
+import random
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from locft_easyedit.data import read_requests
+from locft_easyedit.requests import with_leading_space
+
+SPECIAL = ("<pad>", "<s>", "</s>")
+KINDS = ("prompts", "rephrase prompts", "locality prompts")
+# What stands before a fact now and then, so that it is known in the middle of a text too.
+CARRIERS = (
+    "I looked this up in the library yesterday.",
+    "Here is something that I learned at school.",
+    "My sister likes to ask such things at dinner.",
+    "The letter was two pages long, and this was its last line.",
+    "Let us go on with the next one.",
+    "It was a warm evening, and the windows were open.",
+    "He put the newspaper on the table and began to read.",
+    "Nobody had expected it.",
+)
+CARRIED = 0.4  # share of the facts with a carrier in an epoch
+LONGEST_PLAIN = 120  # tokens of a piece of plain text
+ANSWER_WEIGHT = 3  # of an answer's tokens in the loss; the others weigh 1
+WARM_STEPS = 40
+
+
+def main():
+    options = arguments()
+    random.seed(options.seed)
+    torch.manual_seed(options.seed)
+    facts = original_facts(options.data, options.n)
+    plain = plain_text(options.plain_kib * 1024)
+    tokenizer = trained_tokenizer(facts, plain, options.vocabulary)
+    model = new_model(options, len(tokenizer))
+    n_facts = ", ".join(f"{len(facts[kind])} {kind}" for kind in KINDS)
+    print(f"{n_facts}; {sum(map(len, plain)) // 1024} KiB of plain text; "
+          f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters", flush=True)  # fmt: skip
+    figures = train(model, tokenizer, facts, plain, options)
+    folder = Path(options.output)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    about = {"data": [Path(path).name for path in options.data], "n": options.n,
+             "seed": options.seed, **figures}  # fmt: skip
+    (folder / "facts.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
+    print(json.dumps(about))
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("data", nargs="+", help="files with edits; their old answers are learned")
+    parser.add_argument("--n", type=int, default=120, help="edits of each file, from its beginning")
+    parser.add_argument("--output", default="small_model")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=12.0, help="ends then at the latest")
+    parser.add_argument("--epochs", type=int, default=60, help="passes over the facts at most")
+    parser.add_argument("--known", type=float, default=0.99, help="ends where it knows so much")
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--plain-kib", type=int, default=600, help="ordinary text, in KiB")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    return parser.parse_args()
+
+
+def original_facts(paths, n):
+    """The facts before any edit, by kind: pairs of a prompt and its true answer, each once."""
+    facts = {kind: {} for kind in KINDS}
+    for path in paths:
+        for request in read_requests(path, n):
+            truth = request["ground_truth"]
+            facts["prompts"].setdefault(request["prompt"], truth)
+            if "rephrase_prompt" in request:
+                facts["rephrase prompts"].setdefault(request["rephrase_prompt"], truth)
+            for entry in request["locality"].values():
+                for prompt, answer in zip(entry["prompt"], entry["ground_truth"], strict=True):
+                    facts["locality prompts"].setdefault(prompt, answer)
+    return {kind: [(p, str(a)) for p, a in pairs.items() if a] for kind, pairs in facts.items()}
+
+
+def plain_text(n_characters):
+    """Paragraphs of the docstrings of Python's standard library, about so many characters."""
+    paragraphs = []
+    sources = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(sources.glob("*.py")) + sorted(sources.glob("*/[a-z]*.py")):
+        if "site-packages" in path.parts or "test" in path.parent.name:
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        for node in ast.walk(tree):
+            text = ast.get_docstring(node) if isinstance(node, documented) else None
+            for paragraph in (text or "").split("\n\n"):
+                words = " ".join(paragraph.split())
+                if len(words) > 80 and sum(c.isalpha() or c == " " for c in words) > 0.9 * len(words):
+                    paragraphs.append(words)
+    chosen = list(dict.fromkeys(paragraphs))
+    random.shuffle(chosen)
+    lengths = np.cumsum([len(paragraph) for paragraph in chosen])
+    return chosen[: int(np.searchsorted(lengths, n_characters)) + 1]
+
+
+def trained_tokenizer(facts, plain, n_tokens):
+    """A byte-level BPE tokenizer of the texts, which puts a BOS before each."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=n_tokens,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    known = [prompt + with_leading_space(answer) for kind in KINDS for prompt, answer in facts[kind]]
+    backend.train_from_iterator([*known, *plain, *CARRIERS], trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def new_model(options, n_tokens):
+    config = LlamaConfig(
+        vocab_size=n_tokens,
+        hidden_size=options.hidden,
+        intermediate_size=8 * options.hidden // 3 // 16 * 16,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.hidden // 32,
+        num_key_value_heads=options.hidden // 32,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def train(model, tokenizer, facts, plain, options):
+    """Trains until the facts are known or the time is up; returns what the model knows then."""
+    began = time.perf_counter()
+    eos = tokenizer.eos_token_id
+    *train_plain, held_out = np.array_split(
+        [i for text in plain for i in [*tokenizer(text)["input_ids"], eos]], 20
+    )
+    pieces = [list(piece) for part in train_plain
+              for piece in np.array_split(part, len(part) // LONGEST_PLAIN + 1)]  # fmt: skip
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=options.lr, weight_decay=0.01, betas=(0.9, 0.98)
+    )
+    n_pieces = max(1, len(pieces) // 20)  # plain text of an epoch
+    figures = {}
+    step = 0
+    for epoch in range(1, options.epochs + 1):
+        random.shuffle(pieces)
+        documents = fact_documents(tokenizer, facts) + [(p, len(p)) for p in pieces[:n_pieces]]
+        random.shuffle(documents)
+        losses = []
+        for rows in batches(documents):
+            passed = (time.perf_counter() - began) / (60 * options.minutes)
+            done = min(1.0, max((epoch - 1) / options.epochs, passed))
+            share = min(1.0, (step + 1) / WARM_STEPS) * (0.05 + 0.95 * math.cos(math.pi / 2 * done))
+            for group in optimizer.param_groups:
+                group["lr"] = options.lr * share
+            loss = loss_of(model, *rows)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+            step += 1
+        late = time.perf_counter() - began > 60 * options.minutes
+        if epoch % 4 == 0 or epoch == 1 or late or epoch == options.epochs:
+            figures = {
+                "epochs": epoch,
+                "seconds": round(time.perf_counter() - began, 1),
+                "known": {kind: known(model, tokenizer, facts[kind]) for kind in KINDS},
+                "perplexity of held-out plain text": perplexity(model, held_out),
+            }
+            print(f"loss {np.mean(losses):.3f} {json.dumps(figures)}", flush=True)
+            if late or min(figures["known"].values()) >= options.known:
+                break
+    return figures
+
+
+def fact_documents(tokenizer, facts):
+    """Every fact once, some with a carrier before them: ids up to an EOS, where the answer begins."""
+    prompts, texts = [], []
+    for kind in KINDS:
+        for prompt, answer in facts[kind]:
+            carrier = random.choice(CARRIERS) + " " if random.random() < CARRIED else ""
+            prompts.append(carrier + prompt)
+            texts.append(prompts[-1] + with_leading_space(answer))
+    starts = map(len, tokenizer(prompts)["input_ids"])
+    full = tokenizer(texts)["input_ids"]
+    return [([*ids, tokenizer.eos_token_id], start) for ids, start in zip(full, starts, strict=True)]
+
+
+def batches(documents, row=256, rows=2):
+    """Yields ids, positions and weights, [rows, row]: documents one after the other in each row.
+
+    transformers keeps documents apart where positions begin again at 0; so does the padding.
+    """
+    filled = [([], [], [])]
+    for ids, start in documents:
+        if len(filled[-1][0]) + len(ids) > row:
+            if len(filled) == rows:
+                yield padded(filled, row)
+                filled = []
+            filled.append(([], [], []))
+        for column, values in zip(
+            filled[-1],
+            (ids, range(len(ids)), [i and (ANSWER_WEIGHT if i >= start else 1) for i in range(len(ids))]),
+            strict=True,
+        ):
+            column.extend(values)
+    yield padded(filled, row)
+
+
+def padded(filled, row):
+    return tuple(
+        torch.tensor([values + [0] * (row - len(values)) for values in column])
+        for column in zip(*filled, strict=True)
+    )
+
+
+def loss_of(model, ids, positions, weights):
+    """The weighted mean of the tokens' cross-entropy."""
+    logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, :-1]
+    weights = weights[:, 1:].flatten().float()
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
+    return (losses * weights).sum() / weights.sum()
+
+
+@torch.no_grad()
+def known(model, tokenizer, pairs, at_once=64):
+    """The share of answers, with the EOS after them, that the model itself would give."""
+    right = 0
+    eos = tokenizer.eos_token_id
+    for start in range(0, len(pairs), at_once):
+        chunk = pairs[start : start + at_once]
+        prompts = tokenizer([p for p, _ in chunk])["input_ids"]
+        full = tokenizer([p + with_leading_space(a) for p, a in chunk])["input_ids"]
+        full = [[*ids, eos] for ids in full]
+        longest = max(map(len, full))
+        padded = torch.tensor([ids + [eos] * (longest - len(ids)) for ids in full])
+        best = model(input_ids=padded).logits.argmax(-1)
+        for prompt, ids, answer in zip(prompts, full, best.tolist(), strict=True):
+            right += answer[len(prompt) - 1 : len(ids) - 1] == ids[len(prompt) :]
+    return round(right / max(1, len(pairs)), 4)
+
+
+@torch.no_grad()
+def perplexity(model, ids, row=256):
+    rows = torch.tensor(ids[: len(ids) // row * row]).view(-1, row)[:16]
+    positions = torch.arange(row).expand_as(rows)
+    weights = torch.ones_like(rows)
+    return round(math.exp(loss_of(model, rows, positions, weights)), 2) if len(rows) else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
