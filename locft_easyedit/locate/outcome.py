@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from .places import Location
+from .places import MODULES, Location
 
 OK, DIVERGED, OUT_OF_MEMORY, FAILED = "ok", "diverged", "out of memory", "failed"
 STATES = (OK, DIVERGED, OUT_OF_MEMORY, FAILED)
@@ -38,6 +38,14 @@ class Cell:
     def key(self) -> str:
         """A name for files: `layer-07-down-0.002`."""
         return f"layer-{self.location.layer:02d}-{self.location.module}-{self.lr:g}"
+
+    @property
+    def rank(self) -> tuple[int, int, float]:
+        """What cells are sorted by: layer, module in the order of `MODULES`, rate."""
+        return self.location.layer, MODULES.index(self.location.module), self.lr
+
+    def __str__(self) -> str:
+        return f"{self.location}, lr {self.lr:g}"
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,7 @@ class StudyOutcome:
         cells: The cells that are done.
         n_cells: Cells of the whole study.
         before: The model's figures before any edit (`reliability`, `generalization`, ...).
+        planned: All cells of the study, done or not; empty if they are not known.
     """
 
     model: str
@@ -100,6 +109,7 @@ class StudyOutcome:
     cells: Sequence[CellOutcome]
     n_cells: int
     before: Mapping[str, float] = field(default_factory=dict)
+    planned: Sequence[Cell] = ()
 
     @property
     def measured(self) -> list[CellOutcome]:
@@ -114,6 +124,11 @@ class StudyOutcome:
             if former is None or one.figures["score"] > former.figures["score"]:
                 best[one.cell.location] = one
         return list(best.values())
+
+    def marked(self) -> list[CellOutcome]:
+        """Returns the cells that are done and have no figures, by layer, module and rate."""
+        marked = [one for one in self.cells if one.state != OK]
+        return sorted(marked, key=lambda one: one.cell.rank)
 
     def chosen(self) -> CellOutcome | None:
         """Returns the cell with the best score; the evaluation's prompts play no part in it.
