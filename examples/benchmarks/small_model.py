@@ -58,8 +58,12 @@ def main():
     tokenizer = trained_tokenizer(facts, plain, options.vocabulary)
     model = new_model(options, len(tokenizer))
     n_facts = ", ".join(f"{len(facts[kind])} {kind}" for kind in KINDS)
-    print(f"{n_facts}; {sum(map(len, plain)) // 1024} KiB of plain text; "
-          f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters", flush=True)  # fmt: skip
+    n_parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{n_facts}; {sum(map(len, plain)) // 1024} KiB of plain text; "
+        f"{n_parameters / 1e6:.2f}M parameters",
+        flush=True,
+    )
     figures = train(model, tokenizer, facts, plain, options)
     folder = Path(options.output)
     model.save_pretrained(folder)
@@ -118,7 +122,9 @@ def plain_text(n_characters):
             text = ast.get_docstring(node) if isinstance(node, documented) else None
             for paragraph in (text or "").split("\n\n"):
                 words = " ".join(paragraph.split())
-                if len(words) > 80 and sum(c.isalpha() or c == " " for c in words) > 0.9 * len(words):
+                if len(words) > 80 and sum(c.isalpha() or c == " " for c in words) > 0.9 * len(
+                    words
+                ):
                     paragraphs.append(words)
     chosen = list(dict.fromkeys(paragraphs))
     random.shuffle(chosen)
@@ -137,7 +143,9 @@ def trained_tokenizer(facts, plain, n_tokens):
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    known = [prompt + with_leading_space(answer) for kind in KINDS for prompt, answer in facts[kind]]
+    known = [
+        prompt + with_leading_space(answer) for kind in KINDS for prompt, answer in facts[kind]
+    ]
     backend.train_from_iterator([*known, *plain, *CARRIERS], trainer)
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
@@ -212,7 +220,7 @@ def train(model, tokenizer, facts, plain, options):
 
 
 def fact_documents(tokenizer, facts):
-    """Every fact once, some with a carrier before them: ids up to an EOS, where the answer begins."""
+    """Every fact once, some with a carrier before them: ids, and where the answer begins."""
     prompts, texts = [], []
     for kind in KINDS:
         for prompt, answer in facts[kind]:
@@ -221,7 +229,9 @@ def fact_documents(tokenizer, facts):
             texts.append(prompts[-1] + with_leading_space(answer))
     starts = map(len, tokenizer(prompts)["input_ids"])
     full = tokenizer(texts)["input_ids"]
-    return [([*ids, tokenizer.eos_token_id], start) for ids, start in zip(full, starts, strict=True)]
+    return [
+        ([*ids, tokenizer.eos_token_id], start) for ids, start in zip(full, starts, strict=True)
+    ]
 
 
 def batches(documents, row=256, rows=2):
@@ -238,7 +248,11 @@ def batches(documents, row=256, rows=2):
             filled.append(([], [], []))
         for column, values in zip(
             filled[-1],
-            (ids, range(len(ids)), [i and (ANSWER_WEIGHT if i >= start else 1) for i in range(len(ids))]),
+            (
+                ids,
+                range(len(ids)),
+                [i and (ANSWER_WEIGHT if i >= start else 1) for i in range(len(ids))],
+            ),
             strict=True,
         ):
             column.extend(values)

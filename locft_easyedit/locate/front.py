@@ -22,6 +22,7 @@ _MARKERS = dict(zip(MODULES, ("<", ">", "^", "d", "v", "p", "h", "8", "o", "s", 
 _GREY = "#666666"
 _RELIABLE = 0.9
 _MOST_LABELS = 16
+_APART = 0.3  # inches between two numbers, about
 _AXES = {
     "generalization": "generalization ↑ (generated, the data's rephrase prompts)",
     "reworded": "reworded ↑ (the prompts within other sentences)",
@@ -71,14 +72,15 @@ def front_figure(outcome: StudyOutcome) -> Figure:
     front = pareto_front(outcome)
     _scale_axes(axes, points, key)
     _draw_cells(axes, points, key)
-    _draw_front(axes, front, key)
+    named = _numbered(axes, front, key, outcome.chosen())
+    _draw_front(axes, front, key, named)
     handles = _legend_of_markers(points)
     chosen = outcome.chosen()
     if chosen is not None and chosen in points:
         star: dict[str, Any] = {"color": "#D55E00", "markersize": 17, "markeredgecolor": "white"}
         axes.plot(*_point(chosen, key), "*", zorder=6, linestyle="none", label="chosen", **star)
         handles.append(axes.lines[-1])
-    _write_lists(figure, axes, front, key, handles)
+    _write_lists(figure, front, named, key, handles)
     return figure
 
 
@@ -140,36 +142,53 @@ def _draw_cells(axes: Axes, points: Sequence[CellOutcome], key: str) -> None:
     from matplotlib.colors import Normalize
 
     deepest = max(one.cell.location.layer for one in points)
-    depth = ScalarMappable(Normalize(0, max(deepest, 1)), colormaps["viridis"])
+    scale, colours = Normalize(0, max(deepest, 1)), colormaps["viridis"]
     for one in points:
-        colour = depth.to_rgba(one.cell.location.layer)
+        colour = colours(scale(one.cell.location.layer))
         hollow = one.figures["reliability"] < _RELIABLE
         style: dict[str, Any] = {"markeredgecolor": colour, "markeredgewidth": 1.0}
         style["markerfacecolor"] = "none" if hollow else colour
         axes.plot(*_point(one, key), _MARKERS[one.cell.location.module], markersize=6.5, **style)
-    bar = axes.figure.colorbar(depth, ax=axes, pad=0.01, aspect=35)
+    bar = axes.figure.colorbar(ScalarMappable(scale, colours), ax=axes, pad=0.01, aspect=35)
     bar.set_label("layer")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     step = max(1, round(deepest / 6))
     bar.set_ticks(list(range(0, deepest + 1, step)))
 
 
-def _draw_front(axes: Axes, front: Sequence[CellOutcome], key: str) -> None:
+def _draw_front(
+    axes: Axes, front: Sequence[CellOutcome], key: str, named: Sequence[tuple[int, CellOutcome]]
+) -> None:
     """Draws the steps of the front, and the numbers of its cells."""
     xs, ys = zip(*(_point(one, key) for one in front), strict=True)
     right = axes.get_xlim()[1]
     axes.step([*xs, right], [*ys, ys[-1]], where="post", color=_GREY, linewidth=1.2, zorder=1)
     style: dict[str, Any] = {"textcoords": "offset points", "xytext": (-5, 5), "ha": "right"}
-    for number, one in _labelled(front):
+    for number, one in named:
         text = axes.annotate(str(number), _point(one, key), fontsize=9, zorder=7, **style)
         text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.4, "alpha": 0.7})
 
 
-def _labelled(front: Sequence[CellOutcome]) -> list[tuple[int, CellOutcome]]:
-    """Returns the front's cells that are named, with numbers; of a long one some, and both ends."""
-    step = max(1.0, (len(front) - 1) / (_MOST_LABELS - 1))
-    kept = [front[round(i * step)] for i in range(min(len(front), _MOST_LABELS))]
-    return list(enumerate(kept, start=1))
+def _numbered(
+    axes: Axes, front: Sequence[CellOutcome], key: str, chosen: CellOutcome | None
+) -> list[tuple[int, CellOutcome]]:
+    """Returns the front's cells that get a number: not two that would stand on one another.
+
+    The best in generalization and the chosen one are always among them.
+    """
+    dots = [axes.transData.transform(_point(one, key)) for one in front]
+    on_paper = [dot / axes.figure.dpi for dot in dots]
+    apart, kept = _APART, list(range(len(front)))
+    while True:
+        kept = []
+        for i in reversed(range(len(front))):
+            near = kept and math.dist(on_paper[i], on_paper[kept[-1]]) < apart
+            if not near or front[i] is chosen:
+                kept.append(i)
+        if len(kept) <= _MOST_LABELS:
+            break
+        apart *= 1.2
+    return list(enumerate((front[i] for i in reversed(kept)), start=1))
 
 
 def _legend_of_markers(points: Sequence[CellOutcome]) -> list[Any]:
@@ -190,12 +209,15 @@ def _legend_of_markers(points: Sequence[CellOutcome]) -> list[Any]:
 
 
 def _write_lists(
-    figure: Figure, axes: Axes, front: Sequence[CellOutcome], key: str, handles: Sequence[Any]
+    figure: Figure,
+    front: Sequence[CellOutcome],
+    named: Sequence[tuple[int, CellOutcome]],
+    key: str,
+    handles: Sequence[Any],
 ) -> None:
     """Writes the front's cells beside the picture, and the legend below it."""
     from matplotlib.lines import Line2D
 
-    named = _labelled(front)
     title = "the front" if len(named) == len(front) else f"the front ({len(named)} of {len(front)})"
     rows = [
         Line2D([], [], linestyle="none", label=f"{number:>2}  {one.cell}\n     {_pair(one, key)}")
@@ -211,4 +233,4 @@ def _write_lists(
 
 
 def _pair(one: CellOutcome, key: str) -> str:
-    return f"drift {one.figures['drift']:.2g}, {key[:7]}. {one.figures[key]:.2f}"
+    return f"{one.figures[key]:.2f} at drift {one.figures['drift']:.2g}"

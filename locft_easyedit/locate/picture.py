@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ _MARK_EDGE, _MARK_FACE = "#8A1C1C", "#FFFFFF"
 _LEAST_SPAN = 0.1  # of a colour scale: differences that mean nothing shall look like it
 LEAST_DRIFT = 1e-6  # a logarithm needs more than nothing
 _MOST_WRITTEN = 16  # layers up to which every field has its figure written in it
-_LONGEST_TITLE = 110
+_MOST_TITLE_LINES = 2  # of one that is broken
 
 
 def write_heat_maps(path: str | Path, outcome: StudyOutcome) -> None:
@@ -61,7 +62,7 @@ def heat_figure(outcome: StudyOutcome) -> Figure:
     panels = [(key, title) for key, title in _PANELS if _is_drawn(key, outcome)]
     panels = panels or [("score", _PANELS[-1][1])]
     grid = _Grid(outcome)
-    width = min(max(7.0, 2.6 + 0.27 * grid.n_layers), 20.0)
+    width = min(max(7.0, 2.6 + 0.27 * grid.n_layers), 14.0)
     height = 1.5 + len(panels) * (0.62 + 0.24 * len(grid.modules))
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     every = np.atleast_1d(figure.subplots(len(panels), 1, sharex=True))
@@ -141,7 +142,7 @@ def _draw_panel(axes: Axes, key: str, title: str, grid: _Grid) -> None:
     if shown.count():
         bar = axes.figure.colorbar(image, ax=axes, pad=0.01, aspect=12)
         bar.ax.tick_params(labelsize=8)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         if key == "drift":
             _label_logs(bar, shown)
     for layer, module in grid.pending:
@@ -209,11 +210,11 @@ def _frame(axes: Axes, column: int, row: int) -> None:
 
 
 def draw_title(figure: Figure, lines: Sequence[str]) -> None:
-    """Writes lines above a figure, each cut to what fits; nothing in them is a formula."""
-    # About 14 characters an inch at this size.
-    most = min(_LONGEST_TITLE, int(13.5 * figure.get_figwidth()))
-    cut = [line if len(line) <= most else line[: most - 1] + "…" for line in lines]
-    figure.suptitle("\n".join(cut), fontsize=11.5, parse_math=False)
+    """Writes lines above a figure, broken where they are too long; nothing in them is a formula."""
+    # So many characters an inch at this size.
+    most = int(10 * (figure.get_figwidth() - 0.5))
+    broken = [part for line in lines for part in textwrap.wrap(line, most)[:_MOST_TITLE_LINES]]
+    figure.suptitle("\n".join(broken), fontsize=11.5, parse_math=False)
 
 
 def chosen_text(chosen: CellOutcome | None) -> str:
@@ -230,15 +231,16 @@ def _draw_titles(figure: Figure, outcome: StudyOutcome, grid: _Grid) -> None:
         chosen_text(grid.chosen),
     ]
     draw_title(figure, lines)
+    style: dict[str, Any]
     handles = []
     if grid.chosen is not None:
         handles.append(Patch(facecolor="white", edgecolor="black", linewidth=1.8, label="chosen"))
     for state, hatch in _MARKS.items():
         if state in grid.marked.values():
-            style: dict[str, Any] = {"facecolor": _MARK_FACE, "edgecolor": _MARK_EDGE}
-            handles.append(Patch(hatch=hatch, linewidth=0, label=f"{state} at every rate", **style))
+            style = {"facecolor": _MARK_FACE, "edgecolor": _MARK_EDGE}
+            handles.append(Patch(hatch=hatch, linewidth=0, label=state, **style))
     if grid.pending:
         handles.append(Patch(facecolor=_PENDING, label="not measured yet"))
     if handles:
-        place = {"loc": "outside lower center", "ncols": len(handles), "frameon": False}
-        figure.legend(handles=handles, fontsize=9.5, **place)  # type: ignore[arg-type]
+        style = {"loc": "outside lower center", "ncols": len(handles), "frameon": False}
+        figure.legend(handles=handles, fontsize=9.5, **style)

@@ -95,8 +95,10 @@ def read_study(path: str | Path) -> StudyOutcome:
             f"{path}, line {error.lineno}, column {error.colno}: {error.msg}. Correct the JSON."
         ) from error
     except (ValueError, RecursionError) as error:
-        raise error if isinstance(error, DataError) else DataError(
-            f"{path} does not parse: {error}. Correct the JSON."
+        raise (
+            error
+            if isinstance(error, DataError)
+            else DataError(f"{path} does not parse: {error}. Correct the JSON.")
         ) from error
     problems = _problems(value)
     if problems:

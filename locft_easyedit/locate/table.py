@@ -85,7 +85,7 @@ def best_of_modules(outcome: StudyOutcome) -> list[CellOutcome]:
 
 
 def figure_text(key: str, value: float | None) -> str:
-    """Returns a figure as a reader wants it: a share with three decimals, a drift with three digits."""
+    """Returns a figure as text: a share with three decimals, a drift with three digits."""
     if value is None:
         return "-"
     if not math.isfinite(value):
@@ -96,13 +96,22 @@ def figure_text(key: str, value: float | None) -> str:
 def study_name(outcome: StudyOutcome) -> str:
     """Returns what was studied, in one line: model, data, edits."""
     edits = "1 edit" if outcome.n == 1 else f"{outcome.n:,} edits"
-    return one_line(f"{outcome.model} on {outcome.data}, {edits} a cell")
+    model, data = (shortened(name) for name in (outcome.model, outcome.data))
+    return f"{model} on {data}, {edits} a cell"
+
+
+def shortened(text: str, length: int = 60) -> str:
+    """Returns a name in one line, and no longer than that: of a path the end says more."""
+    text = one_line(text)
+    return text if len(text) <= length else f"…{text[1 - length :]}"
 
 
 def progress_text(outcome: StudyOutcome) -> str:
     """Returns how much of the study is done, in one line."""
     done = len(outcome.cells)
-    text = f"{done:,} cells" if done == outcome.n_cells else f"{done:,} of {outcome.n_cells:,} cells"
+    text = (
+        f"{done:,} cells" if done == outcome.n_cells else f"{done:,} of {outcome.n_cells:,} cells"
+    )
     states = Counter(one.state for one in outcome.marked())
     return ", ".join([text, *(f"{count} {state}" for state, count in states.items())])
 
