@@ -152,7 +152,7 @@ def _draw_cells(axes: Axes, points: Sequence[CellOutcome], key: str) -> None:
     bar = axes.figure.colorbar(ScalarMappable(scale, colours), ax=axes, pad=0.01, aspect=35)
     bar.set_label("layer")
     bar.outline.set_visible(False)
-    step = max(1, round(deepest / 6))
+    step = next(n for n in (1, 2, 5, 10, 20, deepest) if deepest / n <= 8)
     bar.set_ticks(list(range(0, deepest + 1, step)))
 
 

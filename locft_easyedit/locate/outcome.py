@@ -72,6 +72,11 @@ class CellOutcome:
     seconds: Mapping[str, float] = field(default_factory=dict)
     parameters: int = 0
 
+    @property
+    def merit(self) -> tuple[float, float]:
+        """What a cell with figures is chosen by: the larger, the better."""
+        return self.figures["score"], -self.figures["drift"]
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the outcome ready for JSON."""
         return asdict(self)
@@ -117,11 +122,15 @@ class StudyOutcome:
         return [cell for cell in self.cells if cell.state == OK]
 
     def best_rates(self) -> list[CellOutcome]:
-        """Returns each place's cell with the best score, by layer and module."""
+        """Returns each place's cell with the best score, by layer and module.
+
+        Of equals the one with less drift, then the smaller rate: the order in which cells were
+        done plays no part.
+        """
         best: dict[Location, CellOutcome] = {}
-        for one in self.measured:
+        for one in sorted(self.measured, key=lambda one: one.cell.rank):
             former = best.get(one.cell.location)
-            if former is None or one.figures["score"] > former.figures["score"]:
+            if former is None or one.merit > former.merit:
                 best[one.cell.location] = one
         return list(best.values())
 
@@ -133,10 +142,7 @@ class StudyOutcome:
     def chosen(self) -> CellOutcome | None:
         """Returns the cell with the best score; the evaluation's prompts play no part in it.
 
-        Of equals the one with less drift. `None` if no cell has figures.
+        Of equals the one with less drift, then the first by layer, module and rate. `None` if no
+        cell has figures.
         """
-        return max(
-            self.measured,
-            key=lambda one: (one.figures["score"], -one.figures["drift"]),
-            default=None,
-        )
+        return max(self.best_rates(), key=lambda one: one.merit, default=None)

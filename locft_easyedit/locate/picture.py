@@ -37,7 +37,7 @@ _MARK_EDGE, _MARK_FACE = "#8A1C1C", "#FFFFFF"
 _LEAST_SPAN = 0.1  # of a colour scale: differences that mean nothing shall look like it
 LEAST_DRIFT = 1e-6  # a logarithm needs more than nothing
 _MOST_WRITTEN = 16  # layers up to which every field has its figure written in it
-_MOST_TITLE_LINES = 2  # of one that is broken
+_MOST_TITLE_LINES = 3  # of one that is broken
 
 
 def write_heat_maps(path: str | Path, outcome: StudyOutcome) -> None:
@@ -212,7 +212,7 @@ def _frame(axes: Axes, column: int, row: int) -> None:
 def draw_title(figure: Figure, lines: Sequence[str]) -> None:
     """Writes lines above a figure, broken where they are too long; nothing in them is a formula."""
     # So many characters an inch at this size.
-    most = int(10 * (figure.get_figwidth() - 0.5))
+    most = int(10.5 * min(figure.get_figwidth() - 0.3, 9))
     broken = [part for line in lines for part in textwrap.wrap(line, most)[:_MOST_TITLE_LINES]]
     figure.suptitle("\n".join(broken), fontsize=11.5, parse_math=False)
 
