@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, to_hex
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
@@ -40,7 +41,7 @@ def drawn(make, found):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure = make(found)
-        figure.canvas.draw()
+        FigureCanvasAgg(figure).draw()
     return figure
 
 

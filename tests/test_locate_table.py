@@ -10,8 +10,8 @@ import sys
 import pytest
 import yaml
 from rich.console import Console
-from test_locate_outcome import cell, study
-from toys import toy_hparams
+from test_locate_outcome import DOWN, cell, study
+from toys import toy_hparams, toy_model, toy_tokenizer
 
 from locft_easyedit.errors import DataError, OutputError, PlaceError
 from locft_easyedit.hparams import LocFTBFHyperParams
@@ -41,7 +41,7 @@ from locft_easyedit.locate.table import (
 
 
 def marked(layer, state, reason="", module="down", lr=1e-3):
-    return CellOutcome(Cell(Location(layer, module, ("m.{}",)), lr), state, reason)
+    return CellOutcome(Cell(Location(layer, module, (DOWN,)), lr), state, reason)
 
 
 def whole():
@@ -266,7 +266,7 @@ def test_a_file_that_is_no_json_of_a_study_is_refused(tmp_path, content, message
 
 
 def test_a_study_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(DataError, match="is not a file. Give the JSON file of a location study"):
+    with pytest.raises(DataError, match=r"is not a file\. Give the JSON file of a location study"):
         read_study(tmp_path)
 
 
@@ -326,7 +326,7 @@ def test_the_yaml_says_where_it_comes_from(tmp_path):
 def test_several_templates_and_a_loaded_model(tmp_path):
     place = Location(3, "mlp", ("model.layers.{}.mlp.a", "model.layers.{}.mlp.b"))
     found = study(dataclasses.replace(cell(), cell=Cell(place, 1e-5)))
-    hparams = toy_hparams(model_name=(object(), object()))
+    hparams = toy_hparams(model_name=(toy_model(), toy_tokenizer()))
     write_chosen_yaml(tmp_path / "chosen.yaml", found, hparams)
     back = LocFTBFHyperParams.from_hparams(tmp_path / "chosen.yaml")
     assert back.rewrite_module_tmp == list(place.templates)

@@ -158,7 +158,8 @@ def write_chosen_yaml(
         f"Its figures: {', '.join(figures)}.",
     ]
     text = "".join(f"# {one_line(line)}\n" for line in comment)
-    text += yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
+    style: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": 1000}
+    text += yaml.safe_dump(values, default_flow_style=None, **style)  # lists in one line
     with output_errors(path):
         write_atomically(path, text.encode("utf-8"))
     return written

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..compare.escape import markdown_text, one_line
-from .outcome import LESS_IS_BETTER, CellOutcome, StudyOutcome
+from .outcome import LESS_IS_BETTER, STATES, CellOutcome, StudyOutcome
 from .places import MODULES
 
 _TOP = 10
@@ -113,13 +113,13 @@ def progress_text(outcome: StudyOutcome) -> str:
         f"{done:,} cells" if done == outcome.n_cells else f"{done:,} of {outcome.n_cells:,} cells"
     )
     states = Counter(one.state for one in outcome.marked())
-    return ", ".join([text, *(f"{count} {state}" for state, count in states.items())])
+    return ", ".join([text, *(f"{states[state]} {state}" for state in STATES if states[state])])
 
 
 def _title(outcome: StudyOutcome) -> list[str]:
     chosen = outcome.chosen()
     choice = "no cell has figures" if chosen is None else f"chosen: {chosen.cell}"
-    return [f"Where to edit {study_name(outcome)}", f"{progress_text(outcome)}; {choice}"]
+    return [f"Where to edit {study_name(outcome)}", progress_text(outcome), choice]
 
 
 def _keys(outcome: StudyOutcome) -> list[str]:
@@ -183,7 +183,7 @@ def _marked_lines(outcome: StudyOutcome) -> list[str]:
     for one in outcome.marked():
         found.setdefault((one.state, one_line(one.reason).rstrip(".")), []).append(one)
     lines = []
-    for state in dict.fromkeys(state for state, _ in found):
+    for state in STATES:
         groups = [(reason, cells) for (of, reason), cells in found.items() if of == state]
         groups.sort(key=lambda group: -len(group[1]))
         for reason, cells in groups[:_MOST_REASONS]:
