@@ -2,9 +2,10 @@
 
 A random model knows nothing that an edit could change, and a downloaded one was trained by others
 on other text. This one is a Llama of 8 layers that learns the *original* facts of some editing
-data (prompts, rephrase prompts and locality prompts with their true answers) beside ordinary
-English: the docstrings of Python's standard library, which every machine has. The health check's
-text, on which drift is measured, is no part of it, nor is any new target as an answer.
+data (prompts, rephrase prompts and locality prompts with their true answers) beside plain text:
+docstrings and code of Python's standard library, which every machine has, and everyday sentences
+put together by chance. The health check's text, on which drift is measured, is no part of it, nor
+is any new target as an answer.
 
     python examples/benchmarks/small_model.py zsre.json counterfact.json --output small_model
 
@@ -14,6 +15,7 @@ says how many of the facts the model knows. About ten minutes on one core.
 
 import argparse
 import ast
+import functools
 import json
 import math
 import random
@@ -25,7 +27,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from locft_easyedit.data import read_requests
 from locft_easyedit.requests import with_leading_space
@@ -43,8 +51,36 @@ CARRIERS = (
     "He put the newspaper on the table and began to read.",
     "Nobody had expected it.",
 )
+# Words for sentences, a line a blank of `FRAMES`.
+EVERYDAY = """
+who: the teacher, an old man, my neighbour, two children, the driver, a young woman
+who: the doctor, her brother, the farmer, nobody, most people, the mayor, the cook, a student
+did: looked for, forgot, repaired, sold, painted, carried, found, paid for, talked about
+did: brought, opened, waited for, asked about, threw away
+what: the bicycle, a red umbrella, the key, some bread, the letter, a basket of apples
+what: the map, an old radio, the tickets, the garden, a pair of shoes, the soup, the window
+where: in the kitchen, at the station, behind the house, near the river, on the bridge
+where: in the village, at the market, under the table, by the sea, at school
+when: in the morning, last winter, before dinner, on Sunday, after the rain, every year
+when: at nine, yesterday, in spring, for a long time, late at night
+how: quiet, cold, crowded, expensive, easy, warm, empty, dangerous, beautiful, late
+because: the bus was late, it was too heavy, nobody had a better idea, the shop was closed
+because: the weather had changed, they had no money, it belonged to a friend
+"""
+FRAMES = (
+    "{who} {did} {what} {where} {when}.",
+    "{when}, {who} {did} {what}.",
+    "it was {how} {where}, and {who} {did} {what}.",
+    "{who} {did} {what}, because {because}.",
+    '"I thought that it would be {how} {where}," she said. "Yes, but {because}."',
+    "there were {n} people {where}, and {m} of them had come {when}.",
+    "if it is {how} {when}, {who} will not be {where}.",
+    "{n} euros for {what} seemed too much, although it was {how}.",
+    "did you see {what} {where}? No, {because}.",
+)
 CARRIED = 0.4  # share of the facts with a carrier in an epoch
 LONGEST_PLAIN = 120  # tokens of a piece of plain text
+PLAIN_EPOCHS = 8  # passes over the facts in which the plain text is seen once
 ANSWER_WEIGHT = 3  # of an answer's tokens in the loss; the others weigh 1
 WARM_STEPS = 40
 
@@ -55,8 +91,12 @@ def main():
     torch.manual_seed(options.seed)
     facts = original_facts(options.data, options.n)
     plain = plain_text(options.plain_kib * 1024)
-    tokenizer = trained_tokenizer(facts, plain, options.vocabulary)
-    model = new_model(options, len(tokenizer))
+    if options.start is None:
+        tokenizer = trained_tokenizer(facts, plain, options.vocabulary)
+        model = new_model(options, len(tokenizer))
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(options.start)
+        model = AutoModelForCausalLM.from_pretrained(options.start)
     n_facts = ", ".join(f"{len(facts[kind])} {kind}" for kind in KINDS)
     n_parameters = sum(p.numel() for p in model.parameters())
     print(
@@ -79,10 +119,13 @@ def arguments():
     parser.add_argument("data", nargs="+", help="files with edits; their old answers are learned")
     parser.add_argument("--n", type=int, default=120, help="edits of each file, from its beginning")
     parser.add_argument("--output", default="small_model")
+    parser.add_argument("--start", help="goes on with the model in this folder, and its tokenizer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=12.0, help="ends then at the latest")
     parser.add_argument("--epochs", type=int, default=60, help="passes over the facts at most")
-    parser.add_argument("--known", type=float, default=0.99, help="ends where it knows so much")
+    parser.add_argument(
+        "--known", type=float, default=0.99, help="a new model ends where it knows so much"
+    )
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=4096)
@@ -107,29 +150,65 @@ def original_facts(paths, n):
 
 
 def plain_text(n_characters):
-    """Paragraphs of the docstrings of Python's standard library, about so many characters."""
-    paragraphs = []
+    """About so many characters of plain text: two thirds docstrings, code, everyday sentences."""
+    docstrings, code = stdlib_texts()
+    everyday = [everyday_paragraph() for _ in range(n_characters // 800)]
+    chosen = [
+        *some_of(docstrings, 0.66 * n_characters),
+        *some_of(code, 0.14 * n_characters),
+        *some_of(everyday, 0.2 * n_characters),
+    ]
+    random.shuffle(chosen)
+    return chosen
+
+
+@functools.cache
+def stdlib_texts():
+    """Paragraphs of the docstrings of Python's standard library, and pieces of its code."""
+    docstrings, code = [], []
     sources = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(sources.glob("*.py")) + sorted(sources.glob("*/[a-z]*.py")):
         if "site-packages" in path.parts or "test" in path.parent.name:
             continue
         try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
+            source = path.read_text(encoding="utf-8")
+            tree = ast.parse(source)
         except (SyntaxError, UnicodeDecodeError):
             continue
+        code += [part for part in source.split("\n\n") if 80 < len(part) < 500 and "#" not in part]
         documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
         for node in ast.walk(tree):
             text = ast.get_docstring(node) if isinstance(node, documented) else None
             for paragraph in (text or "").split("\n\n"):
                 words = " ".join(paragraph.split())
-                if len(words) > 80 and sum(c.isalpha() or c == " " for c in words) > 0.9 * len(
-                    words
-                ):
-                    paragraphs.append(words)
-    chosen = list(dict.fromkeys(paragraphs))
-    random.shuffle(chosen)
-    lengths = np.cumsum([len(paragraph) for paragraph in chosen])
-    return chosen[: int(np.searchsorted(lengths, n_characters)) + 1]
+                letters = sum(c.isalpha() or c == " " for c in words)
+                if len(words) > 80 and letters > 0.9 * len(words):
+                    docstrings.append(words)
+    return docstrings, code
+
+
+def some_of(texts, n_characters):
+    """Distinct texts by chance, about so many characters together."""
+    texts = list(dict.fromkeys(texts))
+    random.shuffle(texts)
+    ends = np.cumsum([len(text) for text in texts])
+    return texts[: int(np.searchsorted(ends, n_characters)) + 1]
+
+
+def everyday_paragraph():
+    """A few sentences about nothing in particular."""
+    return " ".join(everyday_sentence() for _ in range(random.randint(2, 5)))
+
+
+def everyday_sentence():
+    choices = {}
+    for line in EVERYDAY.strip().split("\n"):
+        name, listed = line.split(": ")
+        choices.setdefault(name, []).extend(listed.split(", "))
+    words = {name: random.choice(choices[name]) for name in choices}
+    words |= {"n": random.randint(2, 60), "m": random.randint(2, 60)}
+    sentence = random.choice(FRAMES).format(**words)
+    return sentence[:1].upper() + sentence[1:]
 
 
 def trained_tokenizer(facts, plain, n_tokens):
@@ -182,9 +261,9 @@ def train(model, tokenizer, facts, plain, options):
     pieces = [list(piece) for part in train_plain
               for piece in np.array_split(part, len(part) // LONGEST_PLAIN + 1)]  # fmt: skip
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=options.lr, weight_decay=0.01, betas=(0.9, 0.98)
+        model.parameters(), lr=options.lr, weight_decay=0.1, betas=(0.9, 0.98)
     )
-    n_pieces = max(1, len(pieces) // 20)  # plain text of an epoch
+    n_pieces = max(1, len(pieces) // PLAIN_EPOCHS)  # plain text of an epoch
     figures = {}
     step = 0
     for epoch in range(1, options.epochs + 1):
@@ -214,7 +293,8 @@ def train(model, tokenizer, facts, plain, options):
                 "perplexity of held-out plain text": perplexity(model, held_out),
             }
             print(f"loss {np.mean(losses):.3f} {json.dumps(figures)}", flush=True)
-            if late or min(figures["known"].values()) >= options.known:
+            enough = min(figures["known"].values()) >= options.known
+            if late or (enough and options.start is None):
                 break
     return figures
 
