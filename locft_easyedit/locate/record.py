@@ -157,7 +157,7 @@ def write_chosen_yaml(
         f"Found by a location study: {progress_text(outcome)}.",
         f"Its figures: {', '.join(figures)}.",
     ]
-    text = "".join(f"# {one_line(line)}\n" for line in comment)
+    text = "".join(f"# {line}\n" for line in comment)  # names are in one line
     style: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": 1000}
     text += yaml.safe_dump(values, default_flow_style=None, **style)  # lists in one line
     with output_errors(path):
