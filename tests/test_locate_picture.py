@@ -273,16 +273,19 @@ def test_the_front_is_a_step_line_with_a_list_of_its_cells():
     assert named == ["up", "down", "reliability below 0.9", "chosen"]
 
 
-def test_a_long_front_names_some_cells_and_the_chosen_one():
+@pytest.mark.parametrize("chosen", [56, 57, 58])  # neighbours: not all have a number anyway
+def test_a_long_front_names_some_cells_and_the_chosen_one(chosen):
     cells = [
         cell(layer, drift=1e-3 * 1.05**layer, generalization=0.005 * layer, score=0.5)
         for layer in range(100)
     ]
-    cells[57] = cell(57, drift=1e-3 * 1.05**57, generalization=0.005 * 57, score=0.9)
+    cells[chosen] = dataclasses.replace(
+        cells[chosen], figures={**cells[chosen].figures, "score": 0.9}
+    )
     figure = drawn(front_figure, study(*cells))
     listed = [text.get_text() for text in figure.legends[0].get_texts()]
     assert 8 <= len(listed) <= 16
-    assert any("layer 57 down" in text for text in listed)
+    assert any(f"layer {chosen} down" in text for text in listed)
     assert "layer 99 down" in listed[-1]
     assert figure.legends[0].get_title().get_text() == f"the front ({len(listed)} of 100)"
     renderer = figure.canvas.get_renderer()
