@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from .places import Location
+from .places import MODULES, Location
 
 OK, DIVERGED, OUT_OF_MEMORY, FAILED = "ok", "diverged", "out of memory", "failed"
 STATES = (OK, DIVERGED, OUT_OF_MEMORY, FAILED)
@@ -39,6 +39,14 @@ class Cell:
         """A name for files: `layer-07-down-0.002`."""
         return f"layer-{self.location.layer:02d}-{self.location.module}-{self.lr:g}"
 
+    @property
+    def rank(self) -> tuple[int, int, float]:
+        """What cells are sorted by: layer, module in the order of `MODULES`, rate."""
+        return self.location.layer, MODULES.index(self.location.module), self.lr
+
+    def __str__(self) -> str:
+        return f"{self.location}, lr {self.lr:g}"
+
 
 @dataclass(frozen=True)
 class CellOutcome:
@@ -63,6 +71,11 @@ class CellOutcome:
     converged: bool = False
     seconds: Mapping[str, float] = field(default_factory=dict)
     parameters: int = 0
+
+    @property
+    def merit(self) -> tuple[float, float]:
+        """What a cell with figures is chosen by: the larger, the better."""
+        return self.figures["score"], -self.figures["drift"]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the outcome ready for JSON."""
@@ -92,6 +105,7 @@ class StudyOutcome:
         cells: The cells that are done.
         n_cells: Cells of the whole study.
         before: The model's figures before any edit (`reliability`, `generalization`, ...).
+        planned: All cells of the study, done or not; empty if they are not known.
     """
 
     model: str
@@ -100,6 +114,7 @@ class StudyOutcome:
     cells: Sequence[CellOutcome]
     n_cells: int
     before: Mapping[str, float] = field(default_factory=dict)
+    planned: Sequence[Cell] = ()
 
     @property
     def measured(self) -> list[CellOutcome]:
@@ -107,21 +122,27 @@ class StudyOutcome:
         return [cell for cell in self.cells if cell.state == OK]
 
     def best_rates(self) -> list[CellOutcome]:
-        """Returns each place's cell with the best score, by layer and module."""
+        """Returns each place's cell with the best score, by layer and module.
+
+        Of equals the one with less drift, then the smaller rate: the order in which cells were
+        done plays no part.
+        """
         best: dict[Location, CellOutcome] = {}
-        for one in self.measured:
+        for one in sorted(self.measured, key=lambda one: one.cell.rank):
             former = best.get(one.cell.location)
-            if former is None or one.figures["score"] > former.figures["score"]:
+            if former is None or one.merit > former.merit:
                 best[one.cell.location] = one
         return list(best.values())
+
+    def marked(self) -> list[CellOutcome]:
+        """Returns the cells that are done and have no figures, by layer, module and rate."""
+        marked = [one for one in self.cells if one.state != OK]
+        return sorted(marked, key=lambda one: one.cell.rank)
 
     def chosen(self) -> CellOutcome | None:
         """Returns the cell with the best score; the evaluation's prompts play no part in it.
 
-        Of equals the one with less drift. `None` if no cell has figures.
+        Of equals the one with less drift, then the first by layer, module and rate. `None` if no
+        cell has figures.
         """
-        return max(
-            self.measured,
-            key=lambda one: (one.figures["score"], -one.figures["drift"]),
-            default=None,
-        )
+        return max(self.best_rates(), key=lambda one: one.merit, default=None)

@@ -1,0 +1,350 @@
+"""The tables and files of a location study, read back as a user would."""
+
+import csv
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import yaml
+from rich.console import Console
+from test_locate_outcome import DOWN, cell, study
+from toys import toy_hparams, toy_model, toy_tokenizer
+
+from locft_easyedit.errors import DataError, OutputError, PlaceError
+from locft_easyedit.hparams import LocFTBFHyperParams
+from locft_easyedit.locate.outcome import (
+    DIVERGED,
+    FAILED,
+    FIGURES,
+    OUT_OF_MEMORY,
+    Cell,
+    CellOutcome,
+)
+from locft_easyedit.locate.places import MODULES, Location
+from locft_easyedit.locate.record import (
+    CSV_COLUMNS,
+    read_study,
+    write_cells_csv,
+    write_chosen_yaml,
+    write_study,
+)
+from locft_easyedit.locate.table import (
+    best_of_modules,
+    best_places,
+    figure_text,
+    study_markdown,
+    study_table,
+)
+
+
+def marked(layer, state, reason="", module="down", lr=1e-3):
+    return CellOutcome(Cell(Location(layer, module, (DOWN,)), lr), state, reason)
+
+
+def whole():
+    """Two modules of twelve layers at two rates, and some cells without figures."""
+    cells = [
+        cell(layer, module, lr, score=score, generalization=score / 2, locality=0.9)
+        for layer in range(12)
+        for module, more in (("down", 0.0), ("up", 0.01))
+        for lr, score in ((1e-3, 0.02 * layer + more), (2e-3, 0.04 * layer + more))
+    ]
+    cells += [marked(12, DIVERGED, "NaN [bold]x|y", lr=lr) for lr in (1e-3, 2e-3)]
+    cells += [marked(12, OUT_OF_MEMORY, "3 GiB asked for", "up"), marked(13, FAILED, "ValueError")]
+    return study(*cells, before={"reliability": 0.03, "generalization": 0.02}, n_cells=60)
+
+
+def shown(table, width=80):
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def rows_of(markdown):
+    """The tables of a Markdown text: a list of rows each."""
+    tables, now = [], []
+    for line in [*markdown.split("\n"), ""]:
+        if line.startswith("|"):
+            now.append([part.strip() for part in line.strip("|").split("|")])
+        elif now:
+            tables.append(now)
+            now = []
+    return tables
+
+
+def test_the_table_fits_a_terminal_and_ranks_the_places():
+    text = shown(study_table(whole()))
+    lines = [line.rstrip() for line in text.split("\n")]
+    assert max(map(len, lines)) <= 80
+    assert "chosen: layer 11 up, lr 0.002" in text
+    assert "52 of 60 cells, 2 diverged, 1 out of memory, 1 failed" in text
+    ranked = [line.split() for line in lines if " up " in line or " down " in line]
+    ranked = [row for row in ranked if row[0] != "diverged:"]
+    # Ten places, then the best of each module; the chosen one has its mark in both.
+    top = ranked[:10]
+    assert [row[:3] for row in top[:3]] == [[">", "11", "up"], ["11", "down", "0.002"],
+                                            ["10", "up", "0.002"]]  # fmt: skip
+    assert sum(line.lstrip().startswith(">") for line in lines) == 2
+    scores = [float(row[row.index("0.002") + 1]) for row in top]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] == 0.45
+    before = next(line for line in lines if "before" in line)
+    assert before.split() == ["before", "-", "0.030", "-", "-", "0.020", "-"]
+
+
+def test_marked_cells_are_counted_with_their_reasons_and_are_no_markup():
+    text = shown(study_table(whole()), width=120)
+    assert "diverged: layer 12 down, lr 0.001 and 1 more: NaN [bold]x|y." in text
+    assert "out of memory: layer 12 up, lr 0.001: 3 GiB asked for." in text
+    assert "failed: layer 13 down, lr 0.001: ValueError." in text
+
+
+def test_many_reasons_are_counted_and_not_listed():
+    cells = [marked(i, FAILED, f"reason {i}") for i in range(9)]
+    cells += [marked(i, FAILED, "the common one", "up") for i in (7, 8)]
+    text = shown(study_table(study(*cells)))
+    assert "failed: layer 7 up, lr 0.001 and 1 more: the common one." in text
+    assert "reason 1." in text
+    assert "reason 2." not in text
+    assert "failed: 7 more, for 7 other reasons." in text
+
+
+def test_a_study_without_figures_says_so():
+    for found in (study(n_cells=4), study(marked(0, DIVERGED))):
+        for text in (shown(study_table(found)), study_markdown(found)):
+            assert "no cell has figures" in text
+            assert "score" not in text
+    assert "0 of 4 cells" in study_markdown(study(n_cells=4))
+
+
+def test_markdown_holds_the_modules_the_best_places_and_the_marked_cells():
+    text = study_markdown(whole())
+    modules, places = rows_of(text)
+    assert modules[0][:3] == ["module", "layer", "lr"]
+    assert modules[0][3:] == ["score ↑", "reliability ↑", "reworded ↑", "drift ↓",
+                              "generalization ↑", "locality ↑"]  # fmt: skip
+    assert [row[:3] for row in modules[2:]] == [
+        ["**up**", "**11**", "**0.002**"],
+        ["down", "11", "0.002"],
+    ]
+    assert places[2][:3] == ["", "before editing", ""]
+    assert len(places) == 2 + 1 + 10
+    assert places[3][:2] == ["**11**", "**up**"]
+    assert places[4][:2] == ["11", "down"]
+    assert {len(row) for row in [*modules, *places]} == {9}
+    assert "The best 10 of 24 places" in text
+    assert "- diverged: layer 12 down, lr 0.001 and 1 more: NaN \\[bold\\]x\\|y." in text
+
+
+def test_names_cannot_break_the_markdown():
+    text = study_markdown(dataclasses.replace(whole(), model="a|b\n# c", data="*d*"))
+    assert text.split("\n")[0].startswith("**Where to edit a\\|b \\# c on \\*d\\*,")
+
+
+def test_places_are_ranked_by_score_then_drift_then_place():
+    a, b = cell(5, score=0.5, drift=0.2), cell(4, score=0.5, drift=0.1)
+    c, d = cell(3, "up", score=0.7), cell(3, "q", score=0.7)
+    found = study(a, b, c, d)
+    assert best_places(found) == [d, c, b, a]
+    assert best_of_modules(found) == [d, c, b]
+    assert best_places(found)[0] == found.chosen()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [("score", 0.12345, "0.123"), ("drift", 0.00012345, "0.000123"), ("drift", None, "-"),
+     ("score", math.nan, "NaN"), ("drift", math.inf, "inf")],
+)  # fmt: skip
+def test_a_figure_as_text(key, value, text):
+    assert figure_text(key, value) == text
+
+
+def test_the_csv_has_a_row_a_cell_and_always_the_same_columns(tmp_path):
+    several = CellOutcome(
+        Cell(Location(0, "q", ("a.{}", "b.{}")), 3e-4), figures={"drift": math.nan},
+        epochs=7, converged=True, seconds={"training": 1.5}, parameters=64,
+    )  # fmt: skip
+    found = study(marked(1, FAILED, 'bad, "very"\nbad'), cell(0, "up", lr=1e-3), several)
+    write_cells_csv(tmp_path / "cells.csv", found)
+    with (tmp_path / "cells.csv").open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert tuple(header) == CSV_COLUMNS
+    assert set(FIGURES) < set(header)
+    first, second, third = (dict(zip(header, row, strict=True)) for row in rows)
+    assert (first["module"], first["lr"], first["drift"]) == ("q", "0.0003", "nan")
+    assert (first["epochs"], first["converged"], first["parameters"]) == ("7", "true", "64")
+    assert (first["training_seconds"], first["metrics_seconds"]) == ("1.5", "")
+    assert first["rewrite_module_tmp"] == "a.{} b.{}"
+    assert (second["module"], second["reliability"], second["locality"]) == ("up", "0.9", "")
+    assert (third["state"], third["reason"], third["score"]) == (FAILED, 'bad, "very" bad', "")
+
+
+def test_a_study_is_read_back_as_it_was_written(tmp_path):
+    found = dataclasses.replace(whole(), planned=tuple(one.cell for one in whole().cells))
+    write_study(tmp_path / "study.json", found)
+    back = read_study(tmp_path / "study.json")
+    assert back == dataclasses.replace(found, cells=list(found.cells))
+    assert back.planned == found.planned
+    assert isinstance(back.chosen().cell.location.templates, tuple)
+
+
+def test_figures_that_are_no_numbers_are_read_back(tmp_path):
+    write_study(tmp_path / "study.json", study(cell(capability=math.nan, locality=math.inf)))
+    [back] = read_study(tmp_path / "study.json").cells
+    assert math.isnan(back.figures["capability"])
+    assert back.figures["locality"] == math.inf
+    assert "NaN" not in (tmp_path / "study.json").read_text()
+
+
+def changed(values, path, value):
+    *above, last = path
+    for key in above:
+        values = values[key]
+    if value is KeyError:
+        del values[last]
+    else:
+        values[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("model",), KeyError, "the study has no `model`"),
+        (("n",), -1, "`n=-1` is not a whole number, 0 or more"),
+        (("extra",), 1, "unknown field `extra`"),
+        (("cells",), {}, "`cells={}` is not a list"),
+        (("before",), {"loss": 1.0}, "`before=.*is not a mapping of numbers named reliability"),
+        (("planned",), [{}], "`planned=.*is not a list of cells"),
+        (("cells", 0), 3, r"cells\[0\] is a int, not a mapping"),
+        (("cells", 0, "state"), "fine", r"cells\[0\]: `state='fine'` is not one of ok, diverged"),
+        (("cells", 0, "figures"), {}, r"cells\[0\] is ok and has no `reliability`"),
+        (("cells", 0, "figures", "drift"), "much", r"cells\[0\]: `figures="),
+        (("cells", 0, "figures", "drift"), None, r"cells\[0\]: `figures="),
+        (("cells", 0, "cell", "lr"), 0, r"cells\[0\]: `cell=.*is not a place"),
+        (("cells", 0, "cell", "location", "module"), "head", r"cells\[0\]: `cell="),
+        (("cells", 0, "cell", "location", "templates"), [], r"cells\[0\]: `cell="),
+        (("cells", 0, "cell", "location", "layer"), True, r"cells\[0\]: `cell="),
+        (("cells", 0, "cell", "location"), None, r"cells\[0\]: `cell="),
+        (("cells", 0, "converged"), 1, r"cells\[0\]: `converged=1` is not true or false"),
+        (("cells", 0, "seconds"), {"training": "1"}, r"cells\[0\]: `seconds="),
+    ],
+)
+def test_a_damaged_study_is_refused(tmp_path, path, value, message):
+    file = tmp_path / "study.json"
+    write_study(file, study(cell()))
+    values = json.loads(file.read_text())
+    changed(values, path, value)
+    file.write_text(json.dumps(values))
+    with pytest.raises(DataError, match=rf"(?s)study.json is no location study.*{message}"):
+        read_study(file)
+
+
+def test_all_damages_are_told_at_once(tmp_path):
+    file = tmp_path / "study.json"
+    write_study(file, study(cell(), cell(1)))
+    values = json.loads(file.read_text())
+    changed(values, ("n",), "x")
+    changed(values, ("cells", 1, "epochs"), 0.5)
+    file.write_text(json.dumps(values))
+    with pytest.raises(DataError, match=r"(?s)`n='x'`.*cells\[1\]: `epochs=0.5`"):
+        read_study(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"{", "line 1, column 2"), (b"[]", "is a list, not a mapping"), (b"\xff", "not UTF-8"),
+     (b'{"n": 1, "n": 2}', "the key 'n' is given twice"), (b"[" * 100_000, "does not parse")],
+)  # fmt: skip
+def test_a_file_that_is_no_json_of_a_study_is_refused(tmp_path, content, message):
+    (tmp_path / "study.json").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_study(tmp_path / "study.json")
+
+
+def test_a_study_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"is not a file\. Give the JSON file of a location study"):
+        read_study(tmp_path)
+
+
+def test_files_that_cannot_be_written_are_output_errors(tmp_path):
+    nowhere = tmp_path / "nowhere" / "file"
+    for write in (write_study, write_cells_csv):
+        with pytest.raises(OutputError, match="cannot be written"):
+            write(nowhere, whole())
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_chosen_yaml(nowhere, whole(), toy_hparams(model_name="toy"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"device": "cpu", "dtype": "bfloat16", "tuning": "lora", "lora_alpha": 4.0},
+        {"checkpoint_minutes": None, "seed": 0, "append_eos": False, "epoch_loss_threshold": 0.0},
+        {"model_name": "names: with # signs", "prefix_dir": "'quoted' \"both\" — ü"},
+        {"batch_loss_threshold": 1e-5, "weight_decay": 1e-10, "device": 0},
+    ],
+)
+def test_the_yaml_of_the_choice_holds_the_same_values(tmp_path, changes):
+    hparams = toy_hparams(**{"model_name": "./toy"} | changes)
+    before = dataclasses.asdict(hparams)
+    returned = write_chosen_yaml(tmp_path / "chosen.yaml", whole(), hparams)
+    back = LocFTBFHyperParams.from_hparams(tmp_path / "chosen.yaml")
+    expected = {**before, "layers": [11], "lr": 2e-3}
+    expected["rewrite_module_tmp"] = "model.layers.{}.mlp.down_proj.weight"
+    assert dataclasses.asdict(back) == dataclasses.asdict(returned) == expected
+    assert dataclasses.asdict(hparams) == before
+
+
+def test_the_yaml_holds_no_defaults_and_no_secret(tmp_path):
+    hparams = toy_hparams(model_name="./toy", api_key="secret", seed=42, batch_size=7)
+    write_chosen_yaml(tmp_path / "chosen.yaml", whole(), hparams)
+    text = (tmp_path / "chosen.yaml").read_text()
+    assert list(yaml.safe_load(text)) == [
+        "alg_name", "model_name", "layers", "rewrite_module_tmp", "lr", "num_steps", "batch_size",
+    ]  # fmt: skip
+    assert "secret" not in text
+    assert "layers: [11]" in text
+
+
+def test_the_yaml_says_where_it_comes_from(tmp_path):
+    found = dataclasses.replace(whole(), model="a\nlayers: [0]", data="b\x85seed: 1")
+    write_chosen_yaml(tmp_path / "chosen.yaml", found, toy_hparams(model_name="toy"))
+    text = (tmp_path / "chosen.yaml").read_text()
+    comment = [line for line in text.split("\n") if line.startswith("#")]
+    assert "a layers: [0] on b seed: 1, 20 edits" in comment[0]
+    assert "52 of 60 cells" in comment[1]
+    assert "reliability 0.900, reworded 0.800, drift 0.1, score 0.450" in comment[2]
+    assert str(tmp_path) not in text
+    assert LocFTBFHyperParams.from_hparams(tmp_path / "chosen.yaml").layers == [11]
+
+
+def test_several_templates_and_a_loaded_model(tmp_path):
+    place = Location(3, "mlp", ("model.layers.{}.mlp.a", "model.layers.{}.mlp.b"))
+    found = study(dataclasses.replace(cell(), cell=Cell(place, 1e-5)))
+    hparams = toy_hparams(model_name=(toy_model(), toy_tokenizer()))
+    write_chosen_yaml(tmp_path / "chosen.yaml", found, hparams)
+    back = LocFTBFHyperParams.from_hparams(tmp_path / "chosen.yaml")
+    assert back.rewrite_module_tmp == list(place.templates)
+    assert (back.model_name, back.lr) == ("toy", 1e-5)
+
+
+def test_no_yaml_without_a_choice(tmp_path):
+    with pytest.raises(PlaceError, match="None of the 1 cells that are done has figures"):
+        write_chosen_yaml(tmp_path / "c.yaml", study(marked(0, DIVERGED)), toy_hparams())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cell_of_every_module_is_ranked_in_order():
+    cells = [cell(0, module) for module in reversed(MODULES)]
+    assert [one.cell.location.module for one in best_of_modules(study(*cells))] == list(MODULES)
+
+
+def test_tables_and_files_need_no_matplotlib():
+    code = "import sys, locft_easyedit.locate.record; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
