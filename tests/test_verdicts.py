@@ -60,16 +60,16 @@ def trained(model):
     torch.manual_seed(1)
     parameter = dict(model.named_parameters())[DOWN_PROJECTION["llama"].format(2)]
     with torch.no_grad():
-        parameter.add_(0.02 * torch.randn_like(parameter))
+        parameter.add_(0.005 * torch.randn_like(parameter))
 
 
-@pytest.mark.parametrize("batch_size", [1, 64])
+@pytest.mark.parametrize("batch_size", [3, 64])
 def test_the_figures_are_those_of_whole_answers(batch_size, monkeypatch):
     model, tokenizer = toy_model("llama"), toy_tokenizer(pad_is_eos=True)
-    requests = toy_requests(24)
+    requests = toy_requests(6)
     # What the model says already counts as right for some: else nothing would ever count.
     told = Generated(model, tokenizer, requests, HowToRun()).measure("before")
-    for request, found in zip(requests[:8], told, strict=False):
+    for request, found in zip(requests, told, strict=True):
         request["target_new"] = found["answer"] or "x"
         request["portability"]["one_hop"]["ground_truth"] = (
             found["portability_answers"]["one_hop"][0] or "x"
@@ -98,7 +98,7 @@ def test_the_figures_are_those_of_whole_answers(batch_size, monkeypatch):
     assert 0 < whole["locality"] < 1
     assert "contains_target" in whole
     assert not {"contains_target", "old_answer"} & set(cut)
-    assert n_asked[1] < n_asked[0] / 2
+    assert n_asked[1] < 0.7 * n_asked[0]
 
 
 def test_answers_before_the_edit_must_be_there():

@@ -12,18 +12,14 @@ from omegaconf import MISSING
 
 from ..files import output_errors, write_atomically
 from ..hparams import LocFTBFHyperParams
+from ..locate.front import write_front
 from ..locate.outcome import StudyOutcome
-from ..locate.picture import write_front, write_heat_maps
+from ..locate.picture import write_heat_maps
 from ..locate.places import MODULES
+from ..locate.record import write_cells_csv, write_chosen_yaml, write_study
 from ..locate.run import locate
 from ..locate.study import Study, StudySettings
-from ..locate.table import (
-    study_markdown,
-    study_table,
-    write_cells_csv,
-    write_chosen_yaml,
-    write_study,
-)
+from ..locate.table import study_markdown, study_table
 from ..report import show
 from .application import run_application
 

@@ -6,12 +6,14 @@ be generated: what counts and what does not stays the same.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .answers import accepted_for, accepted_targets, normalize_answer
 from .questions import Metrics, Question, Questions
 
+_PART_OF_ARTICLE = re.compile(r"\bth?\W*$", re.IGNORECASE)
 _CUT_CHARACTER = "\ufffd"  # what a tokenizer makes of the first bytes of a character
 
 
@@ -53,8 +55,9 @@ class Verdicts:
         """
         if text.endswith(_CUT_CHARACTER):
             return True
-        begun = _squeezed(text)
-        return any(full.startswith(begun) for full in self._accepted[prompt])
+        # "th" may become an article, which does not count.
+        begun = {_squeezed(text), _squeezed(_PART_OF_ARTICLE.sub("", text))}
+        return any(full.startswith(tuple(begun)) for full in self._accepted[prompt])
 
 
 def _accepted(question: Question, record: Mapping[str, Any], before: Metrics) -> list[list[str]]:

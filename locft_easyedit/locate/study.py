@@ -14,6 +14,8 @@ from filelock import FileLock, Timeout
 
 from ..data import read_requests
 from ..errors import HyperParamsError, LocFTError, OutputError, one_message
+from ..evaluate.compact import CompactRecords
+from ..evaluate.summary import summarize
 from ..files import output_errors
 from ..hparams import LocFTBFHyperParams
 from ..identity import digest
@@ -21,6 +23,7 @@ from ..models import model_without_weights, resolve_device
 from ..report import prepare_folder, write_json
 from ..requests import distinct_edits
 from ..run_folder import run_settings
+from .cell import figures_of
 from .outcome import OK, STATES, Cell, CellOutcome, StudyOutcome
 from .passages import read_passages
 from .places import MODULES, Location, find_locations, select_locations
@@ -263,14 +266,17 @@ class Study:
         """Returns what was found so far, cells of former grids included."""
         files = sorted(self.cells_folder.glob("*.json"))
         cells = [found for file in files if (found := self._outcome(file)) is not None]
-        known = {one.cell.key for one in cells}
-        missing = [cell for cell in self.all_cells() if cell.key not in known]
+        planned = sorted({*self.all_cells(), *(one.cell for one in cells)}, key=lambda c: c.rank)
+        records = CompactRecords.read(self.before, self.identity) or ()
+        before = summarize({"pre": record} for record in records)["pre"]
         return StudyOutcome(
             model=Path(str(self.settings.hparams.model_name)).name,
             data=Path(self.settings.data).stem,
             n=len(self.requests),
-            cells=sorted(cells, key=lambda one: _order(one.cell)),
-            n_cells=len(cells) + len(missing),
+            cells=sorted(cells, key=lambda one: one.cell.rank),
+            n_cells=len(planned),
+            before=figures_of(before),
+            planned=planned,
         )
 
     @staticmethod
@@ -368,10 +374,6 @@ def _problems(settings: StudySettings) -> list[str]:
     if settings.devices is not None and not settings.devices:
         found.append("`devices` is empty. Name at least one, or leave it out.")
     return found
-
-
-def _order(cell: Cell) -> tuple[int, int, float]:
-    return cell.location.layer, MODULES.index(cell.location.module), cell.lr
 
 
 def _read(file: Path) -> dict[str, Any] | None:
