@@ -68,8 +68,8 @@ class LocFTBFHyperParams:
         model_name: Folder or hub name of a causal language model; in EasyEdit also a pair
             `(model, tokenizer)` that is loaded already.
         device: `cpu`, `cuda`, `cuda:N` or the number N; `None` takes a GPU where there is one.
-        layers: Layers to train, counted from 0; `auto` chooses one with the edits themselves, before
-            they are made.
+        layers: Layers to train, counted from 0; `auto` chooses one, with a few of the edits that
+            are to be made.
         rewrite_module_tmp: What to train in each layer, with `{}` for the layer number: a
             parameter, a module (all its parameters), or a list of them. `auto`, together with
             `layers: auto`, chooses that as well.

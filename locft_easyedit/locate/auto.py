@@ -1,0 +1,284 @@
+"""`layers: auto`: a place, and where asked a rate, chosen with a few of the edits themselves.
+
+Two steps, which together take at most a tenth of a run of 3,000 edits (see `budget`): one backward
+pass ranks all places by what a step there would teach (see `sensitivity`); the best few, from
+different modules and depths, are tried with a few edits and epochs, and the best of those again for
+longer. What counts is `score`: the edits, their rewordings by template, and the drift on unrelated
+text. Of a request only its prompt and its target are looked at.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import ModelError, NonFiniteLossError, PlaceError, RequestError
+from ..hparams import LocFTBFHyperParams
+from ..hparams_rules import AUTO
+from ..lora import check_low_rank
+from ..place import LayerList, find_layers, match_parameters, select_place
+from ..requests import Edit
+from .budget import Costs
+from .choice import Choice, Tried
+from .outcome import Cell
+from .places import Location, find_locations
+from .sensitivity import of_place, sensitivities
+from .trial import Trials
+
+logger = logging.getLogger(__name__)
+
+FEWEST_EDITS = 8
+MOST_EDITS = 20
+_BATCH = 10
+_SEED = 0
+# Places that are tried, and for how many epochs: the best of the first again in the second.
+_FIRST, _SECOND = (6, 8), (2, 15)
+_A_MODULE = 2  # places of one module among the first, unless there is no other
+# Rates in the second round with `lr: auto`, over the one in the first.
+_FACTORS = (0.4, 2.5)
+# A rate over the root mean square of a matrix's numbers. That of the down-projections of
+# SmolLM2-135M is 0.2 and 3e-3 suits them; several matrices at once want less each.
+_RATE = 0.015
+
+
+def check_enough(n_edits: int) -> None:
+    """Checks that there are enough edits to choose a place with.
+
+    Raises:
+        RequestError: There are not.
+    """
+    if n_edits < FEWEST_EDITS:
+        raise RequestError(
+            f"`layers=auto` tries places with the edits themselves and needs {FEWEST_EDITS} "
+            f"distinct ones; there are {n_edits}. Name a layer and a module (`locft locate` finds "
+            "them, with other edits of the kind), or give more edits at a time."
+        )
+
+
+def choose_place(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[Edit],
+    hparams: LocFTBFHyperParams,
+    *,
+    progress: bool = True,
+) -> Choice:
+    """Returns a place for these edits; the model is, bit for bit, as before.
+
+    The same edits, model and settings give the same choice.
+
+    Args:
+        model: The model, not edited.
+        tokenizer: Its tokenizer.
+        edits: The distinct edits to be made; a sample of them is used.
+        hparams: `layers` is `auto`; what else is `auto` is chosen as well.
+        progress: Show a progress bar.
+
+    Raises:
+        RequestError: There are fewer edits than it takes.
+        PlaceError: No place can be trained.
+        ModelError: The model's layers cannot be found, or are not all loaded.
+        NonFiniteLossError: Training diverged at every place.
+    """
+    start = time.perf_counter()
+    check_enough(len(edits))
+    stack = find_layers(model)
+    if stack is None or any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError(
+            f"`layers=auto` needs all of {type(model).__name__}'s layers, in one list and loaded. "
+            "Name a layer and a module."
+        )
+    locations = _candidates(model, stack, hparams)
+    order = np.random.default_rng(_SEED).permutation(len(edits))[:MOST_EDITS]
+    sample = [edits[i] for i in sorted(order.tolist())]
+    trials = Trials(model, tokenizer, sample, hparams, min(_BATCH, hparams.batch_size))
+    screen = _Screen(model, stack, hparams, locations, trials)
+    best = screen.best(progress)
+    choice = Choice(
+        best.cell, tuple(screen.tried), len(locations), len(sample), time.perf_counter() - start
+    )
+    logger.info(
+        "`layers=auto` chose %s (%s) with lr=%g among %d places, %d of them tried, in %.0f s.",
+        best.cell.location,
+        best.cell.location.rewrite_module_tmp,
+        best.cell.lr,
+        len(locations),
+        len({one.cell.location for one in screen.tried}),
+        choice.seconds,
+    )
+    return choice
+
+
+def _candidates(
+    model: PreTrainedModel, stack: LayerList, hparams: LocFTBFHyperParams
+) -> list[Location]:
+    """Returns the places that can be trained, among all or with the templates that are given.
+
+    Raises:
+        PlaceError: There is none; what is wrong with the first, if templates are given.
+    """
+    given = hparams.rewrite_module_tmp != AUTO
+    if given:
+        name = hparams.templates[0].partition("{}")[2].strip(".").removesuffix(".weight")
+        module = name.rpartition(".")[2] or "layer"
+        templates = tuple(hparams.templates)
+        locations = [Location(i, module, templates) for i in range(len(stack.layers))]
+    else:
+        locations = find_locations(model)
+    found, why_not = [], None
+    for location in locations:
+        try:
+            place = select_place(model, [location.layer], location.templates)
+            if hparams.tuning == "lora":
+                check_low_rank(model, place.parameters, hparams.lora_rank)
+            found.append(location)
+        except PlaceError as error:
+            why_not = why_not or error
+    if not found:
+        raise PlaceError(
+            f"`layers=auto` finds no layer that can be trained. {why_not}"
+        ) from why_not
+    return found
+
+
+@dataclass
+class _Screen:
+    """The places in question, what is known of them, and what it has cost."""
+
+    model: PreTrainedModel
+    stack: LayerList
+    hparams: LocFTBFHyperParams
+    locations: Sequence[Location]
+    trials: Trials
+    tried: list[Tried] = field(default_factory=list)
+    spent: float = 0.0
+
+    def __post_init__(self) -> None:
+        t = self.trials
+        self.costs = Costs.of(self.model, self.stack, t.own, t.rewordings, t.text, t.batch_size)
+        self.spent = self.costs.sensitivities()
+
+    def best(self, progress: bool) -> Tried:
+        """Returns the best of what was tried.
+
+        Raises:
+            NonFiniteLossError: Nothing that was tried could be trained.
+        """
+        promises = self._promises()
+        first = _diverse(promises, _FIRST[0], len(self.stack.layers))
+        n_second = _SECOND[0] * (len(_FACTORS) + 1 if self.hparams.lr == AUTO else 1)
+        with tqdm(
+            total=len(first) + n_second, desc="choosing the place", unit="trial",
+            disable=not progress,
+        ) as bar:  # fmt: skip
+            cells = [Cell(location, self._rate(location)) for location in first]
+            ranked = self._round(cells, promises, _FIRST[1], bar)
+            if not ranked:
+                raise NonFiniteLossError(
+                    f"`layers=auto`: training diverged at all of {len(self.tried)} places that "
+                    f"were tried. Lower `lr={self.hparams.lr}`."
+                )
+            finalists = [one.cell for one in ranked[: _SECOND[0]]]
+            if self.hparams.lr == AUTO:
+                finalists += [
+                    Cell(cell.location, _rounded(cell.lr * factor))
+                    for cell in list(finalists)
+                    for factor in _FACTORS
+                ]
+            elif len(finalists) == 1:
+                return ranked[0]
+            epochs = min(_SECOND[1], self.hparams.num_steps)
+            return next(iter(self._round(finalists, promises, epochs, bar)), ranked[0])
+
+    def _promises(self) -> dict[Location, float | None]:
+        """Returns what one backward pass says of each place."""
+        t, h = self.trials, self.hparams
+        figures = sensitivities(
+            self.model, self.stack, t.own, t.rewordings, t.text,
+            packed=t.packed, row_tokens=h.row_tokens,
+        )  # fmt: skip
+        promises: dict[Location, float | None] = {}
+        for location in self.locations:
+            names = [name for name, p in self._parameters(location).items() if p.ndim > 1]
+            found = of_place(figures, names)
+            promises[location] = None if found is None else found.promise
+        return promises
+
+    def _round(
+        self,
+        cells: Sequence[Cell],
+        promises: dict[Location, float | None],
+        epochs: int,
+        bar: tqdm,
+    ) -> list[Tried]:
+        """Tries cells as far as the budget goes; returns those that were learned, best first."""
+        done = []
+        epochs = min(epochs, self.hparams.num_steps)
+        for cell in cells:
+            cost = self.costs.trial(cell.location.layer, epochs)
+            if self.spent + cost > self._allowance(cells):
+                logger.info("%s is not tried: the choice has taken its share of work.", cell.key)
+                continue
+            self.spent += cost
+            found = self.trials.run(cell, epochs)
+            done.append(Tried(cell, promises[cell.location], epochs, found))
+            logger.info("%s, %d epochs: %s", cell.key, epochs, found)
+            bar.update()
+        self.tried += done
+        learned = [one for one in done if not math.isnan(one.found.drift)]
+        return sorted(learned, key=lambda one: (-one.found.score, one.found.drift))
+
+    def _allowance(self, cells: Iterable[Cell]) -> float:
+        """Returns what may be spent, whichever of these places is chosen."""
+        last = max(cell.location.layer for cell in cells)
+        return self.costs.allowance(last, self.hparams.num_steps)
+
+    def _parameters(self, location: Location) -> dict[str, torch.nn.Parameter]:
+        return match_parameters(self.model, [location.layer], location.templates)
+
+    def _rate(self, location: Location) -> float:
+        """Returns the rate that is given, or one that suits the size of a place's numbers."""
+        if self.hparams.lr != AUTO:
+            return float(self.hparams.lr)
+        matrices = [p for p in self._parameters(location).values() if p.ndim > 1]
+        squares = sum(float(p.detach().float().square().sum()) for p in matrices)
+        mean = squares / max(1, sum(p.numel() for p in matrices))
+        return _rounded(_RATE * math.sqrt(mean) / math.sqrt(max(1, len(matrices))))
+
+
+def _rounded(rate: float) -> float:
+    """Returns a rate to two digits."""
+    return float(f"{rate:.1e}") if rate > 0 else 1e-4
+
+
+def _diverse(promises: dict[Location, float | None], n: int, n_layers: int) -> list[Location]:
+    """Returns the `n` most promising places, not all of one module and no two neighbours.
+
+    Where nothing is known of any place they are spread over the depth.
+    """
+    ranked = sorted(
+        (location for location, promise in promises.items() if promise is not None),
+        key=lambda location: (-(promises[location] or 0.0), location),
+    )
+    if not ranked:
+        everything = sorted(promises)
+        return [everything[i] for i in np.linspace(0, len(everything) - 1, n + 2).astype(int)[1:-1]]
+    several = len({location.module for location in ranked}) > 1
+    apart = max(1, n_layers // 15)
+    chosen: list[Location] = []
+    for location in ranked:
+        alike = [other for other in chosen if other.module == location.module]
+        near = any(abs(other.layer - location.layer) <= apart for other in alike)
+        if not near and not (several and len(alike) >= _A_MODULE):
+            chosen.append(location)
+        if len(chosen) == n:
+            break
+    return chosen

@@ -1,0 +1,162 @@
+"""A few edits made for a trial, at one place and rate after the other, on a model that stays."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..devices import context_length
+from ..editing import EditSession
+from ..errors import ModelError, NonFiniteLossError
+from ..health import health_texts
+from ..hparams import LocFTBFHyperParams
+from ..modes import evaluation_mode
+from ..requests import Edit
+from ..runner import TextRunner
+from ..shortcuts import can_pack
+from ..tokens import TokenizedTexts, tokenize_edits
+from .drift import Drift
+from .outcome import Cell
+from .rewordings import reword
+from .score import score
+
+logger = logging.getLogger(__name__)
+
+_WHICH = slice(None, None, 2)  # of the rewordings: each costs as much as an edit
+_AT_ONCE = 32  # texts a forward pass
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a trial found, each 0 to 1 but for the drift.
+
+    Attributes:
+        reliability: Share of the edits' target tokens that are the model's first choice.
+        reworded: The same of the rewordings.
+        drift: KL divergence of the next-token distributions of unrelated text, nats a token.
+        score: See `score`; 0 where training diverged.
+    """
+
+    reliability: float = 0.0
+    reworded: float = 0.0
+    drift: float = float("nan")
+    score: float = 0.0
+
+
+@dataclass
+class Trials:
+    """A sample of the edits, and what tells how well they were made.
+
+    Nothing of a request but its prompt and its target is looked at.
+
+    Attributes:
+        model: The model; its weights are the same after each trial.
+        tokenizer: Its tokenizer.
+        edits: The sample.
+        hparams: Those of the run; place, rate and epochs are replaced.
+        batch_size: Edits in a mini-batch.
+        own: The edits as tokens, without an end of sequence.
+        rewordings: Their prompts reworded, likewise.
+        text: Unrelated text.
+        packed: Whether rows are packed.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    edits: Sequence[Edit]
+    hparams: LocFTBFHyperParams
+    batch_size: int
+    own: TokenizedTexts = field(init=False)
+    rewordings: TokenizedTexts = field(init=False)
+    text: TokenizedTexts = field(init=False)
+    packed: bool = field(init=False)
+    _drift: Drift | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        prompts = [(edit, prompt) for edit in self.edits for prompt in reword(edit.prompt)[_WHICH]]
+        self.own = self._tokens(self.edits)
+        self.rewordings = self._tokens([replace(edit, prompt=prompt) for edit, prompt in prompts])
+        self.text, why_not = health_texts(self.model, self.tokenizer)
+        if why_not:
+            raise ModelError(
+                f"`layers=auto` weighs what an edit does to unrelated text, and {why_not}. Name a "
+                "layer and a module."
+            )
+        with evaluation_mode(self.model):
+            self.packed = self.hparams.packing and can_pack(self.model, self.rewordings)
+
+    def _tokens(self, edits: Sequence[Edit]) -> TokenizedTexts:
+        return tokenize_edits(
+            self.tokenizer, edits, append_eos=False, max_positions=context_length(self.model)
+        )
+
+    def run(self, cell: Cell, epochs: int) -> Found:
+        """Makes the edits at a place and rate, measures, and takes them back.
+
+        Args:
+            cell: The place and the rate.
+            epochs: Passes over the edits, at most.
+        """
+        if self._drift is None:
+            self._drift = Drift(self.model, self.text, packed=self.packed)
+        h = replace(
+            self.hparams,
+            layers=[cell.location.layer],
+            rewrite_module_tmp=cell.location.rewrite_module_tmp,
+            lr=cell.lr,
+            num_steps=epochs,
+            batch_size=self.batch_size,
+            on_conflict="train",
+            prefix_dir=None,
+            compile=False,
+            checkpoint_dir=None,
+            health_check=False,
+        )
+        requests = [{"prompt": e.prompt, "target_new": e.target} for e in self.edits]
+        try:
+            with EditSession(self.model, self.tokenizer, requests, h, progress=False) as session:
+                result = session.train_()
+        except (NonFiniteLossError, torch.cuda.OutOfMemoryError) as error:
+            logger.info("%s was tried and failed: %s", cell.key, error)
+            failed = True
+        else:
+            failed = False
+        if failed:  # outside the handler: the exception's frames hold the tensors that have to go
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return Found()
+        try:
+            learned, reworded = self._right(self.own), self._right(self.rewordings)
+            drift = self._drift.measure()
+        finally:
+            result.restore_(self.model)
+        # With so few texts none may be right; half a one more tells places apart all the same.
+        shares = (
+            (share * len(texts) + 0.5) / (len(texts) + 1)
+            for share, texts in ((learned, self.own), (reworded, self.rewordings))
+        )
+        return Found(learned, reworded, drift, score(*shares, drift))
+
+    @torch.no_grad()
+    def _right(self, texts: TokenizedTexts) -> float:
+        """Returns the share of the target tokens that are the first choice, each text alike."""
+        runner = TextRunner(
+            self.model, texts, row_tokens=self.hparams.row_tokens, packed=self.packed, prefix=None
+        )
+        shares: list[float] = []
+        with evaluation_mode(self.model), runner.ready():
+            for start in range(0, len(texts), _AT_ONCE):
+                batch = np.arange(start, min(start + _AT_ONCE, len(texts)))
+                logits, rows = runner.logits(batch)
+                right = logits.argmax(-1) == runner.ids[rows.label_index].to(logits.device)
+                owner = rows.owner.cpu().numpy()
+                n_right = np.bincount(owner, right.cpu().numpy(), minlength=len(batch))
+                shares += (n_right / np.bincount(owner, minlength=len(batch))).tolist()
+        return float(np.mean(shares))
