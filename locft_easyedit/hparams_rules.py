@@ -33,6 +33,10 @@ _NEEDS_A_PLACE = {
     "quantize_frozen": "what is trained must stay whole when the model is loaded",
     "stream_frozen": "the layers to leave on disk must be known when the model is loaded",
 }
+_NO_RATE = (
+    "`lr=auto` does not go with `tuning=lora`: rates are scaled from the size of the weights, and "
+    "LoRA's matrices have another. Give a rate."
+)
 _MOST = 2**31  # of a count: what arrays are indexed with
 
 
@@ -131,7 +135,9 @@ def _auto_problems(values: Mapping[str, Any]) -> list[str]:
         ]
     if "layers" not in values:
         return []
-    return [
+    lora = values.get("lr") == AUTO and values.get("tuning") == "lora"
+    problems = [_NO_RATE] if lora else []
+    return problems + [
         f"`{key}={shown(values[key])}` does not go with `layers=auto`: {why}. Find the place with "
         "`locft locate` and name it, or leave `{key}` out.".replace("{key}", key)
         for key, why in _NEEDS_A_PLACE.items()

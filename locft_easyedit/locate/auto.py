@@ -31,7 +31,7 @@ from .choice import Choice, Tried
 from .outcome import Cell
 from .places import Location, find_locations
 from .sensitivity import of_place, sensitivities
-from .trial import Trials
+from .trial import Found, Trials
 
 logger = logging.getLogger(__name__)
 
@@ -167,27 +167,32 @@ class _Screen:
         self.spent = self.costs.sensitivities()
 
     def best(self, progress: bool) -> Tried:
-        """Returns the best of what was tried.
+        """Returns the best of what was tried, or the most promising if there is no room for trials.
 
         Raises:
             NonFiniteLossError: Nothing that was tried could be trained.
         """
         promises = self._promises()
+        h = self.hparams
         first = _diverse(promises, _FIRST[0], len(self.stack.layers))
-        n_second = _SECOND[0] * (len(_FACTORS) + 1 if self.hparams.lr == AUTO else 1)
+        cells = [Cell(location, self._rate(location)) for location in first]
+        n_again = _SECOND[0] * (len(_FACTORS) + 1 if h.lr == AUTO else 1)
         with tqdm(
-            total=len(first) + n_second, desc="choosing the place", unit="trial",
+            total=len(first) + n_again,
+            desc="choosing the place",
+            unit="trial",
             disable=not progress,
-        ) as bar:  # fmt: skip
-            cells = [Cell(location, self._rate(location)) for location in first]
-            ranked = self._round(cells, promises, _FIRST[1], bar)
+        ) as bar:
+            ranked = self._round(cells, promises, _FIRST[1], bar, kept_back=n_again)
+            if not self.tried:
+                return Tried(cells[0], promises[first[0]], 0, Found())
             if not ranked:
                 raise NonFiniteLossError(
                     f"`layers=auto`: training diverged at all of {len(self.tried)} places that "
-                    f"were tried. Lower `lr={self.hparams.lr}`."
+                    f"were tried. Lower `lr={h.lr}`."
                 )
             finalists = [one.cell for one in ranked[: _SECOND[0]]]
-            if self.hparams.lr == AUTO:
+            if h.lr == AUTO:
                 finalists += [
                     Cell(cell.location, _rounded(cell.lr * factor))
                     for cell in list(finalists)
@@ -195,8 +200,8 @@ class _Screen:
                 ]
             elif len(finalists) == 1:
                 return ranked[0]
-            epochs = min(_SECOND[1], self.hparams.num_steps)
-            return next(iter(self._round(finalists, promises, epochs, bar)), ranked[0])
+            again = self._round(finalists, promises, _SECOND[1], bar)
+            return next(iter(again), ranked[0])
 
     def _promises(self) -> dict[Location, float | None]:
         """Returns what one backward pass says of each place."""
@@ -218,14 +223,28 @@ class _Screen:
         promises: dict[Location, float | None],
         epochs: int,
         bar: tqdm,
+        *,
+        kept_back: int = 0,
     ) -> list[Tried]:
-        """Tries cells as far as the budget goes; returns those that were learned, best first."""
-        done = []
+        """Tries cells as far as the budget goes; returns those that were learned, best first.
+
+        Args:
+            cells: The cells, the most promising first.
+            promises: What the backward pass says of their places.
+            epochs: Passes over the few edits, at most.
+            bar: The progress.
+            kept_back: Trials of the second round for which room is left.
+        """
+        done: list[Tried] = []
         epochs = min(epochs, self.hparams.num_steps)
+        room = self._allowance(cells)
         for cell in cells:
-            cost = self.costs.trial(cell.location.layer, epochs)
-            if self.spent + cost > self._allowance(cells):
-                logger.info("%s is not tried: the choice has taken its share of work.", cell.key)
+            layer = cell.location.layer
+            cost = self.costs.trial(layer, epochs)
+            later = kept_back * self.costs.trial(layer, min(_SECOND[1], self.hparams.num_steps))
+            # Two places are tried before anything is kept back.
+            if self.spent + cost + (later if len(done) > 1 else 0) > room:
+                logger.info("%s is not tried: the choice would take more than its share.", cell.key)
                 continue
             self.spent += cost
             found = self.trials.run(cell, epochs)
