@@ -127,9 +127,10 @@ def _candidates(
     """
     given = hparams.rewrite_module_tmp != AUTO
     if given:
-        name = hparams.templates[0].partition("{}")[2].strip(".").removesuffix(".weight")
-        module = name.rpartition(".")[2] or "layer"
         templates = tuple(hparams.templates)
+        known = {one.templates: one.module for one in find_locations(model)}
+        path = templates[0].partition("{}")[2].strip(".").removesuffix(".weight")
+        module = known.get(templates) or path.rpartition(".")[2] or "layer"
         locations = [Location(i, module, templates) for i in range(len(stack.layers))]
     else:
         locations = find_locations(model)
