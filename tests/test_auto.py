@@ -39,6 +39,7 @@ N = 9
 def quick(monkeypatch):
     """A short text and few trials; the real ones take seconds on a toy."""
     monkeypatch.setattr(auto, "_FIRST", (3, 2))
+    monkeypatch.setattr(auto, "_FIRST_WITH_RATES", 3)
     monkeypatch.setattr(auto, "_SECOND", (2, 2))
     short = trial.health_texts
 
@@ -130,7 +131,7 @@ def test_choosing_leaves_the_model_as_it_was():
         for m in model.modules()
     ]
     assert torch.equal(torch.get_rng_state(), random)
-    assert len(session.choice.tried) == 3 + 2 * 3
+    assert len(session.choice.tried) == 3 + 3
 
 
 def test_the_model_is_restored_when_choosing_is_interrupted(monkeypatch):
@@ -160,12 +161,38 @@ def test_the_session_trains_what_was_chosen():
         assert torch.equal(one, other)
 
 
-def test_the_best_of_the_last_round_is_chosen():
+def test_the_best_of_the_last_round_is_chosen(monkeypatch):
+    scores = iter([0.2, 0.5, 0.3, 0.4, 0.45, 0.6])
+    monkeypatch.setattr(trial.Trials, "run", lambda *a: trial.Found(1, 1, 0.1, next(scores)))
     choice = chosen().choice
-    last = choice.tried[3:]
-    assert choice.cell == max(last, key=lambda one: one.found.score).cell
-    assert len({one.cell.lr for one in last}) >= 3
-    assert {one.cell.location for one in last} <= {one.cell.location for one in choice.tried[:3]}
+    rate = choice.tried[1].cell.lr
+    assert [one.cell.location for one in choice.tried[3:]] == [choice.tried[1].cell.location] * 3
+    assert [one.cell.lr / rate for one in choice.tried[3:]] == pytest.approx([1, 0.5, 2], rel=0.05)
+    assert choice.cell == choice.tried[5].cell
+
+    scores = iter([0.2, 0.5, 0.3, 0.45, 0.4])
+    choice = chosen(lr=1e-3).choice
+    first = choice.tried[:3]
+    assert len({one.cell.location for one in first}) == 3
+    assert [one.cell for one in choice.tried[3:]] == [first[1].cell, first[2].cell]
+    assert choice.cell == first[1].cell
+
+
+def test_less_drift_decides_between_equals(monkeypatch):
+    drifts = iter([0.5, 0.1, 0.3, 0.2, 0.4])
+    monkeypatch.setattr(trial.Trials, "run", lambda *a: trial.Found(1, 1, next(drifts), 0.5))
+    choice = chosen(lr=1e-3).choice
+    assert choice.cell == choice.tried[1].cell
+
+
+def test_no_more_is_spent_than_the_best_place_allows(monkeypatch):
+    monkeypatch.setattr(trial.Trials, "run", lambda *a: trial.Found(1, 1, 0.1, 0.5))
+    monkeypatch.setattr(Costs, "sensitivities", lambda self: 1.0)
+    monkeypatch.setattr(Costs, "trial", lambda self, layer, epochs: 1.0)
+    monkeypatch.setattr(Costs, "allowance", lambda self, layer, epochs: 3.5)
+    assert len(chosen(lr=1e-3).choice.tried) == 2
+    monkeypatch.setattr(Costs, "allowance", lambda self, layer, epochs: 5.5)
+    assert len(chosen(lr=1e-3).choice.tried) == 4  # two at first, and both of them again
 
 
 def test_a_given_module_and_rate_are_kept():

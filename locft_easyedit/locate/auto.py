@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,11 +39,11 @@ FEWEST_EDITS = 8
 MOST_EDITS = 20
 _BATCH = 10
 _SEED = 0
-# Places that are tried, and for how many epochs: the best of the first again in the second.
+# Places that are tried, and for how many epochs; then the best of them again, for longer.
 _FIRST, _SECOND = (6, 8), (2, 15)
+# With `lr: auto` the second round is for the rate: that of the first, times these, at one place.
+_FIRST_WITH_RATES, _FACTORS = 4, (1.0, 0.5, 2.0)
 _A_MODULE = 2  # places of one module among the first, unless there is no other
-# Rates in the second round with `lr: auto`, over the one in the first.
-_FACTORS = (0.4, 2.5)
 # A rate over the root mean square of a matrix's numbers. That of the down-projections of
 # SmolLM2-135M is 0.2 and 3e-3 suits them; several matrices at once want less each.
 _RATE = 0.015
@@ -174,10 +174,11 @@ class _Screen:
             NonFiniteLossError: Nothing that was tried could be trained.
         """
         promises = self._promises()
-        h = self.hparams
-        first = _diverse(promises, _FIRST[0], len(self.stack.layers))
+        rates = self.hparams.lr == AUTO
+        n_first = _FIRST_WITH_RATES if rates else _FIRST[0]
+        n_again = len(_FACTORS) if rates else _SECOND[0]
+        first = _diverse(promises, n_first, len(self.stack.layers))
         cells = [Cell(location, self._rate(location)) for location in first]
-        n_again = _SECOND[0] * (len(_FACTORS) + 1 if h.lr == AUTO else 1)
         with tqdm(
             total=len(first) + n_again,
             desc="choosing the place",
@@ -190,19 +191,16 @@ class _Screen:
             if not ranked:
                 raise NonFiniteLossError(
                     f"`layers=auto`: training diverged at all of {len(self.tried)} places that "
-                    f"were tried. Lower `lr={h.lr}`."
+                    f"were tried. Lower `lr={self.hparams.lr}`."
                 )
-            finalists = [one.cell for one in ranked[: _SECOND[0]]]
-            if h.lr == AUTO:
-                finalists += [
-                    Cell(cell.location, _rounded(cell.lr * factor))
-                    for cell in list(finalists)
-                    for factor in _FACTORS
-                ]
-            elif len(finalists) == 1:
-                return ranked[0]
-            again = self._round(finalists, promises, _SECOND[1], bar)
-            return next(iter(again), ranked[0])
+            best = ranked[0]
+            again = [one.cell for one in ranked[: _SECOND[0]]]
+            if rates:
+                location, lr = best.cell.location, best.cell.lr
+                again = [Cell(location, _rounded(lr * factor)) for factor in _FACTORS]
+            if len(again) == 1:
+                return best
+            return next(iter(self._round(again, promises, _SECOND[1], bar, best=best)), best)
 
     def _promises(self) -> dict[Location, float | None]:
         """Returns what one backward pass says of each place."""
@@ -226,40 +224,40 @@ class _Screen:
         bar: tqdm,
         *,
         kept_back: int = 0,
+        best: Tried | None = None,
     ) -> list[Tried]:
         """Tries cells as far as the budget goes; returns those that were learned, best first.
+
+        What is spent never exceeds the allowance of the best place so far, nor that of the one to
+        be tried: whichever is chosen, the choice took no more than its share.
 
         Args:
             cells: The cells, the most promising first.
             promises: What the backward pass says of their places.
             epochs: Passes over the few edits, at most.
             bar: The progress.
-            kept_back: Trials of the second round for which room is left.
+            kept_back: Trials of the next round for which room is left.
+            best: The best of the round before, which may still be chosen.
         """
-        done: list[Tried] = []
-        epochs = min(epochs, self.hparams.num_steps)
-        room = self._allowance(cells)
+        h, done = self.hparams, []
         for cell in cells:
-            layer = cell.location.layer
-            cost = self.costs.trial(layer, epochs)
-            later = kept_back * self.costs.trial(layer, min(_SECOND[1], self.hparams.num_steps))
+            layers = [cell.location.layer] + ([] if best is None else [best.cell.location.layer])
+            room = min(self.costs.allowance(layer, h.num_steps) for layer in layers)
+            cost = self.costs.trial(layers[0], min(epochs, h.num_steps))
+            later = kept_back * self.costs.trial(layers[0], min(_SECOND[1], h.num_steps))
             # Two places are tried before anything is kept back.
             if self.spent + cost + (later if len(done) > 1 else 0) > room:
                 logger.info("%s is not tried: the choice would take more than its share.", cell.key)
                 continue
             self.spent += cost
-            found = self.trials.run(cell, epochs)
-            done.append(Tried(cell, promises[cell.location], epochs, found))
-            logger.info("%s, %d epochs: %s", cell.key, epochs, found)
+            one = Tried(cell, promises[cell.location], epochs, self.trials.run(cell, epochs))
+            logger.info("%s, %d epochs: %s", cell.key, epochs, one.found)
+            done.append(one)
+            best = min((x for x in (best, one) if x is not None), key=_worse)
             bar.update()
         self.tried += done
         learned = [one for one in done if not math.isnan(one.found.drift)]
-        return sorted(learned, key=lambda one: (-one.found.score, one.found.drift))
-
-    def _allowance(self, cells: Iterable[Cell]) -> float:
-        """Returns what may be spent, whichever of these places is chosen."""
-        last = max(cell.location.layer for cell in cells)
-        return self.costs.allowance(last, self.hparams.num_steps)
+        return sorted(learned, key=_worse)
 
     def _parameters(self, location: Location) -> dict[str, torch.nn.Parameter]:
         return match_parameters(self.model, [location.layer], location.templates)
@@ -272,6 +270,11 @@ class _Screen:
         squares = sum(float(p.detach().float().square().sum()) for p in matrices)
         mean = squares / max(1, sum(p.numel() for p in matrices))
         return _rounded(_RATE * math.sqrt(mean) / math.sqrt(max(1, len(matrices))))
+
+
+def _worse(one: Tried) -> tuple[float, float]:
+    """Returns what is less for a better trial."""
+    return -one.found.score, one.found.drift
 
 
 def _rounded(rate: float) -> float:
