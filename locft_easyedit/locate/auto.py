@@ -239,7 +239,8 @@ class _Screen:
             kept_back: Trials of the next round for which room is left.
             best: The best of the round before, which may still be chosen.
         """
-        h, done = self.hparams, []
+        h = self.hparams
+        done: list[Tried] = []
         for cell in cells:
             layers = [cell.location.layer] + ([] if best is None else [best.cell.location.layer])
             room = min(self.costs.allowance(layer, h.num_steps) for layer in layers)

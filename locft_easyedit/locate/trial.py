@@ -137,12 +137,8 @@ class Trials:
             drift = self._drift.measure()
         finally:
             result.restore_(self.model)
-        # With so few texts none may be right; half a one more tells places apart all the same.
-        shares = (
-            (share * len(texts) + 0.5) / (len(texts) + 1)
-            for share, texts in ((learned, self.own), (reworded, self.rewordings))
-        )
-        return Found(learned, reworded, drift, score(*shares, drift))
+        likely = (_smoothed(learned, len(self.own)), _smoothed(reworded, len(self.rewordings)))
+        return Found(learned, reworded, drift, score(*likely, drift=drift))
 
     @torch.no_grad()
     def _right(self, texts: TokenizedTexts) -> float:
@@ -160,3 +156,11 @@ class Trials:
                 n_right = np.bincount(owner, right.cpu().numpy(), minlength=len(batch))
                 shares += (n_right / np.bincount(owner, minlength=len(batch))).tolist()
         return float(np.mean(shares))
+
+
+def _smoothed(share: float, n: int) -> float:
+    """Returns a share of n as one of n + 1, half of it right.
+
+    Of so few texts none may be right; places can be told apart all the same.
+    """
+    return (share * n + 0.5) / (n + 1)
