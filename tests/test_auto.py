@@ -141,7 +141,7 @@ def test_the_model_is_restored_when_choosing_is_interrupted(monkeypatch):
     def interrupted(self, texts):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trial.Trials, "_right", interrupted)
+    monkeypatch.setattr(trial.Trials, "_likely", interrupted)
     with pytest.raises(KeyboardInterrupt):
         chosen(model=model)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
@@ -418,13 +418,18 @@ def test_sensitivities_are_those_of_plain_gradients(kind, packed, monkeypatch):
         trace = sum(float(total.square().sum()) for total, _ in of_text) / n_text
         assert figures[name].gain == pytest.approx(gain, rel=2e-3, abs=1e-3)
         assert figures[name].trace == pytest.approx(trace, rel=1e-4)
+        moves = [float((step * total).sum()) / n_text**0.5 for total, _ in of_text]
+        assert figures[name].moves == pytest.approx(moves, rel=2e-3, abs=1e-3)
 
 
 def test_promise_is_a_gain_for_a_drift():
-    one = Sensitivity(2.0, 4.0)
+    one = Sensitivity(2.0, 4.0, (0.0, 2.0))
     assert one.promise == 1.0
-    assert (one + Sensitivity(1.0, 5.0)).promise == 1.0
-    assert Sensitivity().promise == Sensitivity(float("nan"), 1.0).promise == -float("inf")
+    # A passage that two matrices move to either side does not feel it.
+    both = one + Sensitivity(1.0, 0.0, (2.0, -2.0))
+    assert (both.gain, both.trace, both.moves) == (3.0, 4.0, (2.0, 0.0))
+    assert Sensitivity().promise == -float("inf")
+    assert Sensitivity(float("nan"), 1.0, (1.0,)).promise == -float("inf")
 
 
 def test_the_work_is_within_a_tenth_of_a_run(monkeypatch):

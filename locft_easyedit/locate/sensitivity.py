@@ -3,16 +3,21 @@
 The first step of Adam moves a matrix by `lr * sign(G)`, G being the gradient of the edits' mean
 loss. To first order it lowers the loss of the edits' rewordings by `lr * gain`, with
 gain = <sign(G), R> and R the rewordings' gradient; to second order it moves the next-token
-distributions of unrelated text by KL = lr^2 / 2 * s' F s, with F the text's Fisher information,
-whose trace is what stands for it here: per token, the mean squared norm of the gradient of the
-log-likelihood of tokens that the model itself draws. The rate drops out of
+distributions of unrelated text by KL = lr^2 / 2 * s' F s, with s = sign(G) and F the text's Fisher
+information. From the few passages that one pass has room for, s' F s is a noisy estimate, and the
+trace of F, which knows nothing of the direction, is not. The rate drops out of
 
-    promise = gain / sqrt(trace),
+    promise = gain / (s' F s * trace F)^(1/4),
 
-which grows with what the edits teach about their rewordings for a given drift.
+which grows with what the edits teach about their rewordings for a given drift. Spearman's rank
+correlation with the score of 20 edits that were really made (SmolLM2-135M, 20 places for ZsRE and
+18 for CounterFact; reliability, generalization on the data's rephrase prompts, and drift) is 0.80
+and 0.86; with s' F s alone 0.71 and 0.78, with the trace alone 0.80 and 0.76. The cosine of the two
+gradients (-0.18, -0.04) and the layer's depth (0.09, 0.22) tell nothing, the size of the gradient
+beside the weights the contrary (-0.73, -0.64).
 
 No gradient of a matrix outlives the moment in which it is made: a layer's inputs are computed again
-when its turn comes, and of each matrix three numbers are kept.
+when its turn comes, and of each matrix a few numbers are kept.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -50,19 +56,25 @@ class Sensitivity:
     Attributes:
         gain: Nats by which the rewordings' mean loss falls, over the learning rate.
         trace: Trace of the Fisher information of unrelated text, a token.
+        moves: <sign(G), g> of each passage of that text, g the gradient of its log-likelihood, over
+            the square root of the text's tokens: the sum of their squares is s' F s.
     """
 
     gain: float = 0.0
     trace: float = 0.0
+    moves: tuple[float, ...] = ()
 
     def __add__(self, other: Sensitivity) -> Sensitivity:
-        return Sensitivity(self.gain + other.gain, self.trace + other.trace)
+        # One step moves all matrices at once, and a passage feels their sum.
+        moves = tuple(a + b for a, b in zip_longest(self.moves, other.moves, fillvalue=0.0))
+        return Sensitivity(self.gain + other.gain, self.trace + other.trace, moves)
 
     @property
     def promise(self) -> float:
         """What is taught for a given drift; see the module."""
-        finite = math.isfinite(self.gain) and math.isfinite(self.trace)
-        return self.gain / math.sqrt(self.trace) if finite and self.trace > 0 else -math.inf
+        felt = sum(move * move for move in self.moves) * self.trace
+        finite = math.isfinite(self.gain) and math.isfinite(felt)
+        return float(self.gain / felt**0.25) if finite and felt > 0 else -math.inf
 
 
 def sensitivities(
@@ -104,7 +116,10 @@ def sensitivities(
         _backward(model, rows.to(input_device(model)), texts, kinds, watch.scale)
     n_predicted = int((text.lengths - text.target_start).sum())
     return {
-        name: Sensitivity(one.gain, one.trace / n_predicted) for name, one in watch.found.items()
+        name: Sensitivity(
+            one.gain, one.trace / n_predicted, tuple(m / n_predicted**0.5 for m in one.moves)
+        )
+        for name, one in watch.found.items()
     }
 
 
@@ -242,12 +257,14 @@ class _Watch:
         step = (d.T @ x).sign()  # [out, in], Adam's first
         x, d = cells(self._rewordings)
         gain = float(((d @ step) * x).sum(dtype=torch.float64))
-        trace = 0.0
+        trace, moves = 0.0, []
         for passage in self._passages:
             x, d = cells(passage)
             # The squared norm of the sum of all outer products d x', without any of them.
             trace += float(((x @ x.T) * (d @ d.T)).sum(dtype=torch.float64))
-        self.found[name] = self.found.get(name, Sensitivity()) + Sensitivity(gain, trace)
+            moves.append(float(((d @ step) * x).sum(dtype=torch.float64)))
+        one = Sensitivity(gain, trace, tuple(moves))
+        self.found[name] = self.found.get(name, Sensitivity()) + one
 
 
 def of_place(figures: Mapping[str, Sensitivity], names: Sequence[str]) -> Sensitivity | None:

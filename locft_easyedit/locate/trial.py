@@ -36,8 +36,13 @@ _AT_ONCE = 32  # texts a forward pass
 class Found:
     """What a trial found, each 0 to 1 but for the drift.
 
+    Probabilities and not shares of right answers: of a few dozen texts these are coarse. Over 20
+    places for ZsRE and 18 for CounterFact (see `sensitivity`), the rank correlation of the score
+    with that of the data's own rephrase prompts is 0.96 and 0.94 with probabilities, 0.96 and 0.90
+    with shares; among the places that learn at all 0.93 and 0.84, and 0.92 and 0.68.
+
     Attributes:
-        reliability: Share of the edits' target tokens that are the model's first choice.
+        reliability: Mean probability of the edits' targets, the geometric mean over each's tokens.
         reworded: The same of the rewordings.
         drift: KL divergence of the next-token distributions of unrelated text, nats a token.
         score: See `score`; 0 where training diverged.
@@ -133,34 +138,21 @@ class Trials:
                 torch.cuda.empty_cache()
             return Found()
         try:
-            learned, reworded = self._right(self.own), self._right(self.rewordings)
+            learned, reworded = self._likely(self.own), self._likely(self.rewordings)
             drift = self._drift.measure()
         finally:
             result.restore_(self.model)
-        likely = (_smoothed(learned, len(self.own)), _smoothed(reworded, len(self.rewordings)))
-        return Found(learned, reworded, drift, score(*likely, drift=drift))
+        return Found(learned, reworded, drift, score(learned, reworded, drift))
 
     @torch.no_grad()
-    def _right(self, texts: TokenizedTexts) -> float:
-        """Returns the share of the target tokens that are the first choice, each text alike."""
+    def _likely(self, texts: TokenizedTexts) -> float:
+        """Returns the targets' mean probability, of each the geometric mean over its tokens."""
         runner = TextRunner(
             self.model, texts, row_tokens=self.hparams.row_tokens, packed=self.packed, prefix=None
         )
-        shares: list[float] = []
+        total = 0.0
         with evaluation_mode(self.model), runner.ready():
             for start in range(0, len(texts), _AT_ONCE):
-                batch = np.arange(start, min(start + _AT_ONCE, len(texts)))
-                logits, rows = runner.logits(batch)
-                right = logits.argmax(-1) == runner.ids[rows.label_index].to(logits.device)
-                owner = rows.owner.cpu().numpy()
-                n_right = np.bincount(owner, right.cpu().numpy(), minlength=len(batch))
-                shares += (n_right / np.bincount(owner, minlength=len(batch))).tolist()
-        return float(np.mean(shares))
-
-
-def _smoothed(share: float, n: int) -> float:
-    """Returns a share of n as one of n + 1, half of it right.
-
-    Of so few texts none may be right; places can be told apart all the same.
-    """
-    return (share * n + 0.5) / (n + 1)
+                losses = runner.edit_losses(np.arange(start, min(start + _AT_ONCE, len(texts))))
+                total += float((-losses.double()).exp().sum())
+        return total / len(texts)
