@@ -38,9 +38,9 @@ N = 9
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """A short text and few trials; the real ones take seconds on a toy."""
-    monkeypatch.setattr(auto, "_FIRST", (3, 2))
-    monkeypatch.setattr(auto, "_FIRST_WITH_RATES", 3)
-    monkeypatch.setattr(auto, "_SECOND", (2, 2))
+    monkeypatch.setattr(auto, "_PLACES", (3, 2))
+    monkeypatch.setattr(auto, "_PLACES_FIRST", (3, 2))
+    monkeypatch.setattr(auto, "_RATES", (auto._RATES[0], 2))
     short = trial.health_texts
 
     def one_passage(model, tokenizer):
@@ -170,16 +170,14 @@ def test_the_best_of_the_last_round_is_chosen(monkeypatch):
     assert [one.cell.lr / rate for one in choice.tried[3:]] == pytest.approx([1, 0.5, 2], rel=0.05)
     assert choice.cell == choice.tried[5].cell
 
-    scores = iter([0.2, 0.5, 0.3, 0.45, 0.4])
+    scores = iter([0.2, 0.5, 0.3])
     choice = chosen(lr=1e-3).choice
-    first = choice.tried[:3]
-    assert len({one.cell.location for one in first}) == 3
-    assert [one.cell for one in choice.tried[3:]] == [first[1].cell, first[2].cell]
-    assert choice.cell == first[1].cell
+    assert len({one.cell.location for one in choice.tried}) == 3
+    assert choice.cell == choice.tried[1].cell
 
 
 def test_less_drift_decides_between_equals(monkeypatch):
-    drifts = iter([0.5, 0.1, 0.3, 0.2, 0.4])
+    drifts = iter([0.5, 0.1, 0.3])
     monkeypatch.setattr(trial.Trials, "run", lambda *a: trial.Found(1, 1, next(drifts), 0.5))
     choice = chosen(lr=1e-3).choice
     assert choice.cell == choice.tried[1].cell
@@ -192,7 +190,15 @@ def test_no_more_is_spent_than_the_best_place_allows(monkeypatch):
     monkeypatch.setattr(Costs, "allowance", lambda self, layer, epochs: 3.5)
     assert len(chosen(lr=1e-3).choice.tried) == 2
     monkeypatch.setattr(Costs, "allowance", lambda self, layer, epochs: 5.5)
-    assert len(chosen(lr=1e-3).choice.tried) == 4  # two at first, and both of them again
+    places = [one.cell.location for one in chosen().choice.tried]
+    assert len(places) == 4  # two places, and two rates at one of them
+    assert len(set(places)) == 2
+    # The best place's own allowance counts, not only that of the one to be tried.
+    best = places[0].layer
+    monkeypatch.setattr(
+        Costs, "allowance", lambda self, layer, epochs: 2.5 if layer == best else 100.0
+    )
+    assert len(chosen(lr=1e-3).choice.tried) == 1
 
 
 def test_a_given_module_and_rate_are_kept():

@@ -39,10 +39,11 @@ FEWEST_EDITS = 8
 MOST_EDITS = 20
 _BATCH = 10
 _SEED = 0
-# Places that are tried, and for how many epochs; then the best of them again, for longer.
-_FIRST, _SECOND = (6, 8), (2, 15)
-# With `lr: auto` the second round is for the rate: that of the first, times these, at one place.
-_FIRST_WITH_RATES, _FACTORS = 4, (1.0, 0.5, 2.0)
+# Places that are tried, and for how many epochs.
+_PLACES = (6, 10)
+# With `lr: auto` fewer, and the best of them again with its rate times these, for longer: what
+# learns fast looks better in a short trial than it is.
+_PLACES_FIRST, _RATES = (4, 8), ((1.0, 0.5, 2.0), 15)
 _A_MODULE = 2  # places of one module among the first, unless there is no other
 # A rate over the root mean square of a matrix's numbers. That of the down-projections of
 # SmolLM2-135M is 0.2 and 3e-3 suits them; several matrices at once want less each.
@@ -174,18 +175,18 @@ class _Screen:
             NonFiniteLossError: Nothing that was tried could be trained.
         """
         promises = self._promises()
-        rates = self.hparams.lr == AUTO
-        n_first = _FIRST_WITH_RATES if rates else _FIRST[0]
-        n_again = len(_FACTORS) if rates else _SECOND[0]
-        first = _diverse(promises, n_first, len(self.stack.layers))
+        factors, longer = _RATES if self.hparams.lr == AUTO else ((), 0)
+        n_places, epochs = _PLACES_FIRST if factors else _PLACES
+        first = _diverse(promises, n_places, len(self.stack.layers))
         cells = [Cell(location, self._rate(location)) for location in first]
         with tqdm(
-            total=len(first) + n_again,
+            total=len(first) + len(factors),
             desc="choosing the place",
             unit="trial",
             disable=not progress,
         ) as bar:
-            ranked = self._round(cells, promises, _FIRST[1], bar, kept_back=n_again)
+            # Room for two of the rates at least.
+            ranked = self._round(cells, promises, epochs, bar, kept_back=(len(factors[1:]), longer))
             if not self.tried:
                 return Tried(cells[0], promises[first[0]], 0, Found())
             if not ranked:
@@ -194,13 +195,10 @@ class _Screen:
                     f"were tried. Lower `lr={self.hparams.lr}`."
                 )
             best = ranked[0]
-            again = [one.cell for one in ranked[: _SECOND[0]]]
-            if rates:
-                location, lr = best.cell.location, best.cell.lr
-                again = [Cell(location, _rounded(lr * factor)) for factor in _FACTORS]
-            if len(again) == 1:
-                return best
-            return next(iter(self._round(again, promises, _SECOND[1], bar, best=best)), best)
+            again = [
+                Cell(best.cell.location, _rounded(best.cell.lr * factor)) for factor in factors
+            ]
+            return next(iter(self._round(again, promises, longer, bar)), best)
 
     def _promises(self) -> dict[Location, float | None]:
         """Returns what one backward pass says of each place."""
@@ -223,8 +221,7 @@ class _Screen:
         epochs: int,
         bar: tqdm,
         *,
-        kept_back: int = 0,
-        best: Tried | None = None,
+        kept_back: tuple[int, int] = (0, 0),
     ) -> list[Tried]:
         """Tries cells as far as the budget goes; returns those that were learned, best first.
 
@@ -236,16 +233,17 @@ class _Screen:
             promises: What the backward pass says of their places.
             epochs: Passes over the few edits, at most.
             bar: The progress.
-            kept_back: Trials of the next round for which room is left.
-            best: The best of the round before, which may still be chosen.
+            kept_back: Trials of the next round for which room is left, and their epochs.
         """
         h = self.hparams
         done: list[Tried] = []
+        best: Tried | None = None
+        n_later, epochs_later = kept_back
         for cell in cells:
             layers = [cell.location.layer] + ([] if best is None else [best.cell.location.layer])
             room = min(self.costs.allowance(layer, h.num_steps) for layer in layers)
             cost = self.costs.trial(layers[0], min(epochs, h.num_steps))
-            later = kept_back * self.costs.trial(layers[0], min(_SECOND[1], h.num_steps))
+            later = n_later * self.costs.trial(layers[0], min(epochs_later, h.num_steps))
             # Two places are tried before anything is kept back.
             if self.spent + cost + (later if len(done) > 1 else 0) > room:
                 logger.info("%s is not tried: the choice would take more than its share.", cell.key)
