@@ -23,6 +23,7 @@ from locft_easyedit.errors import (
 from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.locate import auto, trial
 from locft_easyedit.locate.budget import RUN_EPOCHS, Costs
+from locft_easyedit.locate.candidates import diverse
 from locft_easyedit.locate.choice import FILE_NAME, Choice
 from locft_easyedit.locate.places import Location
 from locft_easyedit.locate.sensitivity import Sensitivity, sensitivities
@@ -467,11 +468,11 @@ def test_places_that_are_tried_differ():
         for layer in range(30)
         for module in ("down", "up", "o")
     }
-    found = auto._diverse(promises, 6, 30)
+    found = diverse(promises, 6, 30)
     assert [(place.layer, place.module) for place in found] == [
         (29, "down"), (26, "down"), (29, "o"), (29, "up"), (26, "o"), (26, "up"),
     ]  # fmt: skip
-    unknown = auto._diverse(dict.fromkeys(promises), 4, 30)
+    unknown = diverse(dict.fromkeys(promises), 4, 30)
     assert len({place.layer for place in unknown}) == 4
     only = {place: value for place, value in promises.items() if place.module == "up"}
-    assert [place.layer for place in auto._diverse(only, 3, 30)] == [29, 26, 23]
+    assert [place.layer for place in diverse(only, 3, 30)] == [29, 26, 23]

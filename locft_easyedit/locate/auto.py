@@ -20,16 +20,16 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import ModelError, NonFiniteLossError, PlaceError, RequestError
+from ..errors import ModelError, NonFiniteLossError, RequestError
 from ..hparams import LocFTBFHyperParams
 from ..hparams_rules import AUTO
-from ..lora import check_low_rank
-from ..place import LayerList, find_layers, match_parameters, select_place
+from ..place import LayerList, find_layers, match_parameters
 from ..requests import Edit
 from .budget import Costs
+from .candidates import candidates, diverse
 from .choice import Choice, Tried
 from .outcome import Cell
-from .places import Location, find_locations
+from .places import Location
 from .sensitivity import of_place, sensitivities
 from .trial import Found, Trials
 
@@ -44,7 +44,6 @@ _PLACES = (6, 10)
 # With `lr: auto` fewer, and the best of them again with its rate times these, for longer: what
 # learns fast looks better in a short trial than it is.
 _PLACES_FIRST, _RATES = (4, 8), ((1.0, 0.5, 2.0), 15)
-_A_MODULE = 2  # places of one module among the first, unless there is no other
 # A rate over the root mean square of a matrix's numbers. That of the down-projections of
 # SmolLM2-135M is 0.2 and 3e-3 suits them; several matrices at once want less each.
 _RATE = 0.015
@@ -97,7 +96,7 @@ def choose_place(
             f"`layers=auto` needs all of {type(model).__name__}'s layers, in one list and loaded. "
             "Name a layer and a module."
         )
-    locations = _candidates(model, stack, hparams)
+    locations = candidates(model, stack, hparams)
     order = np.random.default_rng(_SEED).permutation(len(edits))[:MOST_EDITS]
     sample = [edits[i] for i in sorted(order.tolist())]
     trials = Trials(model, tokenizer, sample, hparams, min(_BATCH, hparams.batch_size))
@@ -116,39 +115,6 @@ def choose_place(
         choice.seconds,
     )
     return choice
-
-
-def _candidates(
-    model: PreTrainedModel, stack: LayerList, hparams: LocFTBFHyperParams
-) -> list[Location]:
-    """Returns the places that can be trained, among all or with the templates that are given.
-
-    Raises:
-        PlaceError: There is none; what is wrong with the first, if templates are given.
-    """
-    given = hparams.rewrite_module_tmp != AUTO
-    if given:
-        templates = tuple(hparams.templates)
-        known = {one.templates: one.module for one in find_locations(model)}
-        path = templates[0].partition("{}")[2].strip(".").removesuffix(".weight")
-        module = known.get(templates) or path.rpartition(".")[2] or "layer"
-        locations = [Location(i, module, templates) for i in range(len(stack.layers))]
-    else:
-        locations = find_locations(model)
-    found, why_not = [], None
-    for location in locations:
-        try:
-            place = select_place(model, [location.layer], location.templates)
-            if hparams.tuning == "lora":
-                check_low_rank(model, place.parameters, hparams.lora_rank)
-            found.append(location)
-        except PlaceError as error:
-            why_not = why_not or error
-    if not found:
-        raise PlaceError(
-            f"`layers=auto` finds no layer that can be trained. {why_not}"
-        ) from why_not
-    return found
 
 
 @dataclass
@@ -177,7 +143,7 @@ class _Screen:
         promises = self._promises()
         factors, longer = _RATES if self.hparams.lr == AUTO else ((), 0)
         n_places, epochs = _PLACES_FIRST if factors else _PLACES
-        first = _diverse(promises, n_places, len(self.stack.layers))
+        first = diverse(promises, n_places, len(self.stack.layers))
         cells = [Cell(location, self._rate(location)) for location in first]
         with tqdm(
             total=len(first) + len(factors),
@@ -279,28 +245,3 @@ def _worse(one: Tried) -> tuple[float, float]:
 def _rounded(rate: float) -> float:
     """Returns a rate to two digits."""
     return float(f"{rate:.1e}") if rate > 0 else 1e-4
-
-
-def _diverse(promises: dict[Location, float | None], n: int, n_layers: int) -> list[Location]:
-    """Returns the `n` most promising places, not all of one module and no two neighbours.
-
-    Where nothing is known of any place they are spread over the depth.
-    """
-    ranked = sorted(
-        (location for location, promise in promises.items() if promise is not None),
-        key=lambda location: (-(promises[location] or 0.0), location),
-    )
-    if not ranked:
-        everything = sorted(promises)
-        return [everything[i] for i in np.linspace(0, len(everything) - 1, n + 2).astype(int)[1:-1]]
-    several = len({location.module for location in ranked}) > 1
-    apart = max(1, n_layers // 15)
-    chosen: list[Location] = []
-    for location in ranked:
-        alike = [other for other in chosen if other.module == location.module]
-        near = any(abs(other.layer - location.layer) <= apart for other in alike)
-        if not near and not (several and len(alike) >= _A_MODULE):
-            chosen.append(location)
-        if len(chosen) == n:
-            break
-    return chosen
