@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ from .store import Budget
 from .stream import FrozenStream, stream_of
 from .tokens import TokenizedTexts, tokenize_edits
 from .weights import TrainedWeights
+
+if TYPE_CHECKING:
+    from .locate.choice import Choice
 
 
 def edit_model(
@@ -76,7 +79,7 @@ class EditSession:
         model: The model.
         tokenizer: Its tokenizer.
         requests: EasyEdit's request dictionaries.
-        hparams: The hyper-parameters.
+        hparams: The hyper-parameters; once checked, with the place and rate that were chosen.
         progress: Show progress bars.
         alone: Requests will be trained one at a time, so that no two of them are in conflict.
         states: States of frozen layers that several sessions share (see `LayerStates`).
@@ -85,6 +88,8 @@ class EditSession:
         stream: What reads frozen layers that are not resident; once entered.
         checkpoints: What the first training of all edits goes on from, and leaves; once checked.
             `None` without `checkpoint_dir`.
+        choice: What `layers: auto` has chosen, and among what; once checked. `None` where the
+            place is given.
     """
 
     model: PreTrainedModel
@@ -102,12 +107,15 @@ class EditSession:
     budget: Budget = field(init=False)
     stream: FrozenStream | None = field(init=False, default=None)
     checkpoints: Checkpoints | None = field(init=False, default=None)
+    choice: Choice | None = field(init=False, default=None)
     _health: HealthCheck | None = field(init=False, default=None)
     _runner: TextRunner | None = field(init=False, default=None)
     _cleanup: ExitStack = field(init=False, default_factory=ExitStack)
 
     def check(self) -> None:
-        """Checks everything and tokenizes, without touching the model; entering does it too.
+        """Checks everything and tokenizes; entering does it too. The model is as before.
+
+        Here `layers: auto` is resolved, which trains and takes back.
 
         Raises:
             LocFTError: The hyper-parameters, the requests, the place or the checkpoint that is
@@ -117,23 +125,60 @@ class EditSession:
         with self._timed("prepare"):
             h.check()
             self.edits = distinct_edits(self.requests, None if self.alone else h.on_conflict)
-            self.place = select_place(self.model, h.layers, h.templates)
-            if h.tuning == "lora":
-                check_low_rank(self.model, self.place.parameters, h.lora_rank)
+            if not h.chooses:
+                self._select()
             self._texts = tokenize_edits(
                 self.tokenizer,
                 self.edits.edits,
                 append_eos=h.append_eos,
                 max_positions=context_length(self.model),
             )
-            if h.checkpoint_dir is not None and h.checkpoint_minutes is not None and not self.alone:
-                identity = Identity.of(self.model, self.place, self._texts, h)
-                self.checkpoints = Checkpoints(h.checkpoint_dir, h.checkpoint_minutes, identity)
+        if h.chooses:
+            with self._timed("place"):
+                self.choice = self._chosen()
+            self.hparams = h = self.choice.applied(h)
+            self._select()
+        if self._keeps and h.checkpoint_dir is not None and h.checkpoint_minutes is not None:
+            identity = Identity.of(self.model, self.place, self._texts, h)
+            self.checkpoints = Checkpoints(h.checkpoint_dir, h.checkpoint_minutes, identity)
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether an interrupted training leaves what the same edit goes on from."""
+        h = self.hparams
+        return h.checkpoint_dir is not None and h.checkpoint_minutes is not None and not self.alone
+
+    def _select(self) -> None:
+        """Finds the place's parameters."""
+        h = self.hparams
+        self.place = select_place(self.model, h.layers, h.templates)
+        if h.tuning == "lora":
+            check_low_rank(self.model, self.place.parameters, h.lora_rank)
+
+    def _chosen(self) -> Choice:
+        """Returns the place for these edits; an interrupted run does not choose twice."""
+        # They train with sessions of their own.
+        from .locate.auto import choose_place
+        from .locate.choice import keep_choice, kept_choice
+
+        h, kept, identity = self.hparams, None, None
+        assert self._texts is not None
+        if self._keeps and h.checkpoint_dir is not None:
+            identity = Identity.of(self.model, Place({}, None, None), self._texts, h)
+            kept = kept_choice(h.checkpoint_dir, identity)
+        if kept is not None:
+            return kept
+        choice = choose_place(
+            self.model, self.tokenizer, self.edits.edits, h, progress=self.progress
+        )
+        if identity is not None and h.checkpoint_dir is not None:
+            keep_choice(h.checkpoint_dir, identity, choice)
+        return choice
 
     def __enter__(self) -> EditSession:
-        h = self.hparams
         if self._texts is None:
             self.check()
+        h = self.hparams
         assert self._texts is not None
         with self._cleanup:
             if self.checkpoints is not None:
@@ -278,6 +323,7 @@ class EditSession:
                 frozen_prefix=notes["cut"] is not None,
                 lora=adapter,
                 health=health,
+                choice=self.choice,
             )
         except BaseException as error:
             # Ctrl-C as well: a half-trained model is of no use to anybody.

@@ -15,7 +15,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import HyperParamsError, one_message
-from .hparams_rules import ALG_NAME, DTYPES, broken_rules
+from .hparams_rules import ALG_NAME, AUTO, DTYPES, broken_rules
 from .reading import bad_text, is_file, json_of, shown, text_of, yaml_of
 
 _MOST_BYTES = 2**20
@@ -37,6 +37,10 @@ OTHER_METHODS_KEYS = frozenset(
         "stats_dir",
     ]
 )
+
+
+# Fields that take the word `auto` besides values of their type; OmegaConf knows no such union.
+_OR_AUTO: dict[str, Any] = {"layers": List[int], "lr": float}  # noqa: UP006
 
 
 # What OmegaConf, and the values themselves, raise where they do not suit a field.
@@ -64,10 +68,12 @@ class LocFTBFHyperParams:
         model_name: Folder or hub name of a causal language model; in EasyEdit also a pair
             `(model, tokenizer)` that is loaded already.
         device: `cpu`, `cuda`, `cuda:N` or the number N; `None` takes a GPU where there is one.
-        layers: Layers to train, counted from 0.
+        layers: Layers to train, counted from 0; `auto` chooses one, with a few of the edits that
+            are to be made.
         rewrite_module_tmp: What to train in each layer, with `{}` for the layer number: a
-            parameter, a module (all its parameters), or a list of them.
-        lr: Learning rate of Adam.
+            parameter, a module (all its parameters), or a list of them. `auto`, together with
+            `layers: auto`, chooses that as well.
+        lr: Learning rate of Adam; `auto`, together with `layers: auto`, chooses that as well.
         num_steps: Passes over all edits at most (epochs).
         batch_size: Edits in a mini-batch. It never limits how many edits are trained together.
         weight_decay: Adam's L2 penalty.
@@ -120,9 +126,9 @@ class LocFTBFHyperParams:
     alg_name: str = ALG_NAME
     model_name: Any = None
     device: Optional[Union[int, str]] = None  # noqa: UP007, UP045
-    layers: List[int]  # noqa: UP006
+    layers: Any
     rewrite_module_tmp: Any
-    lr: float
+    lr: Any
     num_steps: int = 25
     batch_size: int = 100
     weight_decay: float = 0.0
@@ -185,6 +191,11 @@ class LocFTBFHyperParams:
         if self.dtype or self.fp16:
             return DTYPES[self.dtype or "float16"]
         return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the place is still to be chosen: `layers` is `auto`."""
+        return bool(self.layers == AUTO)
 
     @property
     def templates(self) -> list[str]:
@@ -288,6 +299,8 @@ def _typed(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             problems.append(f"`{key}={shown(value)}` {unusable}.")
         elif key == "model_name":
             typed[key] = value  # may be a loaded (model, tokenizer); OmegaConf holds plain values
+        elif key in _OR_AUTO and value == AUTO:
+            typed[key] = value
         else:
             try:
                 merged = OmegaConf.merge(_schema_of(key), {key: value})[key]  # type: ignore[index]
@@ -303,7 +316,7 @@ def _typed(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 @functools.cache
 def _schema_of(key: str) -> Any:
     """Returns a schema with this field alone: with all of them, each value takes milliseconds."""
-    annotation = get_type_hints(LocFTBFHyperParams)[key]
+    annotation = _OR_AUTO.get(key) or get_type_hints(LocFTBFHyperParams)[key]
     one = dataclasses.make_dataclass("OneField", [(key, annotation, MISSING)])
     return OmegaConf.structured(one)
 
@@ -322,13 +335,15 @@ def _unusable(value: Any) -> str | None:
 
 
 def _type_name(key: str) -> str:
+    if key in _OR_AUTO:
+        values = {"layers": "a list of whole numbers, for example [22]", "lr": "a number"}
+        return f"{values[key]}, or {AUTO}"
     annotation = next(f.type for f in dataclasses.fields(LocFTBFHyperParams) if f.name == key)
     names = {
         "int": "a whole number",
         "float": "a number",
         "bool": "true or false",
         "str": "a text",
-        "List[int]": "a list of whole numbers, for example [22]",
         "Optional[int]": "a whole number, or null",
         "Optional[float]": "a number, or null",
         "Optional[str]": "a text, or null",

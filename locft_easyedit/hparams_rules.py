@@ -11,6 +11,7 @@ import torch
 from .reading import shown
 
 ALG_NAME = "LocFT-BF"
+AUTO = "auto"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ON_CONFLICT = ("train", "error", "last")
 CUTS = ("matrix", "mlp", "layer")
@@ -25,6 +26,16 @@ _COUNTS = (
     "row_tokens",
     "micro_batch_size",
     "lora_rank",
+)
+_OR_AUTO = ("layers", "lr")
+# What is decided while the model is loaded.
+_NEEDS_A_PLACE = {
+    "quantize_frozen": "what is trained must stay whole when the model is loaded",
+    "stream_frozen": "the layers to leave on disk must be known when the model is loaded",
+}
+_NO_RATE = (
+    "`lr=auto` does not go with `tuning=lora`: rates are scaled from the size of the weights, and "
+    "LoRA's matrices have another. Give a rate."
 )
 _MOST = 2**31  # of a count: what arrays are indexed with
 
@@ -103,11 +114,35 @@ def broken_rules(values: Mapping[str, Any]) -> list[str]:
     problems = [
         f"`{key}={shown(values[key])}` {rule}."
         for key, holds, rule in rules
-        if key in values and not holds(values[key])
+        if key in values
+        and not (key in _OR_AUTO and values[key] == AUTO)
+        and not holds(values[key])
     ]
-    if "rewrite_module_tmp" in values:
-        problems += _template_problems(values["rewrite_module_tmp"])
-    return problems
+    template = values.get("rewrite_module_tmp", AUTO)
+    if template != AUTO:
+        problems += _template_problems(template)
+    return problems + _auto_problems(values)
+
+
+def _auto_problems(values: Mapping[str, Any]) -> list[str]:
+    """Returns a line for everything that does not go with a place that is still to be chosen."""
+    if values.get("layers", AUTO) != AUTO:
+        return [
+            f"`{key}=auto` goes only with `layers=auto`. Choose the layer by itself as well, or "
+            "give a value."
+            for key in ("rewrite_module_tmp", "lr")
+            if values.get(key) == AUTO
+        ]
+    if "layers" not in values:
+        return []
+    lora = values.get("lr") == AUTO and values.get("tuning") == "lora"
+    problems = [_NO_RATE] if lora else []
+    return problems + [
+        f"`{key}={shown(values[key])}` does not go with `layers=auto`: {why}. Find the place with "
+        "`locft locate` and name it, or leave `{key}` out.".replace("{key}", key)
+        for key, why in _NEEDS_A_PLACE.items()
+        if values.get(key)
+    ]
 
 
 def _is_model(value: Any) -> bool:

@@ -262,6 +262,8 @@ def _check_place(name: str, hparams: LocFTBFHyperParams) -> Any | None:
     except Exception as error:  # code of any kind builds models; the loaded one is checked as well
         logger.debug("%s cannot be built without weights: %s", name, error)
         return None
+    if hparams.chooses:
+        return model
     place = match_parameters(model, hparams.layers, hparams.templates)
     if hparams.tuning == "lora":
         check_low_rank(model, place, hparams.lora_rank)

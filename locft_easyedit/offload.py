@@ -36,6 +36,14 @@ def streaming_map(
         return None
     stack = None if skeleton is None else find_layers(skeleton)
     first = None
+    if hparams.chooses:
+        if skeleton is None or stack is None or _fits(skeleton, hparams.dtype_on(device), device):
+            return None
+        raise ModelError(
+            f"`layers=auto` runs the whole model, and it does not fit the free memory of {device}. "
+            "Name the layer (`locft locate` finds it on a larger machine): the frozen layers below "
+            "it can be left on disk (`stream_frozen`)."
+        )
     if skeleton is not None and stack is not None:
         names = match_parameters(skeleton, hparams.layers, hparams.templates)
         first = first_layer_of(names, stack)

@@ -129,7 +129,8 @@ def write_run(
     Args:
         folder: Made if need be.
         run: The outcome.
-        hparams: The hyper-parameters it was made with.
+        hparams: The hyper-parameters it was made with; a place and a rate that were chosen are put
+            in.
         save: `matrices`, `model` or `none`.
         model: The edited model; needed unless `save="none"`.
         tokenizer: For `save="model"`.
@@ -137,6 +138,8 @@ def write_run(
     Raises:
         OutputError: The folder or a file in it cannot be written to.
     """
+    if run.result.choice is not None:
+        hparams = run.result.choice.applied(hparams)
     path = prepare_folder(folder)
     written = {"metrics": path / "metrics.json", "hyper-parameters": path / "hparams.json"}
     summary = summarize(run.metrics)

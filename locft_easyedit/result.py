@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from .health import HealthReport
 from .lora import LoraAdapter
 from .requests import EditSet
 from .weights import exchanged, write_
+
+if TYPE_CHECKING:
+    from .locate.choice import Choice
 
 
 @dataclass
@@ -34,6 +37,7 @@ class EditResult:
         frozen_prefix: Whether the frozen layers were computed only once.
         lora: What `tuning: lora` trained: the change from `original` to `new`, before rounding.
         health: Whether the edit has hurt the model; `None` with `health_check: false`.
+        choice: What `layers: auto` has chosen, and among what; `None` where the place was given.
     """
 
     losses: list[float]
@@ -49,6 +53,7 @@ class EditResult:
     frozen_prefix: bool
     lora: LoraAdapter | None = None
     health: HealthReport | None = None
+    choice: Choice | None = None
 
     def restore_(self, model: nn.Module) -> None:
         """Gives `model` the original values back, bit for bit."""
@@ -90,5 +95,6 @@ class EditResult:
             "packed": self.packed,
             "frozen_prefix": self.frozen_prefix,
             "health": None if self.health is None else self.health.to_dict(),
+            "choice": None if self.choice is None else self.choice.to_dict(),
             "seconds": self.timings,
         }

@@ -17,6 +17,7 @@ from ..errors import HyperParamsError, OutputError
 from ..evaluate.summary import summarize
 from ..health import HealthReport
 from ..hparams import ALG_NAME, LocFTBFHyperParams
+from ..locate.auto import check_enough
 from ..models import load_model
 from ..pipeline import SAVE, edit_and_measure, write_run
 from ..report import health_table, metrics_table, seconds_table, show
@@ -38,7 +39,9 @@ Interrupted by whatever (Ctrl-C, a kill, a full disk), the same command goes on 
   output=DIR           where results go (outputs/DATE/TIME)
   resume=BOOL          go on with an interrupted run of the same command (default), or begin anew
   save=WHAT            the edited matrices (default), the whole edited model, or none
-  KEY=VALUE            any hyper-parameter: lr=1e-3 layers=[22] model_name=FOLDER device=cpu
+  KEY=VALUE            any hyper-parameter: lr=1e-3 layers=[22] model_name=FOLDER device=cpu;
+                       layers=auto finds the layer, rewrite_module_tmp=auto the module and
+                       lr=auto the rate with a few of the edits
   -m, --cfg job, ...   any option of Hydra: https://hydra.cc
 
 NAME is one of: """
@@ -86,7 +89,9 @@ def run_edit(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path)
         raise HyperParamsError(f"`save={command['save']!r}` must be one of {', '.join(SAVE)}.")
     requests = read_requests(command["data"], command["n"])
     # Bad requests show before a large model is loaded; conflicts are warned of only once.
-    distinct_edits(requests, "error" if hparams.on_conflict == "error" else None)
+    edits = distinct_edits(requests, "error" if hparams.on_conflict == "error" else None).edits
+    if hparams.chooses:
+        check_enough(len(edits))
     settings = run_settings(hparams, requests) | {"save": command["save"]}
     started_with = _without_output({**hparams.to_dict(), **command})
     with run_folder(output, settings, started_with, resume=command["resume"]) as folder:

@@ -180,7 +180,7 @@ def _peer_plans(settings: Settings, model: str, n_edits: int) -> dict[str, PeerH
     methods = [method for method in settings.methods if method != ALG_NAME]
     h = settings.hparams
     empty = model_without_weights(model, trust_remote_code=h.trust_remote_code)
-    if ALG_NAME in settings.methods:
+    if ALG_NAME in settings.methods and not h.chooses:
         match_parameters(empty, h.layers, h.templates)
     plans, problems = {}, []
     for method in methods:

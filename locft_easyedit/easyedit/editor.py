@@ -195,7 +195,7 @@ class LocFTBFMethods:
         session = EditSession(
             self.model, self.tok, make_requests(prompts, target_new), self.hparams
         )
-        session.check()
+        self._check(session)
         self._begin()
         with session:
             self._done(session.train_(), sequential_edit)
@@ -307,7 +307,7 @@ class LocFTBFMethods:
             self.model, self.tok, requests, self.hparams, progress=measures.progress, alone=alone
         )
         # All that can be wrong shows before any weight changes, the last call's edits included.
-        session.check()
+        self._check(session)
         measures.check(requests, pre_edit)
         self._begin()
         with session:
@@ -368,6 +368,17 @@ class LocFTBFMethods:
             fluency=fluency,
             progress=verbose,
         )
+
+    def _check(self, session: EditSession) -> None:
+        """Checks what is to be done; the place that `layers: auto` chooses is this editor's."""
+        session.check()
+        if session.choice is not None:
+            self.hparams = session.hparams
+            logger.info(
+                "Later calls of this editor keep %s (lr=%g): edits accumulate in one place.",
+                session.choice.cell.location,
+                session.hparams.lr,
+            )
 
     def _begin(self) -> None:
         """Gives the model the weights that the next edit starts from."""

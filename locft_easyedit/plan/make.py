@@ -102,6 +102,12 @@ def make_plan(
         ModelError: The model is unknown, or is no model of layers.
         PlaceError: The place is not in the model, or suits no LoRA.
     """
+    if hparams.chooses:
+        raise HyperParamsError(
+            "`layers=auto` chooses the place with the loaded model; a plan is made before that. "
+            "Name a layer, a module and a rate: those that `locft locate` has found, or "
+            "layers=[L] for an estimate."
+        )
     if not hparams.frozen_prefix:
         raise HyperParamsError(
             "`frozen_prefix=False` runs every layer in every step; a plan is made for runs with "

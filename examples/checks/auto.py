@@ -1,0 +1,142 @@
+"""Compares what `layers: auto` chooses with the best cell of a finished location study.
+
+    python examples/checks/auto.py --model FOLDER --data zsre_1k.json --n 100 --cells cells.json
+
+`cells.json` is a list of the study's cells, as `CellOutcome.to_dict()` gives them; model, data, n,
+epochs and batch size have to be the study's. The choice is made on the same edits. The regret is
+what reliability and generalization lose against the best cell: by score, which is what a study
+chooses, and by generalization. A chosen place and rate that the study has no cell for is trained
+and measured here. The cost is the choice's seconds beside a tenth of a run of 3,000 edits at the
+chosen place: 750 steps of 100 edits, timed here, and the prefix. Exit status 1 if it is more.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from locft_easyedit.data import read_requests
+from locft_easyedit.editing import EditSession
+from locft_easyedit.evaluate.summary import summarize
+from locft_easyedit.hparams import LocFTBFHyperParams
+from locft_easyedit.locate.auto import choose_place
+from locft_easyedit.locate.outcome import OK, CellOutcome
+from locft_easyedit.models import load_model
+from locft_easyedit.pipeline import edit_and_measure
+from locft_easyedit.requests import distinct_edits
+
+FIGURES = ("reliability", "generalization")
+RUN_EDITS, RUN_BATCH, TIMED_STEPS = 3000, 100, 3
+
+
+def main():
+    options = arguments()
+    cells = [CellOutcome.from_dict(value) for value in json.loads(options.cells.read_text())]
+    cells = [cell for cell in cells if cell.state == OK]
+    hparams = LocFTBFHyperParams(
+        model_name=str(options.model),
+        device=options.device,
+        dtype=options.dtype,
+        layers="auto",
+        rewrite_module_tmp=options.module,
+        lr=options.lr,
+        num_steps=options.epochs,
+        batch_size=options.batch_size,
+        health_check=False,
+    )
+    model, tokenizer = load_model(hparams)
+    requests = read_requests(options.data, options.n)
+    choice = choose_place(model, tokenizer, distinct_edits(requests, None).edits, hparams)
+    chosen = choice.applied(hparams)
+    found, known = figures_of(choice.cell, cells), True
+    if found is None:
+        found, known = measured(model, tokenizer, requests, chosen), False
+    run = seconds_of_a_run(model, tokenizer, read_requests(options.data), chosen)
+    report = {
+        "chosen": choice.cell.key,
+        "in the study": known,
+        **{name: found[name] for name in FIGURES if name in found},
+        **regrets(found, cells),
+        "seconds": choice.seconds,
+        "a tenth of a run": run / 10,
+        "share of a run": choice.seconds / run,
+        "choice": choice.to_dict(),
+    }
+    sys.stdout.write(json.dumps(report, indent=1) + "\n")
+    if options.output:
+        options.output.write_text(json.dumps(report, indent=1))
+    return int(choice.seconds > run / 10)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, required=True, help="a folder")
+    parser.add_argument("--data", type=Path, required=True, help="a JSON file with edits")
+    parser.add_argument("--cells", type=Path, required=True, help="the study's cells, a JSON list")
+    parser.add_argument("--n", type=int, required=True, help="the study's edits")
+    parser.add_argument("--epochs", type=int, default=25)
+    parser.add_argument("--batch-size", type=int, default=10)
+    parser.add_argument("--module", default="auto", help="rewrite_module_tmp, or auto")
+    parser.add_argument("--lr", type=lambda text: text if text == "auto" else float(text),
+                        default="auto")  # fmt: skip
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype")
+    parser.add_argument("--output", type=Path, help="also write the report there")
+    return parser.parse_args()
+
+
+def place(outcome):
+    location = outcome.cell.location
+    return location.layer, location.templates
+
+
+def figures_of(cell, outcomes):
+    """Returns the figures of the study's cell of this place and rate, if there is one."""
+    for one in outcomes:
+        same = place(one) == (cell.location.layer, cell.location.templates)
+        if same and abs(one.cell.lr / cell.lr - 1) < 1e-6:
+            return one.figures
+    return None
+
+
+def measured(model, tokenizer, requests, hparams):
+    """Returns the figures of a plain run, which are those of a cell; the model is as before."""
+    done = edit_and_measure(model, tokenizer, requests, hparams)
+    done.result.restore_(model)
+    generated = summarize(done.metrics)["post"]["generated"]
+    return {name: generated[name] for name in FIGURES if generated.get(name) is not None}
+
+
+def regrets(found, cells):
+    """Returns what the chosen cell loses against the best ones of the study."""
+    result = {}
+    for what in ("score", "generalization"):
+        having = [one for one in cells if what in one.figures]
+        if not having:
+            continue
+        best = max(having, key=lambda one: one.figures[what])
+        result[f"best by {what}"] = best.cell.key
+        for name in FIGURES:
+            if name in best.figures and name in found:
+                lost = best.figures[name] - found[name]
+                result[f"{name} lost against the best by {what}"] = lost
+    return result
+
+
+def seconds_of_a_run(model, tokenizer, requests, hparams):
+    """Returns the seconds of 3,000 edits at this place, from a few steps of a hundred."""
+    few = requests[:RUN_BATCH]
+    h = replace(hparams, batch_size=RUN_BATCH, num_steps=TIMED_STEPS, batch_loss_threshold=0.0,
+                epoch_loss_threshold=0.0)  # fmt: skip
+    with EditSession(model, tokenizer, few, h, progress=False) as session:
+        start = time.perf_counter()
+        session.train_().restore_(model)
+        step = (time.perf_counter() - start) / TIMED_STEPS
+        n_batches = RUN_EDITS / len(session.edits.edits)
+        return n_batches * (hparams.num_steps * step + session.timings["prefix"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""What a choice may cost: a tenth of a run of 3,000 edits, counted in work and not by a clock.
+
+The unit is a token through one layer, forwards. A training step counts three times that; the output
+head counts as many layers as its matrix has their numbers, where a token's logits are asked for.
+What a step costs apart from its tokens (launching kernels on a GPU) is a least number of tokens.
+
+Small batches, and sessions that are begun for a few steps, get less out of a machine. Measured on
+SmolLM2-135M in bfloat16 on one CPU core, in microseconds of CPU time a unit: 37 in steps of 100
+edits, 54 in the pass that looks at every matrix, 70 in a trial. Hence the two factors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..devices import input_device
+from ..place import LayerList
+from ..tokens import TokenizedTexts
+
+RUN_EDITS = 3000
+RUN_EPOCHS = 25  # at most
+SHARE = 0.1
+_TRAINING = 3  # forward and backward, over forward alone
+# Forward, again, backward, and two products for each matrix; times 54 / 37.
+_SENSITIVITY = 7.3
+_TRIAL = 1.9  # 70 / 37
+_PROBES = 40  # texts that a session runs to find its shortcuts
+_LEAST_ON_GPU = 256  # tokens: fewer take a GPU about as long
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What runs and trials of one model and data take.
+
+    Attributes:
+        n_layers: The model's layers.
+        head: The output head's numbers over a layer's.
+        tokens: Mean tokens of an edit.
+        scored: How many of them are scored.
+        n_edits: Edits of a trial.
+        batch_size: Edits of a trial's mini-batch.
+        rewordings: Tokens of all rewordings.
+        text: Tokens of the unrelated text.
+        least: Tokens that every pass counts at least.
+    """
+
+    n_layers: int
+    head: float
+    tokens: float
+    scored: float
+    n_edits: int
+    batch_size: int
+    rewordings: int
+    text: int
+    least: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        stack: LayerList,
+        own: TokenizedTexts,
+        rewordings: TokenizedTexts,
+        text: TokenizedTexts,
+        batch_size: int,
+    ) -> Costs:
+        """Returns the costs of a model's trials with these texts."""
+        head = model.get_output_embeddings()
+        layer = sum(p.numel() for p in stack.layers.parameters()) / len(stack.layers)
+        return cls(
+            n_layers=len(stack.layers),
+            head=0.0 if head is None else head.weight.numel() / layer,
+            tokens=float(own.lengths.mean()),
+            scored=float((own.lengths - own.target_start).mean()),
+            n_edits=len(own),
+            batch_size=batch_size,
+            rewordings=int(rewordings.lengths.sum()),
+            text=int(text.lengths.sum()),
+            least=_LEAST_ON_GPU if input_device(model).type == "cuda" else 0,
+        )
+
+    def run(self, first_layer: int, epochs: int) -> float:
+        """Returns the work of a run of 3,000 edits, whose mini-batches are large.
+
+        Args:
+            first_layer: The lowest layer that is trained.
+            epochs: Passes over the edits.
+        """
+        step = _TRAINING * (self.tokens * (self.n_layers - first_layer) + self.scored * self.head)
+        return RUN_EDITS * (self.tokens * first_layer + min(epochs, RUN_EPOCHS) * step)
+
+    def allowance(self, first_layer: int, epochs: int) -> float:
+        """Returns the work that the choice of a place may take."""
+        return SHARE * self.run(first_layer, epochs)
+
+    def sensitivities(self) -> float:
+        """Returns the work of the pass that looks at every matrix."""
+        everything = self.n_edits * self.tokens + self.rewordings + self.text
+        return _SENSITIVITY * everything * (self.n_layers + self.head)
+
+    def trial(self, first_layer: int, epochs: int) -> float:
+        """Returns the work of one trial, its measurements included."""
+        in_batch = min(self.batch_size, self.n_edits)
+        passes = epochs * -(-self.n_edits // in_batch)
+        upper = self.n_layers - first_layer
+        step = max(in_batch * self.tokens, self.least) * upper + in_batch * self.scored * self.head
+        prepared = self.n_edits * self.tokens * first_layer + _PROBES * self.tokens * self.n_layers
+        measured = (self.n_edits * self.tokens + self.rewordings) * self.n_layers
+        drift = self.text * (self.n_layers + self.head)
+        return _TRIAL * (prepared + passes * _TRAINING * step + measured + drift)

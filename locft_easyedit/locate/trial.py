@@ -1,0 +1,158 @@
+"""A few edits made for a trial, at one place and rate after the other, on a model that stays."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..devices import context_length
+from ..editing import EditSession
+from ..errors import ModelError, NonFiniteLossError
+from ..health import health_texts
+from ..hparams import LocFTBFHyperParams
+from ..modes import evaluation_mode
+from ..requests import Edit
+from ..runner import TextRunner
+from ..shortcuts import can_pack
+from ..tokens import TokenizedTexts, tokenize_edits
+from .drift import Drift
+from .outcome import Cell
+from .rewordings import reword
+from .score import score
+
+logger = logging.getLogger(__name__)
+
+_WHICH = slice(None, None, 2)  # of the rewordings: each costs as much as an edit
+_AT_ONCE = 32  # texts a forward pass
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a trial found, each 0 to 1 but for the drift.
+
+    Probabilities and not shares of right answers: of a few dozen texts these are coarse. Over 20
+    places for ZsRE and 18 for CounterFact (see `sensitivity`), the rank correlation of the score
+    with that of the data's own rephrase prompts is 0.96 and 0.94 with probabilities, 0.96 and 0.90
+    with shares; among the places that learn at all 0.93 and 0.84, and 0.92 and 0.68.
+
+    Attributes:
+        reliability: Mean probability of the edits' targets, the geometric mean over each's tokens.
+        reworded: The same of the rewordings.
+        drift: KL divergence of the next-token distributions of unrelated text, nats a token.
+        score: See `score`; 0 where training diverged.
+    """
+
+    reliability: float = 0.0
+    reworded: float = 0.0
+    drift: float = float("nan")
+    score: float = 0.0
+
+
+@dataclass
+class Trials:
+    """A sample of the edits, and what tells how well they were made.
+
+    Nothing of a request but its prompt and its target is looked at.
+
+    Attributes:
+        model: The model; its weights are the same after each trial.
+        tokenizer: Its tokenizer.
+        edits: The sample.
+        hparams: Those of the run; place, rate and epochs are replaced.
+        batch_size: Edits in a mini-batch.
+        own: The edits as tokens, without an end of sequence.
+        rewordings: Their prompts reworded, likewise.
+        text: Unrelated text.
+        packed: Whether rows are packed.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    edits: Sequence[Edit]
+    hparams: LocFTBFHyperParams
+    batch_size: int
+    own: TokenizedTexts = field(init=False)
+    rewordings: TokenizedTexts = field(init=False)
+    text: TokenizedTexts = field(init=False)
+    packed: bool = field(init=False)
+    _drift: Drift | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        prompts = [(edit, prompt) for edit in self.edits for prompt in reword(edit.prompt)[_WHICH]]
+        self.own = self._tokens(self.edits)
+        self.rewordings = self._tokens([replace(edit, prompt=prompt) for edit, prompt in prompts])
+        self.text, why_not = health_texts(self.model, self.tokenizer)
+        if why_not:
+            raise ModelError(
+                f"`layers=auto` weighs what an edit does to unrelated text, and {why_not}. Name a "
+                "layer and a module."
+            )
+        with evaluation_mode(self.model):
+            self.packed = self.hparams.packing and can_pack(self.model, self.rewordings)
+
+    def _tokens(self, edits: Sequence[Edit]) -> TokenizedTexts:
+        return tokenize_edits(
+            self.tokenizer, edits, append_eos=False, max_positions=context_length(self.model)
+        )
+
+    def run(self, cell: Cell, epochs: int) -> Found:
+        """Makes the edits at a place and rate, measures, and takes them back.
+
+        Args:
+            cell: The place and the rate.
+            epochs: Passes over the edits, at most.
+        """
+        if self._drift is None:
+            self._drift = Drift(self.model, self.text, packed=self.packed)
+        h = replace(
+            self.hparams,
+            layers=[cell.location.layer],
+            rewrite_module_tmp=cell.location.rewrite_module_tmp,
+            lr=cell.lr,
+            num_steps=epochs,
+            batch_size=self.batch_size,
+            on_conflict="train",
+            prefix_dir=None,
+            compile=False,
+            checkpoint_dir=None,
+            health_check=False,
+        )
+        requests = [{"prompt": e.prompt, "target_new": e.target} for e in self.edits]
+        try:
+            with EditSession(self.model, self.tokenizer, requests, h, progress=False) as session:
+                result = session.train_()
+        except (NonFiniteLossError, torch.cuda.OutOfMemoryError) as error:
+            logger.info("%s was tried and failed: %s", cell.key, error)
+            failed = True
+        else:
+            failed = False
+        if failed:  # outside the handler: the exception's frames hold the tensors that have to go
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return Found()
+        try:
+            learned, reworded = self._likely(self.own), self._likely(self.rewordings)
+            drift = self._drift.measure()
+        finally:
+            result.restore_(self.model)
+        return Found(learned, reworded, drift, score(learned, reworded, drift))
+
+    @torch.no_grad()
+    def _likely(self, texts: TokenizedTexts) -> float:
+        """Returns the targets' mean probability, of each the geometric mean over its tokens."""
+        runner = TextRunner(
+            self.model, texts, row_tokens=self.hparams.row_tokens, packed=self.packed, prefix=None
+        )
+        total = 0.0
+        with evaluation_mode(self.model), runner.ready():
+            for start in range(0, len(texts), _AT_ONCE):
+                losses = runner.edit_losses(np.arange(start, min(start + _AT_ONCE, len(texts))))
+                total += float((-losses.double()).exp().sum())
+        return total / len(texts)
