@@ -88,6 +88,10 @@ def test_the_order_is_coarse_to_fine(n):
         ({"rates": [1e-3, 0]}, r"`sweep_lrs=\[0.001, 0\]` must be numbers above 0"),
         ({"rates": []}, r"`sweep_lrs=\[\]` must be numbers above 0, at least one"),
         ({"every": 0}, "`every=0` must be 1 or more"),
+        (
+            {"hparams": {"layers": "auto", "lr": "auto"}, "rates": None},
+            "`lr=auto`: a study has rates to try",
+        ),
         ({"devices": []}, "`devices` is empty"),
         ({"devices": ["cpu", "warm"]}, "`device='warm'` is no device"),
         ({"hparams": {"stream_frozen": True}}, "every layer of the model is trained in turn"),

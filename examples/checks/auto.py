@@ -1,13 +1,14 @@
 """Compares what `layers: auto` chooses with the best cell of a finished location study.
 
-    python examples/checks/auto.py --model FOLDER --data zsre_1k.json --n 100 --cells cells.json
+    python examples/checks/auto.py STUDY [--module auto] [--lr auto]
 
-`cells.json` is a list of the study's cells, as `CellOutcome.to_dict()` gives them; model, data, n,
-epochs and batch size have to be the study's. The choice is made on the same edits. The regret is
-what reliability and generalization lose against the best cell: by score, which is what a study
-chooses, and by generalization. A chosen place and rate that the study has no cell for is trained
-and measured here. The cost is the choice's seconds beside a tenth of a run of 3,000 edits at the
-chosen place: 750 steps of 100 edits, timed here, and the prefix. Exit status 1 if it is more.
+STUDY is the output folder of `locft locate`: model, data, edits, epochs and batch size are the
+study's. The choice is made on the same edits. The regret is what reliability and generalization
+lose against the best cell: by score, which is what a study chooses, and by generalization. A chosen
+place and rate that the study has no cell for is trained and measured here. The cost is the choice's
+seconds beside a tenth of a run of 3,000 edits at the chosen place: 750 steps of 100 edits, timed
+here, and the prefix. Besides, how the places are ranked by what the choice knows of them before any
+trial (Spearman's rank correlation with the study's scores). Exit status 1 if it takes more.
 """
 
 import argparse
@@ -17,12 +18,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from locft_easyedit.data import read_requests
 from locft_easyedit.editing import EditSession
 from locft_easyedit.evaluate.summary import summarize
-from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.locate.auto import choose_place
-from locft_easyedit.locate.outcome import OK, CellOutcome
+from locft_easyedit.locate.auto import choose_place, promises_of
+from locft_easyedit.locate.study import load_study
 from locft_easyedit.models import load_model
 from locft_easyedit.pipeline import edit_and_measure
 from locft_easyedit.requests import distinct_edits
@@ -33,32 +35,33 @@ RUN_EDITS, RUN_BATCH, TIMED_STEPS = 3000, 100, 3
 
 def main():
     options = arguments()
-    cells = [CellOutcome.from_dict(value) for value in json.loads(options.cells.read_text())]
-    cells = [cell for cell in cells if cell.state == OK]
-    hparams = LocFTBFHyperParams(
-        model_name=str(options.model),
-        device=options.device,
-        dtype=options.dtype,
+    study = load_study(options.study)
+    outcome = study.outcome()
+    hparams = replace(
+        study.settings.hparams,
         layers="auto",
         rewrite_module_tmp=options.module,
         lr=options.lr,
-        num_steps=options.epochs,
-        batch_size=options.batch_size,
         health_check=False,
     )
     model, tokenizer = load_model(hparams)
-    requests = read_requests(options.data, options.n)
-    choice = choose_place(model, tokenizer, distinct_edits(requests, None).edits, hparams)
+    requests = study.requests
+    edits = distinct_edits(requests, None).edits
+    choice = choose_place(model, tokenizer, edits, hparams)
     chosen = choice.applied(hparams)
-    found, known = figures_of(choice.cell, cells), True
+    found, known = figures_of(choice.cell, outcome.measured), True
     if found is None:
         found, known = measured(model, tokenizer, requests, chosen), False
-    run = seconds_of_a_run(model, tokenizer, read_requests(options.data), chosen)
+    promises = promises_of(model, tokenizer, edits, hparams)
+    run = seconds_of_a_run(model, tokenizer, read_requests(study.settings.data), chosen)
     report = {
+        "model": outcome.model,
+        "data": outcome.data,
         "chosen": choice.cell.key,
         "in the study": known,
         **{name: found[name] for name in FIGURES if name in found},
-        **regrets(found, cells),
+        **regrets(found, outcome.measured),
+        "rank correlation of the promise": correlation(promises, outcome),
         "seconds": choice.seconds,
         "a tenth of a run": run / 10,
         "share of a run": choice.seconds / run,
@@ -72,19 +75,23 @@ def main():
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="a folder")
-    parser.add_argument("--data", type=Path, required=True, help="a JSON file with edits")
-    parser.add_argument("--cells", type=Path, required=True, help="the study's cells, a JSON list")
-    parser.add_argument("--n", type=int, required=True, help="the study's edits")
-    parser.add_argument("--epochs", type=int, default=25)
-    parser.add_argument("--batch-size", type=int, default=10)
+    parser.add_argument("study", type=Path, help="the output folder of locft locate")
     parser.add_argument("--module", default="auto", help="rewrite_module_tmp, or auto")
     parser.add_argument("--lr", type=lambda text: text if text == "auto" else float(text),
                         default="auto")  # fmt: skip
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype")
     parser.add_argument("--output", type=Path, help="also write the report there")
     return parser.parse_args()
+
+
+def correlation(promises, outcome):
+    """Returns Spearman's rank correlation of promise and score, over the places of a study."""
+    pairs = [
+        (promises[one.cell.location], one.figures["score"])
+        for one in outcome.best_rates()
+        if promises.get(one.cell.location) is not None
+    ]
+    ranks = [np.argsort(np.argsort(column)) for column in zip(*pairs, strict=True)]
+    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def place(outcome):

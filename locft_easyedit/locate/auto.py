@@ -94,6 +94,43 @@ def choose_place(
         NonFiniteLossError: Training diverged at every place.
     """
     start = time.perf_counter()
+    screen = _screen_of(model, tokenizer, edits, hparams)
+    best = screen.best(progress)
+    n_places, n_edits = len(screen.locations), len(screen.trials.edits)
+    choice = Choice(best.cell, tuple(screen.tried), n_places, n_edits, time.perf_counter() - start)
+    logger.info(
+        "`layers=auto` chose %s (%s) with lr=%g among %d places, %d of them tried, in %.0f s.",
+        best.cell.location,
+        best.cell.location.rewrite_module_tmp,
+        best.cell.lr,
+        n_places,
+        len({one.cell.location for one in screen.tried}),
+        choice.seconds,
+    )
+    return choice
+
+
+def promises_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[Edit],
+    hparams: LocFTBFHyperParams,
+) -> dict[Location, float | None]:
+    """Returns what one backward pass says of each place (see `sensitivity`), for these edits.
+
+    The larger, the more is taught for the same drift; `None` where nothing is known. Arguments and
+    errors are those of `choose_place`.
+    """
+    return _screen_of(model, tokenizer, edits, hparams).promises()
+
+
+def _screen_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[Edit],
+    hparams: LocFTBFHyperParams,
+) -> _Screen:
+    """Returns the places in question, and a sample of the edits to tell them apart with."""
     check_enough(len(edits))
     stack = find_layers(model)
     if stack is None or any(parameter.is_meta for parameter in model.parameters()):
@@ -105,21 +142,7 @@ def choose_place(
     order = np.random.default_rng(_SEED).permutation(len(edits))[:MOST_EDITS]
     sample = [edits[i] for i in sorted(order.tolist())]
     trials = Trials(model, tokenizer, sample, hparams, min(_BATCH, hparams.batch_size))
-    screen = _Screen(model, stack, hparams, locations, trials)
-    best = screen.best(progress)
-    choice = Choice(
-        best.cell, tuple(screen.tried), len(locations), len(sample), time.perf_counter() - start
-    )
-    logger.info(
-        "`layers=auto` chose %s (%s) with lr=%g among %d places, %d of them tried, in %.0f s.",
-        best.cell.location,
-        best.cell.location.rewrite_module_tmp,
-        best.cell.lr,
-        len(locations),
-        len({one.cell.location for one in screen.tried}),
-        choice.seconds,
-    )
-    return choice
+    return _Screen(model, stack, hparams, locations, trials)
 
 
 @dataclass
@@ -145,7 +168,7 @@ class _Screen:
         Raises:
             NonFiniteLossError: Nothing that was tried could be trained.
         """
-        promises = self._promises()
+        promises = self.promises()
         factors, longer = _RATES if self.hparams.lr == AUTO else ((), 0)
         n_places, epochs = _PLACES_FIRST if factors else _PLACES
         first = diverse(promises, n_places, len(self.stack.layers))
@@ -171,7 +194,7 @@ class _Screen:
             ]
             return next(iter(self._round(again, promises, longer, bar)), best)
 
-    def _promises(self) -> dict[Location, float | None]:
+    def promises(self) -> dict[Location, float | None]:
         """Returns what one backward pass says of each place."""
         t, h = self.trials, self.hparams
         figures = sensitivities(

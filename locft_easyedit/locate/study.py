@@ -18,6 +18,7 @@ from ..evaluate.compact import CompactRecords
 from ..evaluate.summary import summarize
 from ..files import output_errors
 from ..hparams import LocFTBFHyperParams
+from ..hparams_rules import AUTO
 from ..identity import digest
 from ..models import model_without_weights, resolve_device
 from ..report import prepare_folder, write_json
@@ -366,6 +367,8 @@ def _problems(settings: StudySettings) -> list[str]:
         not settings.rates or not all(0 < float(rate) < float("inf") for rate in settings.rates)
     ):
         found.append(f"`sweep_lrs={list(settings.rates)}` must be numbers above 0, at least one.")
+    if settings.rates is None and h.lr == AUTO:
+        found.append("`lr=auto`: a study has rates to try. Name them: sweep_lrs=[1e-4,3e-4,1e-3].")
     if settings.every < 1:
         found.append(f"`every={settings.every}` must be 1 or more.")
     for key, value in (("sweep_layers", settings.layers), ("sweep_modules", settings.modules)):
