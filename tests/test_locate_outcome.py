@@ -46,7 +46,7 @@ def study(*cells, n_cells=None, **changes):
 @given(SHARES, SHARES, DRIFTS)
 def test_the_score_is_a_share_and_no_better_than_thrice_its_worst_part(right, general, drift):
     found = score(right, general, drift)
-    worst = min(right, general, math.exp(-drift))
+    worst = max(0.01, min(right, general, math.exp(-drift)))  # less counts as this much
     assert 0.0 <= found <= 1.0
     # A harmonic mean of three lies between its least part and three times that.
     assert worst - 1e-12 <= found <= 3 * worst + 1e-12
@@ -67,11 +67,16 @@ def test_the_score_of_known_parts():
 
 @pytest.mark.parametrize(
     "parts",
-    [(0.0, 1.0, 0.0), (1.0, 0.0, 0.0), (math.nan, 1.0, 0.0), (1.0, math.nan, 0.0),
-     (1.0, 1.0, math.nan), (1.0, 1.0, math.inf), (1.0, 1.0, -0.1), (1.0, math.inf, 0.0)],
+    [(math.nan, 1.0, 0.0), (1.0, math.nan, 0.0), (1.0, 1.0, math.nan), (1.0, 1.0, math.inf),
+     (1.0, 1.0, -0.1), (1.0, math.inf, 0.0)],
 )  # fmt: skip
-def test_the_score_of_what_is_nothing_or_no_number_is_zero(parts):
+def test_the_score_of_what_is_no_number_is_zero(parts):
     assert score(*parts) == 0.0
+
+
+def test_places_that_fail_in_one_respect_are_still_told_apart():
+    # Nobody answers a rewording; one of them has at least learned the edits.
+    assert score(0.9, 0.0, 0.2) > score(0.0, 0.0, 0.01) > 0
 
 
 def test_a_rewording_holds_the_subject_and_is_another_text():

@@ -60,6 +60,15 @@ def test_modules_that_a_model_lacks_are_absent(study, toy_folder):
         study(hparams=gpt2, modules=["q", "gate"])
 
 
+def test_lora_changes_places_of_matrices_alone(study):
+    one = study(hparams={"tuning": "lora"}, layers=None, modules=None, n=4)
+    assert {location.module for location in one.locations} == {
+        *("q", "k", "v", "o", "gate", "up", "down", "mlp")
+    }
+    small = study("lora", {"tuning": "lora", "lora_rank": 2}, layers=[3], modules=["mlp"])
+    assert [cell.state for cell in finished(small).outcome().cells] == [OK]
+
+
 def test_every_counts_from_the_last(study):
     assert {one.layer for one in study(layers=None, every=3).locations} == {0, 3}
     assert {one.layer for one in study(layers=None, every=9).locations} == {3}

@@ -13,14 +13,15 @@ def score(reliability: float, reworded: float, drift: float) -> float:
     """Returns the harmonic mean of reliability, generalization and stability, 0 to 1.
 
     As the "score" of Meng et al. ("Locating and Editing Factual Associations in GPT", NeurIPS
-    2022) it is low if any of the three is. Stability is exp(-drift).
+    2022) it is low if any of the three is. Stability is exp(-drift). A part counts as 0.01 at
+    least; what is no finite number makes the score 0.
 
     Args:
         reliability: Share of the edits that are learned.
         reworded: Share of the edits' rewordings that are answered with the target.
         drift: KL divergence of the next-token distribution on unrelated text, in nats a token.
     """
-    parts = (reliability, reworded, math.exp(-drift) if drift >= 0 else math.nan)
-    if not all(math.isfinite(part) for part in parts):
+    if not all(math.isfinite(part) for part in (reliability, reworded, drift)) or drift < 0:
         return 0.0
+    parts = (reliability, reworded, math.exp(-drift))
     return len(parts) / sum(1 / max(part, _FLOOR) for part in parts)

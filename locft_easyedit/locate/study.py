@@ -13,14 +13,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..data import read_requests
-from ..errors import HyperParamsError, LocFTError, OutputError, one_message
+from ..errors import HyperParamsError, LocFTError, OutputError, PlaceError, one_message
 from ..evaluate.compact import CompactRecords
 from ..evaluate.summary import summarize
 from ..files import output_errors
 from ..hparams import LocFTBFHyperParams
 from ..hparams_rules import AUTO
 from ..identity import digest
+from ..lora import check_low_rank
 from ..models import model_without_weights, resolve_device
+from ..place import match_parameters
 from ..report import prepare_folder, write_json
 from ..requests import distinct_edits
 from ..run_folder import run_settings
@@ -123,7 +125,10 @@ class Study:
 
             prepare_tasks(s.capability, tasks_dir=s.tasks_dir, limit=s.capability_limit)
         model = model_without_weights(h.model_name, trust_remote_code=h.trust_remote_code)
-        self.locations = coarse_to_fine(_visited(find_locations(model), s))
+        locations = find_locations(model)
+        if h.tuning == "lora":
+            locations = [one for one in locations if _has_low_rank(model, one, h.lora_rank)]
+        self.locations = coarse_to_fine(_visited(locations, s))
         self.rates = sorted(float(r) for r in (s.rates or [h.lr * factor for factor in RATES]))
 
     @property
@@ -349,6 +354,16 @@ def _visited(locations: Sequence[Location], settings: StudySettings) -> list[Loc
     # From the last: late layers are where most models are edited.
     layers = layers[::-1][:: settings.every]
     return select_locations(locations, layers, settings.modules)
+
+
+def _has_low_rank(model: Any, location: Location, rank: int) -> bool:
+    """Returns whether LoRA can change a place: all of it are matrices of linear layers."""
+    try:
+        parameters = match_parameters(model, [location.layer], location.templates)
+        check_low_rank(model, parameters, rank)
+    except PlaceError:
+        return False
+    return True
 
 
 def _problems(settings: StudySettings) -> list[str]:
