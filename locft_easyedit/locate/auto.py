@@ -48,7 +48,10 @@ _SEED = 0
 _PLACES = (6, 10)
 # With `lr: auto` fewer, and the best of them again with its rate times these, for longer: what
 # learns fast looks better in a short trial than it is.
-_PLACES_FIRST, _RATES = (4, 8), ((1.0, 0.5, 2.0), 15)
+_PLACES_FIRST, _RATES = (4, 8), ((1.0, 0.5), 15)
+# The first of them is tried with rates so many times as high while it learns less than this (the
+# edits' mean probability).
+_RAISE, _MOST_RAISES, _LEARNED = 3.0, 2, 0.5
 # A rate over the root mean square of a matrix's numbers. That of the down-projections of
 # SmolLM2-135M is 0.2 and 3e-3 suits them; several matrices at once want less each.
 _RATE = 0.015
@@ -156,6 +159,7 @@ class _Screen:
     trials: Trials
     tried: list[Tried] = field(default_factory=list)
     spent: float = 0.0
+    scale: float = 1.0  # of all rates that are not given
 
     def __post_init__(self) -> None:
         t = self.trials
@@ -172,27 +176,59 @@ class _Screen:
         factors, longer = _RATES if self.hparams.lr == AUTO else ((), 0)
         n_places, epochs = _PLACES_FIRST if factors else _PLACES
         first = diverse(promises, n_places, len(self.stack.layers))
-        cells = [Cell(location, self._rate(location)) for location in first]
         with tqdm(
             total=len(first) + len(factors),
             desc="choosing the place",
             unit="trial",
             disable=not progress,
         ) as bar:
-            # Room for two of the rates at least.
-            ranked = self._round(cells, promises, epochs, bar, kept_back=(len(factors[1:]), longer))
+            if factors:
+                self._calibrate(first[0], promises, epochs, bar)
+            cells = [
+                Cell(location, self._rate(location))
+                for location in first
+                if location not in {one.cell.location for one in self.tried}
+            ]
+            # Room is left for one of the two rates at least.
+            self._round(cells, promises, epochs, bar, kept_back=(len(factors[1:]), longer))
             if not self.tried:
                 return Tried(cells[0], promises[first[0]], 0, Found())
-            if not ranked:
+            learned = [one for one in self.tried if not math.isnan(one.found.drift)]
+            if not learned:
                 raise NonFiniteLossError(
                     f"`layers=auto`: training diverged at all of {len(self.tried)} places that "
                     f"were tried. Lower `lr={self.hparams.lr}`."
                 )
-            best = ranked[0]
+            best = min(learned, key=_worse)
             again = [
                 Cell(best.cell.location, _rounded(best.cell.lr * factor)) for factor in factors
             ]
             return next(iter(self._round(again, promises, longer, bar)), best)
+
+    def _calibrate(
+        self,
+        location: Location,
+        promises: dict[Location, float | None],
+        epochs: int,
+        bar: tqdm,
+    ) -> None:
+        """Raises all rates as long as one place, tried with them, learns too little.
+
+        How large a rate a model's weights take beside their size differs from model to model
+        several times over; from place to place within one it differs little.
+        """
+        found: dict[float, Found] = {}
+        for raised in range(1 + _MOST_RAISES):
+            self.scale = _RAISE**raised
+            bar.total = (bar.total or 0) + bool(raised)
+            self._round([Cell(location, self._rate(location))], promises, epochs, bar)
+            if len(self.tried) == len(found):
+                break  # no room
+            found[self.scale] = self.tried[-1].found
+            if math.isnan(self.tried[-1].found.drift) or found[self.scale].reliability >= _LEARNED:
+                break
+        if found:
+            self.scale = max(found, key=lambda scale: found[scale].score)
 
     def promises(self) -> dict[Location, float | None]:
         """Returns what one backward pass says of each place."""
@@ -262,7 +298,7 @@ class _Screen:
         matrices = [p for p in self._parameters(location).values() if p.ndim > 1]
         squares = sum(float(p.detach().float().square().sum()) for p in matrices)
         mean = squares / max(1, sum(p.numel() for p in matrices))
-        return _rounded(_RATE * math.sqrt(mean) / math.sqrt(max(1, len(matrices))))
+        return _rounded(self.scale * _RATE * math.sqrt(mean) / math.sqrt(max(1, len(matrices))))
 
 
 def _worse(one: Tried) -> tuple[float, float]:
