@@ -2,7 +2,7 @@
 
 The unit is a token through one layer, forwards. A training step counts three times that; the output
 head counts as many layers as its matrix has their numbers, where a token's logits are asked for.
-What a step costs apart from its tokens (launching kernels on a GPU) is a least number of tokens.
+What a pass costs apart from its tokens (launching kernels) is a least number of tokens.
 
 Small batches, and sessions that are begun for a few steps, get less out of a machine. Measured on
 SmolLM2-135M in bfloat16 on one CPU core, in microseconds of CPU time a unit: 37 in steps of 100
@@ -25,8 +25,9 @@ _TRAINING = 3  # forward and backward, over forward alone
 # Forward, again, backward, and two products for each matrix; times 54 / 37.
 _SENSITIVITY = 7.3
 _TRIAL = 1.9  # 70 / 37
-_PROBES = 40  # texts that a session runs to find its shortcuts
+_PROBES, _PROBE_PASSES = 40, 12  # texts that a session runs to find its shortcuts
 _LEAST_ON_GPU = 256  # tokens: fewer take a GPU about as long
+_LEAST_WORK = 3e7  # multiplications in a layer: fewer take a CPU about as long
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,11 @@ class Costs:
             batch_size=batch_size,
             rewordings=int(rewordings.lengths.sum()),
             text=int(text.lengths.sum()),
-            least=_LEAST_ON_GPU if input_device(model).type == "cuda" else 0,
+            least=(
+                _LEAST_ON_GPU
+                if input_device(model).type == "cuda"
+                else int(_LEAST_WORK / max(layer, 1))
+            ),
         )
 
     def run(self, first_layer: int, epochs: int) -> float:
@@ -105,7 +110,8 @@ class Costs:
         passes = epochs * -(-self.n_edits // in_batch)
         upper = self.n_layers - first_layer
         step = max(in_batch * self.tokens, self.least) * upper + in_batch * self.scored * self.head
-        prepared = self.n_edits * self.tokens * first_layer + _PROBES * self.tokens * self.n_layers
+        probes = max(_PROBES * self.tokens, _PROBE_PASSES * self.least)
+        prepared = self.n_edits * self.tokens * first_layer + probes * self.n_layers
         measured = (self.n_edits * self.tokens + self.rewordings) * self.n_layers
         drift = self.text * (self.n_layers + self.head)
         return _TRIAL * (prepared + passes * _TRAINING * step + measured + drift)
