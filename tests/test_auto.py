@@ -162,19 +162,66 @@ def test_the_session_trains_what_was_chosen():
         assert torch.equal(one, other)
 
 
-def test_the_best_of_the_last_round_is_chosen(monkeypatch):
-    scores = iter([0.2, 0.5, 0.3, 0.4, 0.45, 0.6])
+@pytest.fixture
+def no_limit(monkeypatch):
+    """A budget for everything."""
+    monkeypatch.setattr(Costs, "allowance", lambda self, layer, epochs: 1e12)
+
+
+def test_the_best_of_the_last_round_is_chosen(monkeypatch, no_limit):
+    scores = iter([0.2, 0.5, 0.3, 0.4, 0.6])
     monkeypatch.setattr(trial.Trials, "run", lambda *a: trial.Found(1, 1, 0.1, next(scores)))
     choice = chosen().choice
     rate = choice.tried[1].cell.lr
-    assert [one.cell.location for one in choice.tried[3:]] == [choice.tried[1].cell.location] * 3
-    assert [one.cell.lr / rate for one in choice.tried[3:]] == pytest.approx([1, 0.5, 2], rel=0.05)
-    assert choice.cell == choice.tried[5].cell
+    assert [one.cell.location for one in choice.tried[3:]] == [choice.tried[1].cell.location] * 2
+    assert [one.cell.lr / rate for one in choice.tried[3:]] == pytest.approx([1, 0.5], rel=0.05)
+    assert choice.cell == choice.tried[4].cell
 
     scores = iter([0.2, 0.5, 0.3])
     choice = chosen(lr=1e-3).choice
     assert len({one.cell.location for one in choice.tried}) == 3
     assert choice.cell == choice.tried[1].cell
+
+
+def base_rates(monkeypatch):
+    """Returns the rate of each place that is tried where nothing has to be raised."""
+    monkeypatch.setattr(trial.Trials, "run", lambda *a: trial.Found(1, 1, 0.1, 0.5))
+    return {one.cell.location: one.cell.lr for one in chosen().choice.tried[:3]}
+
+
+@pytest.mark.parametrize(
+    ("found", "tried", "kept"),
+    [
+        ([(0.1, 0.1), (0.6, 0.4)], [1, 3], 3),  # learned with the second
+        ([(0.1, 0.1), (0.2, 0.2), (0.3, 0.3)], [1, 3, 9], 9),  # never quite: the best
+        ([(0.4, 0.3), (0.6, 0.2)], [1, 3], 1),  # learned, but at too high a price
+        ([(0.1, 0.1), (float("nan"), 0.0)], [1, 3], 1),  # diverged
+    ],
+)
+def test_rates_are_raised_where_too_little_is_learned(monkeypatch, no_limit, found, tried, kept):
+    base = base_rates(monkeypatch)
+    coming = iter(found)
+
+    def run(self, cell, epochs):
+        learned, score = next(coming, (0.9, 0.05))
+        diverged = learned != learned
+        return trial.Found() if diverged else trial.Found(learned, 1, 0.1, score)
+
+    monkeypatch.setattr(trial.Trials, "run", run)
+    every = chosen().choice.tried
+    first = every[0].cell.location
+    raised, others = every[: len(tried)], every[len(tried) : len(tried) + 2]
+    assert [one.cell.location for one in raised] == [first] * len(tried)
+    rates = [one.cell.lr / base[first] for one in raised]
+    assert rates == pytest.approx(tried, rel=0.05)
+    for one in others:  # all places take the scale that suited the first
+        assert one.cell.location != first
+        assert one.cell.lr / base[one.cell.location] == pytest.approx(kept, rel=0.05)
+
+
+def test_a_rate_that_is_given_is_never_raised(monkeypatch):
+    monkeypatch.setattr(trial.Trials, "run", lambda *a: trial.Found(0.1, 1, 0.1, 0.1))
+    assert {one.cell.lr for one in chosen(lr=1e-3).choice.tried} == {1e-3}
 
 
 def test_less_drift_decides_between_equals(monkeypatch):

@@ -6,9 +6,10 @@ STUDY is the output folder of `locft locate`: model, data, edits, epochs and bat
 study's. The choice is made on the same edits. The regret is what reliability and generalization
 lose against the best cell: by score, which is what a study chooses, and by generalization. A chosen
 place and rate that the study has no cell for is trained and measured here. The cost is the choice's
-seconds beside a tenth of a run of 3,000 edits at the chosen place: 750 steps of 100 edits, timed
-here, and the prefix. Besides, how the places are ranked by what the choice knows of them before any
-trial (Spearman's rank correlation with the study's scores). Exit status 1 if it takes more.
+seconds (on a CPU those of CPU time) beside a tenth of a run of 3,000 edits at the chosen place: 750
+steps of 100 edits, timed here. Besides, how the places are ranked by what the choice knows of them
+before any trial (Spearman's rank correlation with the study's scores). Exit status 1 if it takes
+more.
 """
 
 import argparse

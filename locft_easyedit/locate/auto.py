@@ -189,8 +189,7 @@ class _Screen:
                 for location in first
                 if location not in {one.cell.location for one in self.tried}
             ]
-            # Room is left for one of the two rates at least.
-            self._round(cells, promises, epochs, bar, kept_back=(len(factors[1:]), longer))
+            self._round(cells, promises, epochs, bar, kept_back=(len(factors), longer))
             if not self.tried:
                 return Tried(cells[0], promises[first[0]], 0, Found())
             learned = [one for one in self.tried if not math.isnan(one.found.drift)]
@@ -275,7 +274,7 @@ class _Screen:
             cost = self.costs.trial(layers[0], min(epochs, h.num_steps))
             later = n_later * self.costs.trial(layers[0], min(epochs_later, h.num_steps))
             # Two places are tried before anything is kept back.
-            if self.spent + cost + (later if len(done) > 1 else 0) > room:
+            if self.spent + cost + (later if len(self.tried) + len(done) > 1 else 0) > room:
                 logger.info("%s is not tried: the choice would take more than its share.", cell.key)
                 continue
             self.spent += cost

@@ -18,7 +18,7 @@ from ..devices import input_device
 from ..place import LayerList
 from ..tokens import TokenizedTexts
 
-RUN_EDITS = 3000
+RUN_EDITS, RUN_BATCH = 3000, 100
 RUN_EPOCHS = 25  # at most
 SHARE = 0.1
 _TRAINING = 3  # forward and backward, over forward alone
@@ -92,7 +92,8 @@ class Costs:
             first_layer: The lowest layer that is trained.
             epochs: Passes over the edits.
         """
-        step = _TRAINING * (self.tokens * (self.n_layers - first_layer) + self.scored * self.head)
+        tokens = max(self.tokens, self.least / RUN_BATCH)
+        step = _TRAINING * (tokens * (self.n_layers - first_layer) + self.scored * self.head)
         return RUN_EDITS * (self.tokens * first_layer + min(epochs, RUN_EPOCHS) * step)
 
     def allowance(self, first_layer: int, epochs: int) -> float:
