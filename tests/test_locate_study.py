@@ -15,7 +15,8 @@ from locft_easyedit.locate import run, worker
 from locft_easyedit.locate.outcome import DIVERGED, FAILED, OK, OUT_OF_MEMORY, Cell, CellOutcome
 from locft_easyedit.locate.places import MODULES, Location
 from locft_easyedit.locate.run import locate
-from locft_easyedit.locate.study import Study, StudySettings, coarse_to_fine, load_study
+from locft_easyedit.locate.settings import StudySettings, coarse_to_fine
+from locft_easyedit.locate.study import Study, load_study
 
 GRID = {"layers": [1, 3], "modules": ["v", "down"], "rates": [1e-2]}
 

@@ -18,7 +18,8 @@ from ..locate.picture import write_heat_maps
 from ..locate.places import MODULES
 from ..locate.record import write_cells_csv, write_chosen_yaml, write_study
 from ..locate.run import locate
-from ..locate.study import Study, StudySettings
+from ..locate.settings import StudySettings
+from ..locate.study import Study
 from ..locate.table import study_markdown, study_table
 from ..report import show
 from .application import run_application

@@ -17,7 +17,8 @@ from ..errors import LocFTError, one_message
 from ..files import output_errors
 from ..interrupts import ended_by_sigterm
 from .outcome import FAILED, OUT_OF_MEMORY, CellOutcome, StudyOutcome
-from .study import ANY_DEVICE, Study
+from .settings import ANY_DEVICE
+from .study import Study
 
 _POLL_SECONDS = 0.3
 

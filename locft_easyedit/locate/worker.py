@@ -18,7 +18,8 @@ from ..evaluate.compact import CompactRecords
 from ..evaluate.questions import Metrics
 from ..models import load_causal_lm, resolve_device
 from .cell import Bench, measure_before
-from .study import ANY_DEVICE, Study, load_study
+from .settings import ANY_DEVICE
+from .study import Study, load_study
 
 logger = logging.getLogger(__name__)
 
