@@ -36,10 +36,10 @@ _AT_ONCE = 32  # texts a forward pass
 class Found:
     """What a trial found, each 0 to 1 but for the drift.
 
-    Probabilities and not shares of right answers: of a few dozen texts these are coarse. Over 17
-    to 20 places for each of ZsRE and CounterFact (see `sensitivity`), the rank correlation of the score
-    with that of the data's own rephrase prompts is 0.96 and 0.94 with probabilities, 0.96 and 0.90
-    with shares; among the places that learn at all 0.93 and 0.84, and 0.92 and 0.68.
+    Probabilities and not shares of right answers: of a few dozen texts these are coarse. Over 17 to
+    20 places for each of ZsRE and CounterFact (see `sensitivity`), the rank correlation of the
+    score with that of the data's own rephrase prompts is 0.96 and 0.94 with probabilities, 0.96 and
+    0.90 with shares; among the places that learn at all 0.93 and 0.84, and 0.92 and 0.68.
 
     Attributes:
         reliability: Mean probability of the edits' targets, the geometric mean over each's tokens.
