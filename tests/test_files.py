@@ -230,7 +230,7 @@ def write_table(path):
 
 
 def save_model(path):
-    run = Run([], SimpleNamespace(losses=[1.0], summary=dict), {})
+    run = Run([], SimpleNamespace(losses=[1.0], summary=dict, choice=None), {})
     unfinished = SimpleNamespace(save_pretrained=raising(OSError(28, "No space left")))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("write_json", "write_loss_curve"):
