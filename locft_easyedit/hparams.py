@@ -353,9 +353,12 @@ def _type_name(key: str) -> str:
     return names.get(str(annotation), "a text or a list of texts")
 
 
-def type_problems(values: Mapping[str, Any]) -> list[str]:
-    """Returns a line for each key that is unknown and each value that is ill-typed."""
-    return _typed(values)[1]
+def typed_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Returns the values in their fields' types, and a line for each that is unknown or ill-typed.
+
+    YAML reads `1e-4` as a text.
+    """
+    return _typed(values)
 
 
 def _unknown_key(key: str, known: list[str]) -> str:

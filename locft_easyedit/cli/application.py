@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import HyperParamsError, LocFTError, one_message
-from ..hparams import LocFTBFHyperParams, read_mapping, type_problems
+from ..hparams import LocFTBFHyperParams, read_mapping, typed_values
 from ..hparams_files import hparams_folder
 from .interrupted import say_interrupted
 from .mistakes import tell
@@ -154,7 +154,7 @@ def _with_stored_configs(arguments: list[str], command: str, config_class: type)
     arguments, asked, file = take_config_file(arguments, keep_folder=True)
     arguments.insert(0, f"--config-name={asked}")  # Hydra wants options before overrides
     _, values = read_mapping(file)
-    problems = type_problems(values)  # what is missing may still come from the command line
+    values, problems = typed_values(values)  # the command line may still give what is missing
     if problems:
         raise HyperParamsError(one_message(f"{file}:", problems))
     node: Any = OmegaConf.merge(OmegaConf.structured(config_class), values)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from ..errors import HyperParamsError, PlanError, one_message
-from ..hparams import LocFTBFHyperParams, read_mapping, type_problems
+from ..hparams import LocFTBFHyperParams, read_mapping, typed_values
 from ..hparams_files import hparams_folder
 from ..hparams_rules import ALG_NAME
 from ..plan.given import ASSUMED_DISK, ASSUMED_HOST, ASSUMED_READ, Machine, Workload
@@ -133,7 +133,7 @@ def _values(file: Path) -> dict[str, Any]:
             f"`alg_name={alg_name!r}` in {file} is another method. Use a file with "
             f"`alg_name: {ALG_NAME}`."
         )
-    problems = type_problems(values)
+    values, problems = typed_values(values)
     if problems:
         raise HyperParamsError(one_message(f"{file}:", problems))
     return {key: value for key, value in values.items() if value is not None}
