@@ -210,6 +210,19 @@ def test_layers_are_all_named_up_to_forty():
         assert len(axes.get_xticks()) == n_ticks
 
 
+def test_the_columns_are_the_layers_that_were_visited():
+    found = study(cell(2, "down", score=0.2), cell(20, "down", score=0.9), cell(29, "up"))
+    figure = drawn(heat_figure, found)
+    axes = panels(figure)["score"]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["2", "20", "29"]
+    assert values(axes).shape == (2, 3)
+    assert values(axes)[1].tolist()[:2] == [0.2, 0.9]
+    assert frames(axes) == {(1, 1)}
+    # Which layers an unfinished study without a plan will visit, nobody knows.
+    holes = panels(drawn(heat_figure, dataclasses.replace(found, n_cells=9)))["score"]
+    assert values(holes).shape == (2, 30)
+
+
 def test_figures_are_written_into_the_fields_of_few_layers():
     axes = panels(drawn(heat_figure, small()))["score"]
     assert sorted(t.get_text() for t in axes.texts) == ["0.20", "0.30", "0.40", "0.60", "0.90"]

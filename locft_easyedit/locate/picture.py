@@ -62,7 +62,7 @@ def heat_figure(outcome: StudyOutcome) -> Figure:
     panels = [(key, title) for key, title in _PANELS if _is_drawn(key, outcome)]
     panels = panels or [("score", _PANELS[-1][1])]
     grid = _Grid(outcome)
-    width = min(max(7.0, 2.6 + 0.27 * grid.n_layers), 14.0)
+    width = min(max(7.0, 2.6 + 0.27 * len(grid.layers)), 14.0)
     height = 1.5 + len(panels) * (0.62 + 0.24 * len(grid.modules))
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     every = np.atleast_1d(figure.subplots(len(panels), 1, sharex=True))
@@ -84,7 +84,7 @@ class _Grid:
 
     Attributes:
         modules: The rows, from the top.
-        n_layers: The columns.
+        layers: The columns: the layers that the study visits.
         best: Place -> its best cell.
         marked: Place without figures -> what happened to it.
         pending: Places that are not measured yet.
@@ -100,22 +100,24 @@ class _Grid:
         planned = {cell.location for cell in outcome.planned}
         places = planned | self.best.keys() | self.marked.keys()
         self.modules = [name for name in MODULES if any(p.module == name for p in places)] or [""]
-        self.n_layers = 1 + max((place.layer for place in places), default=0)
+        self.layers = sorted({place.layer for place in places}) or [0]
+        unknown = not planned and len(outcome.cells) < outcome.n_cells
+        if unknown:  # any layer below may still come
+            self.layers = list(range(self.layers[-1] + 1))
         self.pending = [
             (layer, module)
             for layer, module in self._missing()
-            if any((p.layer, p.module) == (layer, module) for p in planned)
-            or (not planned and len(outcome.cells) < outcome.n_cells)
+            if unknown or any((p.layer, p.module) == (layer, module) for p in planned)
         ]
         self.chosen = outcome.chosen()
 
     def position(self, place: Location) -> tuple[int, int]:
         """Returns the column and the row of a place."""
-        return place.layer, self.modules.index(place.module)
+        return self.layers.index(place.layer), self.modules.index(place.module)
 
     def values(self, key: str) -> np.ndarray:
         """Returns a figure of all places, [modules, layers]; NaN where there is none."""
-        values = np.full((len(self.modules), self.n_layers), math.nan)
+        values = np.full((len(self.modules), len(self.layers)), math.nan)
         for place, one in self.best.items():
             column, row = self.position(place)
             values[row, column] = one.figures.get(key, math.nan)
@@ -123,7 +125,7 @@ class _Grid:
 
     def _missing(self) -> list[tuple[int, str]]:
         there = {(p.layer, p.module) for p in (*self.best, *self.marked)}
-        every = ((layer, module) for layer in range(self.n_layers) for module in self.modules)
+        every = ((layer, module) for layer in self.layers for module in self.modules)
         return [place for place in every if place not in there]
 
 
@@ -135,8 +137,9 @@ def _draw_panel(axes: Axes, key: str, title: str, grid: _Grid) -> None:
     image = axes.imshow(shown, aspect="auto", interpolation="nearest", **_scale(key, shown))
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_yticks(range(len(grid.modules)), grid.modules, fontsize=9)
-    axes.set_xticks(range(0, grid.n_layers, 1 if grid.n_layers <= 40 else 5))
-    axes.tick_params(axis="x", labelsize=9 if grid.n_layers <= 32 else 8, labelbottom=True)
+    columns = range(0, len(grid.layers), 1 if len(grid.layers) <= 40 else 5)
+    axes.set_xticks(columns, [str(grid.layers[column]) for column in columns])
+    axes.tick_params(axis="x", labelsize=9 if len(grid.layers) <= 32 else 8, labelbottom=True)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if shown.count():
@@ -146,7 +149,7 @@ def _draw_panel(axes: Axes, key: str, title: str, grid: _Grid) -> None:
         if key == "drift":
             _label_logs(bar, shown)
     for layer, module in grid.pending:
-        corner = (layer - 0.5, grid.modules.index(module) - 0.5)
+        corner = (grid.layers.index(layer) - 0.5, grid.modules.index(module) - 0.5)
         axes.add_patch(Rectangle(corner, 1, 1, facecolor=_PENDING, edgecolor="none"))
     for place, state in grid.marked.items():
         column, row = grid.position(place)
@@ -154,11 +157,11 @@ def _draw_panel(axes: Axes, key: str, title: str, grid: _Grid) -> None:
         corner = (column - 0.5, row - 0.5)
         axes.add_patch(Rectangle(corner, 1, 1, hatch=_MARKS.get(state, "++"), **style))
     # White lines between the fields, above their colours and marks.
-    axes.set_xticks(np.arange(0.5, grid.n_layers - 1), minor=True)
+    axes.set_xticks(np.arange(0.5, len(grid.layers) - 1), minor=True)
     axes.set_yticks(np.arange(0.5, len(grid.modules) - 1), minor=True)
     axes.grid(which="minor", color="white", linewidth=0.8)
     axes.tick_params(which="minor", length=0)
-    if grid.n_layers <= _MOST_WRITTEN:
+    if len(grid.layers) <= _MOST_WRITTEN:
         _write_figures(axes, key, values, image)
     if grid.chosen is not None:
         _frame(axes, *grid.position(grid.chosen.cell.location))
