@@ -138,15 +138,16 @@ class EditSession:
                 self.choice = self._chosen()
             self.hparams = h = self.choice.applied(h)
             self._select()
-        if self._keeps and h.checkpoint_dir is not None and h.checkpoint_minutes is not None:
+        folder = self._checkpoint_dir
+        if folder is not None and h.checkpoint_minutes is not None:
             identity = Identity.of(self.model, self.place, self._texts, h)
-            self.checkpoints = Checkpoints(h.checkpoint_dir, h.checkpoint_minutes, identity)
+            self.checkpoints = Checkpoints(folder, h.checkpoint_minutes, identity)
 
     @property
-    def _keeps(self) -> bool:
-        """Whether an interrupted training leaves what the same edit goes on from."""
+    def _checkpoint_dir(self) -> str | None:
+        """Where an interrupted training leaves what the same edit goes on from, if it does."""
         h = self.hparams
-        return h.checkpoint_dir is not None and h.checkpoint_minutes is not None and not self.alone
+        return None if h.checkpoint_minutes is None or self.alone else h.checkpoint_dir
 
     def _select(self) -> None:
         """Finds the place's parameters."""
@@ -161,18 +162,18 @@ class EditSession:
         from .locate.auto import choose_place
         from .locate.choice import keep_choice, kept_choice
 
-        h, kept, identity = self.hparams, None, None
+        h, folder, identity = self.hparams, self._checkpoint_dir, None
         assert self._texts is not None
-        if self._keeps and h.checkpoint_dir is not None:
+        if folder is not None:
             identity = Identity.of(self.model, Place({}, None, None), self._texts, h)
-            kept = kept_choice(h.checkpoint_dir, identity)
-        if kept is not None:
-            return kept
+            kept = kept_choice(folder, identity)
+            if kept is not None:
+                return kept
         choice = choose_place(
             self.model, self.tokenizer, self.edits.edits, h, progress=self.progress
         )
-        if identity is not None and h.checkpoint_dir is not None:
-            keep_choice(h.checkpoint_dir, identity, choice)
+        if folder is not None and identity is not None:
+            keep_choice(folder, identity, choice)
         return choice
 
     def __enter__(self) -> EditSession:

@@ -8,14 +8,14 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, List, Optional, Union, get_type_hints  # noqa: UP035
+from typing import Any, Optional, Union, get_type_hints
 
 import torch
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import HyperParamsError, one_message
-from .hparams_rules import ALG_NAME, AUTO, DTYPES, broken_rules
+from .hparams_rules import ALG_NAME, AUTO, DTYPES, OR_AUTO, broken_rules
 from .reading import bad_text, is_file, json_of, shown, text_of, yaml_of
 
 _MOST_BYTES = 2**20
@@ -37,10 +37,6 @@ OTHER_METHODS_KEYS = frozenset(
         "stats_dir",
     ]
 )
-
-
-# Fields that take the word `auto` besides values of their type; OmegaConf knows no such union.
-_OR_AUTO: dict[str, Any] = {"layers": List[int], "lr": float}  # noqa: UP006
 
 
 # What OmegaConf, and the values themselves, raise where they do not suit a field.
@@ -174,7 +170,7 @@ class LocFTBFHyperParams:
             HyperParamsError: Lists every value that breaks a rule.
         """
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(LocFTBFHyperParams)}
-        typed, problems = _typed(values)
+        typed, problems = typed_values(values)
         problems += broken_rules(typed)
         if problems:
             raise HyperParamsError(one_message("Hyper-parameters of LocFT-BF:", problems))
@@ -252,7 +248,7 @@ class LocFTBFHyperParams:
                 f"hyper-parameters of {ALG_NAME}. Use a file with `alg_name: {ALG_NAME}`."
             )
         missing = [f"`{key}` is missing. Add it." for key in REQUIRED_IN_FILE if key not in present]
-        typed, ill_typed = _typed(present)
+        typed, ill_typed = typed_values(present)
         problems = [*missing, *ill_typed, *broken_rules(typed)]
         if problems:
             raise HyperParamsError(one_message(f"{source}:", problems))
@@ -287,8 +283,11 @@ def read_mapping(name_or_path: str | Path) -> tuple[Path, dict[str, Any]]:
     return path, config
 
 
-def _typed(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Returns the values converted to their fields' types, and a line for each that is not."""
+def typed_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Returns the values in their fields' types, and a line for each that is unknown or ill-typed.
+
+    YAML reads `1e-4` as a text.
+    """
     known = [f.name for f in dataclasses.fields(LocFTBFHyperParams)]
     typed: dict[str, Any] = {}
     problems = []
@@ -299,7 +298,7 @@ def _typed(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             problems.append(f"`{key}={shown(value)}` {unusable}.")
         elif key == "model_name":
             typed[key] = value  # may be a loaded (model, tokenizer); OmegaConf holds plain values
-        elif key in _OR_AUTO and value == AUTO:
+        elif key in OR_AUTO and value == AUTO:
             typed[key] = value
         else:
             try:
@@ -316,7 +315,7 @@ def _typed(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 @functools.cache
 def _schema_of(key: str) -> Any:
     """Returns a schema with this field alone: with all of them, each value takes milliseconds."""
-    annotation = _OR_AUTO.get(key) or get_type_hints(LocFTBFHyperParams)[key]
+    annotation = OR_AUTO.get(key) or get_type_hints(LocFTBFHyperParams)[key]
     one = dataclasses.make_dataclass("OneField", [(key, annotation, MISSING)])
     return OmegaConf.structured(one)
 
@@ -335,7 +334,7 @@ def _unusable(value: Any) -> str | None:
 
 
 def _type_name(key: str) -> str:
-    if key in _OR_AUTO:
+    if key in OR_AUTO:
         values = {"layers": "a list of whole numbers, for example [22]", "lr": "a number"}
         return f"{values[key]}, or {AUTO}"
     annotation = next(f.type for f in dataclasses.fields(LocFTBFHyperParams) if f.name == key)
@@ -351,14 +350,6 @@ def _type_name(key: str) -> str:
         "Optional[Union[int, str]]": "cpu, cuda, cuda:N or N",
     }
     return names.get(str(annotation), "a text or a list of texts")
-
-
-def typed_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Returns the values in their fields' types, and a line for each that is unknown or ill-typed.
-
-    YAML reads `1e-4` as a text.
-    """
-    return _typed(values)
 
 
 def _unknown_key(key: str, known: list[str]) -> str:

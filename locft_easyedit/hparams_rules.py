@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, List  # noqa: UP035
 
 import torch
 
@@ -27,7 +27,8 @@ _COUNTS = (
     "micro_batch_size",
     "lora_rank",
 )
-_OR_AUTO = ("layers", "lr")
+# Fields that take the word `auto` besides values of their type; OmegaConf knows no such union.
+OR_AUTO: dict[str, Any] = {"layers": List[int], "lr": float}  # noqa: UP006
 # What is decided while the model is loaded.
 _NEEDS_A_PLACE = {
     "quantize_frozen": "what is trained must stay whole when the model is loaded",
@@ -114,9 +115,7 @@ def broken_rules(values: Mapping[str, Any]) -> list[str]:
     problems = [
         f"`{key}={shown(values[key])}` {rule}."
         for key, holds, rule in rules
-        if key in values
-        and not (key in _OR_AUTO and values[key] == AUTO)
-        and not holds(values[key])
+        if key in values and not (key in OR_AUTO and values[key] == AUTO) and not holds(values[key])
     ]
     template = values.get("rewrite_module_tmp", AUTO)
     if template != AUTO:

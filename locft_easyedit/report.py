@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +15,9 @@ from rich.table import Table
 from .errors import OutputError
 from .files import output_errors, replacing
 from .health import HealthReport
+
+if TYPE_CHECKING:  # matplotlib is slow to import
+    from matplotlib.figure import Figure
 
 _LABELS = {
     "rewrite_acc": "rewrite_acc (teacher-forced)",
@@ -174,6 +177,16 @@ def _without_nan(value: Any) -> Any:
     return value
 
 
+def write_picture(path: str | Path, figure: Figure) -> None:
+    """Writes a figure of matplotlib as PNG.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    with output_errors(path), replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
 def write_loss_curve(path: Path, losses: Sequence[float], threshold: float) -> None:
     """Draws the mean loss of each epoch as a PNG, with the threshold that ends training.
 
@@ -197,5 +210,4 @@ def write_loss_curve(path: Path, losses: Sequence[float], threshold: float) -> N
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
-    with output_errors(path), replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    write_picture(path, figure)

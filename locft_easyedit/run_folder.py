@@ -109,11 +109,7 @@ def run_folder(
         if there is not None and not there["finished"] and not run.has_something:
             there = None  # it ended before there was anything to go on from
         if there is not None:
-            differences = [
-                f"`{key}` is {settings.get(key)!r}; there it is {there['settings'].get(key)!r}."
-                for key in sorted({*settings, *there["settings"]})
-                if _plain(settings.get(key)) != there["settings"].get(key)
-            ]
+            differences = differences_of(settings, there["settings"])
             if differences:
                 state = "finished" if there["finished"] else "interrupted"
                 raise OutputError(
@@ -132,6 +128,15 @@ def run_folder(
                     shutil.rmtree(run.checkpoints)
         run._write()
         yield run
+
+
+def differences_of(settings: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each setting that a folder's own (as JSON has them) are not equal to."""
+    return [
+        f"`{key}` is {settings.get(key)!r}; there it is {there.get(key)!r}."
+        for key in sorted({*settings, *there})
+        if _plain(settings.get(key)) != there.get(key)
+    ]
 
 
 def unfinished_run(folders: Sequence[Path], command: Mapping[str, Any]) -> Path | None:

@@ -49,6 +49,12 @@ class TokenizedTexts:
         """Where each sequence begins among all tokens that are read, [N + 1]."""
         return np.concatenate([[0], np.cumsum(self.input_lengths)])
 
+    def target(self, i: int) -> list[int]:
+        """Returns the target's tokens of sequence i."""
+        start = int(self.offsets[i] + self.target_start[i])
+        ids: list[int] = self.ids[start : int(self.offsets[i + 1])].tolist()
+        return ids
+
     @classmethod
     def from_lists(
         cls, sequences: Sequence[Sequence[int]], target_start: Sequence[int]

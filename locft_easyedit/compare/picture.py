@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..files import output_errors, replacing
+from ..report import write_picture
 from .escape import one_line
 from .outcome import Comparison, Outcome, accuracies, checked, headline
 
@@ -44,9 +44,7 @@ def write_comparison_picture(path: str | Path, comparison: Comparison) -> None:
     Raises:
         OutputError: The file cannot be written.
     """
-    figure = comparison_figure(comparison)
-    with output_errors(path), replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    write_picture(path, comparison_figure(comparison))
 
 
 def comparison_figure(comparison: Comparison) -> Figure:

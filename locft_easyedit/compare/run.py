@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ..errors import LocFTError, OutputError, one_message
 from ..files import locked
 from ..interrupts import ended_by_sigterm
+from ..processes import end_processes, ended_by, last_line
 from ..reading import is_file
 from .job import BEFORE, STATISTICS, Job, JobFolder
 from .outcome import Comparison, Outcome
@@ -160,20 +161,13 @@ def _run_process(name: str, folder: JobFolder, progress: bool) -> str | None:
                 time.sleep(_POLL_SECONDS)
             _show(bar, name, folder.read(folder.progress, "phase", "done", "total"))
         except BaseException:
-            process.terminate()
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            end_processes([process])
             raise
     if process.returncode == 0:
         return None
     if process.returncode < 0:
-        killed = signal.Signals(-process.returncode).name
-        hint = " (the system does so when memory runs out)" if killed == "SIGKILL" else ""
-        return f"its process was ended by {killed}{hint}"
-    return _last_line(folder.log) or f"its process ended with status {process.returncode}"
+        return ended_by(signal.Signals(-process.returncode))
+    return last_line(folder.log) or f"its process ended with status {process.returncode}"
 
 
 def _command(folder: JobFolder) -> list[str]:
@@ -186,11 +180,6 @@ def _show(bar: tqdm[Any], name: str, progress: Any) -> None:
     bar.set_description(f"{name}: {progress['phase']}", refresh=False)
     bar.total, bar.n = progress["total"] or None, progress["done"]
     bar.refresh()
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def _not_ok(result: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..files import output_errors, replacing
+from ..report import write_picture
 from .ranks import RankSearch
 
 
@@ -88,8 +88,7 @@ def write_ranks_picture(path: Path, search: RankSearch) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    with output_errors(path), replacing(path) as temporary:
-        picture.savefig(temporary, format="png")
+    write_picture(path, picture)
 
 
 def _ticks(ranks: list[int]) -> list[int]:

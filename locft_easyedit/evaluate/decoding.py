@@ -236,11 +236,6 @@ class GreedyDecoder:
         ids: list[int] = self._texts.ids[first : first + int(self.prompt_lengths[i])].tolist()
         return ids
 
-    def _draft(self, i: int) -> list[int]:
-        first = int(self._texts.offsets[i] + self.prompt_lengths[i])
-        ids: list[int] = self._texts.ids[first : int(self._texts.offsets[i + 1])].tolist()
-        return ids
-
     def _stream_out_(self, sequences: list[list[int]], done: Done, description: str) -> None:
         """Appends a token to every open sequence in each pass over frozen layers on disk."""
         open_ = list(range(len(sequences)))
@@ -272,7 +267,7 @@ class GreedyDecoder:
 
     def _accepted(self, i: int, choices: list[int]) -> list[int]:
         """Returns the first choices as far as they followed from the draft."""
-        draft = self._draft(i)
+        draft = self._texts.target(i)
         agreed = next((k for k, c in enumerate(choices) if c != draft[k]), len(choices) - 1)
         answer = choices[: agreed + 1]
         for k, token in enumerate(answer):
@@ -281,7 +276,7 @@ class GreedyDecoder:
         return answer
 
     def _draft_alone(self, i: int) -> list[int]:
-        logits = self._alone((self._prompt(i) + self._draft(i))[:-1])
+        logits = self._alone((self._prompt(i) + self._texts.target(i))[:-1])
         first: list[int] = logits[int(self.prompt_lengths[i]) - 1 :].argmax(-1).tolist()
         return first
 

@@ -115,7 +115,7 @@ class TeacherForced:
         if question.part == "locality":
             metrics["locality"][f"{question.name}_output"] = answers
             return
-        pairs = [(answer, self._labels(j)) for answer, j in zip(answers, members, strict=True)]
+        pairs = [(answer, self.texts.target(j)) for answer, j in zip(answers, members, strict=True)]
         if len(pairs) > 1:  # EasyEdit drops answers without a token, unless there is but one
             pairs = [(answer, labels) for answer, labels in pairs if labels]
         shares = [_share(answer, labels) for answer, labels in pairs]
@@ -125,11 +125,6 @@ class TeacherForced:
             metrics[f"{question.part}_acc"] = shares
             meta = metrics.setdefault("metric_meta", {})
             meta[question.part] = {"result_key": f"{question.part}_acc", **_META}
-
-    def _labels(self, i: int) -> list[int]:
-        start = int(self.texts.offsets[i] + self.texts.target_start[i])
-        labels: list[int] = self.texts.ids[start : int(self.texts.offsets[i + 1])].tolist()
-        return labels
 
     def _as_easyedit(self, i: int) -> list[int]:
         """Returns text i's first choices from the very pass that EasyEdit makes.

@@ -117,11 +117,11 @@ class Bench:
                 asked = self._held_out.ready(how)
                 while left:
                     one.hparams = replace(h, lr=left[0])
-                    cell = Cell(location, left[0])
-                    begin(cell)
-                    outcome = self._guarded(cell, one, evaluation, asked)
+                    outcome = self._guarded(Cell(location, left[0]), one, evaluation, asked)
                     left.pop(0)
                     yield outcome
+                    if left:
+                        begin(Cell(location, left[0]))
         except Exception as error:  # of the session itself: it stands for all its cells
             for rate in left:
                 yield _failed(Cell(location, rate), error)

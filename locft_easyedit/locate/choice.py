@@ -15,7 +15,6 @@ from ..hparams import LocFTBFHyperParams
 from ..identity import Identity
 from ..reading import is_file, json_of, text_of
 from .outcome import Cell
-from .places import Location
 from .trial import Found
 
 logger = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ class Choice:
         """
         tried = tuple(
             Tried(
-                _cell(one["cell"]),
+                Cell.from_dict(one["cell"]),
                 None if one["promise"] is None else float(one["promise"]),
                 int(one["epochs"]),
                 Found(**{k: float("nan" if v is None else v) for k, v in one["found"].items()}),
@@ -95,18 +94,12 @@ class Choice:
             for one in values["tried"]
         )
         return cls(
-            _cell(values["cell"]),
+            Cell.from_dict(values["cell"]),
             tried,
             int(values["n_places"]),
             int(values["n_edits"]),
             float(values["seconds"]),
         )
-
-
-def _cell(values: Mapping[str, Any]) -> Cell:
-    place = values["location"]
-    templates = tuple(str(template) for template in place["templates"])
-    return Cell(Location(int(place["layer"]), str(place["module"]), templates), float(values["lr"]))
 
 
 def kept_choice(folder: str | Path, identity: Identity) -> Choice | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import output_errors, replacing
+from ..report import write_picture
 from .outcome import CellOutcome, StudyOutcome
 from .picture import LEAST_DRIFT, chosen_text, draw_title
 from .places import MODULES
@@ -35,9 +35,7 @@ def write_front(path: str | Path, outcome: StudyOutcome) -> None:
     Raises:
         OutputError: The file cannot be written.
     """
-    figure = front_figure(outcome)
-    with output_errors(path), replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    write_picture(path, front_figure(outcome))
 
 
 def front_figure(outcome: StudyOutcome) -> Figure:

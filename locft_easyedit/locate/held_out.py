@@ -61,12 +61,7 @@ class HeldOut:
         choices = asked.take("rewordings")
         if asked.not_finite:
             return float("nan")
-        return float(np.mean([choices[i] == self._target(i) for i in range(len(self.texts))]))
-
-    def _target(self, i: int) -> list[int]:
-        start = int(self.texts.offsets[i] + self.texts.target_start[i])
-        target: list[int] = self.texts.ids[start : int(self.texts.offsets[i + 1])].tolist()
-        return target
+        return float(np.mean([choices[i] == self.texts.target(i) for i in range(len(self.texts))]))
 
     def _alone(self, i: int) -> list[int]:
         """Returns text i's first choices from a plain forward pass of its own."""

@@ -44,6 +44,19 @@ class Cell:
         """What cells are sorted by: layer, module in the order of `MODULES`, rate."""
         return self.location.layer, MODULES.index(self.location.module), self.lr
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Cell:
+        """Returns the cell that `asdict` gave.
+
+        Raises:
+            KeyError: Something is missing.
+            TypeError, ValueError: Something is of another kind.
+        """
+        place = values["location"]
+        templates = tuple(str(template) for template in place["templates"])
+        location = Location(int(place["layer"]), str(place["module"]), templates)
+        return cls(location, float(values["lr"]))
+
     def __str__(self) -> str:
         return f"{self.location}, lr {self.lr:g}"
 
@@ -89,9 +102,7 @@ class CellOutcome:
             KeyError: Something is missing.
         """
         own = {f.name: values[f.name] for f in fields(cls)}
-        place = own["cell"]["location"]
-        location = Location(place["layer"], place["module"], tuple(place["templates"]))
-        return cls(**{**own, "cell": Cell(location, own["cell"]["lr"])})
+        return cls(**{**own, "cell": Cell.from_dict(own["cell"])})
 
 
 @dataclass(frozen=True)

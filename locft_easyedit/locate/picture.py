@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..files import output_errors, replacing
+from ..report import write_picture
 from .outcome import DIVERGED, FAILED, OUT_OF_MEMORY, CellOutcome, StudyOutcome
 from .places import MODULES, Location
 from .table import progress_text, study_name
@@ -46,9 +46,7 @@ def write_heat_maps(path: str | Path, outcome: StudyOutcome) -> None:
     Raises:
         OutputError: The file cannot be written.
     """
-    figure = heat_figure(outcome)
-    with output_errors(path), replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    write_picture(path, heat_figure(outcome))
 
 
 def heat_figure(outcome: StudyOutcome) -> Figure:

@@ -19,7 +19,7 @@ from ..files import output_errors, write_atomically
 from ..hparams import REQUIRED_IN_FILE, LocFTBFHyperParams
 from ..reading import is_file, json_of, text_of
 from .outcome import FIGURES, OK, STATES, Cell, CellOutcome, StudyOutcome
-from .places import MODULES, Location
+from .places import MODULES
 from .table import figure_text, progress_text, study_name
 
 PHASES = ("training", "metrics")
@@ -105,7 +105,7 @@ def read_study(path: str | Path) -> StudyOutcome:
         title = f"{path} is no location study, or is damaged. Run it again, or mend the file:"
         raise DataError(one_message(title, problems))
     cells = [CellOutcome.from_dict(cell) for cell in value["cells"]]
-    planned = tuple(_cell_of(cell) for cell in value["planned"])
+    planned = tuple(map(Cell.from_dict, value["planned"]))
     return StudyOutcome(**{**value, "cells": cells, "planned": planned})
 
 
@@ -240,9 +240,3 @@ def _problems(value: Any) -> list[str]:
             found = [f"cells[{i}] is {OK} and has no `{key}`." for key in missing]
         problems += found
     return problems
-
-
-def _cell_of(value: Mapping[str, Any]) -> Cell:
-    place = value["location"]
-    location = Location(place["layer"], place["module"], tuple(place["templates"]))
-    return Cell(location, value["lr"])

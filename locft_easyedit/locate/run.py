@@ -9,13 +9,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from ..errors import LocFTError, one_message
 from ..files import output_errors
 from ..interrupts import ended_by_sigterm
+from ..processes import end_processes, ended_by, last_line
 from .outcome import FAILED, OUT_OF_MEMORY, CellOutcome, StudyOutcome
 from .settings import ANY_DEVICE
 from .study import Study
@@ -80,10 +80,11 @@ def _work(study: Study, progress: bool) -> list[str]:
                         workers[i] = _start(study, one.device, i)
                         continue
                     if status != 0:
-                        reasons.append(f"{one.device}: {_last_line(one.log)} (see {one.log})")
+                        said = last_line(one.log) or "it said nothing"
+                        reasons.append(f"{one.device}: {said} (see {one.log})")
                     del workers[i]
         finally:
-            _end(workers)
+            end_processes([one.process for one in workers])
         bar.update(n_all - len(study.open_cells()) - bar.n)
     return reasons
 
@@ -121,31 +122,14 @@ def _command(study: Study, device: str) -> list[str]:
     return [sys.executable, "-m", "locft_easyedit.locate.worker", str(study.path), device]
 
 
-def _end(workers: list[_Worker]) -> None:
-    for one in workers:
-        one.process.terminate()
-    for one in workers:
-        try:
-            one.process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            one.process.kill()
-            one.process.wait()
-
-
 def _marked(study: Study, worker: _Worker, number: signal.Signals) -> bool:
     """Marks the cell at which a process was killed; returns whether it was at one."""
     cell = study.at(worker.process.pid)
     if cell is None or study.result(cell) is not None:
         return False
     if number == signal.SIGKILL:
-        reason = "its process was ended by SIGKILL (the system does so when memory runs out)"
-        study.write(CellOutcome(cell, OUT_OF_MEMORY, reason))
+        study.write(CellOutcome(cell, OUT_OF_MEMORY, ended_by(number)))
     else:
-        reason = f"its process was ended by {number.name} (see {worker.log})"
+        reason = f"{ended_by(number)} (see {worker.log})"
         study.write(CellOutcome(cell, FAILED, reason))
     return True
-
-
-def _last_line(log: Path) -> str:
-    lines: Any = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")

@@ -21,7 +21,7 @@ from ..identity import digest
 from ..models import model_without_weights, resolve_device
 from ..report import prepare_folder, write_json
 from ..requests import distinct_edits
-from ..run_folder import run_settings
+from ..run_folder import differences_of, run_settings
 from .cell import figures_of
 from .outcome import OK, STATES, Cell, CellOutcome, StudyOutcome
 from .passages import read_passages
@@ -127,11 +127,7 @@ class Study:
                     f"{file} is damaged or of another version. Choose another output, or remove it."
                 )
             if there is not None:
-                differences = [
-                    f"`{key}` is {identity.get(key)!r}; there it is {there.get(key)!r}."
-                    for key in sorted({*identity, *there})
-                    if identity.get(key) != there.get(key)
-                ]
+                differences = differences_of(identity, there)
                 if differences:
                     raise OutputError(
                         one_message(
@@ -190,7 +186,15 @@ class Study:
 
     def open_cells(self) -> list[Cell]:
         """Returns the cells that were not tried yet."""
-        return [cell for cell in self.all_cells() if self.result(cell) is None]
+        done = self._all_done()
+        return [cell for cell in self.all_cells() if cell.key not in done]
+
+    def _all_done(self) -> dict[str, CellOutcome]:
+        """Returns all outcomes in the folder by their keys; a file is read once."""
+        for file in self.cells_folder.glob("*.json"):
+            if file.stem not in self._done and (found := self._outcome(file)) is not None:
+                self._done[file.stem] = found
+        return self._done
 
     def result(self, cell: Cell) -> CellOutcome | None:
         """Returns what a cell found; `None` if it is to be tried."""
@@ -228,8 +232,7 @@ class Study:
 
     def outcome(self) -> StudyOutcome:
         """Returns what was found so far, cells of former grids included."""
-        files = sorted(self.cells_folder.glob("*.json"))
-        cells = [found for file in files if (found := self._outcome(file)) is not None]
+        cells = list(self._all_done().values())
         planned = sorted({*self.all_cells(), *(one.cell for one in cells)}, key=lambda c: c.rank)
         records = CompactRecords.read(self.before, self.identity) or ()
         before = summarize({"pre": record} for record in records)["pre"]
