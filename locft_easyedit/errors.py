@@ -62,6 +62,14 @@ class MissingDependencyError(LocFTError, ImportError):
     """A package that is needed for this step is not installed."""
 
 
+class RankError(LocFTError):
+    """Another process of those that work together has failed, or they do not find each other."""
+
+
+class LostRankError(RankError):
+    """Another process of those that work together has ended."""
+
+
 class EditInterrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM ended a training, after a checkpoint; the model is as before.
 

@@ -1,0 +1,269 @@
+"""The processes that work on one edit together: the one place that knows about ranks.
+
+`accelerate launch` or `torchrun` starts the same program several times. Each process is a rank of
+the world, holds the model, and does its share of the edits and of the records that are measured.
+What the others need to know goes through here; with one process every method does nothing, and
+nothing of torch.distributed is set up.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from .errors import LocFTError, LostRankError, RankError
+from .watch import Watch
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# What launchers tell the processes that they start.
+_LAUNCHED = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "ROLE_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_USE_AGENT_STORE",
+)
+# One process may work for hours while the others wait. That one has died is noticed otherwise.
+_PATIENCE = timedelta(days=7)
+
+
+def launched() -> bool:
+    """Returns whether a launcher has started this process as one of several."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def alone_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Returns an environment for a process that works by itself, whoever has started this one."""
+    given = os.environ if environment is None else environment
+    return {key: value for key, value in given.items() if key not in _LAUNCHED}
+
+
+@dataclass(eq=False)
+class World:
+    """The processes of one program; by default one alone.
+
+    All methods but `share` are collective: every rank has to call them, in the same order.
+
+    Attributes:
+        rank: This process, counted from 0. Rank 0 writes, reports, and is asked where one decides.
+        size: Number of processes.
+        local_rank: This process among those of its machine.
+        local_size: Their number.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    _hosts: Any = None  # the group of what the hosts tell each other
+    _watch: Watch | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and reports."""
+        return self.rank == 0
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one process."""
+        return self.size > 1
+
+    def share(self, sizes: np.ndarray | int) -> np.ndarray:
+        """Returns which of N items are this rank's, ascending; every item is somebody's.
+
+        Args:
+            sizes: Work of each item, [N], to be dealt out evenly, or N.
+        """
+        sizes = np.zeros(sizes) if isinstance(sizes, int) else sizes
+        return np.sort(np.argsort(-sizes, kind="stable")[self.rank :: self.size])
+
+    def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Replaces each tensor by its sum over all ranks: the same bits on all of them."""
+        if not self.several:
+            return
+        with self._answering():
+            for tensor in tensors:
+                # A GPU goes on by itself; the host waits for nobody.
+                dist.all_reduce(tensor, group=self._group(tensor))
+
+    def broadcast_(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Replaces each tensor by that of rank 0."""
+        if not self.several:
+            return
+        with self._answering():
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0, group=self._group(tensor))
+
+    def most(self, values: Sequence[int]) -> list[int]:
+        """Returns the largest of each number over all ranks, on the host."""
+        if not self.several:
+            return list(values)
+        found = torch.tensor(values)
+        with self._answering():
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self._hosts)
+        return [int(value) for value in found]
+
+    def gather(self, value: T) -> list[T]:
+        """Returns what each rank has given, in their order, to all of them."""
+        if not self.several:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with self._answering():
+            dist.all_gather_object(found, value, group=self._hosts)
+        return found
+
+    def from_first(self, find: Callable[[], T]) -> T:
+        """Returns what `find` gives on rank 0, where alone it is called, to all ranks.
+
+        Raises:
+            Exception: What it raised there, on all ranks.
+        """
+        if not self.several:
+            return find()
+        told: list[Any] = [None, None]
+        error: Exception | None = None
+        if self.first:
+            try:
+                told[0] = find()
+            except Exception as raised:  # the others wait for an answer, whatever went wrong
+                error = raised
+                told[1] = raised if isinstance(raised, LocFTError) else _brief(raised)
+        with self._answering():
+            dist.broadcast_object_list(told, src=0, group=self._hosts)
+        if error is not None:
+            raise error
+        if isinstance(told[1], LocFTError):
+            raise told[1]
+        if told[1] is not None:
+            raise RankError(f"Rank 0 of {self.size} failed: {told[1]}")
+        found: T = told[0]
+        return found
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Within, each rank does a part of its own; what goes wrong in one ends all of them.
+
+        Raises:
+            RankError: Another rank has failed.
+        """
+        if not self.several:
+            yield
+            return
+        error: Exception | None = None
+        try:
+            yield
+        except LostRankError:
+            raise
+        except Exception as raised:  # the others would wait for this one
+            error = raised
+        failures = self.gather(None if error is None else _brief(error))
+        if error is not None:
+            raise error
+        failed = [(rank, failure) for rank, failure in enumerate(failures) if failure is not None]
+        if failed:
+            rank, failure = failed[0]
+            raise RankError(f"Rank {rank} of {self.size} failed: {failure}")
+
+    def close(self) -> None:
+        """Waits for all ranks, and leaves them."""
+        if not self.several:
+            return
+        self.gather(None)
+        assert self._watch is not None
+        self._watch.close()
+        dist.destroy_process_group()
+
+    def fail(self, error: BaseException) -> None:
+        """Tells the other ranks that this one is about to end with an error; they end as well."""
+        if self._watch is not None:
+            self._watch.fail(_brief(error))
+
+    def advise(self, advice: str) -> None:
+        """Notes what a message about a lost rank should say of how to go on."""
+        if self._watch is not None:
+            self._watch.advice = advice
+
+    def _group(self, tensor: torch.Tensor) -> Any:
+        return self._hosts if tensor.device.type == "cpu" else None
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Turns the failure of what all ranks do together into one error.
+
+        Raises:
+            LostRankError: A rank has ended.
+        """
+        try:
+            yield
+        except RuntimeError as error:  # torch.distributed's own errors as well
+            assert self._watch is not None
+            raise LostRankError(self._watch.explained(_brief(error))) from error
+
+
+ALONE = World()
+_here: World | None = None
+
+
+def here() -> World:
+    """Returns the world that this process is part of, set up when it is first asked for.
+
+    Raises:
+        RankError: The launcher's processes do not find each other.
+    """
+    global _here
+    if _here is None:
+        _here = _joined() if launched() else ALONE
+    return _here
+
+
+def _joined() -> World:
+    """Returns the world of the launcher's processes."""
+    from accelerate import PartialState  # takes a second, and one process does not need it
+
+    on_gpu = torch.cuda.is_available()
+    try:
+        # With `cpu` it would choose MPI where that is there.
+        state = PartialState(cpu=not on_gpu, backend=None if on_gpu else "gloo", timeout=_PATIENCE)
+        hosts = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        watched = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        names: list[Any] = [None] * state.num_processes
+        name = f"rank {state.process_index} ({socket.gethostname()}, process {os.getpid()})"
+        dist.all_gather_object(names, name, group=hosts)
+    except (RuntimeError, ValueError) as error:
+        raise RankError(
+            f"The {os.environ['WORLD_SIZE']} processes of the launcher do not find each other: "
+            f"{_brief(error)}. Check its addresses and ports, and that all machines run the same "
+            "versions."
+        ) from error
+    return World(
+        rank=state.process_index,
+        size=state.num_processes,
+        local_rank=state.local_process_index,
+        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        _hosts=hosts,
+        _watch=Watch(state.process_index, names, watched),
+    )
+
+
+def _brief(error: BaseException) -> str:
+    """Returns an error's kind and the first line of its message."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0] if isinstance(error, LocFTError) else f"{type(error).__name__}: {lines[0]}"
