@@ -102,7 +102,7 @@ class World:
         with self._answering():
             for tensor in tensors:
                 # A GPU goes on by itself; the host waits for nobody.
-                dist.all_reduce(tensor, group=self._group(tensor))
+                dist.all_reduce(tensor.detach(), group=self._group(tensor))
 
     def broadcast_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replaces each tensor by that of rank 0."""
@@ -110,7 +110,7 @@ class World:
             return
         with self._answering():
             for tensor in tensors:
-                dist.broadcast(tensor, src=0, group=self._group(tensor))
+                dist.broadcast(tensor.detach(), src=0, group=self._group(tensor))
 
     def most(self, values: Sequence[int]) -> list[int]:
         """Returns the largest of each number over all ranks, on the host."""
@@ -218,6 +218,34 @@ class World:
             raise LostRankError(self._watch.explained(_brief(error))) from error
 
 
+@dataclass(eq=False)
+class Share:
+    """A rank's part of the edits.
+
+    Attributes:
+        world: Whose.
+        own: Indices of its edits, ascending.
+        position: Where each of all edits is among `own`; -1 if it is another rank's, [N].
+    """
+
+    world: World
+    own: np.ndarray
+    position: np.ndarray
+
+    @classmethod
+    def in_world(cls, world: World, sizes: np.ndarray) -> Share:
+        """Returns this rank's part of edits of these sizes, [N]."""
+        own = world.share(sizes)
+        position = np.full(len(sizes), -1, np.int64)
+        position[own] = np.arange(len(own))
+        return cls(world, own, position)
+
+    def of(self, batch: np.ndarray) -> np.ndarray:
+        """Returns which of the own edits are in a mini-batch of all, in its order."""
+        positions = self.position[batch]
+        return positions[positions >= 0]
+
+
 ALONE = World()
 _here: World | None = None
 
@@ -232,6 +260,22 @@ def here() -> World:
     if _here is None:
         _here = _joined() if launched() else ALONE
     return _here
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Within, this process and those that it starts work by themselves."""
+    global _here
+    world, environment = _here, dict(os.environ)
+    kept = alone_environment(environment)
+    try:
+        _here = ALONE
+        for key in set(environment) - set(kept):
+            del os.environ[key]
+        yield
+    finally:
+        os.environ.update({key: environment[key] for key in set(environment) - set(kept)})
+        _here = world
 
 
 def _joined() -> World:
@@ -264,6 +308,8 @@ def _joined() -> World:
 
 
 def _brief(error: BaseException) -> str:
-    """Returns an error's kind and the first line of its message."""
+    """Returns an error in words; of those that are not ours, the first line."""
+    if isinstance(error, LocFTError):
+        return str(error)
     lines = str(error).strip().splitlines() or [""]
-    return lines[0] if isinstance(error, LocFTError) else f"{type(error).__name__}: {lines[0]}"
+    return f"{type(error).__name__}: {lines[0]}"
