@@ -71,10 +71,15 @@ class Watch:
         return f"The {len(self.names)} processes lost each other ({symptom}). {self.advice}".strip()
 
     def close(self) -> None:
-        """Tells the others that this rank has come to its end in order, or with an error."""
+        """Tells the others that this rank has come to its end, and waits for theirs.
+
+        A thread that still waited would bring the program down while it ends.
+        """
         if not self._over.is_set():
             uncaught = getattr(sys, "last_value", None)
             self._last_word(_DONE if uncaught is None else _FAILED, repr(uncaught))
+            for thread in self._threads:
+                thread.join()
 
     def fail(self, reason: str) -> None:
         """Tells the others that this rank is about to end, and why."""

@@ -190,7 +190,6 @@ class World:
         self.gather(None)
         assert self._watch is not None
         self._watch.close()
-        self.gather(None)  # nobody's last word is lost
         dist.destroy_process_group()
 
     def fail(self, error: BaseException) -> None:

@@ -108,3 +108,20 @@ def dies_once(folder, n_steps):
     loop._Step.take_ = dying
     _, result = edited(checkpoint_dir=folder, checkpoint_minutes=0)
     return [len(taken), result.losses]
+
+
+def editor(path, n):
+    """Edits through EasyEdit's editor; returns the metrics of its calls."""
+    from toys import loaded_hparams
+
+    import locft_easyedit
+
+    requests = json.loads(Path(path).read_text())[:n]
+    easyedit = locft_easyedit.register()
+    editor = easyedit.BaseEditor.from_hparams(loaded_hparams(lr=5e-3))
+    together, *_ = editor.edit_requests(requests, sequential_edit=True, verbose=False)
+    alone, *_ = editor.edit_requests(requests[:2], sequential_edit=False, verbose=False)
+    by_perplexity, *_ = editor.edit_requests(
+        requests, sequential_edit=True, verbose=False, eval_metric="ppl"
+    )
+    return [together, alone, by_perplexity]

@@ -91,6 +91,19 @@ def test_the_metrics_of_one_process(n, tmp_path):
         assert json.dumps(rank.value) == json.dumps([alone])
 
 
+def test_easyedits_editor(easyedit, tmp_path):
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps(toy_requests(5)))
+    expected = json.loads(json.dumps(distributed_runs.editor(str(path), 5)))
+    for rank in launch(2, "distributed_runs:editor", str(path), 5):
+        together, alone, by_perplexity = rank.value
+        assert json.dumps([together, alone]) == json.dumps(expected[:2])
+        for entry, other in zip(by_perplexity, expected[2], strict=True):
+            assert entry["post"]["rewrite_ppl"] == pytest.approx(
+                other["post"]["rewrite_ppl"], rel=1e-4
+            )
+
+
 def test_smollm2(smollm2, shared_data):
     data = str(shared_data / "zsre_1k.json")
     losses, metrics = json.loads(json.dumps(distributed_runs.smollm2(str(smollm2), data)))
@@ -245,6 +258,17 @@ def test_evaluate(folder):
     assert both[1].stdout == ""
     assert "reliability" in alone[0].stdout
     assert "reliability" in both[0].stdout
+
+
+def test_locate_works_with_a_process_for_each_that_was_launched(folder):
+    arguments = ["sweep_layers=[1,2]", "sweep_modules=[down]", "sweep_lrs=[0.01]", "output=study"]
+    arguments += ["--config-name", "toy.yaml", "data=edits.json", "num_steps=1"]
+    ranks = launch(2, ["-m", "locft_easyedit", "locate", *arguments], timeout=300)
+    assert "score" in ranks[0].stdout
+    assert (ranks[1].stdout, ranks[1].stderr) == ("", "")
+    logs = sorted(path.name for path in (folder / "study" / "logs").iterdir())
+    assert logs == ["cpu-0.txt", "cpu-1.txt"]
+    assert len(json.loads((folder / "study" / "outcome.json").read_text())["cells"]) == 2
 
 
 @pytest.mark.parametrize("command", ["plan", "delta"])
