@@ -129,4 +129,4 @@ class Watch:
         for other, reason in sorted(self._lost.items()):
             why = f"failed: {reason}" if reason else _WITHOUT_A_WORD
             parts.append(f"{self.names[other]} of {len(self.names)} {why}")
-        return " ".join([*parts, self.advice]).strip().capitalize()
+        return " ".join([*parts, self.advice]).strip()

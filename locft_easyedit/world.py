@@ -296,7 +296,7 @@ def _joined() -> World:
         hosts = dist.new_group(backend="gloo", timeout=_PATIENCE)
         watched = dist.new_group(backend="gloo", timeout=_PATIENCE)
         names: list[Any] = [None] * state.num_processes
-        name = f"rank {state.process_index} ({socket.gethostname()}, process {os.getpid()})"
+        name = f"Rank {state.process_index} ({socket.gethostname()}, process {os.getpid()})"
         dist.all_gather_object(names, name, group=hosts)
     except (RuntimeError, ValueError) as error:
         raise RankError(
