@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -194,6 +194,8 @@ class _Believing(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         own = args[0] if args and isinstance(args[0], torch.Tensor) else None
         p = self.pretended
+        if func is torch.device and args and isinstance(args[0], int):
+            return torch.device("cuda", args[0])  # a number is one of a GPU, if there are GPUs
         if own is not None and _pretends(own):
             answered, result = self._of_a_tensor(func, own, args, kwargs)
             if answered:
@@ -305,8 +307,8 @@ class _Stream:
 
 
 def _record_stream(tensor, stream):
-    if not tensor.is_cuda:
-        raise RuntimeError("record_stream of a tensor that is on no GPU")
+    if not tensor.is_cuda or tensor.device != torch.device(stream.device):
+        raise RuntimeError(f"a stream of {stream.device} for a tensor on {tensor.device}")
 
 
 @contextmanager
