@@ -89,7 +89,9 @@ class FrozenPrefix:
 
     @property
     def device(self) -> torch.device:
-        """Where the states are used: on the device of the cut, so that no step moves them."""
+        """Where the states lie or are to lie: on the device of the cut, where they are used."""
+        if self._store is not None:
+            return self._store.device
         return self.cut.device or input_device(self.model)
 
     def fits(self) -> bool:

@@ -10,20 +10,19 @@ over the same memory agree. Within `two_devices()`
   CPU mixes with anything, an index on the CPU may index a GPU's tensor, and copies may cross;
 - what CUDA refuses on the host is refused: `numpy()` of a GPU's tensor, for example.
 
-Crossings between devices are counted, by the pair.
+What crosses from one device to another is written down.
 """
 
 import itertools
 import threading
-from collections import Counter
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
+import peft.tuners.lora.model  # noqa: F401  # looks for a GPU's libraries when it is imported
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 CPU = torch.device("cpu")
 MEMORY = 2**34  # of each pretended GPU
@@ -40,20 +39,26 @@ class Pretended:
     def __init__(self, n_gpus=2):
         self.n_gpus = n_gpus
         self.free = [MEMORY] * n_gpus
-        self.crossings = Counter()
+        self.crossings = []
         self._places = {}
         self._lock = threading.Lock()
 
     def of(self, tensor):
         """Returns where a tensor lies."""
-        if not _pretends(tensor):
-            return _device_of(tensor)
+        real = _device_of(tensor)
+        if real.type != "cpu":
+            return real
         entry = self._places.get(tensor.untyped_storage()._cdata)
         return CPU if entry is None or entry[1].expired() else entry[0]
 
+    def knows(self, tensor):
+        """Returns whether a tensor's storage has a place."""
+        entry = self._places.get(tensor.untyped_storage()._cdata)
+        return entry is not None and not entry[1].expired()
+
     def put(self, tensor, device):
         """Says where a tensor's storage lies."""
-        if not _pretends(tensor) or tensor.layout is not torch.strided:
+        if not _pretends(tensor):
             return
         storage = tensor.untyped_storage()
         # A weak reference keeps the address from being used again.
@@ -64,9 +69,12 @@ class Pretended:
                 self._places = alive
 
     def put_all(self, values, device):
-        for leaf in tree_leaves(values):
-            if isinstance(leaf, torch.Tensor):
-                self.put(leaf, device)
+        for tensor in _tensors(values if isinstance(values, (tuple, list)) else (values,)):
+            self.put(tensor, device)
+
+    def crossed(self, tensor, source, target):
+        """Notes a copy from one device to another."""
+        self.crossings.append((str(source), str(target), tensor.dtype, tuple(tensor.shape)))
 
     def resolved(self, value):
         """Returns the device that `value` means; `None` if it means none."""
@@ -88,13 +96,24 @@ class Pretended:
         return value
 
 
-def _pretends(tensor):
-    return isinstance(tensor, torch.Tensor) and _device_of(tensor).type == "cpu"
-
-
 def _device_of(tensor):
     with torch._C.DisableTorchFunction():
         return tensor.device
+
+
+def _pretends(tensor):
+    return _device_of(tensor).type == "cpu"
+
+
+def _tensors(values):
+    """Returns the tensors among some values, and in lists of them."""
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += [one for one in value if isinstance(one, torch.Tensor)]
+    return found
 
 
 class _Checked(TorchDispatchMode):
@@ -106,8 +125,12 @@ class _Checked(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():
+            return self._run(func, args, kwargs)
+
+    def _run(self, func, args, kwargs):
         packet = func.overloadpacket
-        tensors = [t for t in tree_leaves((args, kwargs)) if _pretends(t)]
+        tensors = [t for t in _tensors((*args, *kwargs.values())) if t.device.type == "cpu"]
         if packet in _COPIES:
             result = func(*args, **kwargs)
             if packet is _aten._to_copy and tensors:
@@ -115,15 +138,16 @@ class _Checked(TorchDispatchMode):
             elif packet is _aten.copy_ and len(tensors) == 2:
                 target, source = map(self.pretended.of, tensors)
                 if target != source:
-                    self.pretended.crossings[(str(source), str(target))] += tensors[1].nbytes
+                    self.pretended.crossed(tensors[1], source, target)
             return result
         where = self._checked(func, packet, args, tensors)
-        before = {t.untyped_storage()._cdata for t in tensors}
         result = func(*args, **kwargs)
-        if where is not None and where != CPU:
-            for leaf in tree_leaves(result):
-                if _pretends(leaf) and leaf.untyped_storage()._cdata not in before:
-                    self.pretended.put(leaf, where)
+        if where is not None and where is not CPU:
+            made = result if isinstance(result, (tuple, list)) else (result,)
+            for tensor in _tensors(made):
+                # What shares memory with an argument has its place.
+                if not any(tensor is t for t in tensors) and not self.pretended.knows(tensor):
+                    self.pretended.put(tensor, where)
         return result
 
     def _checked(self, func, packet, args, tensors):
@@ -135,7 +159,7 @@ class _Checked(TorchDispatchMode):
                     "indices should be either on cpu or on the same device as the indexed tensor "
                     f"({own})"
                 )
-            tensors = [t for t in (args[0], *args[2:3]) if _pretends(t)]
+            tensors = [args[0], *_tensors(args[2:3])]
         found = {}
         for tensor in tensors:
             device = self.pretended.of(tensor)
@@ -169,7 +193,7 @@ def _crossed(tensor, source, target, pretended):
     with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():
         copy = tensor.detach().clone()
     pretended.put(copy, target)
-    pretended.crossings[(str(source), str(target))] += copy.nbytes
+    pretended.crossed(copy, source, target)
     return copy
 
 
@@ -200,6 +224,8 @@ class _Believing(TorchFunctionMode):
             answered, result = self._of_a_tensor(func, own, args, kwargs)
             if answered:
                 return result
+        if kwargs.get("pin_memory") and "device" not in kwargs:
+            kwargs["device"] = CPU
         if func is torch.Tensor.to or "device" not in kwargs:
             return func(*args, **kwargs)
         device = p.resolved(kwargs["device"])
@@ -343,6 +369,13 @@ def two_devices(n_gpus=2):
         stack.enter_context(_Checked(pretended))
         stack.enter_context(_Believing(pretended))
 
+    backward = torch.autograd._engine_run_backward
+
+    def backward_believing(*args, **kwargs):
+        # While `backward` is answered above, hooks and layers that run again would not believe.
+        with _Believing(pretended):
+            return backward(*args, **kwargs)
+
     def run_believing(thread):
         with ExitStack() as stack:  # modes are a thread's own
             enter(stack)
@@ -374,6 +407,9 @@ def two_devices(n_gpus=2):
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(threading.Thread, "run", run_believing))
         stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", _record_stream))
+        stack.enter_context(
+            mock.patch.object(torch.autograd, "_engine_run_backward", backward_believing)
+        )
         stack.enter_context(
             mock.patch.object(
                 torch.optim.Optimizer,
