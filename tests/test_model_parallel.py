@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate import dispatch_model
-from toys import DOWN_PROJECTION, HIDDEN, N_LAYERS, toy_hparams, toy_model, toy_requests, toy_tokenizer
+from toys import (
+    DOWN_PROJECTION,
+    HIDDEN,
+    N_LAYERS,
+    toy_hparams,
+    toy_model,
+    toy_requests,
+    toy_tokenizer,
+)
 from two_devices import two_devices
 
 from locft_easyedit import models
