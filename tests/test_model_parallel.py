@@ -1,9 +1,7 @@
 """A model spread over two GPUs against the same model on one; see `two_devices`."""
 
-import json
 import logging
 
-import numpy as np
 import pytest
 import torch
 from accelerate import dispatch_model
@@ -18,21 +16,18 @@ from toys import (
 )
 from two_devices import two_devices
 
-from locft_easyedit import models
 from locft_easyedit.delta.apply import apply_delta, revert_delta
 from locft_easyedit.delta.delta import Delta
-from locft_easyedit.devices import input_device, module_device
+from locft_easyedit.devices import module_device
+from locft_easyedit.easyedit import chat
 from locft_easyedit.editing import EditSession, edit_model
 from locft_easyedit.errors import PlaceError
 from locft_easyedit.evaluate.choices import HowToRun
 from locft_easyedit.evaluate.evaluation import Evaluation
 from locft_easyedit.locate.sensitivity import sensitivities
 from locft_easyedit.locate.states import LayerStates
-from locft_easyedit.models import load_model
-from locft_easyedit.offload import left_on_disk
 from locft_easyedit.place import find_layers
 from locft_easyedit.requests import distinct_edits
-from locft_easyedit.stream import FrozenStream
 from locft_easyedit.tokens import tokenize_edits
 
 METRICS = ("accuracy", "generated")
@@ -280,6 +275,42 @@ def test_sensitivities(gpus):
         found.append(sensitivities(model, find_layers(model), texts, texts, texts, packed=True))
     assert found[0] == found[1]
     assert len(found[0]) == 7 * N_LAYERS
+
+
+# EasyEdit's editor
+
+
+@pytest.mark.parametrize("given", ["pair", "name"])
+def test_the_editor(given, easyedit, gpus, tmp_path, monkeypatch):
+    """As its users have it: `device: 0` and `model_parallel: true`."""
+    monkeypatch.setattr(chat, "_MAX_NEW_TOKENS", 4)
+    tokenizer = toy_tokenizer(pad_is_eos=True)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    toy_model().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    arguments = {"prompts": ["The river is", "It lies in"], "target_new": ["the Rhine", "Peru"]}
+    found = []
+    for model_parallel in (False, True):
+        name = (made(split=2 if model_parallel else None), tokenizer)
+        h = hparams(
+            model_name=name if given == "pair" else str(tmp_path),
+            device=0,
+            model_parallel=model_parallel,
+        )
+        editor = easyedit.BaseEditor.from_hparams(h)
+        places = {parameter.device for parameter in editor.model.parameters()}
+        assert places == set(GPUS[: 1 + model_parallel])
+        assert editor.device == GPUS[0]
+        together, _, _ = editor.batch_edit(**arguments, verbose=False)
+        alone, model, former = editor.edit(**arguments, verbose=False)
+        for entry in together:
+            del entry["time"]
+        answers = [chat._ask(editor._measures("exact match", False, False), "Where?")]
+        with editor.unedited():
+            original = {name: p.cpu().clone() for name, p in model.named_parameters()}
+        found.append((together, alone, answers, {k: v.cpu().tolist() for k, v in former.items()}))
+        assert all(torch.equal(original[k], v) for k, v in toy_model().named_parameters())
+    assert found[0] == found[1]
 
 
 def test_a_model_in_which_some_weights_are_not_loaded(tmp_path):

@@ -9,8 +9,8 @@ from accelerate.hooks import AlignDevicesHook
 from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
 from two_devices import two_devices
 
-from locft_easyedit import models, offload
-from locft_easyedit.editing import EditSession, edit_model
+from locft_easyedit import models
+from locft_easyedit.editing import EditSession
 from locft_easyedit.errors import HyperParamsError, ModelError
 from locft_easyedit.evaluate.choices import HowToRun
 from locft_easyedit.evaluate.evaluation import Evaluation
@@ -103,7 +103,7 @@ def test_every_process_has_its_own_share(n_gpus, local_size, shares):
 
 
 def test_more_processes_than_gpus():
-    with pytest.raises(HyperParamsError, match="4 processes on a machine with 2 GPUs.*Launch 2"):
+    with pytest.raises(HyperParamsError, match=r"4 processes on a machine with 2 GPUs.*Launch 2"):
         share_of_gpus(2, 0, 4)
 
 
@@ -140,7 +140,7 @@ def test_gpus_and_no_gpus_at_once(n_gpus, folder):
             lambda: loaded(folder(), device="cpu"),
             lambda: load_causal_lm(folder(), device="cpu", model_parallel=True),
         ):
-            with pytest.raises(HyperParamsError, match="`device='cpu'` asks for none. Leave one"):
+            with pytest.raises(HyperParamsError, match=r"`device='cpu'` asks for none\. Leave one"):
                 load()
 
 
