@@ -191,9 +191,8 @@ class _Resumed(_StandIn):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         [cut] = self._cut
+        states, width = self._states(), _hidden(args, kwargs).shape[-1]
         assert cut.block is not None
-        # The layer itself, whose hook would see to it, does not run.
-        states, width = sent_to(self._states(), cut.block), _hidden(args, kwargs).shape[-1]
         if cut.kind == "matrix":
             residual, given = states[..., :width], states[..., width:]
         else:
@@ -224,8 +223,8 @@ def _substitute(states: Callable[[], torch.Tensor]) -> Callable[..., Any]:
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
-            return (sent_to(states(), module), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": sent_to(states(), module)}
+            return (states(), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": states()}
 
     return hook
 
