@@ -78,8 +78,7 @@ class Cut:
     @property
     def device(self) -> torch.device | None:
         """Where what follows the cut is computed; `None` if that is not loaded."""
-        # Where a cut inside the layer is replayed, something else takes the layer's place.
-        return module_device(self.layer if self.block is None else self.block)
+        return module_device(self.layer)
 
     @contextmanager
     def recording(self, keep: Keep, *, go_on: bool) -> Iterator[None]:

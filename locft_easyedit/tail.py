@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from .anatomy import Trace, tracing
-from .devices import sent_to
 from .place import LayerList
 
 
@@ -46,7 +45,7 @@ class Tail:
         def narrow_hidden(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            hidden = sent_to(args[0] if args else kwargs["hidden_states"], module)
+            hidden = args[0] if args else kwargs["hidden_states"]
             everything[:] = [hidden]
             return _replaced(args, kwargs, select(hidden, scored()))
 
