@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .devices import sent_to
+
 
 @dataclass(eq=False)
 class Call:
@@ -111,8 +113,12 @@ def tracing(layer: nn.Module) -> Iterator[Trace]:
         call = open_calls.pop()
         call.result, call.ended = first_tensor(output), len(trace.calls)
 
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        trace.entry = args[0] if args else kwargs["hidden_states"]
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        trace.entry = sent_to(args[0] if args else kwargs["hidden_states"], module)
+        # What is inside gets this very tensor, by which it is recognized.
+        if args:
+            return (trace.entry, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": trace.entry}
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         trace.returns_tuple = isinstance(output, tuple)

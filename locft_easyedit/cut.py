@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from .anatomy import Call, Trace, first_tensor, tracing
+from .devices import module_device, sent_to
 from .place import LayerList, Place
 
 Keep = Callable[[torch.Tensor], None]
@@ -74,6 +75,11 @@ class Cut:
         """The first layer that is not wholly frozen."""
         return self.stack.layers[self.first_layer]
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where what follows the cut is computed; `None` if that is not loaded."""
+        return module_device(self.layer)
+
     @contextmanager
     def recording(self, keep: Keep, *, go_on: bool) -> Iterator[None]:
         """Within, a forward pass hands its states at the cut to `keep`.
@@ -85,7 +91,7 @@ class Cut:
         residual: list[torch.Tensor] = []
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            residual[:] = [_hidden(args, kwargs)]
+            residual[:] = [sent_to(_hidden(args, kwargs), module)]
             if self.kind == "layer":
                 finish(residual[0])
 

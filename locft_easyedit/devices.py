@@ -1,24 +1,42 @@
-"""Where a model takes its input, and how much of it."""
+"""Where a model and its modules compute, and how much the model takes."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Returns the device that takes the model's token ids."""
     embedding: Any = model.get_input_embeddings()
-    hook: Any = getattr(embedding, "_hf_hook", None)
-    if getattr(hook, "execution_device", None) is not None:  # offloaded by accelerate
-        return torch.device(hook.execution_device)
-    device: torch.device = embedding.weight.device
-    if device.type == "meta":  # left on disk: what is resident tells
-        resident = (p.device for p in model.parameters() if not p.is_meta)
-        return next(resident, torch.device("cpu"))
-    return device
+    # One that was left on disk says nothing: what is resident tells.
+    return module_device(embedding) or module_device(model) or torch.device("cpu")
+
+
+def module_device(module: nn.Module) -> torch.device | None:
+    """Returns the device that a module computes on; `None` if nothing of it is loaded.
+
+    A model that is spread over several devices has modules on each of them.
+    """
+    hook: Any = getattr(module, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    # The hook of a whole model says where its input is sent, and nothing about what is inside.
+    if device is not None and not getattr(hook, "io_same_device", False):
+        return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return next((p.device for p in module.parameters() if not p.is_meta), None)
+
+
+def sent_to(hidden: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """Returns hidden states on the device that `module` computes on.
+
+    The hooks with which accelerate sends a module its input run after all others: what these see
+    is still where the module before has left it.
+    """
+    device = module_device(module)
+    return hidden if device is None else hidden.to(device)
 
 
 def row_length(model: PreTrainedModel, row_tokens: int) -> int:

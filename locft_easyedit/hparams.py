@@ -74,7 +74,8 @@ class LocFTBFHyperParams:
         batch_size: Edits in a mini-batch. It never limits how many edits are trained together.
         weight_decay: Adam's L2 penalty.
         max_length: Read by EasyEdit's own evaluators only; nothing is ever truncated here.
-        model_parallel: Spread the model over the visible GPUs (`device_map="auto"`).
+        model_parallel: Spread the model's layers over the visible GPUs of this machine; `device`
+            then says nothing. One GPU, or none, holds the whole model.
         fp16: EasyEdit's older way to say `dtype: float16`.
         dtype: Precision of weights and computation: float32, bfloat16 or float16. The trained
             matrices have float32 masters in every case. `None` is bfloat16 on a GPU and float32 on
@@ -99,7 +100,8 @@ class LocFTBFHyperParams:
         prefix_dir: Folder for hidden states on disk. They stay there, and a later run on the same
             model and edits uses them again; `None` is a temporary file, if one is needed.
         stream_frozen: Leave the frozen layers on disk and read them once, one after another, when
-            the prefix is computed; `None` does so where the model does not fit the device.
+            the prefix is computed; `None` does so where the model does not fit the device, or with
+            `model_parallel` all GPUs together.
         quantize_frozen: Load what is not trained in `8bit` or `4bit` (bitsandbytes).
         compile: Let torch.compile fuse the norms and MLPs that every step runs. It takes minutes
             before the first step, and pays where a step is bound by launching kernels.

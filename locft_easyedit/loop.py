@@ -173,6 +173,7 @@ class _Step:
             self.runner.device,
             move=lambda parts: (tensor for part in parts for tensor in part.tensors()),
             in_thread=self.runner.waits,
+            also=[] if self.runner.prefix is None else [self.runner.prefix.device],
         )
 
     def _parts(self, batch: np.ndarray) -> list[Prepared]:

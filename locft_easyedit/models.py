@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,12 @@ from transformers.utils import is_flash_attn_2_available
 from .errors import HyperParamsError, LocFTError, MissingDependencyError, ModelError
 from .hparams import DTYPES, LocFTBFHyperParams
 from .lora import check_low_rank
-from .offload import room_for_conversions, streaming_map
+from .offload import resident_map, room_for_conversions, streaming_map
 from .place import match_parameters
 from .reading import is_file, shown
-from .world import World, here
+from .spreading import DeviceMap, devices_of, room_on, share_of_gpus
+from .store import free_host_memory
+from .world import here
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +36,13 @@ logger = logging.getLogger(__name__)
 def resolve_device(device: int | str | None) -> torch.device:
     """Returns the device that EasyEdit's `device` key means; `None` takes a GPU if there is one.
 
+    Of several processes on a machine each has a GPU of its own, whatever number is given.
+
     Raises:
         HyperParamsError: It is no device, or there is no such GPU.
     """
-    if device is None or device == "":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    text = str(device)
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    text = ("cuda" if n_gpus else "cpu") if device is None or device == "" else str(device)
     try:
         resolved = torch.device(f"cuda:{text}" if text.isdigit() else text)
     except RuntimeError as error:
@@ -48,9 +51,9 @@ def resolve_device(device: int | str | None) -> torch.device:
         ) from error
     if resolved.type == "cuda":
         world = here()
-        if world.local_size > 1:
-            return _own_gpu(world, device)
-        n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if world.local_size > 1 and n_gpus:
+            own, *_ = share_of_gpus(n_gpus, world.local_rank, world.local_size)
+            return torch.device("cuda", own)
         if (resolved.index or 0) >= n_gpus:
             found = f"{n_gpus} GPUs were found" if n_gpus else "no usable GPU was found"
             raise HyperParamsError(
@@ -60,30 +63,23 @@ def resolve_device(device: int | str | None) -> torch.device:
     return resolved
 
 
-def _own_gpu(world: World, device: int | str | None) -> torch.device:
-    """Returns the GPU of one of several processes of a machine: its own, whatever number is given.
-
-    Raises:
-        HyperParamsError: There are fewer GPUs than processes.
-    """
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if n_gpus < world.local_size:
-        raise HyperParamsError(
-            f"`device={device!r}` with {world.local_size} processes on one machine needs as many "
-            f"CUDA GPUs; {n_gpus} were found. Start a process for each GPU, or use `device: cpu`."
-        )
-    return torch.device("cuda", world.local_rank)
-
-
-def load_model(hparams: LocFTBFHyperParams) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Returns the model and tokenizer of `hparams.model_name`, on their device.
+def load_model(
+    hparams: LocFTBFHyperParams, *, gpus: Sequence[int] | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Returns the model and tokenizer of `hparams.model_name`, on their device or devices.
 
     The place is looked up before the weights are loaded.
+
+    Args:
+        hparams: The hyper-parameters.
+        gpus: The GPUs that `model_parallel` may use; `None` for all that are visible. Of several
+            processes on a machine each has its own (see `share_of_gpus`).
 
     Raises:
         HyperParamsError: `model_name` or `device` cannot be used.
         PlaceError: The model has no such place.
-        ModelError: The folder does not exist or holds no causal language model.
+        ModelError: The folder does not exist or holds no causal language model, or it does not
+            fit.
     """
     name = hparams.model_name
     device = resolve_device(hparams.device)
@@ -91,7 +87,7 @@ def load_model(hparams: LocFTBFHyperParams) -> tuple[Any, PreTrainedTokenizerBas
         loaded, tokenizer = name
         # A model that somebody has placed stays where it is, unless a device is asked for.
         if hparams.device is not None:
-            loaded = _placed(loaded, hparams.model_parallel, device)
+            loaded = loaded if hparams.model_parallel else _placed(loaded, device)
         return loaded, tokenizer
     if not isinstance(name, str) or not name.strip():
         raise HyperParamsError(
@@ -99,16 +95,22 @@ def load_model(hparams: LocFTBFHyperParams) -> tuple[Any, PreTrainedTokenizerBas
             "(model, tokenizer) that is loaded."
         )
     name = check_model_name(name)
+    device, chosen = devices_of(hparams.model_parallel, hparams.device, device, gpus)
     with _one_model_error(name):
         skeleton = _check_place(name, hparams)
+    quantization = _quantization(skeleton, hparams, device)
+    places = streaming_map(skeleton, hparams, device, chosen)
+    if places is None and chosen and skeleton is not None and quantization is None:
+        places = resident_map(skeleton, hparams.dtype_on(device), chosen)
     model, tokenizer = load_causal_lm(
         name,
-        device=hparams.device,
+        device=None if chosen else str(device),
         dtype=hparams.dtype_on(device),
-        model_parallel=hparams.model_parallel,
+        model_parallel=bool(chosen),
+        gpus=chosen or None,
         trust_remote_code=hparams.trust_remote_code,
-        device_map=streaming_map(skeleton, hparams, device),
-        quantization=_quantization(skeleton, hparams, device),
+        device_map=places,
+        quantization=quantization,
         attention=_attention(skeleton, device, hparams.dtype_on(device)),
     )
     return model, tokenizer
@@ -120,8 +122,9 @@ def load_causal_lm(
     device: int | str | None = None,
     dtype: str | torch.dtype = "float32",
     model_parallel: bool = False,
+    gpus: Sequence[int] | None = None,
     trust_remote_code: bool = False,
-    device_map: dict[str, str] | None = None,
+    device_map: DeviceMap | None = None,
     quantization: Any | None = None,
     attention: str | None = None,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -134,7 +137,9 @@ def load_causal_lm(
         name: A folder saved with `save_pretrained` (a PEFT adapter's as well), or a hub name.
         device: As EasyEdit's `device` key; `None` takes a GPU if there is one.
         dtype: `float32`, `bfloat16` or `float16`.
-        model_parallel: Spread the model over the visible GPUs.
+        model_parallel: Spread the model over several GPUs, if there are; what they have no room for
+            goes to the host, unless `device_map` says another thing.
+        gpus: As for `load_model`.
         trust_remote_code: Allow the folder's own code.
         device_map: Where each module goes, `disk` included.
         quantization: A quantization configuration of transformers.
@@ -147,6 +152,7 @@ def load_causal_lm(
     where = resolve_device(device)
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise HyperParamsError(f"`dtype={dtype!r}` must be one of {', '.join(DTYPES)}.")
+    where, chosen = devices_of(model_parallel, device, where, gpus)
     name = check_model_name(name)
     with _one_model_error(name):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -155,16 +161,24 @@ def load_causal_lm(
         model: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
-            device_map="auto" if model_parallel else device_map,
             trust_remote_code=trust_remote_code,
             attn_implementation=attention,
-            **room_for_conversions(device_map),
+            **_placement(device_map, chosen),
             **({"quantization_config": quantization} if quantization is not None else {}),
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    return _placed(model, model_parallel, where).eval(), tokenizer
+    return _placed(model, where).eval(), tokenizer
+
+
+def _placement(device_map: DeviceMap | None, gpus: Sequence[int]) -> dict[str, Any]:
+    """Returns what tells transformers where a model goes."""
+    if device_map is not None:
+        return {"device_map": device_map, **room_for_conversions(device_map)}
+    if not gpus:
+        return {}
+    return {"device_map": "auto", "max_memory": {**room_on(gpus), "cpu": free_host_memory()}}
 
 
 def _attention(skeleton: Any | None, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -261,10 +275,10 @@ def _quantization(
     )
 
 
-def _placed(model: Any, model_parallel: bool, device: torch.device) -> Any:
+def _placed(model: Any, device: torch.device) -> Any:
     """Returns the model on `device`, unless accelerate or a quantizer has placed it."""
     placed = getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)
-    return model if model_parallel or placed else model.to(device)
+    return model if placed else model.to(device)
 
 
 def _check_place(name: str, hparams: LocFTBFHyperParams) -> Any | None:

@@ -87,10 +87,17 @@ class FrozenPrefix:
         embedding: Any = model.get_input_embeddings()
         self._embedding_width = int(embedding.weight.shape[1])
 
+    @property
+    def device(self) -> torch.device:
+        """Where the states lie or are to lie: on the device of the cut, where they are used."""
+        if self._store is not None:
+            return self._store.device
+        return self.cut.device or input_device(self.model)
+
     def fits(self) -> bool:
         """Returns whether the budgets can hold the states; warns if not."""
         width = self.cut.width or self._embedding_width
-        allowed = self.budget.rows(width * self.model.dtype.itemsize, input_device(self.model))
+        allowed = self.budget.rows(width * self.model.dtype.itemsize, self.device)
         if sum(allowed) < self.n_tokens:
             logger.warning(
                 "The frozen prefix of %d tokens takes %.2f GiB, more than is allowed or free: all "
@@ -123,8 +130,9 @@ class FrozenPrefix:
         if file is None:
             logger.info("The prefix in %s is not used: %s. It is computed.", path, why_not)
             return False
-        device = input_device(self.model)
-        store = StateStore(self.n_tokens, file.width, file.dtype, device, self.budget, file=file)
+        store = StateStore(
+            self.n_tokens, file.width, file.dtype, self.device, self.budget, file=file
+        )
         store.fill_from_file_()
         self._store, self.complete = store, True
         logger.info("The prefix of an earlier run is used: %s.", path)

@@ -153,7 +153,8 @@ def _affordable(
         return wanted[0]
     n_tokens, dtype = int(texts.input_offsets[-1]), model.dtype
     for cut in cuts:
-        gpu, host, _ = budget.rows(cut.width * dtype.itemsize, input_device(model))
+        where = cut.device or input_device(model)
+        gpu, host, _ = budget.rows(cut.width * dtype.itemsize, where)
         if n_tokens <= gpu + host:
             return cut
     return min(cuts, key=lambda cut: cut.width)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+from accelerate.utils import send_to_device
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -25,7 +26,7 @@ from .ahead import ahead
 from .anatomy import tracing
 from .batches import length_sorted_batches
 from .cut import Cut, bypassing, layer_cut
-from .devices import input_device, row_length
+from .devices import input_device, module_device, row_length
 from .packing import lay_out
 from .place import LayerList, find_layers
 from .prefix import FrozenPrefix
@@ -66,22 +67,27 @@ class FrozenStream:
         self.stack = stack
         self.first_layer = first_layer
         self.progress = progress
-        self.device = input_device(model)
+        # What leaves the last frozen layer is used where the next one is.
+        self.device = module_device(stack.layers[first_layer]) or input_device(model)
         embedding: Any = model.get_input_embeddings()
         self.width, self.dtype = int(embedding.weight.shape[1]), model.dtype
         self.returns_tuple = False
         self.n_passes = 0
         self._hooks: dict[nn.Module, Any] = {}
+        self._senders: list[Any] = []
         self._jobs: list[_Job] = []
 
     def __enter__(self) -> FrozenStream:
         try:
             for module in self._on_disk():
+                if not any(parameter.is_meta for parameter in module.parameters()):
+                    continue  # resident, and perhaps on another device: its hooks are needed
                 for part in module.modules():
                     if hasattr(part, "_hf_hook"):
                         self._hooks[part] = part._hf_hook
                         remove_hook_from_module(part)
                         self._place_buffers(part)
+                self._senders.append(module.register_forward_pre_hook(self._send, with_kwargs=True))
             self._look()
         except BaseException:  # nobody calls `__exit__` then
             self.__exit__()
@@ -94,10 +100,20 @@ class FrozenStream:
             if not buffer.is_meta:
                 part._buffers[name] = buffer.to(self.device)
 
+    def _send(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Gives a module its input on the device, as the hook did that was taken off."""
+        skipped = getattr(self.model, "_skip_keys_device_placement", None)
+        sent = send_to_device(kwargs, self.device, skip_keys=skipped)
+        return send_to_device(args, self.device), sent
+
     def __exit__(self, *exc: object) -> None:
+        for sender in self._senders:
+            sender.remove()
         for part, hook in self._hooks.items():
             add_hook_to_module(part, hook)
-        self._hooks = {}
+        self._hooks, self._senders = {}, []
 
     @contextmanager
     def shortened(self) -> Iterator[None]:
@@ -175,7 +191,7 @@ class FrozenStream:
             # First what stays: it is read in every epoch, and takes the fastest tiers.
             for job in jobs:
                 width = job.prefix.cut.width or self.width
-                final.append(job.prefix.new_store(width, self.dtype, self.device))
+                final.append(job.prefix.new_store(width, self.dtype, job.prefix.device))
             for job, last in zip(jobs, final, strict=True):
                 states.append(last if job.prefix.cut.kind == "layer" else self._between(job))
             n_tokens = sum(job.prefix.n_tokens for job in jobs)
@@ -224,7 +240,9 @@ class FrozenStream:
                 value = self._hooks[part].weights_map[name]
                 # A copy, and not the map of a whole file that each weight comes in: it is read
                 # here, in the thread, and the file is let go.
-                value = value.pin_memory() if self.device.type == "cuda" else value.clone()
+                # accelerate may have read it to a GPU already.
+                if value.device.type == "cpu":
+                    value = value.pin_memory() if self.device.type == "cuda" else value.clone()
                 full = f"{path}.{name}" if path else name
                 weights[full] = value.to(self.device, non_blocking=True)
         return weights

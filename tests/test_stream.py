@@ -345,16 +345,11 @@ def refusing_to_load(monkeypatch):
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", loading)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"model_parallel": True}, {"rewrite_module_tmp": "lm_head.weight{}", "layers": []}]
-)
-def test_one_device_and_a_place_inside_the_layers(changes, folder, monkeypatch):
+def test_a_place_inside_the_layers(folder, monkeypatch):
     refusing_to_load(monkeypatch)
-    if "layers" in changes:
-        monkeypatch.setattr(offload, "first_layer_of", lambda *args: None)
-        changes = {}
-    with pytest.raises(ModelError, match="`stream_frozen=true` needs one device"):
-        loaded(folder(), **changes)
+    monkeypatch.setattr(offload, "first_layer_of", lambda *args: None)
+    with pytest.raises(ModelError, match="`stream_frozen=true` needs a place inside"):
+        loaded(folder())
 
 
 def test_a_missing_part_shows_before_loading(folder, monkeypatch):

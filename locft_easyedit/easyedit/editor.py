@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm import trange
 
+from ..devices import input_device
 from ..editing import EditSession
 from ..errors import HyperParamsError, LocFTError
 from ..evaluate.choices import HowToRun
@@ -71,7 +72,7 @@ class LocFTBFMethods:
         self.apply_algo = apply_locft_bf_to_model
         self.model, self.tok = load_model(hparams)
         self.model_name = hparams.model_name
-        self.device = self.model.get_input_embeddings().weight.device
+        self.device = input_device(self.model)
         self.last_result: EditResult | None = None
         self._original: dict[str, torch.Tensor] = {}  # to restore when the next call begins
         self._first: dict[str, torch.Tensor] = {}  # values before the first edit of each parameter

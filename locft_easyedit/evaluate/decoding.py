@@ -293,7 +293,7 @@ class GreedyDecoder:
         tokens = best.indices[:, 0].clone()
         near = too_close(best.values, self.model)
         for row in near.nonzero().flatten().tolist():
-            tokens[row] = self._alone(sequences[row])[-1].argmax()
+            tokens[row] = int(self._alone(sequences[row])[-1].argmax())
         return torch.where(torch.isfinite(best.values[:, 0]), tokens, -1)
 
     def _complete(self, i: int, ids: list[int]) -> bool:

@@ -1,0 +1,154 @@
+"""A model over several GPUs of a machine, one after another, by accelerate's `device_map`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from accelerate.utils import get_balanced_memory, infer_auto_device_map
+from torch import nn
+
+from .errors import HyperParamsError
+from .world import here
+
+logger = logging.getLogger(__name__)
+
+USABLE = 0.9  # of the memory that is free: the rest is for what runs
+
+DeviceMap = dict[str, int | str]
+
+
+def share_of_gpus(n_gpus: int, local_rank: int, local_size: int) -> list[int]:
+    """Returns the numbers of the GPUs that one of several processes on a machine may use.
+
+    Shares are disjoint, of neighbours, and differ by one GPU at most.
+
+    Args:
+        n_gpus: GPUs of the machine.
+        local_rank: The process, from 0.
+        local_size: Processes on the machine.
+
+    Raises:
+        HyperParamsError: There are fewer GPUs than processes.
+    """
+    if 0 < n_gpus < local_size:
+        raise HyperParamsError(
+            f"{local_size} processes on a machine with {n_gpus} GPUs: each needs one at least. "
+            f"Launch {n_gpus} processes or fewer."
+        )
+    return list(range(n_gpus * local_rank // local_size, n_gpus * (local_rank + 1) // local_size))
+
+
+def devices_of(
+    model_parallel: bool,
+    asked: int | str | None,
+    device: torch.device,
+    gpus: Sequence[int] | None = None,
+) -> tuple[torch.device, list[int]]:
+    """Returns where a model goes that stays in one place, and the GPUs it is spread over, if any.
+
+    Args:
+        model_parallel: EasyEdit's key.
+        asked: EasyEdit's key `device`.
+        device: What that means.
+        gpus: The GPUs that this process may use; `None` for its share of those that are visible.
+
+    Raises:
+        HyperParamsError: GPUs are asked for, and the CPU as well.
+    """
+    if not model_parallel:
+        return device, []
+    if device.type == "cpu" and asked not in (None, ""):
+        raise HyperParamsError(
+            f"`model_parallel=true` spreads the model over GPUs, and `device={asked!r}` asks for "
+            "none. Leave one of them out."
+        )
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    world = here()
+    own = share_of_gpus(n_gpus, world.local_rank, world.local_size)
+    usable = own if gpus is None else list(gpus)
+    if len(usable) < 2:
+        device = torch.device("cuda", usable[0]) if usable else device
+        logger.info("`model_parallel=true` finds no two GPUs: the whole model is on %s.", device)
+        return device, []
+    # All of EasyEdit's files say `device: 0` beside it.
+    if device.index:
+        logger.warning(
+            "`device=%s` says nothing beside `model_parallel=true`: the model is spread over the "
+            "GPUs %s. CUDA_VISIBLE_DEVICES chooses among them.",
+            asked,
+            ", ".join(map(str, usable)),
+        )
+    return device, usable
+
+
+def room_on(gpus: Collection[int]) -> dict[int, int]:
+    """Returns how many bytes of weights may go to each GPU: none to those that are not named."""
+    everywhere = range(max(torch.cuda.device_count(), *(gpu + 1 for gpu in gpus)))
+    return {
+        gpu: int(USABLE * torch.cuda.mem_get_info(gpu)[0]) if gpu in gpus else 0
+        for gpu in everywhere
+    }
+
+
+def spread_map(
+    skeleton: Any, dtype: torch.dtype, room: Mapping[int, int], on_disk: Collection[str] = ()
+) -> DeviceMap | None:
+    """Returns a device map that shares a model's layers out evenly; `None` if they do not fit.
+
+    Args:
+        skeleton: The model without weights.
+        dtype: The precision to load it in.
+        room: As `room_on` gives it.
+        on_disk: Paths of modules that are not resident.
+    """
+    blocks = getattr(skeleton, "_no_split_modules", None)
+    # A layer that a residual stream goes around cannot be divided.
+    whole = {"no_split_module_classes": list(blocks) if blocks else None, "dtype": dtype}
+    with ExitStack() as undo:
+        for path in on_disk:
+            parent, _, name = path.rpartition(".")
+            owner = skeleton.get_submodule(parent)
+            undo.callback(owner._modules.__setitem__, name, owner._modules[name])
+            owner._modules[name] = nn.Identity()
+        balanced = get_balanced_memory(skeleton, max_memory=dict(room), **whole)
+        allowed = {gpu: n_bytes for gpu, n_bytes in balanced.items() if isinstance(gpu, int)}
+        places = infer_auto_device_map(skeleton, max_memory=allowed, **whole)
+    if "disk" in places.values():
+        return None
+    first = min(place for place in places.values() if isinstance(place, int))
+    found = {path: place for path, place in places.items() if path not in on_disk}
+    return full_map(skeleton, found | dict.fromkeys(on_disk, "disk"), first)
+
+
+def full_map(skeleton: Any, places: Mapping[str, int | str], default: int | str) -> DeviceMap:
+    """Returns an entry for every module or parameter, as few as can be.
+
+    Args:
+        skeleton: The model without weights.
+        places: Where some modules go; one within another counts for itself.
+        default: Where all others go, and what has no weights: all layers read it.
+    """
+    found: DeviceMap = {}
+
+    def visit(module: Any, path: str, place: int | str) -> None:
+        if path in places:
+            place = places[path]
+        inside = f"{path}." if path else ""
+        if path and not any(name.startswith(inside) for name in places):
+            empty = place != "disk" and not any(True for _ in module.parameters())
+            found[path] = default if empty else place
+            return
+        for name, _ in (
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ):
+            found[inside + name] = places.get(inside + name, place)
+        for name, child in module.named_children():
+            visit(child, inside + name, place)
+
+    visit(skeleton, "", default)
+    return found
