@@ -335,6 +335,14 @@ def test_gpus_share_the_work_and_a_node_reads_once():
     assert one.phases[2].sent == 0
 
 
+def test_a_node_streams_its_part_through_its_disk():
+    machine = replace(NODE, nodes=2, prefix_gpu=0, prefix_host=0)
+    plan = plan_for("qwen2.5-72b", n=3000, machine=machine, work={"epochs": 7})
+    edits = 3000 * 14.6 * 8192 * 2 / 2
+    assert plan.phases[1].disk == pytest.approx(edits * (1 + 2 * 55))
+    assert plan.phases[2].disk == pytest.approx(7 * edits)
+
+
 def test_fewer_edits_than_a_mini_batch():
     plan = plan_for(n=30, machine=NODE)
     assert plan.step().share == 4
