@@ -15,10 +15,10 @@ runs all 25 epochs.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import sys
-from pathlib import Path
 
 from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.hparams_files import hparams_folder
@@ -143,7 +143,7 @@ def limits(rows):
     lines = []
     for (model, edits, batch), group in groups(rows).items():
         name = f"- {model}, {edits:,} edits, {batch} a step: "
-        for fewer, more in zip(group, group[1:], strict=False):
+        for fewer, more in itertools.pairwise(group):
             doublings = math.log2(more["gpus"] / fewer["gpus"])
             if more["seconds"] > fewer["seconds"] * PAYS**doublings:
                 less = 1 - more["seconds"] / fewer["seconds"]
