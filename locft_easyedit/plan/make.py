@@ -13,7 +13,7 @@ from .activations import LayerActivations
 from .facts import meta_model
 from .flops import step_flop
 from .given import Machine, Workload
-from .layout import processes
+from .layout import Setting, ranks
 from .memory import PLACES, Part, peak
 from .settings import Candidate, Wanted, candidates
 from .shapes import CUTS, ModelReader, ModelShapes
@@ -72,14 +72,9 @@ class Plan:
 
     def launcher(self) -> list[str]:
         """Returns the start of the command on several GPUs; empty for one process."""
-        if self.chosen is None:
+        if self.chosen is None or ranks(self.chosen.setting, self.machine) == 1:
             return []
-        n, nodes = processes(self.chosen.setting, self.machine), self.machine.nodes
-        if n * nodes == 1:
-            return []
-        several = ["--num_machines", str(nodes), "--machine_rank", "RANK"] if nodes > 1 else []
-        several += ["--main_process_ip", "HOST", "--main_process_port", "29500"] * (nodes > 1)
-        return ["accelerate", "launch", "--num_processes", str(n * nodes), *several, "-m"]
+        return launch_command(self.chosen.setting, self.machine.gpus, self.machine.nodes)
 
     def peaks(self) -> dict[str, float]:
         """Returns the most that each place holds at one time, in bytes."""
@@ -181,6 +176,22 @@ def make_plan(
     chosen = next((one for one in found if one.reason is None), None)
     done = phases(shapes, chosen, work, machine) if chosen else []
     return Plan(shapes, work, machine, dtype, tuple(found), chosen, tuple(done))
+
+
+def launch_command(setting: Setting, gpus: int, nodes: int) -> list[str]:
+    """Returns how a run starts its processes; RANK and HOST are each node's to fill in.
+
+    Args:
+        setting: How the model lies on GPUs.
+        gpus: Of a node.
+        nodes: Their number.
+    """
+    n = gpus // setting.group if setting.layout == "model_parallel" else gpus
+    command = ["accelerate", "launch", "--num_processes", str(n * nodes)]
+    if nodes > 1:
+        command += ["--num_machines", str(nodes), "--machine_rank", "RANK"]
+        command += ["--main_process_ip", "HOST", "--main_process_port", "29500"]
+    return [*command, "-m"]
 
 
 def _candidate(one: Candidate) -> dict[str, Any]:
