@@ -154,29 +154,42 @@ def parts(lengths, batch, ranks, epochs):
     return np.array(in_edits), np.array(in_tokens)
 
 
-def steps(model, path, exchange, n=100, batch=50, epochs=4):
-    """Prints and returns the seconds of training of one process and of two, one thread each."""
-    seconds = {}
+def steps(model, path, exchange, n=40, batch=20, epochs=3, repeats=3):
+    """Prints and returns the seconds a step of one process and of two, one thread each.
+
+    By turns, and the quickest of each: what else runs on the machine makes steps longer only. Two
+    processes need two cores to themselves; with less this says nothing.
+    """
+    taken = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
-        for processes in (1, 2):
-            seconds[processes] = trained(model, path, n, batch, epochs, processes, folder)
+        for number in range(repeats):
+            for processes, seconds in taken.items():
+                output = Path(folder) / f"{processes}-{number}"
+                seconds.append(trained(model, path, n, batch, epochs, processes, output))
+    n_steps = epochs * n / batch
+    one, two = (min(seconds) / n_steps for seconds in taken.values())
     share = largest_share(n, batch, 2).mean / batch
     # The place's gradients are the smallest that were exchanged.
-    alone = seconds[1] / (epochs * n / batch)
-    modelled = share + exchange[0]["seconds"] / alone
-    found = {"seconds_a_step": {p: s / (epochs * n / batch) for p, s in seconds.items()},
-             "measured": seconds[2] / seconds[1], "modelled": modelled}  # fmt: skip
-    print(f"\nTwo processes take {found['measured']:.2f} of one's time for a step of {batch}; "
-          f"the plan's terms give {modelled:.2f} (the larger part of the mini-batch, {share:.2f}, "
-          "and the exchange).")  # fmt: skip
+    found = {
+        "seconds_a_step": {p: [s / n_steps for s in seconds] for p, seconds in taken.items()},
+        "measured": two / one, "modelled": share + exchange[0]["seconds"] / one,
+        "load": os.getloadavg()[0], "cores": os.cpu_count(),
+    }  # fmt: skip
+    print(f"\nTwo processes take {found['measured']:.2f} of one's time for a step of {batch}; the "
+          f"plan's terms give {found['modelled']:.2f} (the larger part of the mini-batch, "
+          f"{share:.2f}, and the exchange).")  # fmt: skip
+    if found["load"] > found["cores"]:
+        print(f"But {found['load']:.1f} programs wanted {found['cores']} cores: this says little.")
     return found
 
 
-def trained(model, path, n, batch, epochs, processes, folder):
+def trained(model, path, n, batch, epochs, processes, output):
     """Returns the seconds that `locft edit` trains with so many processes."""
-    output = Path(folder) / str(processes)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes),
-              "--cpu", "--num_cpu_threads_per_process", "1", "-m"]  # fmt: skip
+    # With `--cpu` accelerate starts one process; where there is no GPU these are several on a CPU.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
+              "--num_machines", "1", "--num_processes", str(processes), "--mixed_precision", "no",
+              "--dynamo_backend", "no", "--main_process_port", "0",
+              "--num_cpu_threads_per_process", "1", "-m"]  # fmt: skip
     keys = [
         "edit", "--config-name", "smollm2-135m", f"model_name={Path(model).resolve()}",
         f"data={Path(path).resolve()}", f"n={n}", f"batch_size={batch}", f"num_steps={epochs}",
@@ -184,9 +197,9 @@ def trained(model, path, n, batch, epochs, processes, folder):
         "health_check=false", "save=none", f"output={output}",
     ]  # fmt: skip
     start = launch if processes > 1 else [sys.executable, "-m"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     ran = subprocess.run([*start, "locft_easyedit", *keys], env=environment, capture_output=True,
-                         text=True, cwd=folder)  # fmt: skip
+                         text=True, cwd=output.parent)  # fmt: skip
     if ran.returncode:
         sys.exit(f"{processes} processes failed:\n{ran.stderr[-3000:]}")
     metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
