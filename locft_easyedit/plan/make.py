@@ -127,22 +127,7 @@ def make_plan(
         ModelError: The model is unknown, or is no model of layers.
         PlaceError: The place is not in the model, or suits no LoRA.
     """
-    if hparams.chooses:
-        raise HyperParamsError(
-            "`layers=auto` chooses the place with the loaded model; a plan is made before that. "
-            "Name a layer, a module and a rate: those that `locft locate` has found, or "
-            "layers=[L] for an estimate."
-        )
-    if not hparams.frozen_prefix:
-        raise HyperParamsError(
-            "`frozen_prefix=False` runs every layer in every step; a plan is made for runs with "
-            "the frozen prefix. Leave `frozen_prefix` on."
-        )
-    if hparams.model_parallel and machine.gpus == 1:
-        raise HyperParamsError(
-            "`model_parallel=True` spreads the model over several GPUs of a node, and the plan is "
-            "for one. Say how many there are, gpus=8, or give model_parallel=false."
-        )
+    _refuse(hparams, machine)
     model, source = meta_model(hparams.model_name, trust_remote_code=hparams.trust_remote_code)
     rank = hparams.lora_rank if hparams.tuning == "lora" else None
     reader = ModelReader(model, source, hparams.layers, hparams.templates, rank)
@@ -176,6 +161,30 @@ def make_plan(
     chosen = next((one for one in found if one.reason is None), None)
     done = phases(shapes, chosen, work, machine) if chosen else []
     return Plan(shapes, work, machine, dtype, tuple(found), chosen, tuple(done))
+
+
+def _refuse(hparams: LocFTBFHyperParams, machine: Machine) -> None:
+    """Checks that what is asked for is something that a plan is made for.
+
+    Raises:
+        HyperParamsError: It is not.
+    """
+    if hparams.chooses:
+        raise HyperParamsError(
+            "`layers=auto` chooses the place with the loaded model; a plan is made before that. "
+            "Name a layer, a module and a rate: those that `locft locate` has found, or "
+            "layers=[L] for an estimate."
+        )
+    if not hparams.frozen_prefix:
+        raise HyperParamsError(
+            "`frozen_prefix=False` runs every layer in every step; a plan is made for runs with "
+            "the frozen prefix. Leave `frozen_prefix` on."
+        )
+    if hparams.model_parallel and machine.gpus == 1:
+        raise HyperParamsError(
+            "`model_parallel=True` spreads the model over several GPUs of a node, and the plan is "
+            "for one. Say how many there are, gpus=8, or give model_parallel=false."
+        )
 
 
 def launch_command(setting: Setting, gpus: int, nodes: int) -> list[str]:
