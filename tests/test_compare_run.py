@@ -13,6 +13,7 @@ from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_toke
 
 from locft_easyedit.cli.compare import main
 from locft_easyedit.compare import edits as edits_module
+from locft_easyedit.compare import processes as processes_module
 from locft_easyedit.compare import run as run_module
 from locft_easyedit.compare.edits import Edits, MethodEditor
 from locft_easyedit.compare.job import BEFORE, STATISTICS, Job, JobFolder, Progress
@@ -84,16 +85,26 @@ def test_plan(settings):
         ({"text": "nowhere"}, "`text=nowhere` is no folder"),
         ({"data": "nowhere.json"}, "is not a file"),
         ({"n": 99}, "holds 12 edits"),
+        ({"devices": []}, "`devices` is empty"),
+        ({"devices": ["cpu", "cuda:0"]}, "`devices` names cpu and cuda: seconds and memory"),
+        ({"devices": ["cpu", "gpu"]}, "`devices` names cpu and gpu"),
+        ({"devices": ["gpu"]}, "`device=.gpu.` is no device"),
         ({"peers": {"MEMIT": {"layers": [7]}}}, r"MEMIT cannot be set up(?s:.*)\[7\]"),
     ],
     ids=str,
 )
 def test_bad_settings_are_refused_before_anything_runs(settings, monkeypatch, changes, message):
-    monkeypatch.setattr(run_module, "_run_process", None)
+    monkeypatch.setattr(run_module, "run_process", None)
     wrong = settings(**changes)
     with pytest.raises(LocFTError, match=message):
         compare(wrong)
     assert not wrong.output.exists()
+
+
+def test_a_device_each_or_all_devices_for_one(settings):
+    hparams = replace(settings().hparams, model_parallel=True)
+    with pytest.raises(LocFTError, match="`model_parallel` takes all of them"):
+        compare(settings(hparams=hparams, devices=["cpu"]))
 
 
 def test_a_place_that_does_not_exist(settings):
@@ -129,7 +140,7 @@ class FakeProcesses:
             },
             STATISTICS: {"name": "x", "corpus": "a text", "n_samples": 6, "seconds": 1.0},
         }
-        monkeypatch.setattr(run_module, "_run_process", self)
+        monkeypatch.setattr(run_module, "run_process", self)
 
     def __call__(self, name, folder, progress):
         self.ran.append(name)
@@ -264,30 +275,30 @@ def test_the_identity_tells_what_results_depend_on(settings, tmp_path):
 def test_a_process_that_is_killed(tmp_path, monkeypatch):
     folder = JobFolder(tmp_path)
     code = f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})"
-    monkeypatch.setattr(run_module, "_command", lambda folder: [sys.executable, "-c", code])
-    reason = run_module._run_process("FT", folder, False)
+    monkeypatch.setattr(processes_module, "_command", lambda folder: [sys.executable, "-c", code])
+    reason = processes_module.run_process("FT", folder, False)
     assert reason == ("its process was ended by SIGKILL (the system does so when memory runs out)")
     code = "print('some words'); raise SystemExit('the last words')"
-    monkeypatch.setattr(run_module, "_command", lambda folder: [sys.executable, "-c", code])
-    assert run_module._run_process("FT", folder, False) == "the last words"
+    monkeypatch.setattr(processes_module, "_command", lambda folder: [sys.executable, "-c", code])
+    assert processes_module.run_process("FT", folder, False) == "the last words"
     assert "some words" in folder.log.read_text()
 
 
 def test_sigterm_ends_the_process_that_runs(tmp_path, monkeypatch):
     folder = JobFolder(tmp_path)
     code = "import time; time.sleep(60)"
-    monkeypatch.setattr(run_module, "_command", lambda folder: [sys.executable, "-c", code])
+    monkeypatch.setattr(processes_module, "_command", lambda folder: [sys.executable, "-c", code])
     children = []
-    original = run_module.subprocess.Popen
+    original = processes_module.subprocess.Popen
 
     def popen(*args, **kwargs):
         children.append(original(*args, **kwargs))
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
         return children[-1]
 
-    monkeypatch.setattr(run_module.subprocess, "Popen", popen)
+    monkeypatch.setattr(processes_module.subprocess, "Popen", popen)
     with pytest.raises(SystemExit, match="143"):
-        run_module._run_process("FT", folder, False)
+        processes_module.run_process("FT", folder, False)
     assert children[0].returncode == -signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
@@ -436,6 +447,167 @@ def test_a_damaged_result_is_none(tmp_path):
     job = Job("FT", "model", "data", 3, "cpu", "float32")
     assert job.differences(json.loads(json.dumps(vars(job)))) == []
     assert job.differences({**vars(job), "n": 4}) == ["n: 4 there, 3 now"]
+
+
+# Several devices
+
+
+# What a stand-in for a method's process does: `did` notes what it was given and when.
+STAND_IN = """
+import json, os, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+job = json.loads((folder / "job.json").read_text())
+started = time.time()
+(folder / "started").write_text("")
+others = [folder.parent / name / "started" for name in {waits_for!r}]
+end = time.time() + 60
+while not all(other.exists() for other in others):
+    if time.time() > end:
+        sys.exit("the others did not start")
+    time.sleep(0.02)
+(folder / "progress.json").write_text(json.dumps({{"phase": "editing", "done": 1, "total": 4}}))
+time.sleep({seconds})
+if job["name"] in {dying!r}:
+    os.kill(os.getpid(), 9)
+did = {{"started": started, "ended": time.time(), "threads": os.environ.get("OMP_NUM_THREADS")}}
+(folder / "did.json").write_text(json.dumps(did | {{"device": job["device"]}}))
+result = {{**json.loads({outcome!r}), "method": job["name"]}}
+(folder / "result.json").write_text(json.dumps({{"job": job, "result": result}}))
+"""
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Lets methods be stand-ins for processes; what is done once for all methods is made up."""
+
+    def make(waits_for=(), seconds=0.3, dying=()):
+        outcome = json.dumps(Outcome("", n_edits=4).to_dict())
+        code = STAND_IN.format(
+            waits_for=list(waits_for), seconds=seconds, dying=list(dying), outcome=outcome
+        )
+        fakes = FakeProcesses(monkeypatch)
+
+        def command(folder):
+            return [sys.executable, "-c", code, str(folder.path)]
+
+        monkeypatch.setattr(processes_module, "_command", command)
+        return fakes
+
+    return make
+
+
+def did(settings, method):
+    return json.loads((settings.output / method / "did.json").read_text())
+
+
+def test_methods_run_beside_one_another(settings, stand_ins, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    fakes = stand_ins(waits_for=["LocFT-BF", "FT"])  # which alone would never end
+    wanted = settings(methods=("LocFT-BF", "FT", "MEMIT"), devices=["cpu", "cpu"])
+    comparison = compare(wanted)
+    assert fakes.ran == [BEFORE, STATISTICS]  # before all methods, and each alone
+    assert [(o.method, o.status) for o in comparison.outcomes] == [
+        ("LocFT-BF", "ok"), ("FT", "ok"), ("MEMIT", "ok")
+    ]  # fmt: skip
+    assert {did(wanted, o.method)["device"] for o in comparison.outcomes} == {"cpu"}
+    # Two share the processor.
+    assert {did(wanted, o.method)["threads"] for o in comparison.outcomes} == {"3"}
+    job = JobFolder(wanted.output / "FT").read(wanted.output / "FT" / "job.json")
+    assert job["beside"] == 2
+    third = did(wanted, "MEMIT")["started"]
+    assert third > min(did(wanted, m)["ended"] for m in ("LocFT-BF", "FT"))
+    memit = JobFolder(wanted.output / "MEMIT").read(wanted.output / "MEMIT" / "job.json")
+    assert memit["statistics"]["corpus"] == "a text"
+    assert comparison.outcomes[1].log == str(wanted.output / "FT" / "log.txt")
+
+
+def test_one_device_has_one_method_at_a_time(settings, stand_ins, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    stand_ins(seconds=0.05)
+    wanted = settings(methods=("LocFT-BF", "FT", "ROME"), devices=["cpu"])
+    compare(wanted)
+    times = sorted((did(wanted, m)["started"], did(wanted, m)["ended"]) for m in wanted.methods)
+    assert times[0][1] <= times[1][0]
+    assert times[1][1] <= times[2][0]
+    assert did(wanted, "FT")["threads"] is None
+
+
+def test_a_method_that_fails_beside_others_is_a_row_and_tried_again(settings, stand_ins):
+    stand_ins(dying=["FT"])
+    wanted = settings(methods=("FT", "LocFT-BF"), devices=["cpu", "cpu"])
+    rows = [(o.method, o.status, o.reason) for o in compare(wanted).outcomes]
+    killed = "its process was ended by SIGKILL (the system does so when memory runs out)"
+    assert rows == [("FT", "failed", killed), ("LocFT-BF", "ok", None)]
+    before = did(wanted, "LocFT-BF")
+    fakes = stand_ins()
+    assert [o.status for o in compare(wanted).outcomes] == ["ok", "ok"]
+    assert fakes.ran == []
+    assert did(wanted, "LocFT-BF") == before
+    # What is there is taken up in whatever way the rest would run.
+    stand_ins(dying=["FT", "LocFT-BF"])
+    assert [o.status for o in compare(replace(wanted, devices=None)).outcomes] == ["ok", "ok"]
+
+
+def test_without_covariances_the_others_run_beside_one_another(settings, stand_ins):
+    fakes = stand_ins()
+    fakes.results[STATISTICS] = "no text"
+    rows = {o.method: o.status for o in compare(settings(devices=["cpu", "cpu"])).outcomes}
+    assert rows == {"LocFT-BF": "ok", "FT": "ok", "MEMIT": "failed"}
+
+
+@pytest.mark.parametrize(
+    ("how", "raised", "message"),
+    [(signal.SIGINT, KeyboardInterrupt, "^$"), (signal.SIGTERM, SystemExit, "143")],
+)
+def test_interrupted_all_processes_end(settings, stand_ins, monkeypatch, how, raised, message):
+    stand_ins(seconds=60)
+    started = []
+    original = processes_module.subprocess.Popen
+
+    def popen(*args, **kwargs):
+        started.append(original(*args, **kwargs))
+        if len(started) == 2:
+            threading.Timer(0.5, os.kill, (os.getpid(), how)).start()
+        return started[-1]
+
+    monkeypatch.setattr(processes_module.subprocess, "Popen", popen)
+    with pytest.raises(raised, match=message):
+        compare(settings(methods=("LocFT-BF", "FT", "ROME"), devices=["cpu", "cpu"]))
+    assert [process.returncode for process in started] == [-signal.SIGTERM] * 2
+
+
+def test_lines_of_several_processes(settings, stand_ins, capfd):
+    stand_ins(seconds=0.6)
+    compare(settings(methods=("LocFT-BF", "FT"), devices=["cpu", "cpu"], progress=True))
+    told = capfd.readouterr().err
+    assert "FT on cpu: editing" in told
+    assert "LocFT-BF on cpu: editing" in told
+    assert "methods: 100%" in told
+    assert "done: " in told
+
+
+def test_another_device_of_the_kind_is_no_other_setting():
+    def job(on, **hparams):
+        return Job("FT", "model", "data", 3, on, "float32", hparams=hparams)
+
+    first = vars(job("cuda:0", device=0, lr=0.1))
+    for device in ("cuda:3", "3", "cuda"):
+        assert job(device, device="cuda:3", lr=0.1).differences(first | {"beside": 4}) == []
+    assert job("cpu", device=0, lr=0.1).differences(first)[0] == 'device: "cuda" there, "cpu" now'
+    assert job("3", device=3, lr=0.2).differences(first) != []
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    assert job(None).differences(vars(job(here))) == []
+
+
+def test_what_is_done_once_is_done_on_the_first_device(settings):
+    jobs, _ = planned(settings(devices=["cpu", "cpu"]))
+    assert {job.device for job in jobs.values()} == {"cpu"}
+    hparams = replace(settings().hparams, device=None)
+    jobs, _ = planned(settings(hparams=hparams, devices=["cpu"]))
+    assert jobs[BEFORE].device == "cpu"
+    jobs, _ = planned(settings(hparams=hparams))
+    assert jobs[BEFORE].device is None
 
 
 # All of it

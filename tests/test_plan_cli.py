@@ -79,6 +79,46 @@ def test_arguments_override_the_yaml(capsys, folder):
     assert "teacher-forced" not in out
 
 
+def test_several_gpus(capsys, folder):
+    arguments = (
+        "--config-name=llama3-8b", "n=100000", "gpu=80GiB", "gpus=8", "nodes=2", "host=1TiB",
+        "nvlink=250", "network=25", "bandwidth=3000", "launch=0.1", "output=p.json",
+    )  # fmt: skip
+    status, out, err = run(capsys, *arguments)
+    assert (status, err) == (0, "")
+    told = " ".join(out.split())  # a caption is broken where its table ends
+    for part in (
+        "8 on each of 2 nodes; sizes are those of one GPU and of one node",
+        "16 copies",
+        "between GPUs",
+        "NCCL's buffers",
+        "gradient exchange <- bounds the step",
+        "The largest of 16 ranks has 11.0 of 100 edits; even parts would be 6.2.",
+        "To be started on each node with:",
+        "accelerate launch --num_processes 16 --num_machines 2 --machine_rank RANK",
+        "-m locft_easyedit edit ...",
+    ):
+        assert part in told
+    machine = json.loads((folder / "p.json").read_text())["machine"]
+    given = {"gpus": 8, "nodes": 2, "nvlink": 250, "network": 25, "bandwidth": 3000, "launch": 0.1}
+    assert {key: machine[key] for key in given} == given
+    status, out, _ = run(capsys, *arguments[:3], "host=1TiB")
+    assert status == 0
+    for part in ("accelerate", "copies", "between GPUs", "ranks", "NCCL"):
+        assert part not in out
+
+
+def test_layers_of_one_model_on_several_gpus(capsys):
+    status, out, _ = run(
+        capsys, "--config-name=qwen2.5-72b", "n=1000", "gpu=40", "gpus=8", "host=1TiB"
+    )
+    assert status == 0
+    assert "4 x 2 (model_parallel)" in out
+    assert "8, layers cut in 8 (FSDP2)" in out
+    assert "model_parallel=true" in out
+    assert "accelerate launch --num_processes 4 -m" in out
+
+
 def test_a_cpu_needs_no_gpu(capsys):
     status, out, _ = run(capsys, "--config-name", "smollm2-135m", "n=100")
     assert status == 0
@@ -124,6 +164,9 @@ def test_help(capsys):
         (["n=5", "gpu=8", "prefix_gpu_gib=-1"], "`prefix_gpu_gib=-1.0` must be 0 or more"),
         (["n=5", "gpu=8", "prefix_cut=head"], "`prefix_cut='head'` must be null or one of matrix,"),
         (["n=5", "gpu=8", "model_parallel=true"], "spreads the model over several GPUs"),
+        (["n=5", "gpu=8", "gpus=0"], "`gpus=0` must be 1 or more"),
+        (["n=5", "device=cpu", "gpus=2"], "are 2 GPUs, and none has a memory. Add gpu=80GiB"),
+        (["n=5", "gpu=8", "nodes=2", "network=0"], "`network=0.0` must be above 0"),
     ],
 )  # fmt: skip
 def test_mistakes(capsys, arguments, message):

@@ -37,6 +37,8 @@ Usage: locft compare --config-name NAME data=FILE [methods=[...]] [n=N] [output=
   stats_dir=DIR        where key covariances are kept (data/stats)
   capability=[A,...]   tasks of lm-evaluation-harness before and after, capability_limit=N items
                        a task, tasks_dir=DIR for tasks of your own
+  devices=[0,1,...]    methods beside one another, one on each device; the same device may be
+                       named twice, which makes the seconds of its methods longer
   KEY=VALUE            any hyper-parameter of {ALG_NAME}: lr=1e-3 layers=[22] device=cpu
 
 Set EASYEDIT_HOME to a clone of EasyEdit for methods that its PyPI release does not have.
@@ -62,6 +64,7 @@ class CompareConfig(LocFTBFHyperParams):
     capability: list[str] = field(default_factory=list)
     capability_limit: Optional[int] = None  # noqa: UP045
     tasks_dir: Optional[str] = None  # noqa: UP045
+    devices: Optional[list[Any]] = None  # noqa: UP045
 
 
 _COMMAND_KEYS = (
@@ -77,6 +80,7 @@ _COMMAND_KEYS = (
     "capability",
     "capability_limit",
     "tasks_dir",
+    "devices",
 )
 
 

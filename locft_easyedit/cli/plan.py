@@ -13,7 +13,17 @@ from ..errors import HyperParamsError, PlanError, one_message
 from ..hparams import LocFTBFHyperParams, read_mapping, typed_values
 from ..hparams_files import hparams_folder
 from ..hparams_rules import ALG_NAME
-from ..plan.given import ASSUMED_DISK, ASSUMED_HOST, ASSUMED_READ, Machine, Workload
+from ..plan.given import (
+    ASSUMED_BANDWIDTH,
+    ASSUMED_DISK,
+    ASSUMED_HOST,
+    ASSUMED_LAUNCH,
+    ASSUMED_NETWORK,
+    ASSUMED_NVLINK,
+    ASSUMED_READ,
+    Machine,
+    Workload,
+)
 from ..plan.make import Plan, make_plan
 from ..plan.sizes import GIB, parse_size
 from ..plan.table import closing_lines, tables
@@ -28,11 +38,17 @@ Usage: locft plan --config-name NAME n=N gpu=SIZE [KEY=VALUE ...]
   --config-name NAME   one of the hparams YAMLs below, or the path of one
   --config-dir DIR     also look for YAMLs in DIR
   n=N                  edits
-  gpu=SIZE             memory of the GPU: 80GiB, 80GB, 80G or 80; left out for device=cpu
-  host=SIZE            memory of the host ({ASSUMED_HOST})
-  disk=SIZE            room on the disk for the frozen prefix ({ASSUMED_DISK})
-  rate=R               TFLOP/s that are reached (an assumption by precision and device)
-  read=R               GB/s that the disk reads ({ASSUMED_READ:g})
+  gpu=SIZE             memory of a GPU: 80GiB, 80GB, 80G or 80; left out for device=cpu
+  gpus=N               GPUs of a node (1)
+  nodes=N              nodes (1)
+  host=SIZE            memory of a node's host ({ASSUMED_HOST})
+  disk=SIZE            room on a node's disk for the frozen prefix ({ASSUMED_DISK})
+  rate=R               TFLOP/s that a GPU reaches (an assumption by precision and device)
+  read=R               GB/s that a node's disk reads ({ASSUMED_READ:g})
+  bandwidth=R          GB/s that a GPU's memory moves ({ASSUMED_BANDWIDTH:g})
+  launch=R             ms to start a layer's kernels, forward and backward ({ASSUMED_LAUNCH:g})
+  nvlink=R             GB/s of rings between the GPUs of a node ({ASSUMED_NVLINK:g})
+  network=R            GB/s of a node's network each way, all cards together ({ASSUMED_NETWORK:g})
   tokens=T             mean tokens an edit (15.6), with EOS
   targets=T            how many of them are targets (4.3)
   epochs=N             passes over all edits (num_steps of the YAML)
@@ -50,10 +66,16 @@ class PlanConfig(LocFTBFHyperParams):
 
     n: int
     gpu: Optional[str] = None  # noqa: UP045
+    gpus: int = 1
+    nodes: int = 1
     host: str = ASSUMED_HOST
     disk: str = ASSUMED_DISK
     rate: Optional[float] = None  # noqa: UP045
     read: float = ASSUMED_READ
+    bandwidth: float = ASSUMED_BANDWIDTH
+    launch: float = ASSUMED_LAUNCH
+    nvlink: float = ASSUMED_NVLINK
+    network: float = ASSUMED_NETWORK
     tokens: float = 15.6
     targets: float = 4.3
     epochs: Optional[int] = None  # noqa: UP045
@@ -108,6 +130,12 @@ def plan_of(config: PlanConfig) -> Plan:
         prefix_gpu=_bytes("prefix_gpu_gib", config.prefix_gpu_gib),
         prefix_host=_bytes("prefix_host_gib", config.prefix_host_gib),
         prefix_disk=_bytes("prefix_disk_gib", config.prefix_disk_gib),
+        gpus=config.gpus,
+        nodes=config.nodes,
+        bandwidth=config.bandwidth,
+        nvlink=config.nvlink,
+        network=config.network,
+        launch=config.launch,
     )
     changes: dict[str, Any] = {
         "tokens": config.tokens,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import output_errors, write_atomically
+from ..models import resolve_device
 
 BEFORE = "before editing"
 STATISTICS = "key covariances"
@@ -47,6 +48,7 @@ class Job:
         covariance_modules: Modules whose covariance is wanted, for `STATISTICS`.
         statistics: What `STATISTICS` found, for a method that needs it.
         identity: What the result depends on besides: hashes of data and model, versions.
+        beside: How many processes share its device at that time.
     """
 
     name: str
@@ -71,15 +73,38 @@ class Job:
     covariance_modules: list[str] = field(default_factory=list)
     statistics: dict[str, Any] | None = None
     identity: dict[str, str] = field(default_factory=dict)
+    beside: int = 1
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """Returns in words where a stored job is another one than this."""
-        mine = json.loads(json.dumps(asdict(self)))
+        """Returns in words where a stored job is another one than this.
+
+        Of the device only its kind counts: which of several GPUs was free changes nothing.
+        """
+        mine = _without_number(json.loads(json.dumps(asdict(self))))
+        theirs = _without_number(other)
         return [
-            f"{key}: {json.dumps(other.get(key))} there, {json.dumps(value)} now"
+            f"{key}: {json.dumps(theirs.get(key))} there, {json.dumps(value)} now"
             for key, value in mine.items()
-            if other.get(key) != value
+            if theirs.get(key) != value
         ]
+
+
+def _without_number(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a job's values with the kind of its device alone, and without who runs beside it."""
+    values = {key: value for key, value in job.items() if key != "beside"}
+    values["device"] = device_kind(values.get("device"))
+    if isinstance(values.get("hparams"), Mapping) and "device" in values["hparams"]:
+        # As the job's: what the process is given is that of the job.
+        values["hparams"] = {**values["hparams"], "device": values["device"]}
+    return values
+
+
+def device_kind(device: Any) -> str:
+    """Returns `cpu`, `cuda` or what else a device is of; `None` is what would be chosen here."""
+    if device is None:
+        return resolve_device(None).type
+    name = str(device)
+    return "cuda" if name.isdigit() else name.partition(":")[0]
 
 
 class JobFolder:

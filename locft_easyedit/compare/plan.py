@@ -17,7 +17,17 @@ from ..models import check_model_name, model_without_weights, resolve_device
 from ..place import match_parameters
 from ..report import prepare_folder
 from ..requests import distinct_edits
-from .job import BEFORE, PACKAGES, STATISTICS, Job, file_hash, folder_hash, model_hash, version_of
+from .job import (
+    BEFORE,
+    PACKAGES,
+    STATISTICS,
+    Job,
+    device_kind,
+    file_hash,
+    folder_hash,
+    model_hash,
+    version_of,
+)
 from .peers import PEERS, PeerHparams, peer_hparams
 
 
@@ -39,6 +49,8 @@ class Settings:
         capability: lm-evaluation-harness tasks; empty for none.
         capability_limit: Items a task, at most.
         tasks_dir: Folder with tasks besides the harness's own.
+        devices: A process on each of these runs a method; that of `hparams` alone, one method after
+            another, if `None`.
         progress: Show a progress bar.
     """
 
@@ -55,6 +67,7 @@ class Settings:
     capability: Sequence[str] = ()
     capability_limit: int | None = None
     tasks_dir: str | None = None
+    devices: Sequence[int | str] | None = None
     progress: bool = True
 
 
@@ -72,7 +85,10 @@ def planned(settings: Settings) -> tuple[dict[str, Job], dict[str, list[str]]]:
         )
     requests = read_requests(settings.data, settings.n)
     distinct_edits(requests, "error" if h.on_conflict == "error" else None)
-    resolve_device(h.device)
+    # What is measured once for all methods is measured on one device.
+    device = h.device if h.device is not None or not settings.devices else settings.devices[0]
+    for one in (device, *(settings.devices or ())):
+        resolve_device(one)
     name = check_model_name(h.model_name)
     model = str(Path(name).resolve()) if Path(name).is_dir() else name
     plans = _peer_plans(settings, model, len(requests))
@@ -91,7 +107,7 @@ def planned(settings: Settings) -> tuple[dict[str, Job], dict[str, list[str]]]:
         "model": model,
         "data": str(Path(settings.data).resolve()),
         "n": settings.n,
-        "device": None if h.device is None else str(h.device),
+        "device": None if device is None else str(device),
         "dtype": h.dtype or ("float16" if h.fp16 else "float32"),
         "model_parallel": h.model_parallel,
         "trust_remote_code": h.trust_remote_code,
@@ -163,6 +179,19 @@ def _check_methods(settings: Settings) -> None:
         for m in settings.peers
         if m not in methods or m == ALG_NAME
     ]
+    if settings.devices is not None and not settings.devices:
+        problems.append("`devices` is empty. Name at least one, or leave it out.")
+    if settings.devices and settings.hparams.model_parallel:
+        problems.append(
+            "`devices` gives each method one device, and `model_parallel` takes all of them. Keep "
+            "one of the two."
+        )
+    kinds = sorted({device_kind(device) for device in settings.devices or ()})
+    if len(kinds) > 1:
+        problems.append(
+            f"`devices` names {' and '.join(kinds)}: seconds and memory of the methods could not "
+            "be compared. Name devices of one kind."
+        )
     if settings.documents < 1 or settings.document_tokens < 2:
         problems.append("`documents` must be 1 or more, and `document_tokens` 2 or more.")
     if settings.text is not None and not Path(settings.text).is_dir():

@@ -1,34 +1,26 @@
 """Editing methods side by side: one process each, results kept: a run can be taken up again.
 
 The order: the model is measured before any edit, once; the key covariances that methods need are
-taken in one pass; then each method edits the original weights and is measured.
+taken in one pass; then each method edits the original weights and is measured: one after another,
+or beside one another where there are several devices.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ..errors import LocFTError, OutputError, one_message
 from ..files import locked
-from ..interrupts import ended_by_sigterm
-from ..processes import end_processes, ended_by, last_line
 from ..reading import is_file
 from .job import BEFORE, STATISTICS, Job, JobFolder
 from .outcome import Comparison, Outcome
 from .plan import Settings, planned
+from .processes import run_process, run_processes
 
-_POLL_SECONDS = 0.2
 _BEFORE = {"n", "easyedit", "device", "versions", "summary", "capability", "records"}
 _FOLDERS = {BEFORE: "before", STATISTICS: "statistics"}
 
@@ -60,23 +52,24 @@ def _compared(
         statistics = _result(
             jobs[STATISTICS], folders[STATISTICS], settings.progress, again_if=_files_are_gone
         )
-    outcomes = []
+    outcomes: dict[str, Outcome] = {}
+    ready: dict[str, Job] = {}
     for method in settings.methods:
-        job = jobs[method]
-        if covariance_modules.get(method):
-            if isinstance(statistics, str):
-                reason = f"the key covariances could not be computed: {statistics}"
-                log = str(folders[STATISTICS].log)
-                outcomes.append(Outcome(method, status="failed", reason=reason, log=log))
-                continue
-            job = replace(job, statistics=statistics)
-        result = _result(job, folders[method], settings.progress, again_if=_not_ok)
+        if not covariance_modules.get(method):
+            ready[method] = jobs[method]
+        elif isinstance(statistics, str):
+            reason = f"the key covariances could not be computed: {statistics}"
+            log = str(folders[STATISTICS].log)
+            outcomes[method] = Outcome(method, status="failed", reason=reason, log=log)
+        else:
+            ready[method] = replace(jobs[method], statistics=statistics)
+    for method, result in _method_results(ready, folders, settings).items():
         outcome = (
             Outcome(method, status="failed", reason=result)
             if isinstance(result, str)
             else Outcome.from_dict(result)
         )
-        outcomes.append(replace(outcome, log=str(folders[method].log)))
+        outcomes[method] = replace(outcome, log=str(folders[method].log))
     return Comparison(
         model=Path(jobs[BEFORE].model).name,
         data=Path(settings.data).name,
@@ -87,7 +80,7 @@ def _compared(
         versions=before["versions"],
         before=before["summary"],
         capability_before=before["capability"],
-        outcomes=outcomes,
+        outcomes=[outcomes[method] for method in settings.methods],
     )
 
 
@@ -119,6 +112,26 @@ def _has_something(folder: JobFolder) -> bool:
     return folder.state.exists() if stored is None else not _not_ok(stored["result"])
 
 
+def _method_results(
+    jobs: Mapping[str, Job], folders: Mapping[str, JobFolder], settings: Settings
+) -> dict[str, Any]:
+    """Returns what each method found; a text for one whose process failed."""
+    if settings.devices is None:
+        return {
+            method: _result(job, folders[method], settings.progress, again_if=_not_ok)
+            for method, job in jobs.items()
+        }
+    found = {method: _stored(folders[method], _not_ok) for method in jobs}
+    waiting = {method: folders[method] for method in jobs if found[method] is None}
+    for method in waiting:
+        _prepare(jobs[method], folders[method])
+    if waiting:
+        devices = [str(device) for device in settings.devices]
+        reasons = run_processes(waiting, devices, settings.progress)
+        found |= {method: _found(folders[method], reasons[method]) for method in waiting}
+    return found
+
+
 def _result(
     job: Job,
     folder: JobFolder,
@@ -126,60 +139,33 @@ def _result(
     again_if: Callable[[Any], bool] = lambda result: False,
 ) -> Any:
     """Returns what a job found, from its folder or by running it; a text if it failed."""
+    stored = _stored(folder, again_if)
+    if stored is not None:
+        return stored
+    _prepare(job, folder)
+    return _found(folder, run_process(job.name, folder, progress))
+
+
+def _stored(folder: JobFolder, again_if: Callable[[Any], bool]) -> Any:
+    """Returns what a job found earlier; `None` if it is to be run."""
     stored = folder.read(folder.result, "result")
-    if stored is not None and not again_if(stored["result"]):
-        return stored["result"]
+    return None if stored is None or again_if(stored["result"]) else stored["result"]
+
+
+def _prepare(job: Job, folder: JobFolder) -> None:
+    """Makes a folder ready for its job's process."""
     folder.result.unlink(missing_ok=True)
     (folder.path / "null_space_project.pt").unlink(missing_ok=True)  # AlphaEdit trusts any it finds
     folder.write(folder.job, vars(job))
-    reason = _run_process(job.name, folder, progress)
+
+
+def _found(folder: JobFolder, reason: str | None) -> Any:
+    """Returns what a process has left; a text if it has failed."""
     stored = folder.read(folder.result, "result")
     if stored is None:
         return reason or "its process ended without a result"
     shutil.rmtree(folder.state, ignore_errors=True)
     return stored["result"]
-
-
-def _run_process(name: str, folder: JobFolder, progress: bool) -> str | None:
-    """Runs a job's process to its end; returns in words how it failed, if it did."""
-    environment = dict(os.environ)
-    if environment.get("EASYEDIT_HOME"):  # the process works in its own folder
-        home = Path(environment["EASYEDIT_HOME"]).expanduser()
-        environment["EASYEDIT_HOME"] = str(home.resolve())
-    folder.progress.unlink(missing_ok=True)
-    with (
-        ended_by_sigterm(),
-        folder.log.open("ab") as log,
-        tqdm(disable=not progress, desc=name, unit="edit", leave=True) as bar,
-    ):
-        process = subprocess.Popen(
-            _command(folder), cwd=folder.path, env=environment, stdout=log, stderr=subprocess.STDOUT
-        )
-        try:
-            while process.poll() is None:
-                _show(bar, name, folder.read(folder.progress, "phase", "done", "total"))
-                time.sleep(_POLL_SECONDS)
-            _show(bar, name, folder.read(folder.progress, "phase", "done", "total"))
-        except BaseException:
-            end_processes([process])
-            raise
-    if process.returncode == 0:
-        return None
-    if process.returncode < 0:
-        return ended_by(signal.Signals(-process.returncode))
-    return last_line(folder.log) or f"its process ended with status {process.returncode}"
-
-
-def _command(folder: JobFolder) -> list[str]:
-    return [sys.executable, "-m", "locft_easyedit.compare.worker", str(folder.path.resolve())]
-
-
-def _show(bar: tqdm[Any], name: str, progress: Any) -> None:
-    if progress is None:
-        return
-    bar.set_description(f"{name}: {progress['phase']}", refresh=False)
-    bar.total, bar.n = progress["total"] or None, progress["done"]
-    bar.refresh()
 
 
 def _not_ok(result: Any) -> bool:

@@ -151,6 +151,12 @@ def _edited(job: Job, folder: JobFolder, progress: Progress) -> Outcome:
         finish_(pre, post)
     seconds["metrics"] = time.perf_counter() - start
     folder.write(folder.path / "records.json", after)
+    notes = [*editor.notes, *edits.notes]
+    if job.beside > 1:
+        notes.append(
+            f"Up to {job.beside} methods shared {job.device} at a time: alone it would take "
+            "fewer seconds."
+        )
     return Outcome(
         job.name,
         n_edits=edits.n_made,
@@ -163,7 +169,7 @@ def _edited(job: Job, folder: JobFolder, progress: Progress) -> Outcome:
         peak_memory_of=edits.peak.of,
         corpus=(job.statistics or {}).get("corpus"),
         hparams=editor.values,
-        notes=[*editor.notes, *edits.notes],
+        notes=notes,
         log=str(folder.log),
     )
 

@@ -17,6 +17,13 @@ ASSUMED_TFLOPS = {
     ("cpu", "float32"): 0.15,
 }
 ASSUMED_READ = 3.0
+# GB/s that an H100's memory reads; that ring all-reduces reach between the GPUs of one node; that
+# a node's network carries each way: one card of 400 Gbit/s. Milliseconds that Python takes to start
+# the kernels of one layer, forward and backward.
+ASSUMED_BANDWIDTH = 2800.0
+ASSUMED_NVLINK = 300.0
+ASSUMED_NETWORK = 50.0
+ASSUMED_LAUNCH = 0.7
 ASSUMED_HOST = "128GiB"
 ASSUMED_DISK = "500GiB"
 PROMPTS = ("rewrite", "rephrase", "locality", "portability")
@@ -110,17 +117,23 @@ class Workload:
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine; sizes in bytes.
+    """The machine, or several of a kind; sizes in bytes.
 
     Attributes:
-        gpu: Memory of the GPU; `None` plans for a CPU alone.
-        host: Memory of the host.
-        disk: Room for the prefix on the disk.
-        rate: TFLOP/s reached, or `None` for what is assumed.
-        read: GB/s that the disk reads and writes.
-        prefix_gpu: Budget of the prefix on the GPU, or `None` for the automatic one.
-        prefix_host: Budget of the prefix in the host's memory.
-        prefix_disk: Budget of the prefix on the disk.
+        gpu: Memory of a GPU; `None` plans for a CPU alone.
+        host: Memory of a node's host.
+        disk: Room for the prefix on a node's disk.
+        rate: TFLOP/s that a GPU reaches, or `None` for what is assumed.
+        read: GB/s that a node's disk reads and writes.
+        prefix_gpu: Budget of the prefix on a GPU, or `None` for the automatic one.
+        prefix_host: Budget of the prefix in a host's memory, which the processes of a node share.
+        prefix_disk: Budget of the prefix on a node's disk, which they share too.
+        gpus: GPUs of a node.
+        nodes: Nodes.
+        bandwidth: GB/s that a GPU reads and writes its memory.
+        nvlink: GB/s between the GPUs of a node.
+        network: GB/s that the network of a node carries each way, all of its cards together.
+        launch: Milliseconds to start the kernels of a layer, forward and backward.
     """
 
     gpu: int | None
@@ -131,15 +144,37 @@ class Machine:
     prefix_gpu: int | None = None
     prefix_host: int | None = None
     prefix_disk: int | None = None
+    gpus: int = 1
+    nodes: int = 1
+    bandwidth: float = ASSUMED_BANDWIDTH
+    nvlink: float = ASSUMED_NVLINK
+    network: float = ASSUMED_NETWORK
+    launch: float = ASSUMED_LAUNCH
 
     def __post_init__(self) -> None:
+        rates = ("rate", "read", "bandwidth", "nvlink", "network", "launch")
         problems = [
             f"`{name}={value}` must be above 0."
-            for name, value in (("rate", self.rate), ("read", self.read))
+            for name, value in ((name, getattr(self, name)) for name in rates)
             if value is not None and not 0 < value < float("inf")
         ]
+        problems += [
+            f"`{name}={value}` must be 1 or more."
+            for name, value in (("gpus", self.gpus), ("nodes", self.nodes))
+            if value < 1
+        ]
+        if self.gpu is None and self.world > 1:
+            problems.append(
+                f"`gpus={self.gpus}` and `nodes={self.nodes}` are {self.world} GPUs, and none has "
+                "a memory. Add gpu=80GiB, the memory of each, or leave them out for one CPU."
+            )
         if problems:
             raise HyperParamsError(one_message("Nothing can be planned:", problems))
+
+    @property
+    def world(self) -> int:
+        """GPUs of all nodes."""
+        return self.gpus * self.nodes
 
     @property
     def device(self) -> str:

@@ -11,12 +11,15 @@ from ..errors import HyperParamsError
 from ..hparams import DTYPES, LocFTBFHyperParams
 from .activations import LayerActivations
 from .facts import meta_model
-from .given import ASSUMED_READ, Machine, Workload
+from .flops import step_flop
+from .given import Machine, Workload
+from .layout import Setting, ranks
 from .memory import PLACES, Part, peak
 from .settings import Candidate, Wanted, candidates
 from .shapes import CUTS, ModelReader, ModelShapes
 from .sizes import GIB
-from .work import Phase, phases, step_flop
+from .step import StepCost, step_cost
+from .work import Phase, phases
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,26 @@ class Plan:
             "stream_frozen": setting.streamed,
             "prefix_cut": setting.cut,
             "micro_batch_size": setting.micro_batch_size,
+            **({"model_parallel": True} if setting.layout == "model_parallel" else {}),
             **budgets,
         }
+
+    @property
+    def seconds(self) -> float:
+        """Time of all phases."""
+        return sum(one.seconds for one in self.phases)
+
+    def step(self) -> StepCost | None:
+        """Returns what a step of the chosen setting takes; `None` where nothing fits."""
+        if self.chosen is None:
+            return None
+        return step_cost(self.shapes, self.chosen.setting, self.work, self.machine)
+
+    def launcher(self) -> list[str]:
+        """Returns the start of the command on several GPUs; empty for one process."""
+        if self.chosen is None or ranks(self.chosen.setting, self.machine) == 1:
+            return []
+        return launch_command(self.chosen.setting, self.machine.gpus, self.machine.nodes)
 
     def peaks(self) -> dict[str, float]:
         """Returns the most that each place holds at one time, in bytes."""
@@ -62,7 +83,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as plain values; sizes in bytes, work in operations."""
-        step = step_flop(self.shapes, self.chosen.setting, self.work) if self.chosen else None
+        step = self.step()
         return {
             "model": dataclasses.asdict(self.shapes) | {"layers": len(self.shapes.layers)},
             "work": dataclasses.asdict(self.work),
@@ -73,9 +94,13 @@ class Plan:
             "settings": self.keys(),
             "memory": [dataclasses.asdict(p) for p in self.chosen.parts] if self.chosen else [],
             "peak_bytes": self.peaks(),
-            "flop_per_step": step,
+            "flop_per_step": step_flop(self.shapes, self.chosen.setting, self.work)
+            if self.chosen
+            else None,
+            "step": step.to_dict() if step else None,
+            "launcher": " ".join(self.launcher()),
             "phases": [dataclasses.asdict(one) for one in self.phases],
-            "seconds": sum(one.seconds for one in self.phases),
+            "seconds": self.seconds,
         }
 
 
@@ -102,22 +127,7 @@ def make_plan(
         ModelError: The model is unknown, or is no model of layers.
         PlaceError: The place is not in the model, or suits no LoRA.
     """
-    if hparams.chooses:
-        raise HyperParamsError(
-            "`layers=auto` chooses the place with the loaded model; a plan is made before that. "
-            "Name a layer, a module and a rate: those that `locft locate` has found, or "
-            "layers=[L] for an estimate."
-        )
-    if not hparams.frozen_prefix:
-        raise HyperParamsError(
-            "`frozen_prefix=False` runs every layer in every step; a plan is made for runs with "
-            "the frozen prefix. Leave `frozen_prefix` on."
-        )
-    if hparams.model_parallel:
-        raise HyperParamsError(
-            "`model_parallel=True` spreads the model over several GPUs; a plan is made for one. "
-            "Give model_parallel=false and, as gpu=, the memory of all of them."
-        )
+    _refuse(hparams, machine)
     model, source = meta_model(hparams.model_name, trust_remote_code=hparams.trust_remote_code)
     rank = hparams.lora_rank if hparams.tuning == "lora" else None
     reader = ModelReader(model, source, hparams.layers, hparams.templates, rank)
@@ -142,34 +152,55 @@ def make_plan(
     if shapes.first_layer == 0:
         streamed = False
     dtype = str(hparams.dtype_on(device)).removeprefix("torch.")
-    found = candidates(shapes, activations, work, machine, Wanted(dtype, streamed, cut))
+    wanted = Wanted(dtype, streamed, cut, model_parallel=hparams.model_parallel)
+
+    def seconds(one: Candidate) -> float:
+        return sum(phase.seconds for phase in phases(shapes, one, work, machine))
+
+    found = candidates(shapes, activations, work, machine, wanted, seconds)
     chosen = next((one for one in found if one.reason is None), None)
     done = phases(shapes, chosen, work, machine) if chosen else []
     return Plan(shapes, work, machine, dtype, tuple(found), chosen, tuple(done))
 
 
-def assumptions(plan: Plan) -> list[str]:
-    """Returns what the figures rest on, one sentence each."""
-    work, machine = plan.work, plan.machine
-    dtype = plan.chosen.setting.dtype if plan.chosen else plan.dtype
-    rate = machine.flops(dtype) / 1e12
-    said = "as given" if machine.rate else "assumed; rate= says what is reached"
-    read = "" if machine.read != ASSUMED_READ else " (assumed unless read= says it)"
-    lines = [
-        f"{rate:g} TFLOP/s are reached in {dtype} ({said}).",
-        f"The disk reads and writes {machine.read:g} GB/s{read}, while something is computed.",
-        f"An edit has {work.tokens:g} tokens, {work.targets:g} of them targets; the last one runs "
-        "nowhere.",
-        f"All {work.epochs} epochs are run; training often stops earlier.",
-        "Rows are packed, and all edits are about as long as the mean.",
-        "Copies between the host and the GPU take no time beside the rest.",
-    ]
-    if work.evaluate:
-        lines.append(
-            "Evaluation is teacher-forced: rewrite, rephrase, one locality and one portability "
-            "prompt an edit. Generated answers come on top."
+def _refuse(hparams: LocFTBFHyperParams, machine: Machine) -> None:
+    """Checks that what is asked for is something that a plan is made for.
+
+    Raises:
+        HyperParamsError: It is not.
+    """
+    if hparams.chooses:
+        raise HyperParamsError(
+            "`layers=auto` chooses the place with the loaded model; a plan is made before that. "
+            "Name a layer, a module and a rate: those that `locft locate` has found, or "
+            "layers=[L] for an estimate."
         )
-    return lines
+    if not hparams.frozen_prefix:
+        raise HyperParamsError(
+            "`frozen_prefix=False` runs every layer in every step; a plan is made for runs with "
+            "the frozen prefix. Leave `frozen_prefix` on."
+        )
+    if hparams.model_parallel and machine.gpus == 1:
+        raise HyperParamsError(
+            "`model_parallel=True` spreads the model over several GPUs of a node, and the plan is "
+            "for one. Say how many there are, gpus=8, or give model_parallel=false."
+        )
+
+
+def launch_command(setting: Setting, gpus: int, nodes: int) -> list[str]:
+    """Returns how a run starts its processes; RANK and HOST are each node's to fill in.
+
+    Args:
+        setting: How the model lies on GPUs.
+        gpus: Of a node.
+        nodes: Their number.
+    """
+    n = gpus // setting.group if setting.layout == "model_parallel" else gpus
+    command = ["accelerate", "launch", "--num_processes", str(n * nodes)]
+    if nodes > 1:
+        command += ["--num_machines", str(nodes), "--machine_rank", "RANK"]
+        command += ["--main_process_ip", "HOST", "--main_process_port", "29500"]
+    return [*command, "-m"]
 
 
 def _candidate(one: Candidate) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from ..cross_entropy import LOGITS_AT_ONCE
 from ..hparams_rules import DTYPES
 from .activations import LayerActivations
 from .given import Machine, Workload
+from .layout import Setting, processes, ranks, resident
 from .lora import LoraShapes
 from .shapes import ModelShapes
 from .sizes import GIB, MIB
@@ -30,6 +31,10 @@ _PROCESS_WITH_CUDA = 2 * GIB
 _BYTES_A_TOKEN = 950
 # A request with its strings, and its tokens.
 _BYTES_A_REQUEST = 4096
+# What NCCL takes of each GPU for its channels, about (not measured).
+_NCCL = GIB // 2
+# A layer that runs, the next one, and what it is gathered in.
+_GATHERED = 3
 # On a CPU the C library keeps freed blocks for later, and not all of them fit again. It grows over
 # the first steps to half of the activations (0.2 to 0.65 measured with glibc). Blocks above
 # glibc's largest threshold go back to the system.
@@ -44,28 +49,6 @@ _KERNEL, _LARGE_KERNEL = 350 * 1024, 650 * 1024
 _KERNELS_KEPT = 1024
 _KERNELS_A_PASS, _KERNELS_A_STEP = 5, 8
 _PASSES = 8  # the probes, and batches of several sizes
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way to run an edit.
-
-    Attributes:
-        dtype: Precision of weights and computation.
-        streamed: Read the frozen layers from the checkpoint instead of keeping them.
-        cut: Where the prefix ends: `matrix`, `mlp` or `layer`.
-        micro_batch_size: Edits in one forward pass of training.
-    """
-
-    dtype: str
-    streamed: bool
-    cut: str
-    micro_batch_size: int
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes a number of the model."""
-        return DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -95,24 +78,37 @@ def peak(parts: Sequence[Part], place: str) -> float:
 def standing_parts(
     shapes: ModelShapes, setting: Setting, work: Workload, machine: Machine
 ) -> list[Part]:
-    """Returns what is there all the time (the prefix aside): process, model, requests."""
+    """Returns what is there all the time (the prefix aside): processes, model, requests.
+
+    Of several GPUs and processes: what is on the fullest GPU, and what all of a node's processes
+    have on their host. Each of them knows all requests.
+    """
     size, device = setting.itemsize, machine.device
     kept = shapes.upper if setting.streamed else shapes.parameters
     stored = DTYPES[shapes.stored_dtype].itemsize
+    there = processes(setting, machine)
     # On a CPU weights in the checkpoint's precision are mapped, and arrive when they are used.
     mapped = device == "host" and stored == size
-    parts = [Part("weights", device, kept * size, _LATER if mapped else PHASES)]
+    on_device = resident(shapes, setting) * size
+    parts = [Part("weights", device, on_device, _LATER if mapped else PHASES)]
     if stored != size and not setting.streamed:
         name = "checkpoint, mapped while it is converted"
         parts.append(Part(name, "host", kept * stored, ("load",)))
-    parts.append(Part("tokenizer", "host", shapes.vocab * _BYTES_A_TOKEN))
-    parts.append(Part("requests and tokens", "host", work.n * _BYTES_A_REQUEST))
+    parts.append(Part("tokenizer", "host", there * shapes.vocab * _BYTES_A_TOKEN))
+    parts.append(Part("requests and tokens", "host", there * work.n * _BYTES_A_REQUEST))
     if machine.gpu is None:
         return [Part("Python and libraries", "host", _PROCESS), *parts]
     parts.append(Part("CUDA context", "gpu", _CUDA_CONTEXT))
+    if ranks(setting, machine) > 1:
+        parts.append(Part("NCCL's buffers", "gpu", _NCCL))
+    if setting.layout == "fsdp":
+        layer = max(one.parameters for one in shapes.layers[shapes.first_layer :])
+        parts.append(Part("gathered layers", "gpu", _GATHERED * layer * size, _AFTER))
     if not setting.streamed:
-        parts.append(Part("weights on their way to the GPU", "host", kept * size, ("load",)))
-    return [Part("Python and libraries", "host", _PROCESS_WITH_CUDA), *parts]
+        # What is mapped the processes of a node share; what is converted each has for itself.
+        on_way = kept * size * (1 if stored == size else there)
+        parts.append(Part("weights on their way to the GPU", "host", on_way, ("load",)))
+    return [Part("Python and libraries", "host", there * _PROCESS_WITH_CUDA), *parts]
 
 
 def working_parts(
@@ -162,7 +158,9 @@ def working_parts(
         layer = max((one.parameters for one in below), default=0)
         buffers = 2 * max(layer, shapes.embedding) * size
         for place in dict.fromkeys((device, "host")):
-            parts.append(Part("buffers of streamed layers", place, buffers, ("prefix", "evaluate")))
+            n = processes(setting, machine) if place == "host" else 1
+            name = "buffers of streamed layers"
+            parts.append(Part(name, place, n * buffers, ("prefix", "evaluate")))
     return parts
 
 

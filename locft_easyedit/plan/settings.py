@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from .activations import LayerActivations
 from .given import Machine, Workload
-from .memory import PLACES, Part, Setting, peak, standing_parts, working_parts
+from .layout import LAYOUTS, Setting, processes, share
+from .memory import PLACES, Part, peak, standing_parts, working_parts
 from .shapes import CUTS, ModelShapes
 from .sizes import bytes_text
 
 Activations = Callable[[str], Sequence[LayerActivations]]
+Seconds = Callable[["Candidate"], float]
 
 EDITS_PREFIX = "prefix of the edits"
 PROMPTS_PREFIX = "prefix of the evaluation prompts"
@@ -29,8 +31,8 @@ class Candidate:
         setting: The setting; the micro-batch is the largest that fits, or 1.
         reason: Why it does not fit, or `None`.
         parts: Its memory by part.
-        budgets: Bytes that the prefix may take, by place.
-        edits: Where the edits' prefix lies, in bytes by place.
+        budgets: Bytes that the prefix may take, by place: of a GPU, of a node's host and disk.
+        edits: Where the edits' prefix lies, in bytes of a GPU, and of a node's host and disk.
         prompts_kept: Whether there is room for the prefix of the evaluation prompts too; else all
             layers run in every measurement.
     """
@@ -57,11 +59,13 @@ class Wanted:
         dtype: The precision.
         streamed: Whether frozen layers are streamed.
         cut: Where the prefix ends.
+        model_parallel: Whether layers have to lie on several GPUs.
     """
 
     dtype: str
     streamed: bool | None = None
     cut: str | None = None
+    model_parallel: bool = False
 
 
 def candidates(
@@ -70,39 +74,76 @@ def candidates(
     work: Workload,
     machine: Machine,
     wanted: Wanted,
+    seconds: Seconds,
 ) -> list[Candidate]:
     """Returns every setting, preferred ones first.
 
     The precision that was asked for comes before bfloat16, and a resident model before a streamed
     one. Of the cuts comes first the one that leaves least to run and needs no disk: to read states
     from a disk in every epoch costs more than the little that a wider cut saves.
+
+    On several GPUs each holds a copy of what stays. Only where that does not fit are layers cut up
+    or laid on several GPUs, and of these ways the quickest comes first.
+
+    Args:
+        shapes: The model's sizes.
+        activations: What autograd keeps of each layer, by precision.
+        work: The work.
+        machine: The machine.
+        wanted: What is decided already.
+        seconds: How long a run takes.
     """
     dtypes = dict.fromkeys([wanted.dtype, *(["bfloat16"] if wanted.dtype == "float32" else [])])
     ways = [False, True] if wanted.streamed is None else [wanted.streamed]
     cuts = [c for c in CUTS if c in shapes.cuts and wanted.cut in (None, c)]
     saved = cache(activations)
+
+    def group(dtype: str, streamed: bool, layout: str, n: int = 1) -> list[Candidate]:
+        settings = [Setting(dtype, streamed, cut, work.batch_size, layout, n) for cut in cuts]
+        tried = [_largest(shapes, saved, one, work, machine) for one in settings]
+        return sorted(tried, key=lambda one: one.rank)
+
     found: list[Candidate] = []
     for dtype in dtypes:
-        for streamed in ways:
-            group = [_largest(shapes, saved, work, machine, dtype, streamed, c) for c in cuts]
-            found += sorted(group, key=lambda one: one.rank)
+        copies = []
+        if not wanted.model_parallel:
+            copies = [one for way in ways for one in group(dtype, way, "copies")]
+        found += copies
+        if machine.gpus == 1 or any(one.reason is None for one in copies):
+            continue
+        spread = []
+        for layout in LAYOUTS[2 if wanted.model_parallel else 1 :]:
+            for way in ways:
+                if layout == "fsdp" and not way and shapes.first_layer > 0:
+                    continue  # what is below the place is not cut up, but streamed
+                for n in _groups(machine.gpus, layout):
+                    tried = group(dtype, way, layout, n)
+                    if tried[0].reason is None or n == machine.gpus:
+                        spread += tried
+                        break  # the smaller the groups, the more of them work at once
+        found += sorted(spread, key=lambda one: (one.reason is not None, seconds(one)))
     return found
+
+
+def _groups(gpus: int, layout: str) -> list[int]:
+    """Returns how many GPUs of a node may share the weights, fewest first."""
+    sizes = range(2, gpus + 1) if layout == "model_parallel" else [gpus]
+    return [n for n in sizes if gpus % n == 0]
 
 
 def _largest(
     shapes: ModelShapes,
     activations: Activations,
+    setting: Setting,
     work: Workload,
     machine: Machine,
-    dtype: str,
-    streamed: bool,
-    cut: str,
 ) -> Candidate:
     """Returns the candidate with the largest micro-batch that fits."""
-    size = min(work.micro_batch_size or work.batch_size, work.batch_size, work.n)
+    most = share(setting, work, machine).most
+    size = min(work.micro_batch_size or work.batch_size, work.batch_size, work.n, most)
     while True:
-        setting = Setting(dtype, streamed, cut, size)
-        candidate = fit(shapes, activations(dtype), setting, work, machine)
+        sized = replace(setting, micro_batch_size=size)
+        candidate = fit(shapes, activations(setting.dtype), sized, work, machine)
         # Smaller micro-batches make room on the device alone.
         if candidate.reason is None or size == 1:
             return candidate
@@ -130,20 +171,25 @@ def fit(
     parts += working_parts(shapes, saved, setting, work, machine)
     budgets = _budgets(parts, standing, machine)
     size = setting.itemsize
-    edits = work.edit_tokens * shapes.cuts[setting.cut] * size
-    prompts = work.eval_tokens * shapes.hidden * size
-    left = dict(budgets)
-    placed = _place(edits, left)
+    # Of a node: its GPUs' states lie on as many GPUs as it has processes.
+    edits = work.edit_tokens * shapes.cuts[setting.cut] * size / machine.nodes
+    prompts = work.eval_tokens * shapes.hidden * size / machine.nodes
+    there = processes(setting, machine)
+    left = {place: n * (there if place == "gpu" else 1) for place, n in budgets.items()}
+    room = sum(left.values())
+    placed = _place(edits, left, there)
     kept = prompts <= sum(left.values()) * _ROUNDING
     parts += [Part(EDITS_PREFIX, p, n, _PREFIX) for p, n in placed.items()]
     if kept:
-        parts += [Part(PROMPTS_PREFIX, p, n, _PREFIX) for p, n in _place(prompts, left).items()]
+        placed_too = _place(prompts, left, there)
+        parts += [Part(PROMPTS_PREFIX, p, n, _PREFIX) for p, n in placed_too.items()]
     reason = _too_small(parts, machine)
     # Without its prefix an evaluation runs all layers, which a streamed model does not have.
     needed = edits + (prompts if setting.streamed else 0)
-    if reason is None and needed > sum(budgets.values()) * _ROUNDING:
-        there = ", ".join(f"{bytes_text(n)} on {NAMES[p]}" for p, n in budgets.items())
-        reason = f"the prefix takes {bytes_text(needed)}; its budgets are {there}"
+    if reason is None and needed > room * _ROUNDING:
+        texts = ", ".join(f"{bytes_text(n)} on {NAMES[p]}" for p, n in budgets.items())
+        of = "" if machine.world == 1 else " of a node"
+        reason = f"the prefix{of} takes {bytes_text(needed)}; its budgets are {texts}"
     return Candidate(setting, reason, tuple(parts), budgets, placed, kept)
 
 
@@ -158,24 +204,27 @@ def _budgets(
         "disk": machine.prefix_disk,
     }
     budgets: dict[str, float] = {}
-    for place, share in shares.items():
+    for place, part in shares.items():
         if place == "gpu" and machine.gpu is None:
             continue
         given = asked[place]
         room = machine.room(place)
         free = max(0.0, room - peak(parts, place))
-        automatic = min(share * max(0.0, room - standing[place]), free)
+        automatic = min(part * max(0.0, room - standing[place]), free)
         budgets[place] = automatic if given is None else given
     return budgets
 
 
-def _place(n: float, left: dict[str, float]) -> dict[str, float]:
-    """Fills the places in order with `n` bytes, and takes that off what is `left`."""
+def _place(n: float, left: dict[str, float], gpus: int) -> dict[str, float]:
+    """Fills a node's places in order with `n` bytes, and takes that off what is `left`.
+
+    Returns the bytes by place: for the GPUs those of one of them.
+    """
     placed = {}
     for place in left:
         here = min(n, left[place])
         if here > 0:
-            placed[place] = here
+            placed[place] = here / (gpus if place == "gpu" else 1)
         left[place] -= here
         n -= here
     return placed

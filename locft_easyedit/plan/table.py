@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from .make import Plan, assumptions
+from .assumptions import assumptions
+from .flops import step_flop
+from .layout import ranks
+from .make import Plan
 from .memory import PHASES, PLACES
-from .settings import NAMES
+from .settings import NAMES, Candidate
 from .sizes import bytes_text, flop_text, seconds_text
-from .work import step_flop
 
 
 def model_table(plan: Plan) -> Table:
@@ -30,6 +32,9 @@ def model_table(plan: Plan) -> Table:
         "tokens run": f"{work.edit_tokens:,.0f} of edits, {work.eval_tokens:,.0f} of prompts",
         "memory": ", ".join(f"{place} {bytes_text(machine.room(place))}" for place in PLACES),
     }
+    if machine.world > 1:
+        nodes = f" on each of {machine.nodes} nodes" if machine.nodes > 1 else ""
+        rows["GPUs"] = f"{machine.gpus}{nodes}; sizes are those of one GPU and of one node"
     for what, value in rows.items():
         table.add_row(what, value.replace("[", "\\["))
     return table
@@ -38,7 +43,8 @@ def model_table(plan: Plan) -> Table:
 def candidates_table(plan: Plan) -> Table:
     """Returns all settings, preferred ones first, each with whether it fits or why not."""
     table = Table(title="Settings, preferred ones first", title_justify="left")
-    for heading in ("dtype", "frozen layers", "cut", "micro-batch"):
+    several = plan.machine.world > 1
+    for heading in ("dtype", "frozen layers", *(["GPUs"] if several else []), "cut", "micro-batch"):
         table.add_column(heading)
     table.add_column("fits?", overflow="fold")
     for one in plan.candidates:
@@ -50,12 +56,23 @@ def candidates_table(plan: Plan) -> Table:
         table.add_row(
             setting.dtype,
             "streamed" if setting.streamed else "resident",
+            *([_layout(plan, one)] if several else []),
             setting.cut,
             str(setting.micro_batch_size),
             verdict,
             style="bold" if one is plan.chosen else None,
         )
     return table
+
+
+def _layout(plan: Plan, one: Candidate) -> str:
+    """Returns how a setting uses several GPUs."""
+    setting, n = one.setting, ranks(one.setting, plan.machine)
+    return {
+        "copies": f"{n} copies",
+        "fsdp": f"{n}, layers cut in {setting.group} (FSDP2)",
+        "model_parallel": f"{n} x {setting.group} (model_parallel)",
+    }[setting.layout]
 
 
 def memory_table(plan: Plan) -> Table:
@@ -84,9 +101,11 @@ def memory_table(plan: Plan) -> Table:
 def work_table(plan: Plan) -> Table:
     """Returns the work, the bytes and the time of each phase."""
     assert plan.chosen is not None
+    several = plan.machine.world > 1
     table = Table(title="Work and time", title_justify="left")
     table.add_column("phase")
-    for heading in ("work", "checkpoint read", "prefix on disk", "time"):
+    between = ["between GPUs"] if several else []
+    for heading in ("work", "checkpoint read", "prefix on disk", *between, "time"):
         table.add_column(heading, justify="right")
     for one in plan.phases:
         table.add_row(
@@ -94,6 +113,7 @@ def work_table(plan: Plan) -> Table:
             flop_text(one.flop) if one.flop else "-",
             bytes_text(one.checkpoint),
             bytes_text(one.disk),
+            *([bytes_text(one.sent)] if several else []),
             seconds_text(one.seconds),
         )
     table.add_section()
@@ -102,16 +122,48 @@ def work_table(plan: Plan) -> Table:
         flop_text(sum(one.flop for one in plan.phases)),
         bytes_text(sum(one.checkpoint for one in plan.phases)),
         bytes_text(sum(one.disk for one in plan.phases)),
-        seconds_text(sum(one.seconds for one in plan.phases)),
+        *([bytes_text(sum(one.sent for one in plan.phases))] if several else []),
+        seconds_text(plan.seconds),
     )
-    step = step_flop(plan.shapes, plan.chosen.setting, plan.work)
-    table.add_row("a step", flop_text(step))
+    return table
+
+
+def step_table(plan: Plan) -> Table:
+    """Returns what a step takes, by part, and which part bounds it."""
+    step = plan.step()
+    assert plan.chosen is not None
+    assert step is not None
+    table = Table(title="A step", title_justify="left")
+    table.add_column("part")
+    table.add_column("amount", justify="right")
+    table.add_column("time", justify="right")
+    amounts = {
+        "compute": flop_text(step.flop),
+        "weights": bytes_text(step.weight_bytes),
+        "launches": "",
+        "all-gather": bytes_text(step.gathered_bytes),
+        "gradient exchange": bytes_text(step.exchanged_bytes),
+        "Adam": bytes_text(step.adam_bytes),
+    }
+    for part, seconds in step.seconds.items():
+        if seconds > 0:
+            said = "  <- bounds the step" if part == step.bound else ""
+            table.add_row(part + said, amounts[part], seconds_text(seconds))
+    table.add_section()
+    whole = step_flop(plan.shapes, plan.chosen.setting, plan.work)
+    table.add_row("a step", flop_text(whole), seconds_text(step.total))
+    if step.ranks > 1:
+        batch = min(plan.work.batch_size, plan.work.n)
+        table.caption = (
+            f"The largest of {step.ranks} ranks has {step.share:.1f} of {batch} edits; even parts "
+            f"would be {batch / step.ranks:.1f}."
+        )
     return table
 
 
 def tables(plan: Plan) -> list[Table]:
     """Returns all tables of a plan."""
-    chosen = [memory_table(plan), work_table(plan)] if plan.chosen else []
+    chosen = [memory_table(plan), work_table(plan), step_table(plan)] if plan.chosen else []
     return [model_table(plan), candidates_table(plan), *chosen]
 
 
@@ -121,6 +173,10 @@ def closing_lines(plan: Plan) -> str:
     if plan.chosen:
         keys = " ".join(f"{key}={_yaml(value)}" for key, value in plan.keys().items())
         lines += ["Settings that fit:", f"  {keys}"]
+        if plan.launcher():
+            start = " ".join(plan.launcher())
+            each = " on each node" if plan.machine.nodes > 1 else ""
+            lines += [f"To be started{each} with:", f"  {start} locft_easyedit edit ..."]
     return "\n".join(lines) + "\n"
 
 

@@ -1,15 +1,17 @@
-"""Floating-point work, bytes read, and the time that both take at stated rates."""
+"""Work, bytes read, and the time that both take at stated rates, phase by phase."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 
 from ..hparams_rules import DTYPES
+from .flops import evaluation_flop, prefix_flop
 from .given import Machine, Workload
-from .memory import Setting
+from .layout import ranks, sharded
 from .settings import EDITS_PREFIX, PROMPTS_PREFIX, Candidate
-from .shapes import LayerShape, ModelShapes
+from .shapes import ModelShapes
+from .step import step_cost
 
 
 @dataclass(frozen=True)
@@ -18,9 +20,10 @@ class Phase:
 
     Attributes:
         name: What is done.
-        flop: Floating-point operations.
-        checkpoint: Bytes read from the checkpoint.
-        disk: Bytes of the prefix that are read from the disk or written to it.
+        flop: Floating-point operations of all GPUs.
+        checkpoint: Bytes that a node reads from the checkpoint: each once, not once a process.
+        disk: Bytes of the prefix that a node reads from its disk or writes to it.
+        sent: Bytes that a GPU exchanges with others.
         seconds: The longer of computing and of reading: one goes on while the other does.
     """
 
@@ -28,6 +31,7 @@ class Phase:
     flop: float
     checkpoint: float
     disk: float
+    sent: float
     seconds: float
 
 
@@ -45,75 +49,50 @@ def phases(
     streamed = shapes.streamed * stored if setting.streamed else 0.0
     # A streamed pass takes all tokens through one layer after the other, in their place.
     turns = 2 * shapes.first_layer if setting.streamed else 1
-    share = edits_disk / max(1.0, tokens * shapes.cuts[setting.cut] * size)
-    through = share * tokens * shapes.hidden * size * turns if setting.streamed else 0.0
-    step = step_flop(shapes, setting, work)
+    on_node = tokens / machine.nodes
+    of_disk = edits_disk / max(1.0, on_node * shapes.cuts[setting.cut] * size)
+    through = of_disk * on_node * shapes.hidden * size * turns if setting.streamed else 0.0
     loaded = (shapes.upper if setting.streamed else shapes.parameters) * stored
+    n_ranks = ranks(setting, machine)
+
+    def phase(name: str, flop: float, checkpoint: float, disk: float, sent: float = 0.0) -> Phase:
+        """Returns a phase whose texts are dealt out evenly."""
+        computing = flop / n_ranks / machine.flops(setting.dtype)
+        reading = (checkpoint + disk) / (machine.read * 1e9)
+        gathering = sent / (machine.nvlink * 1e9)
+        return Phase(name, flop, checkpoint, disk, sent, max(computing, reading, gathering))
+
     rows = [
-        ("loading", 0.0, loaded, 0.0),
-        (EDITS_PREFIX, tokens * prefix_flop(shapes, work, setting.cut), streamed,
-         edits_disk + through),
-        (f"training, {work.epochs} epochs", work.epochs * step * work.n / work.batch_size, 0.0,
-         work.epochs * edits_disk),
+        phase("loading", 0.0, loaded, 0.0),
+        phase(EDITS_PREFIX, tokens * prefix_flop(shapes, work, setting.cut), streamed,
+              edits_disk + through),
+        _training(shapes, candidate, work, machine, edits_disk),
     ]  # fmt: skip
     if work.evaluate:
         below, upper = prefix_flop(shapes, work, "layer"), evaluation_flop(shapes, work)
         if candidate.prompts_kept:
             # Layers that are streamed come by once, for edits and prompts alike.
-            rows.append((PROMPTS_PREFIX, prompts * below, 0.0, prompts_disk * turns))
+            rows.append(phase(PROMPTS_PREFIX, prompts * below, 0.0, prompts_disk * turns))
         else:
             upper += below
-        rows.append(("evaluation before and after", 2 * prompts * upper, 0.0, 2 * prompts_disk))
-    flops, read = machine.flops(setting.dtype), machine.read * 1e9
-    return [
-        Phase(name, flop, checkpoint, disk, max(flop / flops, (checkpoint + disk) / read))
-        for name, flop, checkpoint, disk in rows
-    ]
+        gathered = 0.0
+        if setting.layout == "fsdp":
+            batches = math.ceil(prompts / work.run_tokens / n_ranks / work.eval_batch_size)
+            gathered = 2 * batches * sharded(shapes) * size * (1 - 1 / setting.group)
+        name = "evaluation before and after"
+        rows.append(phase(name, 2 * prompts * upper, 0.0, 2 * prompts_disk, gathered))
+    return rows
 
 
-def prefix_flop(shapes: ModelShapes, work: Workload, cut: str) -> float:
-    """Returns the operations a token of the layers below a cut."""
-    flop = sum(_forward(one, shapes, work) for one in shapes.layers[: shapes.first_layer])
-    if cut != "layer":
-        first = shapes.layers[shapes.first_layer]
-        flop += _forward(first, shapes, work) - 2 * shapes.above_cut[cut]
-    return flop
-
-
-def step_flop(shapes: ModelShapes, setting: Setting, work: Workload) -> float:
-    """Returns the operations of a step on a whole mini-batch.
-
-    A weight above the cut costs 2 operations a token forward and 2 backward to the activations;
-    a trained one 2 more for its gradient. Nothing goes back beyond the first trained matrix.
-    """
-    first = shapes.layers[shapes.first_layer]
-    above = shapes.above_cut[setting.cut]
-    backward = 0 if setting.cut == "matrix" else above
-    token = 2.0 * (above + backward + first.trained_matmul)
-    if setting.cut == "layer":
-        token += 3 * _scores(shapes, work)
-    if shapes.first_layer == len(shapes.layers) - 1:
-        token *= work.scored if setting.cut != "layer" else 1.0
-    for one in shapes.layers[shapes.first_layer + 1 :]:
-        token += 2.0 * (2 * one.matmul + one.trained_matmul) + 3 * _scores(shapes, work)
-    if shapes.first_layer < len(shapes.layers) - 1:
-        token -= 2.0 * 2 * shapes.layers[-1].late * (1 - work.scored)
-    head = 2.0 * 2 * shapes.hidden * shapes.vocab * work.scored
-    return work.batch_size * work.run_tokens * (token + head)
-
-
-def evaluation_flop(shapes: ModelShapes, work: Workload) -> float:
-    """Returns the operations a token of the layers from the first trained one up, and the head."""
-    upper: Sequence[LayerShape] = shapes.layers[shapes.first_layer :]
-    flop = sum(_forward(one, shapes, work) for one in upper)
-    flop -= 2.0 * upper[-1].late * (1 - work.scored)
-    return flop + 2.0 * shapes.hidden * shapes.vocab * work.scored
-
-
-def _forward(layer: LayerShape, shapes: ModelShapes, work: Workload) -> float:
-    return 2.0 * layer.matmul + _scores(shapes, work)
-
-
-def _scores(shapes: ModelShapes, work: Workload) -> float:
-    """Returns the operations a token of attending to a row: products with keys and with values."""
-    return 4.0 * work.row_tokens * shapes.attention
+def _training(
+    shapes: ModelShapes, candidate: Candidate, work: Workload, machine: Machine, on_disk: float
+) -> Phase:
+    """Returns all epochs: each step waits for its largest rank."""
+    setting = candidate.setting
+    step = step_cost(shapes, setting, work, machine)
+    n_steps = work.epochs * max(1.0, work.n / work.batch_size)
+    disk = work.epochs * on_disk
+    flop = n_steps * min(work.batch_size, work.n) * step.flop / step.share
+    sent = n_steps * (step.gathered_bytes + step.exchanged_bytes)
+    seconds = max(n_steps * step.total, disk / (machine.read * 1e9))
+    return Phase(f"training, {work.epochs} epochs", flop, 0.0, disk, sent, seconds)
