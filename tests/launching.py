@@ -1,0 +1,233 @@
+"""Several processes for a test, as a launcher starts them; all are ended when time is up.
+
+[zero, one] = launch(2, "some_module:function", 3, "text")  # modules beside this file
+zero.value  # what the function gave on rank 0, through JSON
+
+done = launch(2, ["-m", "locft_easyedit", "edit", "..."], check=False)
+done[1].returncode, done[1].stderr
+
+launch(2, "some_module:function", through="torchrun")  # or "accelerate": the real launchers
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+_LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node={n}"],
+    "accelerate": [
+        "accelerate.commands.launch",
+        "--multi_gpu",  # with `--cpu` it would start one; without a GPU this is several on the CPU
+        "--num_processes={n}",
+        "--num_machines=1",
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+        "--main_process_port={port}",
+    ],
+}
+_GRACE = 20.0  # seconds that the others have to end by themselves once one has failed
+
+
+@dataclass
+class Rank:
+    """What became of a process.
+
+    Attributes:
+        value: What the function gave, once through JSON; `None` for a command.
+        stdout: What it printed; under a launcher that of all of them, here as in every other.
+        stderr: Likewise.
+        returncode: Its exit status; under a launcher the launcher's.
+    """
+
+    value: Any
+    stdout: str
+    stderr: str
+    returncode: int
+
+
+def launch(
+    n: int,
+    what: str | Sequence[str],
+    *arguments: Any,
+    timeout: float = 120,
+    through: str | None = None,
+    check: bool = True,
+    environment: Mapping[str, str] | None = None,
+    meanwhile: Callable[[list[subprocess.Popen[str]]], None] | None = None,
+) -> list[Rank]:
+    """Returns what `n` processes on this machine gave that work together, by their ranks.
+
+    Args:
+        n: Processes.
+        what: `module:function`, the module one that tests can import; or python's arguments.
+        arguments: The function's, through JSON.
+        timeout: Seconds until all are killed; a deadlock is a failure, not a wait.
+        through: A real launcher, `torchrun` or `accelerate`. By default the processes get the
+            environment that these would give them, which is quicker and keeps them apart.
+        check: Fail if one has failed.
+        environment: Variables on top of this process's own.
+        meanwhile: Called with the processes once they run: to kill one, say.
+
+    Raises:
+        AssertionError: Time was up, or one has failed; with the end of each one's stderr.
+    """
+    with tempfile.TemporaryDirectory(prefix="launch-") as folder:
+        out = Path(folder)
+        command = [sys.executable, *_python_arguments(what, arguments, out, through, n)]
+        if through is not None and not isinstance(what, str):
+            raise ValueError("a launcher is given a function: let the function run the command")
+        shared = _environment(environment)
+        if through is None:
+            port = str(free_port())
+            mine = [shared | _rank_environment(rank, n, port) for rank in range(n)]
+        else:
+            mine = [shared]
+        files = [
+            ((out / f"{i}.out").open("w"), (out / f"{i}.err").open("w")) for i in range(len(mine))
+        ]
+        processes = [
+            subprocess.Popen(
+                command,
+                env=env,
+                cwd=os.getcwd(),
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                text=True,
+                start_new_session=True,  # to be ended with all that it starts
+            )
+            for env, (stdout, stderr) in zip(mine, files, strict=True)
+        ]
+        try:
+            if meanwhile is not None:
+                meanwhile(processes)
+            in_time = _wait(processes, timeout)
+        finally:
+            for process in processes:
+                _kill(process)
+            for file in (file for pair in files for file in pair):
+                file.close()
+        ranks = []
+        for rank in range(n):
+            i = rank if through is None else 0
+            value = out / f"value-{rank}.json"
+            ranks.append(
+                Rank(
+                    json.loads(value.read_text()) if value.exists() else None,
+                    (out / f"{i}.out").read_text(errors="replace"),
+                    (out / f"{i}.err").read_text(errors="replace"),
+                    processes[i].returncode,
+                )
+            )
+    failed = [i for i, rank in enumerate(ranks) if rank.returncode != 0]
+    if not in_time or (check and failed):
+        why = f"ranks {failed} failed" if in_time else f"not done after {timeout} s"
+        tails = "\n".join(
+            f"--- rank {i}, status {rank.returncode}:\n{rank.stderr[-4000:]}"
+            for i, rank in enumerate(ranks)
+        )
+        raise AssertionError(f"{n} processes of {what}: {why}\n{tails}")
+    return ranks
+
+
+def free_port() -> int:
+    """Returns a port of this machine that nobody listens on."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
+        return port
+
+
+def _python_arguments(
+    what: str | Sequence[str], arguments: Sequence[Any], out: Path, through: str | None, n: int
+) -> list[str]:
+    if not isinstance(what, str):
+        return [*what, *map(str, arguments)]
+    call = [str(Path(__file__).resolve()), what, str(out), json.dumps(arguments)]
+    if through is None:
+        return call
+    module, *options = _LAUNCHERS[through]
+    port = free_port()
+    return ["-m", module, *(option.format(n=n, port=port) for option in options), *call]
+
+
+def _environment(more: Mapping[str, str] | None) -> dict[str, str]:
+    """Returns an environment in which nobody launched anything yet, and each has one thread."""
+    from locft_easyedit.world import alone_environment
+
+    path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
+    settings = {
+        "PYTHONPATH": path.strip(os.pathsep),
+        "OMP_NUM_THREADS": "1",  # equal sums want equal threads, and there are few cores
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "CUDA_VISIBLE_DEVICES": "",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TQDM_DISABLE": "1",
+    }
+    return alone_environment() | settings | dict(more or {})
+
+
+def _rank_environment(rank: int, n: int, port: str) -> dict[str, str]:
+    """Returns what a launcher tells a process."""
+    here, size = str(rank), str(n)
+    return {
+        "RANK": here,
+        "LOCAL_RANK": here,
+        "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+
+
+def _wait(processes: Sequence[subprocess.Popen[str]], timeout: float) -> bool:
+    """Waits until all have ended, or until those that are left had time to after a failure.
+
+    Returns whether that was in time.
+    """
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        states = [process.poll() for process in processes]
+        if None not in states:
+            return True
+        if any(state is not None and state != 0 for state in states):
+            end = min(end, time.monotonic() + _GRACE)
+            while time.monotonic() < end:
+                if all(process.poll() is not None for process in processes):
+                    return True
+                time.sleep(0.05)
+            return False
+        time.sleep(0.05)
+    return False
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """Ends a process and what it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _call() -> None:
+    """Calls a function as a rank; leaves what it gives where `launch` looks for it."""
+    what, out, arguments = sys.argv[1:]
+    module, _, function = what.partition(":")
+    value = getattr(importlib.import_module(module), function)(*json.loads(arguments))
+    path = Path(out) / f"value-{os.environ['RANK']}.json"
+    path.write_text(json.dumps(value))
+
+
+if __name__ == "__main__":
+    _call()
