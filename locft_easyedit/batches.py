@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .sharding import check_retry
+
 logger = logging.getLogger(__name__)
 
 
@@ -53,7 +55,8 @@ def in_batches(
                 continue
             try:
                 run(batch)
-            except torch.cuda.OutOfMemoryError:
+            except torch.cuda.OutOfMemoryError as error:
+                check_retry(error)
                 if len(batch) == 1:
                     raise
                 size = len(batch) // 2

@@ -21,6 +21,7 @@ from .errors import NonFiniteLossError
 from .hparams import LocFTBFHyperParams
 from .progress import Progress
 from .runner import Prepared, TextRunner
+from .sharding import check_retry, lockstep
 from .weights import TrainedWeights
 
 logger = logging.getLogger(__name__)
@@ -177,6 +178,7 @@ class _Step:
                 loss, update = self._gradients_(parts)
                 break
             except torch.cuda.OutOfMemoryError as error:
+                check_retry(error)
                 self.micro_batch.halve(parts, error)
             # Outside the handler: the exception's frames hold the tensors that have to go.
             torch.cuda.empty_cache()
@@ -199,6 +201,10 @@ class _Step:
 
         Where the answer costs nothing, `None` says that there are no gradients to update with.
         """
+        with lockstep(self.runner.model):
+            return self._summed_(parts)
+
+    def _summed_(self, parts: list[Prepared]) -> tuple[torch.Tensor, torch.Tensor | None]:
         n_edits = sum(part.n_texts for part in parts)
         losses = []
         for part in parts:

@@ -23,9 +23,11 @@ from transformers.utils import is_flash_attn_2_available
 from .errors import HyperParamsError, LocFTError, MissingDependencyError, ModelError
 from .hparams import DTYPES, LocFTBFHyperParams
 from .lora import check_low_rank
-from .offload import room_for_conversions, streaming_map
+from .offload import room_for_conversions
 from .place import match_parameters
 from .reading import is_file, shown
+from .sharded_loading import places, shard_
+from .world import here
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,12 @@ def load_model(hparams: LocFTBFHyperParams) -> tuple[Any, PreTrainedTokenizerBas
     name = hparams.model_name
     device = resolve_device(hparams.device)
     if isinstance(name, (tuple, list)) and len(name) == 2:
+        if hparams.shard_frozen:
+            raise ModelError(
+                "`shard_frozen=true` shares out a model while it is loaded, and this one is whole "
+                "on every process already. Give the model's folder as `model_name`, or leave it "
+                "out."
+            )
         loaded, tokenizer = name
         # A model that somebody has placed stays where it is, unless a device is asked for.
         if hparams.device is not None:
@@ -82,16 +90,20 @@ def load_model(hparams: LocFTBFHyperParams) -> tuple[Any, PreTrainedTokenizerBas
     name = check_model_name(name)
     with _one_model_error(name):
         skeleton = _check_place(name, hparams)
+    world = here()
+    device_map, sharding = places(skeleton, hparams, device, world)
     model, tokenizer = load_causal_lm(
         name,
         device=hparams.device,
         dtype=hparams.dtype_on(device),
         model_parallel=hparams.model_parallel,
         trust_remote_code=hparams.trust_remote_code,
-        device_map=streaming_map(skeleton, hparams, device),
+        device_map=device_map,
         quantization=_quantization(skeleton, hparams, device),
         attention=_attention(skeleton, device, hparams.dtype_on(device)),
     )
+    if sharding is not None:
+        shard_(model, sharding, device, world)
     return model, tokenizer
 
 

@@ -68,11 +68,17 @@ def streaming_map(
     if not tied:
         embedding = skeleton.get_input_embeddings()
         on_disk |= {name for name, module in skeleton.named_modules() if module is embedding}
-    return _device_map(skeleton, on_disk, str(device))
+    return device_map_of(skeleton, on_disk, str(device))
 
 
-def _device_map(skeleton: Any, on_disk: set[str], device: str) -> dict[str, str]:
-    """Returns an entry for every module or parameter, as few as can be."""
+def device_map_of(skeleton: Any, on_disk: set[str], device: str) -> dict[str, str]:
+    """Returns a device map: an entry for every module or parameter, as few as can be.
+
+    Args:
+        skeleton: The model without weights.
+        on_disk: Paths of the modules that stay on disk.
+        device: Where the rest goes.
+    """
     places: dict[str, str] = {}
 
     def visit(module: Any, path: str) -> None:
@@ -94,9 +100,12 @@ def _device_map(skeleton: Any, on_disk: set[str], device: str) -> dict[str, str]
 def _fits(skeleton: Any, dtype: torch.dtype, device: torch.device) -> bool:
     """Returns whether the weights take at most nine tenths of the device's free memory."""
     needed = sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize
-    on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_host_memory()
-    return bool(needed <= 0.9 * free)
+    return bool(needed <= 0.9 * free_memory(device))
+
+
+def free_memory(device: torch.device) -> int:
+    """Returns the bytes that are free on a GPU, or on the host."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_memory()
 
 
 def room_for_conversions(device_map: dict[str, str] | None) -> dict[str, str]:
