@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from .cli.interrupted import say_interrupted
 from .cli.mistakes import debugging, take_debug, tell
 from .errors import LocFTError
+from .world import launched
 
 USAGE = """LocFT-BF for EasyEdit: edit facts by localized, breadth-first fine-tuning.
 
@@ -48,16 +49,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command, rest = arguments[0], arguments[1:]
     with debugging(debug):
+        if not launched():
+            return _told(command, rest)
+        from .cli.ranks import end, run_in_world
+
         try:
-            return _run(command, rest)
-        except LocFTError as error:
-            tell(command, error)
-            return 2
-        except KeyboardInterrupt as error:
-            return say_interrupted(command, error)
+            status = run_in_world(command, lambda given: _told(command, given), rest)
+        except LocFTError as error:  # the processes do not find each other, or lose each other
+            status = tell(command, error)
+        if status != 0:
+            end(status)
+        return status
 
 
-def _run(command: str, rest: list[str]) -> int:
+def _told(command: str, rest: Sequence[str]) -> int:
+    """Runs a command; what goes wrong for a reason is told in one message."""
+    try:
+        return _run(command, rest)
+    except LocFTError as error:
+        return tell(command, error)
+    except KeyboardInterrupt as error:
+        return say_interrupted(command, error)
+
+
+def _run(command: str, rest: Sequence[str]) -> int:
     if command in _APPLICATIONS:
         main_of: Callable[[Sequence[str]], int] = importlib.import_module(
             _APPLICATIONS[command], __package__
@@ -68,7 +83,7 @@ def _run(command: str, rest: list[str]) -> int:
             raise LocFTError("`locft run` needs the path of a script. See locft --help.")
         from .easyedit.script import run_script
 
-        run_script(rest[0], rest[1:])
+        run_script(rest[0], list(rest[1:]))
         return 0
     names = ", ".join([*_APPLICATIONS, "run"])
     raise LocFTError(f"`{command}` is no command. Use one of {names} (locft --help).")

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .sharding import check_retry
-
 logger = logging.getLogger(__name__)
 
 
@@ -55,8 +53,7 @@ def in_batches(
                 continue
             try:
                 run(batch)
-            except torch.cuda.OutOfMemoryError as error:
-                check_retry(error)
+            except torch.cuda.OutOfMemoryError:
                 if len(batch) == 1:
                     raise
                 size = len(batch) // 2

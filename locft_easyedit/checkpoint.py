@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,40 +24,54 @@ from .errors import CheckpointError, EditInterrupted, OutputError, one_message
 from .identity import Identity
 from .interrupts import Interrupts
 from .progress import Progress
-from .weights import TrainedWeights
+from .weights import TrainedWeights, write_
+from .world import ALONE, World
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "checkpoint.safetensors"
 _BYTES_A_NUMBER = 12  # a master and two moments in float32
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_PATIENCE = 5.0  # seconds in which a second signal is the first one again
+_ASK_SECONDS = 0.25  # about how often ranks ask each other for a checkpoint, and at most
+_MOST_STEPS = 100  # from one time to the next
 
 
 class Checkpoints:
     """The checkpoint of one training: found, resumed from, and replaced as training goes on.
 
+    Where several processes train together rank 0 alone reads and writes it.
+
     Args:
         folder: Where it is; made if need be.
         minutes: Time between two of them.
         identity: What this training is; a checkpoint of another one is refused.
+        world: The processes that train together.
 
     Attributes:
         path: The file.
-        saved: What was found there, or `None`.
+        saved: What was found there, or `None`; its tensors are on rank 0 alone.
         notes: What to keep besides, for whoever resumes.
 
     Raises:
         CheckpointError: There is one that is damaged, or the unfinished one of another training.
     """
 
-    def __init__(self, folder: str | Path, minutes: float, identity: Identity) -> None:
+    def __init__(
+        self, folder: str | Path, minutes: float, identity: Identity, world: World = ALONE
+    ) -> None:
         self.path = Path(folder) / FILE_NAME
         self.seconds = 60 * minutes
         self.identity = identity
         self.notes: dict[str, Any] = {}
+        self.world = world
         self.saved = self._found()
-        self._interrupts = Interrupts()
+        # A launcher passes on a Ctrl-C that its processes have got from the terminal already.
+        self._interrupts = Interrupts(patience=_PATIENCE if world.several else 0.0)
+        self._asked: signal.Signals | None = None
+        self._steps_left = 0
         self._last = self._started = time.monotonic()
+        self._agreed = self._last, 1  # when ranks last asked each other, and steps since
         self._before = 0.0  # seconds of training before this process
 
     @property
@@ -91,25 +106,19 @@ class Checkpoints:
         progress, tensors = self.saved.progress, self.saved.tensors
         self.notes = dict(self.saved.notes)
         masters = weights.named_masters()
-        problems = [
-            f"`{key}` is missing or of another shape."
-            for name, master in masters.items()
-            for key in (f"master.{name}", *(f"{moment}.{name}" for moment in _MOMENTS[:2]))
-            if (key.startswith("master.") or f"step.{name}" in tensors)
-            and (key not in tensors or tensors[key].shape != master.shape)
-        ]
-        n_steps = len(progress.step_losses)
-        in_epoch = n_steps - progress.epoch * (n_batches or 0)
-        if n_batches and not 0 <= in_epoch == progress.step <= n_batches:
-            problems.append(f"{n_steps} steps do not fit {progress.epoch} epochs of {n_batches}.")
-        if problems:
-            raise CheckpointError(one_message(f"{self.path} cannot be resumed:", problems))
-        weights.load_({name: tensors[f"master.{name}"] for name in masters})
-        for name, master in masters.items():
-            if optimizer is not None and f"step.{name}" in tensors:
-                optimizer.state[master] = {
-                    moment: tensors[f"{moment}.{name}"].to(master.device) for moment in _MOMENTS
-                }
+        stepped = self.world.from_first(lambda: self._checked(masters, n_batches))
+        if self.world.first:
+            write_(masters, {name: tensors[f"master.{name}"] for name in masters})
+        self.world.broadcast_(masters.values())
+        weights.publish_()
+        for name in stepped if optimizer is not None else []:
+            assert optimizer is not None
+            master = masters[name]
+            state = {moment: _empty(moment, master) for moment in _MOMENTS}
+            if self.world.first:
+                write_(state, {moment: tensors[f"{moment}.{name}"] for moment in _MOMENTS})
+            self.world.broadcast_(state.values())
+            optimizer.state[master] = state
         self._before = progress.seconds
         self.saved = None  # its tensors have done their work
         if progress.finished:
@@ -123,8 +132,34 @@ class Checkpoints:
             )
         return dataclasses.replace(progress)
 
+    def _checked(self, masters: Mapping[str, torch.Tensor], n_batches: int | None) -> list[str]:
+        """Returns which masters the optimizer has stepped.
+
+        Raises:
+            CheckpointError: A tensor is missing or of another shape, or the steps do not add up.
+        """
+        assert self.saved is not None
+        progress, tensors = self.saved.progress, self.saved.tensors
+        stepped = [name for name in masters if f"step.{name}" in tensors]
+        problems = [
+            f"`{key}` is missing or of another shape."
+            for name, master in masters.items()
+            for key in (f"master.{name}", *(f"{moment}.{name}" for moment in _MOMENTS[:2]))
+            if (key.startswith("master.") or name in stepped)
+            and (key not in tensors or tensors[key].shape != master.shape)
+        ]
+        n_steps = len(progress.step_losses)
+        in_epoch = n_steps - progress.epoch * (n_batches or 0)
+        if n_batches and not 0 <= in_epoch == progress.step <= n_batches:
+            problems.append(f"{n_steps} steps do not fit {progress.epoch} epochs of {n_batches}.")
+        if problems:
+            raise CheckpointError(one_message(f"{self.path} cannot be resumed:", problems))
+        return stepped
+
     def check_room(self, weights: TrainedWeights) -> None:
         """Warns, hours before it would be missed, if the disk has no room for a checkpoint."""
+        if not self.world.first:
+            return
         folder = self.path.parent
         needed = _BYTES_A_NUMBER * sum(m.numel() for m in weights.masters)
         free = shutil.disk_usage(folder).free if folder.is_dir() else needed
@@ -141,6 +176,7 @@ class Checkpoints:
     def watching(self, progress: Progress) -> Iterator[None]:
         """Within, Ctrl-C and SIGTERM wait for the end of a step, and time is counted."""
         self._last = self._started = time.monotonic()
+        self._agreed, self._steps_left = (self._last, 1), 0
         try:
             with self._interrupts.noted():
                 yield
@@ -148,10 +184,26 @@ class Checkpoints:
             progress.seconds = self._elapsed()
 
     def due(self) -> bool:
-        """Returns whether it is time for a checkpoint."""
-        return (
-            self._interrupts.received is not None or time.monotonic() - self._last >= self.seconds
-        )
+        """Returns whether it is time for a checkpoint; called after every step.
+
+        Ranks have to answer alike. They ask each other every few steps, so that hosts which run
+        ahead of their GPUs are not held up.
+        """
+        self._steps_left -= 1
+        if self._steps_left > 0:
+            return False
+        now = time.monotonic()
+        received = self._interrupts.received
+        # The first rank's clock counts.
+        late = self.world.first and now - self._last >= self.seconds
+        seconds, steps = now - self._agreed[0], self._agreed[1]
+        ahead = int(steps * min(_ASK_SECONDS, self.seconds) / max(seconds, 1e-9))
+        ahead = max(1, min(_MOST_STEPS, ahead)) if self.world.first else 1
+        answers = self.world.most([int(received or 0), int(late), ahead])
+        self._steps_left = answers[2] if self.world.several else 0
+        self._agreed = now, max(1, self._steps_left)
+        self._asked = signal.Signals(answers[0]) if answers[0] else None
+        return self._asked is not None or bool(answers[1])
 
     def save(
         self, progress: Progress, weights: TrainedWeights, optimizer: torch.optim.Optimizer
@@ -180,6 +232,8 @@ class Checkpoints:
         """
         masters = weights.named_masters()
         written = self._write(progress, {f"master.{name}": m for name, m in masters.items()})
+        [asked] = self.world.most([int(self._interrupts.received or 0)])
+        self._asked = signal.Signals(asked) if asked else None
         self._end_if_asked(progress, written)
 
     def _end_if_asked(self, progress: Progress, written: bool) -> None:
@@ -188,21 +242,22 @@ class Checkpoints:
         Raises:
             EditInterrupted: It has.
         """
-        if self._interrupts.received is None:
+        if self._asked is None:
             return
         where = f"in epoch {progress.epoch + 1}, after {progress.step} of its mini-batches"
         kept = f"{self.path} has what was trained; the same edit goes on there."
         if not written:
             kept = f"{self.path} could not be written; an earlier one may be there."
         raise EditInterrupted(
-            self._interrupts.received,
+            self._asked,
             f"Interrupted {'after training' if progress.finished else where}. The model is as "
             f"before the edit. {kept}",
         )
 
     def discard(self) -> None:
         """Removes the checkpoint."""
-        self.path.unlink(missing_ok=True)
+        if self.world.first:
+            self.path.unlink(missing_ok=True)
 
     def _elapsed(self) -> float:
         return self._before + time.monotonic() - self._started
@@ -210,6 +265,8 @@ class Checkpoints:
     def _write(self, progress: Progress, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Writes a checkpoint; returns whether that worked."""
         progress.seconds = self._elapsed()
+        if not self.world.first:
+            return True  # it is rank 0's to know
         try:
             write_checkpoint(self.path, Saved(self.identity, self.notes, progress, dict(tensors)))
         except OutputError as error:
@@ -219,6 +276,22 @@ class Checkpoints:
 
     def _found(self) -> Saved | None:
         """Returns the checkpoint that this training goes on from, if there is one.
+
+        Raises:
+            CheckpointError: It is damaged, or the unfinished one of another training.
+        """
+        whole: Saved | None = None
+
+        def look() -> Saved | None:
+            nonlocal whole
+            whole = self._on_disk()
+            return None if whole is None else dataclasses.replace(whole, tensors={})
+
+        without_tensors = self.world.from_first(look)
+        return whole or without_tensors
+
+    def _on_disk(self) -> Saved | None:
+        """Returns the checkpoint in the folder, if this training goes on from it.
 
         Raises:
             CheckpointError: It is damaged, or the unfinished one of another training.
@@ -245,3 +318,9 @@ class Checkpoints:
                 differences,
             )
         )
+
+
+def _empty(moment: str, master: torch.Tensor) -> torch.Tensor:
+    """Returns room for one of Adam's values of a parameter; its step is one number."""
+    like = master.detach()
+    return like.new_zeros(()) if moment == "step" else torch.zeros_like(like)

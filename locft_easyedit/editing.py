@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .checkpoint import Checkpoints
 from .compiling import compiled
 from .devices import context_length
-from .errors import ModelError, NonFiniteLossError
+from .errors import ModelError, NonFiniteLossError, RankError, one_message
 from .files import locked
 from .health import HealthCheck
 from .hparams import LocFTBFHyperParams
@@ -30,11 +31,13 @@ from .progress import Progress
 from .requests import EditSet, distinct_edits
 from .result import EditResult
 from .runner import TextRunner
+from .sharding import lockstep
 from .shortcuts import Shortcuts, find_shortcuts
 from .store import Budget
 from .stream import FrozenStream, stream_of
 from .tokens import TokenizedTexts, tokenize_edits
 from .weights import TrainedWeights
+from .world import ALONE, Share, World, here
 
 if TYPE_CHECKING:
     from .locate.choice import Choice
@@ -82,6 +85,9 @@ class EditSession:
         hparams: The hyper-parameters; once checked, with the place and rate that were chosen.
         progress: Show progress bars.
         alone: Requests will be trained one at a time, so that no two of them are in conflict.
+            Processes that a launcher has started then do the same, each for itself.
+        world: The processes that train together: those of the launcher. Each has to enter a
+            session of the same model, edits and hyper-parameters.
         states: States of frozen layers that several sessions share (see `LayerStates`).
         shortcuts: What leaves this model's logits as they are; once entered.
         budget: Where recorded states may lie; once entered.
@@ -99,10 +105,12 @@ class EditSession:
     progress: bool = True
     alone: bool = False
     states: Recorded | None = None
+    world: World = field(default_factory=here)
     edits: EditSet = field(init=False)
     place: Place = field(init=False)
     timings: dict[str, float] = field(init=False, default_factory=dict)
     _texts: TokenizedTexts | None = field(init=False, default=None)
+    _share: Share = field(init=False)
     shortcuts: Shortcuts = field(init=False)
     budget: Budget = field(init=False)
     stream: FrozenStream | None = field(init=False, default=None)
@@ -122,7 +130,10 @@ class EditSession:
                 there cannot be used.
         """
         h = self.hparams
-        with self._timed("prepare"):
+        if self.alone:
+            self.world = ALONE
+        self.progress = self.progress and self.world.first
+        with self.world.together(), self._timed("prepare"):
             h.check()
             self.edits = distinct_edits(self.requests, None if self.alone else h.on_conflict)
             if not h.chooses:
@@ -138,10 +149,36 @@ class EditSession:
                 self.choice = self._chosen()
             self.hparams = h = self.choice.applied(h)
             self._select()
+        self._share = Share.in_world(self.world, self._texts.input_lengths)
         folder = self._checkpoint_dir
+        if folder is None and not self.world.several:
+            return
+        identity = Identity.of(self.model, self.place, self._texts, h, self.world.size)
+        self._agree(identity)
         if folder is not None and h.checkpoint_minutes is not None:
-            identity = Identity.of(self.model, self.place, self._texts, h)
-            self.checkpoints = Checkpoints(folder, h.checkpoint_minutes, identity)
+            self.checkpoints = Checkpoints(folder, h.checkpoint_minutes, identity, self.world)
+            self.world.advise(
+                f"{self.checkpoints.path} has the last checkpoint, if one was due; the same edit "
+                "goes on there, with any number of processes."
+            )
+
+    def _agree(self, identity: Identity) -> None:
+        """Checks that all ranks are about to make the same edit.
+
+        Raises:
+            RankError: They are not.
+        """
+        first, *others = self.world.gather(identity)
+        for rank, other in enumerate(others, start=1):
+            differences = first.differences(other)
+            if differences:
+                raise RankError(
+                    one_message(
+                        f"Rank {rank} of {self.world.size} is about to make another edit than rank "
+                        "0. Start all of them with the same model, data and settings:",
+                        differences,
+                    )
+                )
 
     @property
     def _checkpoint_dir(self) -> str | None:
@@ -157,7 +194,11 @@ class EditSession:
             check_low_rank(self.model, self.place.parameters, h.lora_rank)
 
     def _chosen(self) -> Choice:
-        """Returns the place for these edits; an interrupted run does not choose twice."""
+        """Returns the place for these edits, which rank 0 chooses for all."""
+        return self.world.from_first(self._choose)
+
+    def _choose(self) -> Choice:
+        """Chooses the place for these edits; an interrupted run does not choose twice."""
         # They train with sessions of their own.
         from .locate.auto import choose_place
         from .locate.choice import keep_choice, kept_choice
@@ -182,17 +223,22 @@ class EditSession:
         h = self.hparams
         assert self._texts is not None
         with self._cleanup:
-            if self.checkpoints is not None:
+            if self.checkpoints is not None and self.world.first:
                 self._cleanup.enter_context(locked(self.checkpoints.path.parent))
             self._cleanup.enter_context(only_trainable(self.model, self.place.parameters.values()))
-            with self._timed("prefix"), with_gradients():
+            with self.world.together(), self._timed("prefix"), with_gradients():
                 self.budget = Budget(
-                    h.prefix_gpu_gib, h.prefix_host_gib, h.prefix_disk_gib, h.prefix_dir
+                    h.prefix_gpu_gib,
+                    h.prefix_host_gib,
+                    h.prefix_disk_gib,
+                    h.prefix_dir,
+                    self.world.local_size,
                 )
                 stream = stream_of(self.model, self.place.first_layer, progress=self.progress)
                 if stream is not None:
                     self._cleanup.enter_context(stream)
-                with stream.shortened() if stream is not None else nullcontext():
+                shortened = stream.shortened() if stream is not None else nullcontext()
+                with shortened, lockstep(self.model):
                     self.shortcuts = find_shortcuts(
                         self.model,
                         self._texts,
@@ -235,6 +281,9 @@ class EditSession:
     def _kept(self) -> tuple[str, Mapping[str, Any]] | None:
         """Where prefixes stay for a later run, and what they do not depend on."""
         folder = self.hparams.prefix_dir
+        if folder and self.world.several:
+            # The health check's text is the same on all ranks, and so would be its file.
+            folder = str(Path(folder, f"rank-{self.world.rank}-of-{self.world.size}"))
         return (folder, self.place.parameters) if folder else None
 
     @property
@@ -250,7 +299,7 @@ class EditSession:
         noted = None if self.checkpoints is None else self.checkpoints.noted("cut")
         runner = prepare_runner(
             self.model,
-            self._texts,
+            self._texts.subset(self._share.own) if self.world.several else self._texts,
             self.shortcuts,
             row_tokens=h.row_tokens,
             batch_size=h.eval_batch_size,
@@ -261,6 +310,7 @@ class EditSession:
             stream=self.stream,
             states=self.shared_states,
             progress=self.progress,
+            world=self.world,
         )
         if self.checkpoints is not None:
             prefix = runner.prefix
@@ -295,7 +345,8 @@ class EditSession:
             finished = checkpoints is not None and checkpoints.finished
             runner = None if finished else self._ready_runner()
             if self._health is not None and only is None:
-                self._health.before()
+                with lockstep(self.model):
+                    self._health.before()
             done = self._finished_(weights, checkpoints)
             if done is None:
                 assert runner is not None
@@ -306,9 +357,10 @@ class EditSession:
             new, health = changed.values(), None
             if self._health is not None:
                 # Of edits that are made one at a time, hundreds maybe, the norms alone.
-                health = self._health.after(
-                    changed.original, new, lr=self.hparams.lr, perplexity=only is None
-                )
+                with lockstep(self.model):
+                    health = self._health.after(
+                        changed.original, new, lr=self.hparams.lr, perplexity=only is None
+                    )
             notes = self._how_it_ran(checkpoints)
             return EditResult(
                 losses=done.losses,
@@ -339,7 +391,7 @@ class EditSession:
         if self._runner is None:  # a checkpoint had made it needless
             self._runner = self._prepared()
         if self._runner.prefix is not None and not self._runner.replays:
-            with self._timed("prefix"):
+            with self.world.together(), self._timed("prefix"):
                 self._runner.prefix.ensure()
         return self._runner
 
@@ -369,6 +421,7 @@ class EditSession:
                 weights,
                 indices,
                 self.hparams,
+                share=self._share,
                 describe=self._describe,
                 progress=progress,
                 checkpoints=checkpoints,

@@ -59,7 +59,7 @@ class Identity:
             and its precision.
         edits: Hash of the edits' tokens, and their number.
         settings: The hyper-parameters that have an effect on the result.
-        surroundings: Versions and device, which may move its last bits.
+        surroundings: Versions, device and processes, which may move its last bits.
     """
 
     model: dict[str, str | None]
@@ -74,6 +74,7 @@ class Identity:
         place: Place,
         texts: TokenizedTexts,
         hparams: LocFTBFHyperParams,
+        n_processes: int = 1,
     ) -> Identity:
         """Returns the identity of a training that is about to begin.
 
@@ -82,6 +83,7 @@ class Identity:
             place: What is trained.
             texts: All edits as tokens.
             hparams: The hyper-parameters.
+            n_processes: Processes that train together.
         """
         device = input_device(model)
         on_gpu = device.type == "cuda"
@@ -104,6 +106,7 @@ class Identity:
                 "transformers": transformers.__version__,
                 "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
                 "threads": None if on_gpu else torch.get_num_threads(),
+                "processes": n_processes,
             },
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -14,12 +15,17 @@ _NOTED = (signal.SIGINT, signal.SIGTERM)
 class Interrupts:
     """What has asked the training to stop.
 
+    Args:
+        patience: Seconds after the first signal in which another one is taken for the same.
+
     Attributes:
         received: The signal, or `None`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float = 0.0) -> None:
         self.received: signal.Signals | None = None
+        self._patience = patience
+        self._since = 0.0
 
     @contextmanager
     def noted(self) -> Iterator[None]:
@@ -34,9 +40,16 @@ class Interrupts:
         former = {number: signal.getsignal(number) for number in _NOTED}
 
         def note(number: int, frame: FrameType | None) -> None:
-            self.received = signal.Signals(number)
+            if self.received is None:
+                self.received, self._since = signal.Signals(number), time.monotonic()
+                if self._patience:
+                    return
+            elif time.monotonic() - self._since < self._patience:
+                return
             for noted, handler in former.items():
                 signal.signal(noted, handler)
+            if self._patience:
+                signal.raise_signal(number)
 
         # A program that ignores a signal goes on ignoring it; `None` is a handler not of Python's.
         taken = [n for n, handler in former.items() if handler not in (signal.SIG_IGN, None)]

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from itertools import chain
 
 import numpy as np
 import torch
@@ -21,8 +22,9 @@ from .errors import NonFiniteLossError
 from .hparams import LocFTBFHyperParams
 from .progress import Progress
 from .runner import Prepared, TextRunner
-from .sharding import check_retry, lockstep
+from .sharding import lockstep
 from .weights import TrainedWeights
+from .world import ALONE, Share
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ def breadth_first_(
     indices: np.ndarray,
     hparams: LocFTBFHyperParams,
     *,
+    share: Share | None = None,
     describe: Callable[[int], str] = str,
     progress: bool = False,
     checkpoints: Checkpoints | None = None,
@@ -40,10 +43,12 @@ def breadth_first_(
     """Trains `weights` on the edits `indices`, in place; returns what it did.
 
     Args:
-        runner: Gives the losses of a batch of edits, with a graph to the parameters.
+        runner: Gives the losses of a batch of edits, with a graph to the parameters; where several
+            processes train together, of this one's share.
         weights: What is trained.
         indices: The edits, [N].
         hparams: Epochs, batch size, learning rate, thresholds and seed.
+        share: Which edits this process runs; all if `None`.
         describe: Names an edit in an error.
         progress: Show a progress bar.
         checkpoints: Where an interrupted training goes on from, and leaves its state.
@@ -53,7 +58,8 @@ def breadth_first_(
             to the caller, who holds the originals.
         EditInterrupted: Ctrl-C or SIGTERM, after a checkpoint.
     """
-    step = _Step(runner, weights, hparams)
+    share = share or Share.in_world(ALONE, runner.texts.input_lengths)
+    step = _Step(runner, weights, hparams, share)
     n_batches = math.ceil(len(indices) / hparams.batch_size)
     done = Progress.start(hparams.seed, step.micro_batch.size)
     if checkpoints is not None:
@@ -79,8 +85,9 @@ def breadth_first_(
                 for start in range(0, len(order), hparams.batch_size)
             ]
             outcomes: list[Outcome] = []
-            for parts in step.prepared(batches[done.step :]):
-                outcomes.append(step.take_(parts))
+            left = batches[done.step :]
+            for batch, parts in zip(left, step.prepared(left), strict=True):
+                outcomes.append(step.take_(parts, len(batch)))
                 bar.update()
                 if step.waits and not torch.isfinite(outcomes[-1][0]):
                     break
@@ -96,6 +103,9 @@ def breadth_first_(
             done.converged = done.losses[-1] < hparams.epoch_loss_threshold
             bar.set_postfix(epoch=done.epoch, loss=f"{done.losses[-1]:.4f}")
         weights.clear_gradients_()
+        # The same sums were added to all; unlike GPUs may still have rounded them differently.
+        share.world.broadcast_(weights.masters)
+        weights.publish_()
         if not weights.finite():
             raise NonFiniteLossError(
                 "The last update made a weight NaN or infinite; the weights are as they were "
@@ -139,16 +149,21 @@ class _Step:
     """One mini-batch after another: losses, gradients and, above the threshold, an update."""
 
     def __init__(
-        self, runner: TextRunner, weights: TrainedWeights, hparams: LocFTBFHyperParams
+        self,
+        runner: TextRunner,
+        weights: TrainedWeights,
+        hparams: LocFTBFHyperParams,
+        share: Share,
     ) -> None:
         self.runner = runner
+        self.share = share
         self.weights = weights
         self.threshold = hparams.batch_loss_threshold
         self.micro_batch = _MicroBatch(hparams.micro_batch_size or hparams.batch_size)
         self.optimizer = torch.optim.Adam(
             weights.masters, lr=hparams.lr, weight_decay=hparams.weight_decay, fused=True
         )
-        # A CPU has nothing to wait for, and then saves what follows a loss below the threshold.
+        # A CPU has nothing to wait for.
         self.waits = runner.device.type == "cpu"
 
     def prepared(self, batches: list[np.ndarray]) -> Iterator[list[Prepared]]:
@@ -162,29 +177,32 @@ class _Step:
         )
 
     def _parts(self, batch: np.ndarray) -> list[Prepared]:
-        lengths = self.runner.texts.input_lengths[batch]
-        return [self.runner.prepare(part) for part in self.micro_batch.split(batch, lengths)]
+        return self._micro_batches(self.share.of(batch))
+
+    def _micro_batches(self, texts: np.ndarray) -> list[Prepared]:
+        lengths = self.runner.texts.input_lengths[texts]
+        return [self.runner.prepare(part) for part in self.micro_batch.split(texts, lengths)]
 
     def _again(self, parts: list[Prepared]) -> list[Prepared]:
-        return self._parts(np.concatenate([part.batch for part in parts]))
+        return self._micro_batches(np.concatenate([part.batch for part in parts]))
 
-    def take_(self, parts: list[Prepared]) -> Outcome:
-        """Makes one step on a mini-batch."""
-        if max(part.n_texts for part in parts) > self.micro_batch.size:
+    def take_(self, parts: list[Prepared], n_edits: int) -> Outcome:
+        """Makes one step on a mini-batch.
+
+        Args:
+            parts: This process's share of it, in micro-batches.
+            n_edits: Edits of the whole mini-batch.
+        """
+        if max((part.n_texts for part in parts), default=0) > self.micro_batch.size:
             parts = self._again(parts)  # made ahead, before memory ran out
-        while True:
-            self.weights.clear_gradients_()
-            try:
-                loss, update = self._gradients_(parts)
-                break
-            except torch.cuda.OutOfMemoryError as error:
-                check_retry(error)
-                self.micro_batch.halve(parts, error)
-            # Outside the handler: the exception's frames hold the tensors that have to go.
-            torch.cuda.empty_cache()
-            parts = self._again(parts)
-        if update is None:
+        # Whoever has less to run, or has to run it again in smaller parts, is waited for.
+        with lockstep(self.runner.model):
+            loss, known_below = self._own_gradients_(parts, n_edits)
+        if known_below:
             return loss, torch.tensor(False, device=loss.device)
+        # All that processes which train together exchange in a step.
+        self.share.world.sum_(chain([loss], self.weights.gradients_()))
+        update = torch.isfinite(loss) & (loss >= self.threshold)
         if self.waits:
             if update:
                 self.optimizer.step()
@@ -196,26 +214,35 @@ class _Step:
         self.weights.publish_()
         return loss, update
 
-    def _gradients_(self, parts: list[Prepared]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Computes the mini-batch's loss and gradients; returns it and whether to update.
+    def _own_gradients_(self, parts: list[Prepared], n_edits: int) -> tuple[torch.Tensor, bool]:
+        """Computes this process's share of the mini-batch's loss and gradients.
 
-        Where the answer costs nothing, `None` says that there are no gradients to update with.
+        Returns it, and whether it is below the threshold, where that costs nothing to know: there
+        are no gradients then.
         """
-        with lockstep(self.runner.model):
-            return self._summed_(parts)
+        while True:
+            self.weights.clear_gradients_()
+            try:
+                return self._summed_(parts, n_edits)
+            except torch.cuda.OutOfMemoryError as error:
+                self.micro_batch.halve(parts, error)
+            # Outside the handler: the exception's frames hold the tensors that have to go.
+            torch.cuda.empty_cache()
+            parts = self._again(parts)
 
-    def _summed_(self, parts: list[Prepared]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        n_edits = sum(part.n_texts for part in parts)
+    def _summed_(self, parts: list[Prepared], n_edits: int) -> tuple[torch.Tensor, bool]:
         losses = []
+        # Then what follows a loss below the threshold is saved.
+        known_at_once = self.waits and len(parts) == 1 and not self.share.world.several
         for part in parts:
             loss = self.runner.edit_losses(part).sum() / n_edits
-            if self.waits and len(parts) == 1 and not loss >= self.threshold:
-                return loss.detach(), None  # NaN as well
+            if known_at_once and not loss >= self.threshold:
+                return loss.detach(), True  # NaN as well
             (loss * self.weights.loss_scale).backward()
             self.weights.collect_gradients_()
             losses.append(loss.detach())
-        total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-        return total, torch.isfinite(total) & (total >= self.threshold)
+        total = torch.stack(losses).sum() if losses else torch.zeros((), device=self.runner.device)
+        return total, False
 
 
 class _MicroBatch:
@@ -227,8 +254,8 @@ class _MicroBatch:
     def split(self, batch: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
         """Returns micro-batches of about as many tokens each; one is the batch as it is."""
         n_parts = math.ceil(len(batch) / self.size)
-        if n_parts == 1:
-            return [batch]
+        if n_parts <= 1:
+            return [batch] if n_parts else []
         # Longest first, dealt to and fro: no part gets all the long ones.
         order = np.argsort(-lengths, kind="stable")
         turn = np.arange(len(batch)) % (2 * n_parts)

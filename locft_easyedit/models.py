@@ -27,7 +27,7 @@ from .offload import room_for_conversions
 from .place import match_parameters
 from .reading import is_file, shown
 from .sharded_loading import places, shard_
-from .world import here
+from .world import World, here
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,9 @@ def resolve_device(device: int | str | None) -> torch.device:
             f"`device={device!r}` is no device. Use cpu, cuda, or the number of a GPU."
         ) from error
     if resolved.type == "cuda":
+        world = here()
+        if world.local_size > 1:
+            return _own_gpu(world, device)
         n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (resolved.index or 0) >= n_gpus:
             found = f"{n_gpus} GPUs were found" if n_gpus else "no usable GPU was found"
@@ -56,6 +59,21 @@ def resolve_device(device: int | str | None) -> torch.device:
                 "Use `device: cpu`, or another number."
             )
     return resolved
+
+
+def _own_gpu(world: World, device: int | str | None) -> torch.device:
+    """Returns the GPU of one of several processes of a machine: its own, whatever number is given.
+
+    Raises:
+        HyperParamsError: There are fewer GPUs than processes.
+    """
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if n_gpus < world.local_size:
+        raise HyperParamsError(
+            f"`device={device!r}` with {world.local_size} processes on one machine needs as many "
+            f"CUDA GPUs; {n_gpus} were found. Start a process for each GPU, or use `device: cpu`."
+        )
+    return torch.device("cuda", world.local_rank)
 
 
 def load_model(hparams: LocFTBFHyperParams) -> tuple[Any, PreTrainedTokenizerBase]:

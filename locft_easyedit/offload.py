@@ -105,7 +105,8 @@ def _fits(skeleton: Any, dtype: torch.dtype, device: torch.device) -> bool:
 
 def free_memory(device: torch.device) -> int:
     """Returns the bytes that are free on a GPU, or on the host."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_memory()
+    on_gpu = device.type == "cuda"
+    return int(torch.cuda.mem_get_info(device)[0] if on_gpu else free_host_memory())
 
 
 def room_for_conversions(device_map: dict[str, str] | None) -> dict[str, str]:

@@ -16,7 +16,8 @@ from .editing import EditSession
 from .errors import OutputError
 from .evaluate.choices import HowToRun
 from .evaluate.compact import CompactRecords
-from .evaluate.evaluation import Evaluation, Joined
+from .evaluate.evaluation import Joined
+from .evaluate.shared import SharedEvaluation
 from .evaluate.summary import summarize
 from .files import new_folder, output_errors
 from .hparams import LocFTBFHyperParams
@@ -68,6 +69,8 @@ def edit_and_measure(
 ) -> Run:
     """Edits `model` in place with all `requests`; measures before, and after all are in.
 
+    Several processes of a launcher share the work; each returns the whole run.
+
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
@@ -82,30 +85,31 @@ def edit_and_measure(
 
     with EditSession(model, tokenizer, requests, hparams, progress=progress) as session:
         watch.lap("checks and frozen prefix")
-        how = HowToRun.of_session(session, progress=progress)
-        evaluation = Evaluation(model, tokenizer, requests, how)
+        how = HowToRun.of_session(session, progress=session.progress)
+        evaluation = SharedEvaluation(session.world, model, tokenizer, requests, how)
         before = _before(evaluation, session)
         watch.lap("metrics before")
         result = session.train_()
         watch.lap("training")
-        after = CompactRecords(evaluation.stream("after"))
+        after = evaluation.measure("after")
         watch.lap("metrics after")
     return Run(Joined(requests, before, after), result, watch.seconds)
 
 
-def _before(evaluation: Evaluation, session: EditSession) -> CompactRecords:
+def _before(evaluation: SharedEvaluation, session: EditSession) -> CompactRecords:
     """Returns the metrics before the edit; an interrupted run does not measure them twice."""
     if session.checkpoints is None:
-        return CompactRecords(evaluation.stream("before"))
+        return evaluation.measure("before")
     path = session.checkpoints.path.with_name("before.jsonl")
     identity = session.checkpoints.identity.to_dict() | {"records": digest(evaluation.records)}
-    records = CompactRecords.read(path, identity)
+    records = session.world.from_first(lambda: CompactRecords.read(path, identity))
     if records is not None:
         logger.info("%s has the metrics before the edit; they are not measured again.", path)
         return records
-    records = CompactRecords(evaluation.stream("before"))
+    records = evaluation.measure("before")
     try:
-        records.write(path, identity)
+        if session.world.first:
+            records.write(path, identity)
     except OutputError as error:
         logger.warning("The metrics before the edit are kept in memory alone: %s", error)
     return records

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from .files import LOCK, locked, output_errors
 from .hparams import LocFTBFHyperParams
 from .identity import digest, settings_of
 from .report import prepare_folder, write_json
+from .world import ALONE, World
 
 logger = logging.getLogger(__name__)
 
@@ -90,18 +91,31 @@ def run_folder(
     command: dict[str, Any],
     *,
     resume: bool = True,
+    world: World = ALONE,
 ) -> Iterator[RunFolder]:
     """Yields the output folder of a run, locked; an interrupted run there is gone on with.
+
+    Of several processes the first one opens it, and tells the others what is there.
 
     Args:
         folder: Made if need be.
         settings: What the run is (see `run_settings`).
         command: What it was started with.
         resume: Go on with what is there; else it is begun anew, whatever is there.
+        world: The processes that share the run.
 
     Raises:
         OutputError: The folder belongs to another run, is in use or cannot be written to.
     """
+    with ExitStack() as stack:
+        opened = _opened(folder, settings, command, resume=resume)
+        yield world.from_first(lambda: stack.enter_context(opened))
+
+
+@contextmanager
+def _opened(
+    folder: str | Path, settings: dict[str, Any], command: dict[str, Any], *, resume: bool
+) -> Iterator[RunFolder]:
     path = prepare_folder(folder)
     with locked(path):
         run = RunFolder(path, settings, command)

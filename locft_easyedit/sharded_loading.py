@@ -97,9 +97,7 @@ def _sharding(
         return None
     stack = None if skeleton is None else find_layers(skeleton)
     trained = (
-        []
-        if skeleton is None
-        else match_parameters(skeleton, hparams.layers, hparams.templates)
+        [] if skeleton is None else match_parameters(skeleton, hparams.layers, hparams.templates)
     )
     first = first_layer_of(trained, stack)
     problem = "no list of layers was found in it, or the place lies outside"
@@ -114,9 +112,7 @@ def _sharding(
     assert stack is not None
     assert first is not None
     whole = frozenset(trained)
-    layers = tuple(
-        i for i in range(first + 1, len(stack.layers)) if _frozen(stack, i, whole)
-    )
+    layers = tuple(i for i in range(first + 1, len(stack.layers)) if _frozen(stack, i, whole))
     resident = _bytes(skeleton, hparams.dtype_on(device), device_map)
     shared = sum(
         parameter.numel() * hparams.dtype_on(device).itemsize
@@ -147,7 +143,7 @@ def _frozen(stack: LayerList, number: int, trained: frozenset[str]) -> list[nn.P
     ]
 
 
-def _shared_between_layers(skeleton: nn.Module, stack: LayerList, first: int) -> str:
+def _shared_between_layers(skeleton: Any, stack: LayerList, first: int) -> str:
     """Returns what is wrong where a parameter above the place has another name elsewhere."""
     owners: dict[int, set[str]] = {}
     for name, parameter in skeleton.named_parameters(remove_duplicate=False):
@@ -202,7 +198,7 @@ def shard_(
 
 
 def _read_(layer: nn.Module, device: torch.device) -> None:
-    """Reads a layer's weights to the device, in place of accelerate's hooks that would each time."""
+    """Reads a layer's weights to the device, for good: accelerate's hooks would at every pass."""
     for part in layer.modules():
         hook = getattr(part, "_hf_hook", None)
         if hook is None:

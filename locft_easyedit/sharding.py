@@ -19,14 +19,16 @@ Why all processes issue the same gatherings in the same order:
   backward passes are agreed upon each for itself.
 - Passes that end early (`Stop`) do so below the first of these layers or above the last.
 
-A pass that fails half-way cannot be taken up again, here or elsewhere: that process ends with an
-error, and the others with it (see `watch`).
+A pass that fails half-way (memory that runs out, say) still owes the others its gatherings: they
+are made up for before this process says what it does next, which may be the same with less. An
+error that ends a phase is told to all, and ends it for them.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -34,11 +36,11 @@ import torch
 from torch import nn
 
 from .anatomy import first_tensor
-from .errors import MemoryBudgetError, ModelError
+from .errors import LostRankError, ModelError, RankError
 from .hashes import keep_sample
-from .world import World
+from .world import World, brief
 
-_DONE, _FORWARD, _BACKWARD = 0, 1, 2
+_DONE, _FORWARD, _BACKWARD, _FAILED = 0, 1, 2, 3
 
 
 class ShardedLayers:
@@ -59,9 +61,12 @@ class ShardedLayers:
         self._mesh = mesh
         self._layers: list[Any] = []
         self._n_layers = n_layers
-        self._expected = 0  # the layer that a forward pass comes to next
-        self._half_way = False
+        self._running = _DONE  # the kind of pass that this process is in
+        self._at = 0  # the layer that it is in or comes to next
         self._in_lockstep = False
+
+    def __len__(self) -> int:
+        return len(self._layers)
 
     def add_(self, layer: nn.Module, whole: set[nn.Parameter]) -> None:
         """Leaves this process its share of a layer.
@@ -78,21 +83,14 @@ class ShardedLayers:
             if parameter not in whole:
                 parameter.requires_grad_(False)
                 samples[name] = keep_sample(parameter)
-        if number == self._n_layers - 1:
-            # Before `fully_shard` adds its own, which gathers: an agreement comes first.
-            layer.register_forward_hook(self._leave)
-        fully_shard(
-            layer,
-            mesh=self._mesh,
-            reshard_after_forward=True,
-            ignored_params=whole,
+        # Before `fully_shard` adds its own: what is agreed upon comes before what is gathered.
+        layer.register_forward_hook(functools.partial(self._leave, number))
+        fully_shard(layer, mesh=self._mesh, reshard_after_forward=True, ignored_params=whole)
+        layer.register_forward_pre_hook(
+            functools.partial(self._enter, number), prepend=True, with_kwargs=True
         )
         for name, sample in samples.items():
             sample(layer.get_parameter(name))
-        layer.register_forward_pre_hook(
-            lambda _module, _args: self._enter(number),
-            prepend=True,  # before the gathering
-        )
         self._layers.append(layer)
         # Makes ready what FSDP2 leaves until a layer runs: it may be fetched ahead before it does.
         self._gather([layer])
@@ -117,57 +115,99 @@ class ShardedLayers:
         """Within, each process runs as many passes as it likes; all leave together.
 
         Nothing else that all processes do together may be begun within.
+
+        Raises:
+            RankError: Another process has failed.
         """
         if self._in_lockstep:
             yield
             return
-        self._settle()
+        self._make_up()
         self._in_lockstep = True
         try:
             yield
             self._until(_DONE)
+        except RankError:  # all know
+            raise
+        except Exception as error:
+            self._tell(error)
+            raise
         finally:
             self._in_lockstep = False
 
-    def _settle(self) -> None:
-        """Lets go of what a pass has left that failed in the same way everywhere (a probe)."""
-        if self._half_way:
-            for layer in self._layers[: self._expected]:
-                # Older releases have no such method.
-                getattr(layer, "reset_iter_state", layer.reshard)()
-            self._half_way = False
+    def _tell(self, error: Exception) -> None:
+        """Lets the others know that this process has failed, if it can still keep up with them."""
+        try:
+            with suppress(RankError):  # one that it raises itself
+                self._until(_FAILED, error)
+        except Exception as again:
+            raise LostRankError(
+                f"A pass through sharded layers failed ({brief(error)}) and cannot be ended in "
+                f"order ({brief(again)}): the other processes end as well."
+            ) from error
 
-    def _enter(self, number: int) -> None:
+    def _enter(self, number: int, layer: nn.Module, args: Any, kwargs: Any) -> None:
         """Is called before a layer is gathered to run."""
         if number == 0:
-            self._expected = 0
+            self._make_up()
             if self._in_lockstep:
                 self._until(_FORWARD)
-        if number != self._expected:
+            self._running, self._at = _FORWARD, 0
+        if self._running != _FORWARD or number != self._at:
             raise ModelError(
                 "`shard_frozen` does not suit this model: its layers do not run one after another, "
                 "each once. Set `shard_frozen: false`."
             )
-        self._expected, self._half_way = number + 1, True
+        hidden = first_tensor([*args, *kwargs.values()])
+        if hidden is not None and hidden.requires_grad:
+            hidden.register_hook(functools.partial(self._leave_backward, number))
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Is called when the last layer has run."""
-        self._half_way = False
+    def _leave(self, number: int, layer: nn.Module, args: Any, output: Any) -> None:
+        """Is called when a layer has run."""
+        self._at = number + 1
+        if self._at == self._n_layers:
+            self._running = _DONE
         hidden = first_tensor(output)
-        if self._in_lockstep and hidden is not None and hidden.requires_grad:
-            hidden.register_hook(self._turn)
+        if hidden is not None and hidden.requires_grad:
+            hidden.register_hook(functools.partial(self._enter_backward, number))
 
-    def _turn(self, gradient: torch.Tensor) -> None:
-        """Is called before the last layer is gathered to run backward."""
-        if self._in_lockstep:
+    def _enter_backward(self, number: int, gradient: torch.Tensor) -> None:
+        """Is called before a layer is gathered to run backward."""
+        if number == self._n_layers - 1 and self._in_lockstep:
             self._until(_BACKWARD)
+        self._running, self._at = _BACKWARD, number
 
-    def _until(self, wanted: int) -> None:
-        """Takes part in what others run, until it is the turn of what this process wants to do."""
+    def _leave_backward(self, number: int, gradient: torch.Tensor) -> None:
+        """Is called when a layer has run backward."""
+        self._at = number - 1
+        if number == 0:
+            self._running = _DONE
+
+    def _make_up(self) -> None:
+        """Does this process's part in what is left of a pass that it failed in."""
+        running, self._running = self._running, _DONE
+        if running == _DONE:
+            return
+        forward = running == _FORWARD
+        left = self._layers[self._at :] if forward else self._layers[self._at :: -1]
+        self._gather(left)  # nothing for those that are here, or on the way, already
+        for layer in self._layers:
+            if hasattr(layer, "reset_iter_state"):  # older releases of PyTorch do without
+                layer.reset_iter_state()
+
+    def _until(self, wanted: int, error: Exception | None = None) -> None:
+        """Takes part in what others run, until it is the turn of what this process wants to do.
+
+        Raises:
+            RankError: A process has failed.
+        """
+        self._make_up()
         while True:
-            forward, backward = self.world.most([wanted == _FORWARD, wanted == _BACKWARD])
-            # Backward first: it frees what the forward pass has left, and is waited for by nobody
-            # who runs forward as well.
+            kinds = (_FORWARD, _BACKWARD, _FAILED)
+            forward, backward, failed = self.world.most([wanted == kind for kind in kinds])
+            if failed:
+                self.world.end_if_failed(error)
+            # Backward first: it frees what the forward pass has left.
             agreed = _BACKWARD if backward else _FORWARD if forward else _DONE
             if agreed == wanted:
                 return
@@ -202,18 +242,3 @@ def lockstep(model: nn.Module) -> AbstractContextManager[None]:
     """
     layers = sharded_layers(model)
     return nullcontext() if layers is None else layers.lockstep()
-
-
-def check_retry(error: Exception) -> None:
-    """Checks that a pass may be tried again with less in it, after memory ran out.
-
-    Raises:
-        MemoryBudgetError: A model is sharded: the others wait for the pass as it was.
-    """
-    if _sharded:
-        raise MemoryBudgetError(
-            "The GPU's memory ran out in a pass through sharded layers (`shard_frozen`), which "
-            "cannot be tried again with less: all processes run it together. Set "
-            "`micro_batch_size` (edits in one forward pass), or `eval_batch_size` in a "
-            "measurement, to less; more processes hold smaller shares."
-        ) from error

@@ -34,25 +34,32 @@ class Budget:
         disk_gib: Of the disk that `folder` is on.
         folder: Where files go. The prefix of the edits stays there and is used again by a later
             run on the same model and edits; `None` is the system's folder for temporary files.
+        processes: Processes of this machine that share its memory and disk, each with as much.
     """
 
     gpu_gib: float | None = None
     host_gib: float | None = None
     disk_gib: float | None = None
     folder: str | None = None
+    processes: int = 1
     taken: list[int] = field(default_factory=lambda: [0, 0, 0])
 
     def rows(self, row_bytes: int, device: torch.device) -> tuple[int, int, int]:
         """Returns how many rows of that many bytes each tier can still take: GPU, host, disk."""
         on_gpu = device.type == "cuda"
         free_gpu = torch.cuda.mem_get_info(device)[0] if on_gpu else 0
-        free = (_GPU_SHARE * free_gpu, _HOST_SHARE * free_host_memory(), self._free_disk())
-        given = (self.gpu_gib if on_gpu else 0.0, self.host_gib, self.disk_gib)
-        gpu, host, disk = (
+        n = self.processes
+        free = (_GPU_SHARE * free_gpu, _HOST_SHARE * free_host_memory() / n, self._free_disk() / n)
+        host, disk = (
+            None if given is None else given / n for given in (self.host_gib, self.disk_gib)
+        )
+        given = (self.gpu_gib if on_gpu else 0.0, host, disk)
+        gpu_bytes, host_bytes, disk_bytes = (
             share if budget is None else budget * 2**30 - taken
             for share, budget, taken in zip(free, given, self.taken, strict=True)
         )
-        return tuple(max(0, int(b // row_bytes)) for b in (gpu, host, min(disk, free[2])))  # type: ignore[return-value]
+        allowed = (gpu_bytes, host_bytes, min(disk_bytes, free[2]))
+        return tuple(max(0, int(b // row_bytes)) for b in allowed)  # type: ignore[return-value]
 
     def _free_disk(self) -> float:
         folder = Path(self.folder or tempfile.gettempdir()).absolute()

@@ -55,6 +55,15 @@ class TokenizedTexts:
         ids: list[int] = self.ids[start : int(self.offsets[i + 1])].tolist()
         return ids
 
+    def subset(self, indices: np.ndarray) -> TokenizedTexts:
+        """Returns the sequences `indices`, in that order."""
+        lengths = self.lengths[indices]
+        ends = np.cumsum(lengths)
+        first = self.offsets[:-1][indices] - (ends - lengths)  # of each, less where it will begin
+        cells = np.repeat(first, lengths) + np.arange(int(lengths.sum()))
+        offsets = np.concatenate([[0], ends]).astype(np.int64)
+        return TokenizedTexts(self.ids[cells], offsets, self.target_start[indices])
+
     @classmethod
     def from_lists(
         cls, sequences: Sequence[Sequence[int]], target_start: Sequence[int]

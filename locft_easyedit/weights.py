@@ -66,6 +66,13 @@ class TrainedWeights:
                 master.grad = added if master.grad is None else master.grad + added
                 self.parameters[name].grad = None
 
+    def gradients_(self) -> Iterator[torch.Tensor]:
+        """Yields the masters' gradients, to be changed in place; zeros where there is none."""
+        for master in self.masters:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            yield master.grad
+
     @torch.no_grad()
     def publish_(self) -> None:
         """Writes the masters into the model."""

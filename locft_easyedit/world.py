@@ -102,7 +102,7 @@ class World:
         with self._answering():
             for tensor in tensors:
                 # A GPU goes on by itself; the host waits for nobody.
-                dist.all_reduce(tensor, group=self._group(tensor))
+                dist.all_reduce(tensor.detach(), group=self._group(tensor))
 
     def broadcast_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replaces each tensor by that of rank 0."""
@@ -110,7 +110,7 @@ class World:
             return
         with self._answering():
             for tensor in tensors:
-                dist.broadcast(tensor, src=0, group=self._group(tensor))
+                dist.broadcast(tensor.detach(), src=0, group=self._group(tensor))
 
     def most(self, values: Sequence[int]) -> list[int]:
         """Returns the largest of each number over all ranks, on the host."""
@@ -145,7 +145,7 @@ class World:
                 told[0] = find()
             except Exception as raised:  # the others wait for an answer, whatever went wrong
                 error = raised
-                told[1] = raised if isinstance(raised, LocFTError) else _brief(raised)
+                told[1] = raised if isinstance(raised, LocFTError) else brief(raised)
         with self._answering():
             dist.broadcast_object_list(told, src=0, group=self._hosts)
         if error is not None:
@@ -174,7 +174,19 @@ class World:
             raise
         except Exception as raised:  # the others would wait for this one
             error = raised
-        failures = self.gather(None if error is None else _brief(error))
+        self.end_if_failed(error)
+
+    def end_if_failed(self, error: Exception | None) -> None:
+        """Tells all ranks what went wrong in each, and ends what they do together.
+
+        Args:
+            error: What went wrong here; `None` if nothing did.
+
+        Raises:
+            Exception: What went wrong here.
+            RankError: Another rank has failed.
+        """
+        failures = self.gather(None if error is None else brief(error))
         if error is not None:
             raise error
         failed = [(rank, failure) for rank, failure in enumerate(failures) if failure is not None]
@@ -194,7 +206,7 @@ class World:
     def fail(self, error: BaseException) -> None:
         """Tells the other ranks that this one is about to end with an error; they end as well."""
         if self._watch is not None:
-            self._watch.fail(_brief(error))
+            self._watch.fail(brief(error))
 
     def advise(self, advice: str) -> None:
         """Notes what a message about a lost rank should say of how to go on."""
@@ -215,7 +227,35 @@ class World:
             yield
         except RuntimeError as error:  # torch.distributed's own errors as well
             assert self._watch is not None
-            raise LostRankError(self._watch.explained(_brief(error))) from error
+            raise LostRankError(self._watch.explained(brief(error))) from error
+
+
+@dataclass(eq=False)
+class Share:
+    """A rank's part of the edits.
+
+    Attributes:
+        world: Whose.
+        own: Indices of its edits, ascending.
+        position: Where each of all edits is among `own`; -1 if it is another rank's, [N].
+    """
+
+    world: World
+    own: np.ndarray
+    position: np.ndarray
+
+    @classmethod
+    def in_world(cls, world: World, sizes: np.ndarray) -> Share:
+        """Returns this rank's part of edits of these sizes, [N]."""
+        own = world.share(sizes)
+        position = np.full(len(sizes), -1, np.int64)
+        position[own] = np.arange(len(own))
+        return cls(world, own, position)
+
+    def of(self, batch: np.ndarray) -> np.ndarray:
+        """Returns which of the own edits are in a mini-batch of all, in its order."""
+        positions = self.position[batch]
+        return positions[positions >= 0]
 
 
 ALONE = World()
@@ -234,6 +274,22 @@ def here() -> World:
     return _here
 
 
+@contextmanager
+def apart() -> Iterator[None]:
+    """Within, this process and those that it starts work by themselves."""
+    global _here
+    world, environment = _here, dict(os.environ)
+    kept = alone_environment(environment)
+    try:
+        _here = ALONE
+        for key in set(environment) - set(kept):
+            del os.environ[key]
+        yield
+    finally:
+        os.environ.update({key: environment[key] for key in set(environment) - set(kept)})
+        _here = world
+
+
 def _joined() -> World:
     """Returns the world of the launcher's processes."""
     from accelerate import PartialState  # takes a second, and one process does not need it
@@ -250,7 +306,7 @@ def _joined() -> World:
     except (RuntimeError, ValueError) as error:
         raise RankError(
             f"The {os.environ['WORLD_SIZE']} processes of the launcher do not find each other: "
-            f"{_brief(error)}. Check its addresses and ports, and that all machines run the same "
+            f"{brief(error)}. Check its addresses and ports, and that all machines run the same "
             "versions."
         ) from error
     return World(
@@ -263,7 +319,9 @@ def _joined() -> World:
     )
 
 
-def _brief(error: BaseException) -> str:
-    """Returns an error's kind and the first line of its message."""
+def brief(error: BaseException) -> str:
+    """Returns an error in words; of those that are not ours, the first line."""
+    if isinstance(error, LocFTError):
+        return str(error)
     lines = str(error).strip().splitlines() or [""]
-    return lines[0] if isinstance(error, LocFTError) else f"{type(error).__name__}: {lines[0]}"
+    return f"{type(error).__name__}: {lines[0]}"

@@ -23,6 +23,7 @@ from ..pipeline import SAVE, edit_and_measure, write_run
 from ..report import health_table, metrics_table, seconds_table, show
 from ..requests import distinct_edits
 from ..run_folder import run_folder, run_settings, unfinished_run
+from ..world import here
 from .application import run_application
 
 HELP = f"""Edits a model with {ALG_NAME}.
@@ -63,7 +64,19 @@ _COMMAND_KEYS = ("data", "n", "output", "save", "resume")
 
 def main(arguments: Sequence[str]) -> int:
     """Runs `locft edit`; returns the exit status."""
-    OmegaConf.register_new_resolver("locft_output", _output, replace=True)
+    outputs: dict[str, str] = {}
+
+    def output(by_date: str, *, _root_: DictConfig) -> str:
+        # Once for each run: Hydra asks often, and ranks have to ask each other equally often.
+        values: Any = OmegaConf.to_container(_root_)
+        given = {f.name: values.get(f.name) for f in dataclasses.fields(EditConfig)}
+        given = _without_output(given)
+        key = json.dumps(given, sort_keys=True, default=str)
+        if key not in outputs:
+            outputs[key] = here().from_first(lambda: _output(by_date, given))
+        return outputs[key]
+
+    OmegaConf.register_new_resolver("locft_output", output, replace=True)
     return run_application(
         arguments,
         command="edit",
@@ -94,7 +107,10 @@ def run_edit(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path)
         check_enough(len(edits))
     settings = run_settings(hparams, requests) | {"save": command["save"]}
     started_with = _without_output({**hparams.to_dict(), **command})
-    with run_folder(output, settings, started_with, resume=command["resume"]) as folder:
+    world = here()
+    with run_folder(
+        output, settings, started_with, resume=command["resume"], world=world
+    ) as folder:
         if folder.finished:
             _show_again(folder.path)
             return
@@ -103,6 +119,8 @@ def run_edit(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path)
             hparams, checkpoint_dir=hparams.checkpoint_dir or str(folder.checkpoints)
         )
         run = edit_and_measure(model, tokenizer, requests, kept)
+        if not world.first:
+            return
         written = write_run(
             output, run, hparams, save=command["save"], model=model, tokenizer=tokenizer
         )
@@ -141,10 +159,8 @@ def _without_output(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in ("output", "api_key")}
 
 
-def _output(by_date: str, *, _root_: DictConfig) -> str:
+def _output(by_date: str, given: Mapping[str, Any]) -> str:
     """Returns where results go by default: to an interrupted run of this very command, if any."""
-    values: Any = OmegaConf.to_container(_root_)
-    given = _without_output({f.name: values.get(f.name) for f in dataclasses.fields(EditConfig)})
     if not given["resume"]:
         return by_date
     # By date and time: two levels below the first part.

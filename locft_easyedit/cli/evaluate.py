@@ -17,13 +17,15 @@ from ..delta.apply import apply_delta, check_fits
 from ..delta.file import load_delta
 from ..errors import DataError, HyperParamsError
 from ..evaluate.choices import HowToRun
-from ..evaluate.evaluation import DEFAULT_METRICS, METRICS, Evaluation, finish_
+from ..evaluate.evaluation import DEFAULT_METRICS, METRICS, finish_
 from ..evaluate.questions import Metrics
+from ..evaluate.shared import SharedEvaluation
 from ..evaluate.summary import summarize
 from ..models import load_causal_lm
 from ..pipeline import Stopwatch
 from ..reading import is_file
 from ..report import flat, metrics_table, prepare_folder, seconds_table, show, write_json
+from ..world import here
 from .arguments import read_arguments
 
 HELP = f"""Measures a model on editing data; nothing is edited.
@@ -84,9 +86,12 @@ def run_evaluate(config: EvaluateConfig) -> int:
     _check(config)
     watch = Stopwatch()
     requests = read_requests(config.data, config.n)
-    original = _stored(config, requests) if _is_file(config.original) else None
+    original: Sequence[Metrics] | None = None
+    if _is_file(config.original):
+        original = _stored(config, requests)
     delta = load_delta(config.delta) if config.delta is not None else None
-    output = prepare_folder(config.output)
+    world = here()
+    output = Path(world.from_first(lambda: str(prepare_folder(config.output))))
     if config.original is not None and original is None:
         model, tokenizer = _load(config, config.original)
         watch.lap("loading")
@@ -122,7 +127,8 @@ def run_evaluate(config: EvaluateConfig) -> int:
         record["pre"] = pre
     summary = summarize(records)
     written = output / "metrics.json"
-    write_json(written, {"summary": summary, "seconds": watch.seconds, "records": records})
+    if world.first:
+        write_json(written, {"summary": summary, "seconds": watch.seconds, "records": records})
     show(metrics_table(summary), seconds_table(watch.seconds))
     sys.stdout.write(f"metrics: {written}\n")
     return _report_not_finite(summary)
@@ -153,9 +159,10 @@ def _load(config: EvaluateConfig, name: str) -> tuple[Any, Any]:
 
 def _evaluation(
     config: EvaluateConfig, model: Any, tokenizer: Any, requests: list[dict[str, Any]]
-) -> Evaluation:
-    how = HowToRun(config.batch_size, config.row_tokens, progress=True)
-    return Evaluation(model, tokenizer, requests, how, metrics=config.metrics)
+) -> SharedEvaluation:
+    world = here()
+    how = HowToRun(config.batch_size, config.row_tokens, progress=world.first)
+    return SharedEvaluation(world, model, tokenizer, requests, how, metrics=config.metrics)
 
 
 def _is_file(name: str | None) -> bool:
@@ -222,7 +229,7 @@ def _report_not_finite(summary: Mapping[str, Any]) -> int:
     wrong = [
         name for name, value in figures.items() if value != value or abs(value) == float("inf")
     ]
-    if wrong:
+    if wrong and here().first:
         sys.stderr.write(
             f"locft evaluate: {', '.join(wrong)} are no finite numbers: the model is damaged, or "
             "its numbers are too large for this dtype (try dtype=bfloat16 or float32).\n"

@@ -6,6 +6,7 @@ import signal
 import sys
 
 from ..errors import EditInterrupted
+from ..world import here
 
 _RESUMABLE = ("edit", "compare", "locate")
 
@@ -23,5 +24,8 @@ def say_interrupted(command: str, error: KeyboardInterrupt) -> int:
         number, message = error.number, str(error)
     if command in _RESUMABLE:
         message += " The same command goes on."
-    sys.stderr.write(f"\nlocft {command}: {message}\n")
+    world = here()
+    if world.first:
+        sys.stderr.write(f"\nlocft {command}: {message}\n")
+    world.fail(error)
     return 128 + number

@@ -9,6 +9,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from ..errors import LostRankError
+from ..watch import STATUS as LOST
+from ..world import here
+
 OPTION = "--debug"
 _HYDRA = "HYDRA_FULL_ERROR"
 _debug: ContextVar[bool] = ContextVar("debug", default=False)
@@ -44,8 +48,20 @@ def debugging(on: bool) -> Iterator[None]:
             os.environ[_HYDRA] = former
 
 
-def tell(command: str, error: BaseException) -> None:
-    """Writes an error to the terminal: its message, after its traceback with `--debug`."""
+def tell(command: str, error: BaseException) -> int:
+    """Writes an error to the terminal: its message, after its traceback with `--debug`.
+
+    Of several processes the first one does, whichever it was that met the error.
+
+    Returns:
+        The exit status.
+    """
+    world = here()
     if _debug.get():
         traceback.print_exception(error)
-    sys.stderr.write(f"locft {command}: {error}\n")
+    if isinstance(error, LostRankError):
+        return LOST  # told already, as soon as it was noticed
+    if world.first:
+        sys.stderr.write(f"locft {command}: {error}\n")
+    world.fail(error)
+    return 2

@@ -35,6 +35,7 @@ class Evaluation:
             `generated` (the paper's), `ppl` and `fluency`.
         before: Each record's metrics before the edit, where the edited model's answers themselves
             are not wanted, only what counts (see `Generated`).
+        numbers: The records' numbers, which their random draws depend on; counted from 0 if `None`.
 
     Attributes:
         packed: Whether rows are packed; `None` if nobody has measured it.
@@ -54,6 +55,7 @@ class Evaluation:
         *,
         metrics: Sequence[str] = DEFAULT_METRICS,
         before: Sequence[Metrics] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> None:
         how = how or HowToRun()
         unknown = [name for name in metrics if name not in METRICS]
@@ -72,6 +74,7 @@ class Evaluation:
         self.records = records
         self.how = how
         self.metrics = tuple(metrics)
+        self._numbers = range(len(records)) if numbers is None else numbers
         self._words = word_tokenizer() if "fluency" in metrics else None
         self._accuracy = (
             TeacherForced(model, tokenizer, records, how) if "accuracy" in metrics else None
@@ -115,7 +118,7 @@ class Evaluation:
                 asked,
                 words=self._words,
                 batch_size=self.how.batch_size,
-                numbers=only,
+                numbers=self._numbers if only is None else [self._numbers[i] for i in only],
                 progress=self.how.progress and only is None,
             )
             parts.append((iter(fluency), _fluency_))

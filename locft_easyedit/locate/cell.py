@@ -24,6 +24,7 @@ from ..hparams import LocFTBFHyperParams
 from ..requests import distinct_edits
 from ..shortcuts import can_pack
 from ..store import Budget
+from ..world import ALONE
 from .drift import Drift
 from .held_out import HeldOut
 from .outcome import DIVERGED, FAILED, OUT_OF_MEMORY, Cell, CellOutcome
@@ -107,7 +108,13 @@ class Bench:
         )
         try:
             session = EditSession(
-                self.model, self.tokenizer, self.requests, h, progress=False, states=self._states
+                self.model,
+                self.tokenizer,
+                self.requests,
+                h,
+                progress=False,
+                states=self._states,
+                world=ALONE,
             )
             with session as one:
                 how = HowToRun.of_session(one, progress=False)

@@ -21,6 +21,7 @@ from ..requests import Edit
 from ..runner import TextRunner
 from ..shortcuts import can_pack
 from ..tokens import TokenizedTexts, tokenize_edits
+from ..world import ALONE
 from .drift import Drift
 from .outcome import Cell
 from .rewordings import reword
@@ -125,7 +126,9 @@ class Trials:
         )
         requests = [{"prompt": e.prompt, "target_new": e.target} for e in self.edits]
         try:
-            with EditSession(self.model, self.tokenizer, requests, h, progress=False) as session:
+            with EditSession(
+                self.model, self.tokenizer, requests, h, progress=False, world=ALONE
+            ) as session:
                 result = session.train_()
         except (NonFiniteLossError, torch.cuda.OutOfMemoryError) as error:
             logger.info("%s was tried and failed: %s", cell.key, error)
