@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -138,9 +138,10 @@ class ShardedLayers:
     def _tell(self, error: Exception) -> None:
         """Lets the others know that this process has failed, if it can still keep up with them."""
         try:
-            with suppress(RankError):  # one that it raises itself
-                self._until(_FAILED, error)
+            self._until(_FAILED, error)
         except Exception as again:
+            if again is error:
+                return
             raise LostRankError(
                 f"A pass through sharded layers failed ({brief(error)}) and cannot be ended in "
                 f"order ({brief(again)}): the other processes end as well."

@@ -1,115 +1,150 @@
 """What each of several processes does in the tests of sharded layers."""
 
-import numpy as np
+import resource
+import sys
+from contextlib import contextmanager
+
 import torch
 from safetensors.torch import save_file
-from toys import DOWN_PROJECTION, toy_hparams, toy_requests, toy_tokenizer
+from toys import DOWN_PROJECTION, toy_hparams, toy_requests
 
-from locft_easyedit.delta.delta import Delta
-from locft_easyedit.delta.file import save_delta
+from locft_easyedit.delta.delta import frozen_samples
+from locft_easyedit.editing import edit_model
+from locft_easyedit.evaluate.shared import SharedEvaluation
 from locft_easyedit.models import load_model
-from locft_easyedit.modes import only_trainable, with_gradients
 from locft_easyedit.offload import left_on_disk
 from locft_easyedit.pipeline import edit_and_measure
-from locft_easyedit.place import select_place
-from locft_easyedit.requests import distinct_edits
-from locft_easyedit.runner import TextRunner
-from locft_easyedit.sharding import lockstep, sharded_layers
-from locft_easyedit.tokens import tokenize_edits
-from locft_easyedit.weights import TrainedWeights
+from locft_easyedit.place import find_layers
+from locft_easyedit.sharding import sharded_layers
 from locft_easyedit.world import here
 
 
-def steps(folder, kind, place, dealt, out, dtype="float32"):
-    """Trains a few steps with the simplest loop; returns the losses and what was seen.
+def runs(out, *wanted):
+    """Edits and measures, once for each of `wanted`; returns what came out.
 
     Args:
-        folder: The model's.
-        kind: Of toy.
-        place: Layers.
-        dealt: For every step and rank, the micro-batches of edits that it runs.
-        out: Where rank 0 puts the trained matrices.
-        dtype: Precision.
+        out: A folder in which rank 0 puts the trained matrices, by the run's name.
+        wanted: Runs: `name`, `kind` and `folder` of the model, `n` requests, `changes` of the
+            hyper-parameters, whether to `measure`, and a `fault` (see `failing`).
     """
     world = here()
-    h = toy_hparams(
-        model_name=folder,
-        layers=place,
-        rewrite_module_tmp=DOWN_PROJECTION[kind],
-        shard_frozen=world.several,
-        stream_frozen=False,
-        device="cpu",
-        dtype=dtype,
-    )
-    model, _ = load_model(h)
-    chosen = select_place(model, h.layers, h.templates)
-    texts = tokenize_edits(toy_tokenizer(), distinct_edits(toy_requests(8)).edits)
-    runner = TextRunner(model, texts, row_tokens=64, packed=False, prefix=None)
-    losses = []
-    with only_trainable(model, chosen.parameters.values()), with_gradients():
-        weights = TrainedWeights(chosen.parameters)
-        optimizer = torch.optim.Adam(weights.masters, lr=1e-2)
-        for step in dealt:
-            mine = step[world.rank] if world.several else [b for rank in step for b in rank]
-            n_edits = sum(len(batch) for rank in step for batch in rank)
-            total = torch.zeros(())
-            weights.clear_gradients_()
-            with lockstep(model):
-                for batch in mine:
-                    loss = runner.edit_losses(np.array(batch)).sum() / n_edits
-                    loss.backward()
-                    weights.collect_gradients_()
-                    total += loss.detach()
-            for master in weights.masters:
-                if master.grad is None:
-                    master.grad = torch.zeros_like(master)
-            world.sum_([total, *(master.grad for master in weights.masters)])
-            optimizer.step()
-            weights.publish_()
-            losses.append(float(total))
-        if world.first:
-            save_file({k: v.float() for k, v in weights.values().items()}, out)
-    sharded = sharded_layers(model)
-    world.close()
-    return {"losses": losses, "taken_part": sharded.n_taken_part if sharded else 0}
-
-
-def runs(folder, kind, out, *several):
-    """Edits and measures, once for each of `several` changes of the hyper-parameters.
-
-    Args:
-        folder: The model's.
-        kind: Of toy.
-        out: A folder in which rank 0 puts the trained matrices, by the run's number.
-        several: Changes, and how many requests there are.
-    """
-    world = here()
-    found = []
-    for number, (changes, n) in enumerate(several):
-        values = {"rewrite_module_tmp": DOWN_PROJECTION[kind], "device": "cpu"} | changes
-        h = toy_hparams(model_name=folder, **values)
-        model, tokenizer = load_model(h)
-        sharded = sharded_layers(model)
-        whole = dict(model.named_parameters())
-        run = edit_and_measure(model, tokenizer, toy_requests(n), h, progress=False)
-        if world.first:
-            save_file(run.result.new, f"{out}/{number}")
-            save_delta(f"{out}/{number}.edit", Delta.of(run.result, model, h))
-        found.append(
-            {
-                "losses": run.result.step_losses,
-                "metrics": list(run.metrics),
-                "perplexity": run.result.health.perplexity_after,
-                "sharded": None if sharded is None else len(sharded),
-                "taken_part": 0 if sharded is None else sharded.n_taken_part,
-                "numel": {name: local_numel(parameter) for name, parameter in whole.items()},
-                "streamed": left_on_disk(model),
-            }
-        )
-        del model, run, whole, sharded
+    found = {}
+    for run in wanted:
+        try:
+            found[run["name"]] = _run(world, out, **run)
+        except Exception as error:
+            found[run["name"]] = {"error": f"{type(error).__name__}: {error}"}
     world.close()
     return found
 
 
-def local_numel(parameter):
-    return (parameter.to_local() if hasattr(parameter, "to_local") else parameter).numel()
+def _run(world, out, name, kind, folder, n, changes, measure, fault):
+    values = {"rewrite_module_tmp": DOWN_PROJECTION[kind], "device": "cpu"} | changes
+    h = toy_hparams(model_name=folder, **values)
+    model, tokenizer = load_model(h)
+    sharded = sharded_layers(model)
+    originals = {n: p.detach().clone() for n, p in model.named_parameters() if whole_here(p)}
+    faults = []
+    try:
+        with failing(world, model, fault, faults):
+            given = (model, tokenizer, toy_requests(n), h)
+            run = edit_and_measure(*given, progress=False) if measure else None
+            result = run.result if run is not None else edit_model(*given, progress=False)
+    except Exception:
+        now = dict(model.named_parameters())
+        assert all(torch.equal(value, now[n]) for n, value in originals.items()), "not restored"
+        raise
+    if world.first:
+        save_file(result.new, f"{out}/{name}")
+    return {
+        "losses": result.step_losses,
+        "metrics": None if run is None else list(run.metrics),
+        "perplexity": result.health.perplexity_after,
+        "frozen": frozen_samples(model, result.new),
+        "sharded": 0 if sharded is None else len(sharded),
+        "taken_part": 0 if sharded is None else sharded.n_taken_part,
+        "numel": {n: local(p).numel() for n, p in model.named_parameters()},
+        "streamed": left_on_disk(model),
+        "faults": len(faults),
+    }
+
+
+def local(parameter):
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def whole_here(parameter):
+    return local(parameter) is parameter and not parameter.is_meta
+
+
+@contextmanager
+def failing(world, model, fault, faults):
+    """Within, a module in the middle of the sharded layers fails as `fault` says.
+
+    Args:
+        world: The processes.
+        model: The model.
+        fault: `rank`, `when` (`forward` or `backward` of training, or `evaluation`), how many
+            `times`, and whether for want of `memory`; or `None`.
+        faults: Gets an entry for each time.
+    """
+    if fault is None or fault["rank"] != world.rank:
+        yield
+        return
+    measure, measuring = SharedEvaluation.measure, []
+
+    def fail():
+        if len(faults) < fault["times"]:
+            faults.append(fault["when"])
+            raise (torch.OutOfMemoryError if fault["memory"] else RuntimeError)("on purpose")
+
+    def seen(module, args, output):
+        trains = torch.is_grad_enabled()
+        if (fault["when"], trains) in (("forward", True), ("evaluation", False)):
+            if trains or measuring:
+                fail()
+        elif fault["when"] == "backward" and trains:
+            output.register_hook(lambda gradient: fail())
+
+    def noted(self, when=""):
+        measuring.append(when)
+        try:
+            return measure(self, when)
+        finally:
+            measuring.pop()
+
+    hook = find_layers(model).layers[2].mlp.register_forward_hook(seen)
+    SharedEvaluation.measure = noted
+    try:
+        yield
+    finally:
+        SharedEvaluation.measure = measure
+        hook.remove()
+
+
+def most_memory(folder, shard):
+    """Returns the shares' bytes, those of a layer, and by how much loading raised the peak."""
+    world = here()
+    torch.set_num_threads(1)
+    h = toy_hparams(model_name=folder, device="cpu", layers=[0], shard_frozen=shard)
+    before = peak()
+    model, _ = load_model(h)
+    grown = peak() - before
+    sizes = {n: local(p).numel() * p.element_size() for n, p in model.named_parameters()}
+    world.close()
+    return {"grown": grown, "held": sum(sizes.values())}
+
+
+def peak():
+    """Returns the most bytes that this process has held in memory."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def shares(folder, changes):
+    """Returns this process's numbers of each parameter."""
+    world = here()
+    model, _ = load_model(toy_hparams(model_name=folder, device="cpu", **changes))
+    numel = {n: local(p).numel() for n, p in model.named_parameters()}
+    world.close()
+    return numel
