@@ -18,8 +18,8 @@ from .editing import EditSession
 from .errors import ModelError, OutputError
 from .evaluate.choices import HowToRun
 from .evaluate.compact import CompactRecords
-from .evaluate.evaluation import Joined
-from .evaluate.shared import SharedEvaluation
+from .evaluate.evaluation import Joined, shared_evaluation
+from .evaluate.shared import Shared
 from .evaluate.summary import summarize
 from .files import new_folder, output_errors
 from .hparams import LocFTBFHyperParams
@@ -89,27 +89,29 @@ def edit_and_measure(
     with EditSession(model, tokenizer, requests, hparams, progress=progress) as session:
         watch.lap("checks and frozen prefix")
         how = HowToRun.of_session(session, progress=session.progress)
-        evaluation = SharedEvaluation(session.world, model, tokenizer, requests, how)
-        before = _before(evaluation, session)
+        evaluation = shared_evaluation(session.world, model, tokenizer, requests, how)
+        before = _before(evaluation, requests, session)
         watch.lap("metrics before")
         result = session.train_()
         watch.lap("training")
-        after = evaluation.measure("after")
+        after = CompactRecords(evaluation.stream("after"))
         watch.lap("metrics after")
     return Run(Joined(requests, before, after), result, watch.seconds)
 
 
-def _before(evaluation: SharedEvaluation, session: EditSession) -> CompactRecords:
+def _before(
+    evaluation: Shared, requests: Sequence[Mapping[str, Any]], session: EditSession
+) -> CompactRecords:
     """Returns the metrics before the edit; an interrupted run does not measure them twice."""
     if session.checkpoints is None:
-        return evaluation.measure("before")
+        return CompactRecords(evaluation.stream("before"))
     path = session.checkpoints.path.with_name("before.jsonl")
-    identity = session.checkpoints.identity.to_dict() | {"records": digest(evaluation.records)}
+    identity = session.checkpoints.identity.to_dict() | {"records": digest(requests)}
     records = session.world.from_first(lambda: CompactRecords.read(path, identity))
     if records is not None:
         logger.info("%s has the metrics before the edit; they are not measured again.", path)
         return records
-    records = evaluation.measure("before")
+    records = CompactRecords(evaluation.stream("before"))
     try:
         if session.world.first:
             records.write(path, identity)

@@ -7,10 +7,12 @@ the dead one's GPU. Gloo's connections are used, so that no address has to be kn
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -54,6 +56,8 @@ class Watch:
         ]
         for thread in self._threads:
             thread.start()
+        # A program that is through may end before another one that is not.
+        atexit.register(self.close)
 
     def explained(self, symptom: str) -> str:
         """Returns in words why something that all ranks do together has failed.
@@ -67,19 +71,24 @@ class Watch:
         return f"The {len(self.names)} processes lost each other ({symptom}). {self.advice}".strip()
 
     def close(self) -> None:
-        """Ends the watch, once all ranks have come to their end."""
-        self._over.set()
-        self._send(_DONE, "")
-        for thread in self._threads:
-            thread.join()
+        """Tells the others that this rank has come to its end, and waits for theirs.
+
+        A thread that still waited would bring the program down while it ends.
+        """
+        if not self._over.is_set():
+            uncaught = getattr(sys, "last_value", None)
+            self._last_word(_DONE if uncaught is None else _FAILED, repr(uncaught))
+            for thread in self._threads:
+                thread.join()
 
     def fail(self, reason: str) -> None:
         """Tells the others that this rank is about to end, and why."""
+        self._last_word(_FAILED, reason)
+
+    def _last_word(self, word: int, text: str) -> None:
         self._over.set()
-        try:
-            self._send(_FAILED, reason)
-        except RuntimeError:  # they are gone already
-            return
+        with suppress(RuntimeError):  # they may be gone already
+            self._send(word, text)
 
     def _send(self, word: int, text: str) -> None:
         message = torch.zeros(1 + _MOST_BYTES, dtype=torch.uint8)
@@ -96,11 +105,11 @@ class Watch:
         except RuntimeError:
             message.zero_()
         word, reason = int(message[0]), bytes(message[1:].tolist()).rstrip(b"\0")
-        if word == _DONE:
+        if word == _DONE or self._over.is_set():
             return
         self._lost[other] = reason.decode(errors="replace")
         self._seen.set()
-        if word != _FAILED and not self._over.is_set():
+        if word != _FAILED:
             self._tell()
         # The main thread may have met the same error, or finds out as well: it restores the model
         # and ends the program. It cannot where it waits for a GPU.

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from .errors import LocFTError, LostRankError, RankError
+from .rendezvous import fresh_store
 from .watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -295,9 +296,15 @@ def _joined() -> World:
     from accelerate import PartialState  # takes a second, and one process does not need it
 
     on_gpu = torch.cuda.is_available()
+    backend = "nccl" if on_gpu else "gloo"
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
-        # With `cpu` it would choose MPI where that is there.
-        state = PartialState(cpu=not on_gpu, backend=None if on_gpu else "gloo", timeout=_PATIENCE)
+        if not dist.is_initialized():  # else the program has done so
+            store = fresh_store(rank, size)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE
+            )
+        state = PartialState(cpu=not on_gpu, backend=backend)
         hosts = dist.new_group(backend="gloo", timeout=_PATIENCE)
         watched = dist.new_group(backend="gloo", timeout=_PATIENCE)
         names: list[Any] = [None] * state.num_processes
@@ -305,7 +312,7 @@ def _joined() -> World:
         dist.all_gather_object(names, name, group=hosts)
     except (RuntimeError, ValueError) as error:
         raise RankError(
-            f"The {os.environ['WORLD_SIZE']} processes of the launcher do not find each other: "
+            f"The {size} processes of the launcher do not find each other: "
             f"{brief(error)}. Check its addresses and ports, and that all machines run the same "
             "versions."
         ) from error

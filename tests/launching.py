@@ -75,8 +75,9 @@ def launch(
         what: `module:function`, the module one that tests can import; or python's arguments.
         arguments: The function's, through JSON.
         timeout: Seconds until all are killed; a deadlock is a failure, not a wait.
-        through: A real launcher, `torchrun` or `accelerate`. By default the processes get the
-            environment that these would give them, which is quicker and keeps them apart.
+        through: A real launcher, `torchrun` or `accelerate`, with options of its own. By default
+            the processes get the environment that these would give them, which is quicker and
+            keeps them apart.
         machines: How many they believe to be on, as many on each.
         check: Fail if one has failed.
         environment: Variables on top of this process's own.
@@ -160,9 +161,10 @@ def _python_arguments(
     call = [str(Path(__file__).resolve()), what, str(out), json.dumps(arguments)]
     if through is None:
         return call
-    module, *options = _LAUNCHERS[through]
+    name, *more = through.split()
+    module, *options = _LAUNCHERS[name]
     port = free_port()
-    return ["-m", module, *(option.format(n=n, port=port) for option in options), *call]
+    return ["-m", module, *(option.format(n=n, port=port) for option in options), *more, *call]
 
 
 def _environment(more: Mapping[str, str] | None) -> dict[str, str]:

@@ -10,7 +10,7 @@ from toys import DOWN_PROJECTION, toy_hparams, toy_requests
 
 from locft_easyedit.delta.delta import frozen_samples
 from locft_easyedit.editing import edit_model
-from locft_easyedit.evaluate.shared import SharedEvaluation
+from locft_easyedit.evaluate.shared import Shared
 from locft_easyedit.models import load_model
 from locft_easyedit.offload import left_on_disk
 from locft_easyedit.pipeline import edit_and_measure
@@ -91,7 +91,7 @@ def failing(world, model, fault, faults):
     if fault is None or fault["rank"] != world.rank:
         yield
         return
-    measure, measuring = SharedEvaluation.measure, []
+    measure, measuring = Shared.stream, []
 
     def fail():
         if len(faults) < fault["times"]:
@@ -108,17 +108,15 @@ def failing(world, model, fault, faults):
 
     def noted(self, when=""):
         measuring.append(when)
-        try:
-            return measure(self, when)
-        finally:
-            measuring.pop()
+        yield from measure(self, when)
+        measuring.clear()
 
     hook = find_layers(model).layers[2].mlp.register_forward_hook(seen)
-    SharedEvaluation.measure = noted
+    Shared.stream = noted
     try:
         yield
     finally:
-        SharedEvaluation.measure = measure
+        Shared.stream = measure
         hook.remove()
 
 

@@ -110,7 +110,7 @@ def test_resuming_does_not_train_again_what_was_trained(every_checkpoint, monkey
     steps = []
     take_ = loop._Step.take_
     monkeypatch.setattr(
-        loop._Step, "take_", lambda self, parts: steps.append(1) or take_(self, parts)
+        loop._Step, "take_", lambda self, *args: steps.append(1) or take_(self, *args)
     )
     for done, copy in enumerate(copies, start=1):
         steps.clear()
@@ -135,8 +135,8 @@ def interrupt_at(monkeypatch, number, step_number, times=1):
     take_ = loop._Step.take_
     steps = []
 
-    def step(self, parts):
-        outcome = take_(self, parts)
+    def step(self, *args):
+        outcome = take_(self, *args)
         steps.append(1)
         if len(steps) == step_number:
             for _ in range(times):
@@ -319,10 +319,10 @@ def test_divergence_leaves_no_checkpoint(tmp_path):
 def test_halved_micro_batches_stay_halved(tmp_path, monkeypatch):
     gradients_ = loop._Step._gradients_
 
-    def at_most_two(self, parts):
+    def at_most_two(self, parts, n_edits):
         if max(part.n_texts for part in parts) > 2:
             raise torch.cuda.OutOfMemoryError("no room")
-        return gradients_(self, parts)
+        return gradients_(self, parts, n_edits)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop._Step, "_gradients_", at_most_two)

@@ -198,11 +198,11 @@ def test_an_interrupted_call_goes_on_where_it_was(editor, tmp_path, monkeypatch)
     editor.hparams.checkpoint_dir = str(tmp_path)
     steps, take_ = [], loop._Step.take_
 
-    def interrupted(self, parts):
+    def interrupted(self, *args):
         steps.append(1)
         if len(steps) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return take_(self, parts)
+        return take_(self, *args)
 
     monkeypatch.setattr(loop._Step, "take_", interrupted)
     with pytest.raises(EditInterrupted, match="epoch 2, after 1 of its mini-batches"):

@@ -123,14 +123,15 @@ class Ours:
             if not self.changes.get(name, True):
                 setattr(runner, name, None)
         self.weights = TrainedWeights(self.session.place.parameters)
-        self.loop_step = _Step(runner, self.weights, self.session.hparams)
+        share = self.session._share
+        self.loop_step = _Step(runner, self.weights, self.session.hparams, share)
         return self
 
     def step(self):
         runner = self.session._runner
         batch = np.arange(len(runner.texts))
         with runner.ready():
-            loss, _ = self.loop_step.take_(self.loop_step._parts(batch))
+            loss, _ = self.loop_step.take_(self.loop_step._parts(batch), len(batch))
         value = loss.item()
         self.weights.clear_gradients_()
         return value

@@ -17,9 +17,9 @@ from ..delta.apply import apply_delta, check_fits
 from ..delta.file import load_delta
 from ..errors import DataError, HyperParamsError
 from ..evaluate.choices import HowToRun
-from ..evaluate.evaluation import DEFAULT_METRICS, METRICS, finish_
+from ..evaluate.evaluation import DEFAULT_METRICS, METRICS, finish_, shared_evaluation
 from ..evaluate.questions import Metrics
-from ..evaluate.shared import SharedEvaluation
+from ..evaluate.shared import Shared
 from ..evaluate.summary import summarize
 from ..models import load_causal_lm
 from ..pipeline import Stopwatch
@@ -159,10 +159,10 @@ def _load(config: EvaluateConfig, name: str) -> tuple[Any, Any]:
 
 def _evaluation(
     config: EvaluateConfig, model: Any, tokenizer: Any, requests: list[dict[str, Any]]
-) -> SharedEvaluation:
+) -> Shared:
     world = here()
     how = HowToRun(config.batch_size, config.row_tokens, progress=world.first)
-    return SharedEvaluation(world, model, tokenizer, requests, how, metrics=config.metrics)
+    return shared_evaluation(world, model, tokenizer, requests, how, metrics=config.metrics)
 
 
 def _is_file(name: str | None) -> bool:

@@ -23,6 +23,7 @@ from ..models import load_model
 from ..requests import make_requests
 from ..result import EditResult
 from ..weights import exchanged, write_
+from ..world import here
 from .algorithm import apply_locft_bf_to_model
 from .chat import chat_answers, check_chat
 from .loading import EasyEdit
@@ -287,7 +288,7 @@ class LocFTBFMethods:
                 entry["post"]["locality"] = {
                     key: value for key, value in locality.items() if not key.endswith("_output")
                 }
-        if verbose:
+        if verbose and here().first:
             logger.info("Metrics Summary: %s", json.dumps(summarize(metrics)))
         return metrics, self._seconds
 
@@ -311,12 +312,13 @@ class LocFTBFMethods:
         measures.check(requests, pre_edit)
         self._begin()
         with session:
-            measures.run_as(HowToRun.of_session(session, progress=measures.progress))
+            how = HowToRun.of_session(session, progress=measures.progress)
+            measures.run_as(how, session.world)
             if pre_edit is not None:
                 entries = pre_edit
             else:
                 entries = [{"pre": value} for value in measure("before the edit")]
-                if pre_file is not None:
+                if pre_file is not None and session.world.first:
                     with (
                         output_errors(pre_file),
                         replacing(pre_file) as path,
@@ -366,7 +368,7 @@ class LocFTBFMethods:
             self.device,
             eval_metric=eval_metric,
             fluency=fluency,
-            progress=verbose,
+            progress=verbose and here().first,
         )
 
     def _check(self, session: EditSession) -> None:

@@ -14,10 +14,12 @@ from ..errors import HyperParamsError, LocFTError, one_message
 from ..evaluate.choices import HowToRun
 from ..evaluate.fluency import fluency_of, word_tokenizer
 from ..evaluate.perplexity import PERPLEXITIES, Perplexity
-from ..evaluate.questions import Metrics
+from ..evaluate.questions import PARTS, Metrics
+from ..evaluate.shared import Shared
 from ..evaluate.teacher_forced import TeacherForced, finish_locality_
 from ..hparams import LocFTBFHyperParams
 from ..offload import left_on_disk
+from ..world import ALONE, World
 from .cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
 from .loading import EasyEdit
 
@@ -62,7 +64,7 @@ class Measures:
     scores: bool = True
     words: Callable[[str], list[str]] | None = field(init=False, default=None)
     _requests: Sequence[Mapping[str, Any]] = field(init=False, default=())
-    _ours: list[TeacherForced | Perplexity] = field(init=False, default_factory=list)
+    _ours: list[Shared] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         if self.fluency:
@@ -112,18 +114,37 @@ class Measures:
                 one_message("`pre_edit` is of other requests. Measure again:", problems)
             )
 
-    def run_as(self, how: HowToRun) -> None:
+    def run_as(self, how: HowToRun, world: World = ALONE) -> None:
         """Tokenizes the requests, to be run in this way.
+
+        Args:
+            how: The way.
+            world: The processes that share the requests.
 
         Raises:
             RequestError: They cannot be evaluated.
         """
-        given = (self.model, self.tokenizer, self._requests, how)
+        model, tokenizer = self.model, self.tokenizer
+        parts = ("locality", "portability") if self.eval_metric in PERPLEXITIES else PARTS
+        self._ours = [
+            Shared(
+                world,
+                model,
+                self._requests,
+                lambda some, _: TeacherForced(model, tokenizer, some, how, parts=parts),
+            )
+        ]
         if self.eval_metric in PERPLEXITIES:
-            rest = TeacherForced(*given, parts=("locality", "portability"))
-            self._ours = [Perplexity(*given, metric=self.eval_metric), rest]
-        else:
-            self._ours = [TeacherForced(*given)]
+            metric = self.eval_metric
+            self._ours.insert(
+                0,
+                Shared(
+                    world,
+                    model,
+                    self._requests,
+                    lambda some, _: Perplexity(model, tokenizer, some, how, metric=metric),
+                ),
+            )
 
     def of(self, description: str, only: Sequence[int] | None = None) -> list[Metrics]:
         """Returns what EasyEdit's `compute_edit_quality` gives, for each request that was checked.

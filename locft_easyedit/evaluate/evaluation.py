@@ -9,11 +9,13 @@ from typing import Any, overload
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import HyperParamsError
+from ..world import World
 from .choices import HowToRun
 from .fluency import batched_fluency, word_tokenizer
 from .generated import Generated, finish_generated_
 from .perplexity import Perplexity
 from .questions import Metrics
+from .shared import Shared
 from .teacher_forced import TeacherForced, finish_locality_
 
 METRICS = ("accuracy", "generated", "ppl", "fluency")
@@ -214,3 +216,32 @@ def _generated_(entry: Metrics, value: Metrics) -> None:
 
 def _fluency_(entry: Metrics, value: Metrics) -> None:
     entry["fluency"] = value
+
+
+def shared_evaluation(
+    world: World,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Mapping[str, Any]],
+    how: HowToRun,
+    *,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+) -> Shared:
+    """Returns an `Evaluation` whose records the processes of `world` share.
+
+    Args:
+        world: The processes.
+        model: As for `Evaluation`.
+        tokenizer: As for `Evaluation`.
+        records: All records.
+        how: How this process runs its prompts.
+        metrics: As for `Evaluation`.
+
+    Raises:
+        LocFTError: As for `Evaluation`, on all processes.
+    """
+
+    def make(some: Sequence[Mapping[str, Any]], numbers: list[int]) -> Evaluation:
+        return Evaluation(model, tokenizer, some, how, metrics=metrics, numbers=numbers)
+
+    return Shared(world, model, records, make)

@@ -1,80 +1,86 @@
-"""An evaluation whose records are measured by several processes, a share each."""
+"""Measurements of many records that several processes share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
 
 from ..errors import RequestError
 from ..sharding import lockstep
 from ..world import World
-from .choices import HowToRun
 from .compact import CompactRecords
-from .evaluation import DEFAULT_METRICS, Evaluation
 from .questions import Metrics, Questions
 
+Records = Sequence[Mapping[str, Any]]
 
-class SharedEvaluation:
-    """An `Evaluation` of which every process of a world measures its share of the records.
 
-    All processes get all metrics. With one process it is the evaluation itself.
+class Measurement(Protocol):
+    """What measures records that it was made with: `Evaluation`, `TeacherForced` and the like."""
+
+    def measure(self, description: str, only: Sequence[int] | None = None, /) -> list[Metrics]:
+        """Returns each record's metrics; those of `only` if given."""
+
+
+class Shared:
+    """A measurement of which every process of a world makes its share.
+
+    All processes get all metrics. With one process it is the measurement itself.
 
     Args:
         world: The processes; each makes one of these, of the same records.
-        model: As for `Evaluation`.
-        tokenizer: As for `Evaluation`.
+        model: What is measured.
         records: All records.
-        how: How this process runs its prompts.
-        metrics: As for `Evaluation`.
+        make: Returns the measurement of some of them, given these and their numbers.
 
     Raises:
-        LocFTError: As for `Evaluation`, on all processes.
+        LocFTError: Whatever `make` raises, on all processes.
     """
 
     def __init__(
         self,
         world: World,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        records: Sequence[Mapping[str, Any]],
-        how: HowToRun,
-        *,
-        metrics: Sequence[str] = DEFAULT_METRICS,
+        model: nn.Module,
+        records: Records,
+        make: Callable[[Records, list[int]], Measurement],
     ) -> None:
         self.world = world
         self._model = model
-        self.records = records
         if not world.several:
-            self._own = np.arange(len(records))
-            self._evaluation = Evaluation(model, tokenizer, records, how, metrics=metrics)
+            self._measurement = make(records, list(range(len(records))))
             return
         with world.together(), lockstep(model):
             self._own = world.share(np.diff(Questions(records).first_prompt))
             own = self._own.tolist()
-            mine = [records[i] for i in own]
             try:
-                self._evaluation = Evaluation(
-                    model, tokenizer, mine, how, metrics=metrics, numbers=own
-                )
+                self._measurement = make([records[i] for i in own], own)
             except RequestError:
                 # Once more with all records: the message has their numbers, not those of a share.
-                Evaluation(model, tokenizer, records, how, metrics=metrics)
+                make(records, list(range(len(records))))
                 raise
 
-    def measure(self, when: str = "") -> CompactRecords:
-        """Returns each record's metrics, in the records' order; see `Evaluation.stream`.
+    def measure(self, description: str = "", only: Sequence[int] | None = None) -> list[Metrics]:
+        """Returns each record's metrics, in the records' order.
 
         Args:
-            when: Goes into the labels of the progress bars.
+            description: Label of the progress bars.
+            only: Records to measure; all if `None`. Processes do not share a part of the records.
         """
-        with self.world.together(), lockstep(self._model):
-            found = CompactRecords(self._evaluation.stream(when))
+        return list(self.stream(description, only))
+
+    def stream(self, description: str = "", only: Sequence[int] | None = None) -> Iterator[Metrics]:
+        """Measures; yields what `measure` returns."""
+        stream = getattr(self._measurement, "stream", self._measurement.measure)
         if not self.world.several:
-            return found
-        return CompactRecords(_in_order(self.world.gather((self._own, found))))
+            yield from stream(description, only)
+            return
+        assert only is None
+        # Of a model that is sharded, whoever is done goes on taking part in the others' passes.
+        with self.world.together(), lockstep(self._model):
+            found = CompactRecords(stream(description))
+        yield from _in_order(self.world.gather((self._own, found)))
 
 
 def _in_order(shares: Sequence[tuple[np.ndarray, CompactRecords]]) -> Iterator[Metrics]:
