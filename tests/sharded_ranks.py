@@ -1,7 +1,5 @@
 """What each of several processes does in the tests of sharded layers."""
 
-import resource
-import sys
 from contextlib import contextmanager
 
 import torch
@@ -121,7 +119,7 @@ def failing(world, model, fault, faults):
 
 
 def most_memory(folder, shard):
-    """Returns the shares' bytes, those of a layer, and by how much loading raised the peak."""
+    """Returns the bytes of what this process holds, and by how much loading raised the peak."""
     world = here()
     torch.set_num_threads(1)
     h = toy_hparams(model_name=folder, device="cpu", layers=[0], shard_frozen=shard)
@@ -134,9 +132,9 @@ def most_memory(folder, shard):
 
 
 def peak():
-    """Returns the most bytes that this process has held in memory."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    """Returns the most bytes that this process, and none before it, has held in memory."""
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def shares(folder, changes):
