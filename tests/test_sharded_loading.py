@@ -225,10 +225,12 @@ def test_no_process_ever_holds_the_whole(tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="30MB")
     toy_tokenizer().save_pretrained(tmp_path)
     del model
-    [whole] = launch(1, "sharded_ranks:most_memory", str(tmp_path), None, timeout=200)
-    assert whole.value["grown"] > 0.9 * LAYERS * LAYER  # the measurement sees it
-    for rank in launch(3, "sharded_ranks:most_memory", str(tmp_path), True, timeout=200):
+    # Freed memory goes back to the system at once: the allocator's hoard is not what is measured.
+    options = {"timeout": 200, "environment": {"MALLOC_MMAP_THRESHOLD_": "131072"}}
+    [whole] = launch(1, "sharded_ranks:most_memory", str(tmp_path), None, **options)
+    assert whole.value["grown"] > LAYERS * LAYER  # the measurement sees it
+    for rank in launch(3, "sharded_ranks:most_memory", str(tmp_path), True, **options):
         held = rank.value["held"]
         assert held == pytest.approx((1 + (LAYERS - 1) / 3) * LAYER, rel=0.1)
-        # The shares, one layer as it is read, as it is gathered, and what is mapped of a file.
-        assert rank.value["grown"] < held + 3.5 * LAYER
+        # The shares and one layer, as it is read or gathered: 1.25 layers were measured.
+        assert held < rank.value["grown"] < held + 2 * LAYER
