@@ -7,7 +7,6 @@ the dead one's GPU. Gloo's connections are used, so that no address has to be kn
 
 from __future__ import annotations
 
-import atexit
 import os
 import sys
 import threading
@@ -56,8 +55,11 @@ class Watch:
         ]
         for thread in self._threads:
             thread.start()
-        # A program that is through may end before another one that is not.
-        atexit.register(self.close)
+
+    @property
+    def over(self) -> bool:
+        """Whether this rank has said its last word."""
+        return self._over.is_set()
 
     def explained(self, symptom: str) -> str:
         """Returns in words why something that all ranks do together has failed.
@@ -75,11 +77,10 @@ class Watch:
 
         A thread that still waited would bring the program down while it ends.
         """
-        if not self._over.is_set():
-            uncaught = getattr(sys, "last_value", None)
-            self._last_word(_DONE if uncaught is None else _FAILED, repr(uncaught))
-            for thread in self._threads:
-                thread.join()
+        uncaught = getattr(sys, "last_value", None)
+        self._last_word(_DONE if uncaught is None else _FAILED, repr(uncaught))
+        for thread in self._threads:
+            thread.join()
 
     def fail(self, reason: str) -> None:
         """Tells the others that this rank is about to end, and why."""
@@ -129,4 +130,4 @@ class Watch:
         for other, reason in sorted(self._lost.items()):
             why = f"failed: {reason}" if reason else _WITHOUT_A_WORD
             parts.append(f"{self.names[other]} of {len(self.names)} {why}")
-        return " ".join([*parts, self.advice]).strip().capitalize()
+        return " ".join([*parts, self.advice]).strip()

@@ -8,7 +8,7 @@ nothing of torch.distributed is set up.
 
 from __future__ import annotations
 
-import logging
+import atexit
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,8 +24,6 @@ import torch.distributed as dist
 from .errors import LocFTError, LostRankError, RankError
 from .rendezvous import fresh_store
 from .watch import Watch
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -76,6 +74,7 @@ class World:
     local_size: int = 1
     _hosts: Any = None  # the group of what the hosts tell each other
     _watch: Watch | None = None
+    _owned: bool = False  # whether the processes were brought together here
 
     @property
     def first(self) -> bool:
@@ -200,9 +199,14 @@ class World:
         if not self.several:
             return
         self.gather(None)
-        assert self._watch is not None
-        self._watch.close()
-        dist.destroy_process_group()
+        self._leave()
+
+    def _leave(self) -> None:
+        """Ends what runs besides the program: threads that are still there crash its end."""
+        if self._watch is not None and not self._watch.over:
+            self._watch.close()
+            if self._owned and dist.is_initialized():
+                dist.destroy_process_group()
 
     def fail(self, error: BaseException) -> None:
         """Tells the other ranks that this one is about to end with an error; they end as well."""
@@ -298,8 +302,9 @@ def _joined() -> World:
     on_gpu = torch.cuda.is_available()
     backend = "nccl" if on_gpu else "gloo"
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    owned = not dist.is_initialized()  # else the program has done so
     try:
-        if not dist.is_initialized():  # else the program has done so
+        if owned:
             store = fresh_store(rank, size)
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE
@@ -308,7 +313,7 @@ def _joined() -> World:
         hosts = dist.new_group(backend="gloo", timeout=_PATIENCE)
         watched = dist.new_group(backend="gloo", timeout=_PATIENCE)
         names: list[Any] = [None] * state.num_processes
-        name = f"rank {state.process_index} ({socket.gethostname()}, process {os.getpid()})"
+        name = f"Rank {state.process_index} ({socket.gethostname()}, process {os.getpid()})"
         dist.all_gather_object(names, name, group=hosts)
     except (RuntimeError, ValueError) as error:
         raise RankError(
@@ -316,14 +321,18 @@ def _joined() -> World:
             f"{brief(error)}. Check its addresses and ports, and that all machines run the same "
             "versions."
         ) from error
-    return World(
+    world = World(
         rank=state.process_index,
         size=state.num_processes,
         local_rank=state.local_process_index,
         local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         _hosts=hosts,
         _watch=Watch(state.process_index, names, watched),
+        _owned=owned,
     )
+    # A program that is through may end before another one that is not.
+    atexit.register(world._leave)
+    return world
 
 
 def brief(error: BaseException) -> str:

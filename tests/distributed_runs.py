@@ -20,7 +20,7 @@ def edited(kind="llama", dtype="float32", n=14, **changes):
     """Returns a toy that was edited, and the result."""
     model = toy_model(kind).to(DTYPES[dtype])
     settings = {"batch_size": 4, "num_steps": 3, "lr": 5e-3} | changes
-    hparams = toy_hparams(rewrite_module_tmp=DOWN_PROJECTION[kind], **settings)
+    hparams = toy_hparams(**{"rewrite_module_tmp": DOWN_PROJECTION[kind]} | settings)
     return model, edit_model(model, toy_tokenizer(), toy_requests(n), hparams, progress=False)
 
 

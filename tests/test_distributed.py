@@ -55,6 +55,27 @@ def test_the_edit_of_one_process(n, tmp_path):
             assert apart(value, alone.new[name], alone.original[name]) < most, case
 
 
+def test_a_place_that_rank_0_chooses(tmp_path):
+    case = {"layers": "auto", "rewrite_module_tmp": "auto", "lr": "auto", "health_check": False}
+    ranks = launch(2, "distributed_runs:edits", str(tmp_path), [case])
+    _, alone = distributed_runs.edited(**case)
+    [[losses, *_]], [[others, *_]] = (rank.value for rank in ranks)
+    assert losses == others == pytest.approx(alone.losses, rel=LOSS)
+    assert torch.load(tmp_path / "0.pt").keys() == alone.new.keys()
+
+
+def test_each_keeps_its_share_of_the_prefix_for_a_later_run(tmp_path):
+    case = {"prefix_dir": str(tmp_path / "prefix"), "packing": False}
+    first = launch(2, "distributed_runs:edits", str(tmp_path), [case])
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("prefix/*/*.safetensors")}
+    assert sorted(path.parent.name for path in files) == ["rank-0-of-2", "rank-1-of-2"]
+    again = launch(2, "distributed_runs:edits", str(tmp_path), [case])
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    assert [rank.value for rank in again] == [rank.value for rank in first]
+    _, alone = distributed_runs.edited(packing=False)
+    assert first[0].value[0][0] == pytest.approx(alone.losses, rel=LOSS)
+
+
 def test_what_goes_wrong_for_one_goes_wrong_for_all():
     cases = [
         [{}, {"n": 13}],

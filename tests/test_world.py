@@ -1,0 +1,189 @@
+"""What processes that work together tell each other; alone, nothing of it costs anything."""
+
+import os
+import time
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from launching import free_port, launch
+
+from locft_easyedit import rendezvous
+from locft_easyedit.errors import HyperParamsError, LocFTError, RankError
+from locft_easyedit.world import ALONE, Share, World, alone_environment, apart, here, launched
+
+
+@given(st.lists(st.integers(1, 400), max_size=60), st.integers(1, 9))
+def test_every_item_is_somebodys_and_the_work_is_even(sizes, n):
+    sizes = np.array(sizes, np.int64)
+    shares = [World(rank, n).share(sizes) for rank in range(n)]
+    assert sorted(np.concatenate(shares).tolist()) == list(range(len(sizes)))
+    assert all((np.diff(share) > 0).all() for share in shares)
+    work = [int(sizes[share].sum()) for share in shares]
+    # Dealt out from the largest on, the first is ahead by one item at most.
+    assert max(work) - min(work) <= max(sizes, default=0)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@given(st.integers(1, 40), st.integers(1, 5), st.randoms(use_true_random=False))
+def test_a_mini_batch_is_split_into_the_shares_in_its_order(n_edits, n, random):
+    sizes = np.array([random.randint(1, 9) for _ in range(n_edits)])
+    batch = np.array(random.sample(range(n_edits), random.randint(0, n_edits)), np.int64)
+    found = []
+    for rank in range(n):
+        share = Share.in_world(World(rank, n), sizes)
+        mine = share.own[share.of(batch)]
+        assert [i for i in batch if i in set(mine.tolist())] == mine.tolist()
+        found += mine.tolist()
+    assert sorted(found) == sorted(batch.tolist())
+
+
+def test_one_process_is_the_first_and_only_one():
+    tensor = torch.ones(3)
+    ALONE.sum_([tensor])
+    ALONE.broadcast_([tensor])
+    assert torch.equal(tensor, torch.ones(3))
+    assert (ALONE.first, ALONE.several) == (True, False)
+    assert ALONE.most([3, -1]) == [3, -1]
+    assert ALONE.gather("a") == ["a"]
+    assert ALONE.from_first(lambda: 5) == 5
+    with pytest.raises(KeyError), ALONE.together():
+        raise KeyError("passed on as it is")
+    ALONE.close()
+    assert here() is ALONE
+
+
+def test_an_environment_without_a_launcher(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("KEPT", "yes")
+    assert launched()
+    assert "RANK" not in alone_environment()
+    with apart():
+        assert not launched()
+        assert (here(), os.environ["KEPT"]) == (ALONE, "yes")
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("1", "2")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not launched()
+
+
+def one_process():
+    """What a launch of one process sets up: nothing."""
+    return [here() is ALONE, dist.is_initialized()]
+
+
+def test_a_launch_of_one_process_is_a_plain_one():
+    for through in (None, "torchrun"):
+        [only] = launch(1, "test_world:one_process", through=through)
+        assert only.value == [True, False]
+
+
+def told():
+    """Every operation once, on each rank."""
+    world = here()
+    summed, given = torch.full((2,), world.rank + 1.0), torch.full((2,), float(world.rank))
+    leaf = torch.full((2,), float(world.rank), requires_grad=True)
+    world.sum_([summed])
+    world.broadcast_([given, leaf])
+    found = [summed.tolist(), given.tolist(), leaf.tolist(), world.most([world.rank, -world.rank])]
+    found += [world.gather(f"rank {world.rank}"), world.from_first(lambda: {"a": world.rank})]
+    return found
+
+
+def raised(act):
+    try:
+        act()
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+    return None
+
+
+def failing():
+    """How errors of one rank reach the others."""
+    world = here()
+
+    def ours():
+        raise HyperParamsError("`lr=0` is wrong.\nSecond line.")
+
+    def theirs():
+        raise ZeroDivisionError("first line\nsecond line")
+
+    def part_of_one(error):
+        with world.together():
+            if world.rank == 2:
+                raise error
+
+    return [
+        raised(lambda: world.from_first(ours)),
+        raised(lambda: world.from_first(theirs)),
+        raised(lambda: part_of_one(LocFTError("No room.\nBuy some."))),
+        raised(lambda: part_of_one(IndexError("a\nb"))),
+        raised(lambda: part_of_one(None) if world.rank != 2 else world.gather(None)),
+    ]
+
+
+def test_all_ranks_are_told_the_same():
+    for rank in launch(3, "test_world:told"):
+        *tensors, most, names, first = rank.value
+        assert tensors == [[6.0, 6.0], [0.0, 0.0], [0.0, 0.0]]
+        assert most == [2, 0]
+        assert names == ["rank 0", "rank 1", "rank 2"]
+        assert first == {"a": 0}
+
+
+def test_the_error_of_one_is_an_error_of_all():
+    ranks = launch(3, "test_world:failing")
+    for number, rank in enumerate(ranks):
+        asked, unexpected, known, unknown, none = rank.value
+        assert asked == ["HyperParamsError", "`lr=0` is wrong.\nSecond line."]
+        if number == 0:
+            assert unexpected == ["ZeroDivisionError", "first line\nsecond line"]
+        else:
+            assert unexpected == ["RankError", "Rank 0 of 3 failed: ZeroDivisionError: first line"]
+        if number == 2:
+            assert known == ["LocFTError", "No room.\nBuy some."]
+            assert unknown == ["IndexError", "a\nb"]
+        else:
+            assert known == ["RankError", "Rank 2 of 3 failed: No room.\nBuy some."]
+            assert unknown == ["RankError", "Rank 2 of 3 failed: IndexError: a"]
+        assert none is None
+
+
+def ends_early():
+    """Rank 1 is through long before rank 0, which then still works."""
+    if here().rank == 0:
+        time.sleep(3)
+    return here().rank
+
+
+def test_one_may_end_before_another():
+    assert [rank.value for rank in launch(2, "test_world:ends_early")] == [0, 1]
+
+
+def ends_with_an_error():
+    """Rank 1 fails with nobody waiting for it; rank 0 would work for minutes."""
+    if here().rank == 1:
+        raise RankError("on purpose")
+    time.sleep(600)
+
+
+def test_a_rank_that_fails_by_itself_ends_the_others_with_its_reason():
+    first, second = launch(2, "test_world:ends_with_an_error", check=False)
+    assert (first.returncode, second.returncode) == (1, 1)
+    assert "failed: RankError('on purpose')" in first.stderr
+    assert "Traceback" not in first.stderr
+
+
+def test_processes_that_do_not_come_together(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setattr(rendezvous, "_PATIENCE", timedelta(seconds=1))
+    for key, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr("locft_easyedit.world._here", None)
+    with pytest.raises(RankError, match="The 2 processes of the launcher do not find each other"):
+        here()
