@@ -77,7 +77,7 @@ def whole_here(parameter):
 
 @contextmanager
 def failing(world, model, fault, faults):
-    """Within, a module in the middle of the sharded layers fails as `fault` says.
+    """Within, a module of the first sharded layer that runs fails as `fault` says.
 
     Args:
         world: The processes.
@@ -109,7 +109,9 @@ def failing(world, model, fault, faults):
         yield from measure(self, when)
         measuring.clear()
 
-    hook = find_layers(model).layers[2].mlp.register_forward_hook(seen)
+    # The first that runs: what is gathered beyond the next layer is still owed then.
+    number = 3 if fault["when"] == "backward" else 1
+    hook = find_layers(model).layers[number].mlp.register_forward_hook(seen)
     Shared.stream = noted
     try:
         yield
