@@ -31,6 +31,7 @@ from .progress import Progress
 from .requests import EditSet, distinct_edits
 from .result import EditResult
 from .runner import TextRunner
+from .sharding import lockstep
 from .shortcuts import Shortcuts, find_shortcuts
 from .store import Budget
 from .stream import FrozenStream, stream_of
@@ -236,7 +237,8 @@ class EditSession:
                 stream = stream_of(self.model, self.place.first_layer, progress=self.progress)
                 if stream is not None:
                     self._cleanup.enter_context(stream)
-                with stream.shortened() if stream is not None else nullcontext():
+                shortened = stream.shortened() if stream is not None else nullcontext()
+                with shortened, lockstep(self.model):
                     self.shortcuts = find_shortcuts(
                         self.model,
                         self._texts,
@@ -343,7 +345,8 @@ class EditSession:
             finished = checkpoints is not None and checkpoints.finished
             runner = None if finished else self._ready_runner()
             if self._health is not None and only is None:
-                self._health.before()
+                with lockstep(self.model):
+                    self._health.before()
             done = self._finished_(weights, checkpoints)
             if done is None:
                 assert runner is not None
@@ -354,9 +357,10 @@ class EditSession:
             new, health = changed.values(), None
             if self._health is not None:
                 # Of edits that are made one at a time, hundreds maybe, the norms alone.
-                health = self._health.after(
-                    changed.original, new, lr=self.hparams.lr, perplexity=only is None
-                )
+                with lockstep(self.model):
+                    health = self._health.after(
+                        changed.original, new, lr=self.hparams.lr, perplexity=only is None
+                    )
             notes = self._how_it_ran(checkpoints)
             return EditResult(
                 losses=done.losses,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 N_SAMPLES = 1024
 SAMPLE_LENGTH = 16
 _CHUNK = 2**24  # numbers hashed at a time
+_KEPT = "_locft_sample"  # on a frozen parameter of which a share alone is here
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -61,6 +62,9 @@ def sample_positions(n_numbers: int) -> np.ndarray:
 
 def sample_numbers(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the numbers of a tensor that a sample takes, on the host, [N]."""
+    kept: torch.Tensor | None = getattr(tensor, _KEPT, None)
+    if kept is not None:
+        return kept
     tensor = tensor.detach()
     positions = sample_positions(tensor.numel())
     if tensor.is_contiguous():
@@ -68,6 +72,12 @@ def sample_numbers(tensor: torch.Tensor) -> torch.Tensor:
     # Indices of each dimension: a flat view of what is not contiguous would copy all of it.
     places = np.unravel_index(positions, tuple(tensor.shape))
     return tensor[tuple(torch.from_numpy(i).to(tensor.device) for i in places)].cpu()
+
+
+def keep_sample(tensor: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """Returns what lets another tensor, a share of this one, have this one's sample."""
+    numbers = sample_numbers(tensor)
+    return lambda share: setattr(share, _KEPT, numbers)
 
 
 def sample_digest(numbers: torch.Tensor, shape: Sequence[int]) -> str:

@@ -102,6 +102,9 @@ class LocFTBFHyperParams:
         stream_frozen: Leave the frozen layers on disk and read them once, one after another, when
             the prefix is computed; `None` does so where the model does not fit the device, or with
             `model_parallel` all GPUs together.
+        shard_frozen: Leave each of several processes a share of the frozen layers above the place
+            (FSDP2), and gather a layer when it runs; `None` does so where these do not fit a
+            device.
         quantize_frozen: Load what is not trained in `8bit` or `4bit` (bitsandbytes).
         compile: Let torch.compile fuse the norms and MLPs that every step runs. It takes minutes
             before the first step, and pays where a step is bound by launching kernels.
@@ -149,6 +152,7 @@ class LocFTBFHyperParams:
     prefix_disk_gib: Optional[float] = None  # noqa: UP045
     prefix_dir: Optional[str] = None  # noqa: UP045
     stream_frozen: Optional[bool] = None  # noqa: UP045
+    shard_frozen: Optional[bool] = None  # noqa: UP045
     quantize_frozen: Optional[str] = None  # noqa: UP045
     compile: bool = False
     packing: bool = True

@@ -32,6 +32,7 @@ OR_AUTO: dict[str, Any] = {"layers": List[int], "lr": float}  # noqa: UP006
 # What is decided while the model is loaded.
 _NEEDS_A_PLACE = {
     "quantize_frozen": "what is trained must stay whole when the model is loaded",
+    "shard_frozen": "the layers to share out must be known when the model is loaded",
     "stream_frozen": "the layers to leave on disk must be known when the model is loaded",
 }
 _NO_RATE = (
@@ -104,6 +105,14 @@ def broken_rules(values: Mapping[str, Any]) -> list[str]:
             "quantize_frozen",
             lambda v: not (v and values.get("stream_frozen")),
             "does not go with `stream_frozen`; keep one of them",
+        ),
+        *(
+            (
+                "shard_frozen",
+                lambda v, key=key: not (v and values.get(key)),
+                f"does not go with `{key}`; keep one of them",
+            )
+            for key in ("model_parallel", "quantize_frozen", "compile")
         ),
         ("on_conflict", lambda v: v in ON_CONFLICT, f"must be one of {', '.join(ON_CONFLICT)}"),
         (

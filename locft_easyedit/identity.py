@@ -38,6 +38,7 @@ _WITHOUT_EFFECT = frozenset(
         "prefix_disk_gib",
         "prefix_dir",
         "stream_frozen",
+        "shard_frozen",
         "checkpoint_dir",
         "checkpoint_minutes",
         "health_check",

@@ -22,6 +22,7 @@ from .errors import NonFiniteLossError
 from .hparams import LocFTBFHyperParams
 from .progress import Progress
 from .runner import Prepared, TextRunner
+from .sharding import lockstep
 from .weights import TrainedWeights
 from .world import ALONE, Share
 
@@ -195,18 +196,14 @@ class _Step:
         """
         if max((part.n_texts for part in parts), default=0) > self.micro_batch.size:
             parts = self._again(parts)  # made ahead, before memory ran out
-        while True:
-            self.weights.clear_gradients_()
-            try:
-                loss, update = self._gradients_(parts, n_edits)
-                break
-            except torch.cuda.OutOfMemoryError as error:
-                self.micro_batch.halve(parts, error)
-            # Outside the handler: the exception's frames hold the tensors that have to go.
-            torch.cuda.empty_cache()
-            parts = self._again(parts)
-        if update is None:
+        # Whoever has less to run, or has to run it again in smaller parts, is waited for.
+        with lockstep(self.runner.model):
+            loss, known_below = self._own_gradients_(parts, n_edits)
+        if known_below:
             return loss, torch.tensor(False, device=loss.device)
+        # All that processes which train together exchange in a step.
+        self.share.world.sum_(chain([loss], self.weights.gradients_()))
+        update = torch.isfinite(loss) & (loss >= self.threshold)
         if self.waits:
             if update:
                 self.optimizer.step()
@@ -218,27 +215,35 @@ class _Step:
         self.weights.publish_()
         return loss, update
 
-    def _gradients_(
-        self, parts: list[Prepared], n_edits: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Computes the mini-batch's loss and gradients; returns it and whether to update.
+    def _own_gradients_(self, parts: list[Prepared], n_edits: int) -> tuple[torch.Tensor, bool]:
+        """Computes this process's share of the mini-batch's loss and gradients.
 
-        Where the answer costs nothing, `None` says that there are no gradients to update with.
+        Returns it, and whether it is below the threshold, where that costs nothing to know: there
+        are no gradients then.
         """
+        while True:
+            self.weights.clear_gradients_()
+            try:
+                return self._summed_(parts, n_edits)
+            except torch.cuda.OutOfMemoryError as error:
+                self.micro_batch.halve(parts, error)
+            # Outside the handler: the exception's frames hold the tensors that have to go.
+            torch.cuda.empty_cache()
+            parts = self._again(parts)
+
+    def _summed_(self, parts: list[Prepared], n_edits: int) -> tuple[torch.Tensor, bool]:
         losses = []
         # Then what follows a loss below the threshold is saved.
         known_at_once = self.waits and len(parts) == 1 and not self.share.world.several
         for part in parts:
             loss = self.runner.edit_losses(part).sum() / n_edits
             if known_at_once and not loss >= self.threshold:
-                return loss.detach(), None  # NaN as well
+                return loss.detach(), True  # NaN as well
             (loss * self.weights.loss_scale).backward()
             self.weights.collect_gradients_()
             losses.append(loss.detach())
         total = torch.stack(losses).sum() if losses else torch.zeros((), device=self.runner.device)
-        # All that processes which train together exchange in a step.
-        self.share.world.sum_(chain([total], self.weights.gradients_()))
-        return total, torch.isfinite(total) & (total >= self.threshold)
+        return total, False
 
 
 class _MicroBatch:

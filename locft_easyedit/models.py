@@ -26,6 +26,7 @@ from .lora import check_low_rank
 from .offload import resident_map, room_for_conversions, streaming_map
 from .place import match_parameters
 from .reading import is_file, shown
+from .sharded_loading import Sharding, places, shard_
 from .spreading import DeviceMap, devices_of, room_on, share_of_gpus
 from .store import free_host_memory
 from .world import here
@@ -84,6 +85,12 @@ def load_model(
     name = hparams.model_name
     device = resolve_device(hparams.device)
     if isinstance(name, (tuple, list)) and len(name) == 2:
+        if hparams.shard_frozen:
+            raise ModelError(
+                "`shard_frozen=true` shares out a model while it is loaded, and this one is whole "
+                "on every process already. Give the model's folder as `model_name`, or leave it "
+                "out."
+            )
         loaded, tokenizer = name
         # A model that somebody has placed stays where it is, unless a device is asked for.
         if hparams.device is not None:
@@ -98,10 +105,16 @@ def load_model(
     device, chosen = devices_of(hparams.model_parallel, hparams.device, device, gpus)
     with _one_model_error(name):
         skeleton = _check_place(name, hparams)
+    world = here()
     quantization = _quantization(skeleton, hparams, device)
-    places = streaming_map(skeleton, hparams, device, chosen)
-    if places is None and chosen and skeleton is not None and quantization is None:
-        places = resident_map(skeleton, hparams.dtype_on(device), chosen)
+    device_map: DeviceMap | None
+    sharding: Sharding | None = None
+    if chosen:
+        device_map = streaming_map(skeleton, hparams, device, chosen)
+        if device_map is None and skeleton is not None and quantization is None:
+            device_map = resident_map(skeleton, hparams.dtype_on(device), chosen)
+    else:
+        device_map, sharding = places(skeleton, hparams, device, world)
     model, tokenizer = load_causal_lm(
         name,
         device=None if chosen else str(device),
@@ -109,10 +122,12 @@ def load_model(
         model_parallel=bool(chosen),
         gpus=chosen or None,
         trust_remote_code=hparams.trust_remote_code,
-        device_map=places,
+        device_map=device_map,
         quantization=quantization,
         attention=_attention(skeleton, device, hparams.dtype_on(device)),
     )
+    if sharding is not None:
+        shard_(model, sharding, device, world)
     return model, tokenizer
 
 

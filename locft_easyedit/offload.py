@@ -122,9 +122,13 @@ def _fits(
     if gpus:
         return spread_map(skeleton, dtype, room_on(gpus)) is not None
     needed = sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize
+    return bool(needed <= USABLE * free_memory(device))
+
+
+def free_memory(device: torch.device) -> int:
+    """Returns the bytes that are free on a GPU, or on the host."""
     on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_host_memory()
-    return bool(needed <= USABLE * free)
+    return int(torch.cuda.mem_get_info(device)[0] if on_gpu else free_host_memory())
 
 
 def room_for_conversions(device_map: Mapping[str, Any] | None) -> dict[str, str]:

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .delta.checkpoint import read_checkpoint
 from .delta.delta import Delta
 from .delta.file import save_delta
+from .delta.folder import apply_to_folder
 from .editing import EditSession
-from .errors import OutputError
+from .errors import ModelError, OutputError
 from .evaluate.choices import HowToRun
 from .evaluate.compact import CompactRecords
 from .evaluate.evaluation import Joined, shared_evaluation
@@ -24,6 +26,7 @@ from .hparams import LocFTBFHyperParams
 from .identity import digest
 from .report import prepare_folder, write_json, write_loss_curve
 from .result import EditResult
+from .sharding import sharded_layers
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +120,28 @@ def _before(
     return records
 
 
+def check_save(save: str, model: Any, hparams: LocFTBFHyperParams) -> None:
+    """Checks, before anything runs, that `write_run` can save as it is asked to.
+
+    Args:
+        save: `matrices`, `model` or `none`.
+        model: The model, loaded.
+        hparams: What it was loaded with.
+
+    Raises:
+        ModelError: The whole model cannot be saved.
+    """
+    if save != "model" or sharded_layers(model) is None:
+        return
+    try:
+        read_checkpoint(hparams.model_name)
+    except ModelError as error:
+        raise ModelError(
+            "`save=model`: no process holds the whole model (`shard_frozen`), so that it is "
+            f"written from the folder that it came from: {error} Or use `save=matrices`."
+        ) from error
+
+
 def write_run(
     folder: str | Path,
     run: Run,
@@ -169,7 +194,17 @@ def write_run(
         with output_errors(written["edited model"]):
             if written["edited model"].exists():
                 shutil.rmtree(written["edited model"])  # of a run that was killed before its end
-            with new_folder(written["edited model"]) as folder_of_model:
-                model.save_pretrained(folder_of_model)
-                tokenizer.save_pretrained(folder_of_model)
+            if sharded_layers(model) is not None:
+                # No process has all of it; what is frozen is in the folder that it came from.
+                edit = Delta.of(run.result, model, hparams, metrics=summary)
+                apply_to_folder(
+                    [edit],
+                    hparams.model_name,
+                    written["edited model"],
+                    trust_remote_code=hparams.trust_remote_code,
+                )
+            else:
+                with new_folder(written["edited model"]) as folder_of_model:
+                    model.save_pretrained(folder_of_model)
+                    tokenizer.save_pretrained(folder_of_model)
     return written

@@ -145,7 +145,7 @@ class World:
                 told[0] = find()
             except Exception as raised:  # the others wait for an answer, whatever went wrong
                 error = raised
-                told[1] = raised if isinstance(raised, LocFTError) else _brief(raised)
+                told[1] = raised if isinstance(raised, LocFTError) else brief(raised)
         with self._answering():
             dist.broadcast_object_list(told, src=0, group=self._hosts)
         if error is not None:
@@ -174,7 +174,19 @@ class World:
             raise
         except Exception as raised:  # the others would wait for this one
             error = raised
-        failures = self.gather(None if error is None else _brief(error))
+        self.end_if_failed(error)
+
+    def end_if_failed(self, error: Exception | None) -> None:
+        """Tells all ranks what went wrong in each, and ends what they do together.
+
+        Args:
+            error: What went wrong here; `None` if nothing did.
+
+        Raises:
+            Exception: What went wrong here.
+            RankError: Another rank has failed.
+        """
+        failures = self.gather(None if error is None else brief(error))
         if error is not None:
             raise error
         failed = [(rank, failure) for rank, failure in enumerate(failures) if failure is not None]
@@ -199,7 +211,7 @@ class World:
     def fail(self, error: BaseException) -> None:
         """Tells the other ranks that this one is about to end with an error; they end as well."""
         if self._watch is not None:
-            self._watch.fail(_brief(error))
+            self._watch.fail(brief(error))
 
     def advise(self, advice: str) -> None:
         """Notes what a message about a lost rank should say of how to go on."""
@@ -220,7 +232,7 @@ class World:
             yield
         except RuntimeError as error:  # torch.distributed's own errors as well
             assert self._watch is not None
-            raise LostRankError(self._watch.explained(_brief(error))) from error
+            raise LostRankError(self._watch.explained(brief(error))) from error
 
 
 @dataclass(eq=False)
@@ -306,7 +318,7 @@ def _joined() -> World:
     except (RuntimeError, ValueError) as error:
         raise RankError(
             f"The {size} processes of the launcher do not find each other: "
-            f"{_brief(error)}. Check its addresses and ports, and that all machines run the same "
+            f"{brief(error)}. Check its addresses and ports, and that all machines run the same "
             "versions."
         ) from error
     world = World(
@@ -323,7 +335,7 @@ def _joined() -> World:
     return world
 
 
-def _brief(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
     """Returns an error in words; of those that are not ours, the first line."""
     if isinstance(error, LocFTError):
         return str(error)

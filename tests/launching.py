@@ -63,6 +63,7 @@ def launch(
     *arguments: Any,
     timeout: float = 120,
     through: str | None = None,
+    machines: int = 1,
     check: bool = True,
     environment: Mapping[str, str] | None = None,
     meanwhile: Callable[[list[subprocess.Popen[str]]], None] | None = None,
@@ -77,6 +78,7 @@ def launch(
         through: A real launcher, `torchrun` or `accelerate`, with options of its own. By default
             the processes get the environment that these would give them, which is quicker and
             keeps them apart.
+        machines: How many they believe to be on, as many on each.
         check: Fail if one has failed.
         environment: Variables on top of this process's own.
         meanwhile: Called with the processes once they run: to kill one, say.
@@ -92,7 +94,7 @@ def launch(
         shared = _environment(environment)
         if through is None:
             port = str(free_port())
-            mine = [shared | _rank_environment(rank, n, port) for rank in range(n)]
+            mine = [shared | _rank_environment(rank, n, port, machines) for rank in range(n)]
         else:
             mine = [shared]
         files = [
@@ -181,14 +183,15 @@ def _environment(more: Mapping[str, str] | None) -> dict[str, str]:
     return alone_environment() | settings | dict(more or {})
 
 
-def _rank_environment(rank: int, n: int, port: str) -> dict[str, str]:
+def _rank_environment(rank: int, n: int, port: str, machines: int) -> dict[str, str]:
     """Returns what a launcher tells a process."""
-    here, size = str(rank), str(n)
+    on_each = n // machines
     return {
-        "RANK": here,
-        "LOCAL_RANK": here,
-        "WORLD_SIZE": size,
-        "LOCAL_WORLD_SIZE": size,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank % on_each),
+        "GROUP_RANK": str(rank // on_each),
+        "WORLD_SIZE": str(n),
+        "LOCAL_WORLD_SIZE": str(on_each),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }

@@ -317,7 +317,7 @@ def test_divergence_leaves_no_checkpoint(tmp_path):
 
 
 def test_halved_micro_batches_stay_halved(tmp_path, monkeypatch):
-    gradients_ = loop._Step._gradients_
+    gradients_ = loop._Step._summed_
 
     def at_most_two(self, parts, n_edits):
         if max(part.n_texts for part in parts) > 2:
@@ -325,7 +325,7 @@ def test_halved_micro_batches_stay_halved(tmp_path, monkeypatch):
         return gradients_(self, parts, n_edits)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Step, "_gradients_", at_most_two)
+        patch.setattr(loop._Step, "_summed_", at_most_two)
         expected, _ = edit(None)
         interrupt_at(patch, signal.SIGINT, 5)
         with pytest.raises(EditInterrupted, match="epoch 2"):

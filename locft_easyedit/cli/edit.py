@@ -19,7 +19,7 @@ from ..health import HealthReport
 from ..hparams import ALG_NAME, LocFTBFHyperParams
 from ..locate.auto import check_enough
 from ..models import load_model
-from ..pipeline import SAVE, edit_and_measure, write_run
+from ..pipeline import SAVE, check_save, edit_and_measure, write_run
 from ..report import health_table, metrics_table, seconds_table, show
 from ..requests import distinct_edits
 from ..run_folder import run_folder, run_settings, unfinished_run
@@ -115,6 +115,7 @@ def run_edit(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path)
             _show_again(folder.path)
             return
         model, tokenizer = load_model(hparams)
+        check_save(command["save"], model, hparams)
         kept = dataclasses.replace(
             hparams, checkpoint_dir=hparams.checkpoint_dir or str(folder.checkpoints)
         )

@@ -129,6 +129,7 @@ class Measures:
         self._ours = [
             Shared(
                 world,
+                model,
                 self._requests,
                 lambda some, _: TeacherForced(model, tokenizer, some, how, parts=parts),
             )
@@ -139,6 +140,7 @@ class Measures:
                 0,
                 Shared(
                     world,
+                    model,
                     self._requests,
                     lambda some, _: Perplexity(model, tokenizer, some, how, metric=metric),
                 ),

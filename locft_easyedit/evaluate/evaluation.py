@@ -244,4 +244,4 @@ def shared_evaluation(
     def make(some: Sequence[Mapping[str, Any]], numbers: list[int]) -> Evaluation:
         return Evaluation(model, tokenizer, some, how, metrics=metrics, numbers=numbers)
 
-    return Shared(world, records, make)
+    return Shared(world, model, records, make)

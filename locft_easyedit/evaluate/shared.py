@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from torch import nn
 
 from ..errors import RequestError
+from ..sharding import lockstep
 from ..world import World
 from .compact import CompactRecords
 from .questions import Metrics, Questions
@@ -29,6 +31,7 @@ class Shared:
 
     Args:
         world: The processes; each makes one of these, of the same records.
+        model: What is measured.
         records: All records.
         make: Returns the measurement of some of them, given these and their numbers.
 
@@ -37,13 +40,18 @@ class Shared:
     """
 
     def __init__(
-        self, world: World, records: Records, make: Callable[[Records, list[int]], Measurement]
+        self,
+        world: World,
+        model: nn.Module,
+        records: Records,
+        make: Callable[[Records, list[int]], Measurement],
     ) -> None:
         self.world = world
+        self._model = model
         if not world.several:
             self._measurement = make(records, list(range(len(records))))
             return
-        with world.together():
+        with world.together(), lockstep(model):
             self._own = world.share(np.diff(Questions(records).first_prompt))
             own = self._own.tolist()
             try:
@@ -69,7 +77,8 @@ class Shared:
             yield from stream(description, only)
             return
         assert only is None
-        with self.world.together():
+        # Of a model that is sharded, whoever is done goes on taking part in the others' passes.
+        with self.world.together(), lockstep(self._model):
             found = CompactRecords(stream(description))
         yield from _in_order(self.world.gather((self._own, found)))
 
