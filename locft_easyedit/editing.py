@@ -16,11 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .checkpoint import Checkpoints
 from .compiling import compiled
 from .devices import context_length
-from .errors import ModelError, NonFiniteLossError, RankError, one_message
+from .errors import ModelError, NonFiniteLossError
 from .files import locked
 from .health import HealthCheck
 from .hparams import LocFTBFHyperParams
-from .identity import Identity
+from .identity import Identity, check_agreed
 from .loop import breadth_first_
 from .lora import check_low_rank, low_rank_of
 from .modes import only_trainable, with_gradients
@@ -32,12 +32,13 @@ from .requests import EditSet, distinct_edits
 from .result import EditResult
 from .runner import TextRunner
 from .sharding import lockstep
+from .share import Share
 from .shortcuts import Shortcuts, find_shortcuts
 from .store import Budget
 from .stream import FrozenStream, stream_of
 from .tokens import TokenizedTexts, tokenize_edits
 from .weights import TrainedWeights
-from .world import ALONE, Share, World, here
+from .world import ALONE, World, here
 
 if TYPE_CHECKING:
     from .locate.choice import Choice
@@ -154,31 +155,13 @@ class EditSession:
         if folder is None and not self.world.several:
             return
         identity = Identity.of(self.model, self.place, self._texts, h, self.world.size)
-        self._agree(identity)
+        check_agreed(self.world.gather(identity))
         if folder is not None and h.checkpoint_minutes is not None:
             self.checkpoints = Checkpoints(folder, h.checkpoint_minutes, identity, self.world)
             self.world.advise(
                 f"{self.checkpoints.path} has the last checkpoint, if one was due; the same edit "
                 "goes on there, with any number of processes."
             )
-
-    def _agree(self, identity: Identity) -> None:
-        """Checks that all ranks are about to make the same edit.
-
-        Raises:
-            RankError: They are not.
-        """
-        first, *others = self.world.gather(identity)
-        for rank, other in enumerate(others, start=1):
-            differences = first.differences(other)
-            if differences:
-                raise RankError(
-                    one_message(
-                        f"Rank {rank} of {self.world.size} is about to make another edit than rank "
-                        "0. Start all of them with the same model, data and settings:",
-                        differences,
-                    )
-                )
 
     @property
     def _checkpoint_dir(self) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 
 from .devices import input_device
+from .errors import RankError, one_message
 from .fingerprint import checksum
 from .hashes import sample_digest, sample_numbers
 from .hparams import LocFTBFHyperParams
@@ -148,6 +149,28 @@ class Identity:
             for key, value in self.surroundings.items()
             if other.surroundings.get(key) != value
         ]
+
+
+def check_agreed(identities: Sequence[Identity]) -> None:
+    """Checks that all ranks are about to make the same edit.
+
+    Args:
+        identities: What each is about to make, by rank.
+
+    Raises:
+        RankError: They are not.
+    """
+    first, *others = identities
+    for rank, other in enumerate(others, start=1):
+        differences = first.differences(other)
+        if differences:
+            raise RankError(
+                one_message(
+                    f"Rank {rank} of {len(identities)} is about to make another edit than rank 0. "
+                    "Start all of them with the same model, data and settings:",
+                    differences,
+                )
+            )
 
 
 def settings_of(hparams: LocFTBFHyperParams) -> dict[str, Any]:

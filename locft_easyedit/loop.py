@@ -23,8 +23,9 @@ from .hparams import LocFTBFHyperParams
 from .progress import Progress
 from .runner import Prepared, TextRunner
 from .sharding import lockstep
+from .share import Share
 from .weights import TrainedWeights
-from .world import ALONE, Share
+from .world import ALONE
 
 logger = logging.getLogger(__name__)
 

@@ -235,34 +235,6 @@ class World:
             raise LostRankError(self._watch.explained(brief(error))) from error
 
 
-@dataclass(eq=False)
-class Share:
-    """A rank's part of the edits.
-
-    Attributes:
-        world: Whose.
-        own: Indices of its edits, ascending.
-        position: Where each of all edits is among `own`; -1 if it is another rank's, [N].
-    """
-
-    world: World
-    own: np.ndarray
-    position: np.ndarray
-
-    @classmethod
-    def in_world(cls, world: World, sizes: np.ndarray) -> Share:
-        """Returns this rank's part of edits of these sizes, [N]."""
-        own = world.share(sizes)
-        position = np.full(len(sizes), -1, np.int64)
-        position[own] = np.arange(len(own))
-        return cls(world, own, position)
-
-    def of(self, batch: np.ndarray) -> np.ndarray:
-        """Returns which of the own edits are in a mini-batch of all, in its order."""
-        positions = self.position[batch]
-        return positions[positions >= 0]
-
-
 ALONE = World()
 _here: World | None = None
 

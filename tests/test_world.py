@@ -14,7 +14,8 @@ from launching import free_port, launch
 
 from locft_easyedit import rendezvous
 from locft_easyedit.errors import HyperParamsError, LocFTError, RankError
-from locft_easyedit.world import ALONE, Share, World, alone_environment, apart, here, launched
+from locft_easyedit.share import Share
+from locft_easyedit.world import ALONE, World, alone_environment, apart, here, launched
 
 
 @given(st.lists(st.integers(1, 400), max_size=60), st.integers(1, 9))

@@ -41,7 +41,7 @@ from locft_easyedit.errors import LocFTError
 from locft_easyedit.evaluate.questions import Questions
 from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.identity import Identity
-from locft_easyedit.models import _check_folder
+from locft_easyedit.model_folder import check_folder
 from locft_easyedit.progress import Progress
 from locft_easyedit.requests import distinct_edits, make_requests
 from locft_easyedit.result import EditResult
@@ -195,7 +195,7 @@ def _index(path: Path) -> Any:
     folder = path.parent
     shutil.copy(path, folder / "model.safetensors.index.json")
     try:
-        _check_folder(str(folder))
+        check_folder(str(folder))
     finally:
         (folder / "model.safetensors.index.json").unlink()
     return True

@@ -13,7 +13,8 @@ from ..data import read_requests
 from ..easyedit.peer import commit_of
 from ..errors import HyperParamsError, LocFTError, one_message
 from ..hparams import ALG_NAME, LocFTBFHyperParams
-from ..models import check_model_name, model_without_weights, resolve_device
+from ..model_folder import check_model_name
+from ..models import model_without_weights, resolve_device
 from ..place import match_parameters
 from ..report import prepare_folder
 from ..requests import distinct_edits
