@@ -230,12 +230,12 @@ def note_sharded(model: nn.Module, layers: ShardedLayers) -> None:
     _sharded[model] = layers
 
 
-def sharded_layers(model: nn.Module) -> ShardedLayers | None:
+def sharded_layers(model: Any) -> ShardedLayers | None:
     """Returns the sharded layers of a model; `None` if this process has all of it."""
-    return _sharded.get(model)
+    return _sharded.get(model) if isinstance(model, nn.Module) else None
 
 
-def lockstep(model: nn.Module) -> AbstractContextManager[None]:
+def lockstep(model: Any) -> AbstractContextManager[None]:
     """Returns a context within which processes may run different numbers of passes.
 
     All of them enter it, and leave it together: around a mini-batch, or around a measurement of

@@ -119,7 +119,7 @@ def problems_of(settings: StudySettings) -> list[str]:
     h, found = settings.hparams, []
     if not isinstance(h.model_name, str):
         found.append("`model_name` must be a folder or hub name: each process loads the model.")
-    for key in ("stream_frozen", "quantize_frozen"):
+    for key in ("stream_frozen", "shard_frozen", "quantize_frozen"):
         if getattr(h, key):
             found.append(
                 f"`{key}={getattr(h, key)!r}`: every layer of the model is trained in turn, so all "
