@@ -572,8 +572,13 @@ def test_interrupted_all_processes_end(settings, stand_ins, monkeypatch, how, ra
         return started[-1]
 
     monkeypatch.setattr(processes_module.subprocess, "Popen", popen)
-    with pytest.raises(raised, match=message):
-        compare(settings(methods=("LocFT-BF", "FT", "ROME"), devices=["cpu", "cpu"]))
+    # Ctrl-C as on a terminal: a shell starts what runs in the background without it.
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(raised, match=message):
+            compare(settings(methods=("LocFT-BF", "FT", "ROME"), devices=["cpu", "cpu"]))
+    finally:
+        signal.signal(signal.SIGINT, former)
     assert [process.returncode for process in started] == [-signal.SIGTERM] * 2
 
 
