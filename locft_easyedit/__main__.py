@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = run_in_world(command, lambda given: _told(command, given), rest)
         except LocFTError as error:  # the processes do not find each other, or lose each other
             status = tell(command, error)
+        except KeyboardInterrupt as error:
+            status = say_interrupted(command, error)
         if status != 0:
             end(status)
         return status

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 FILE_NAME = "checkpoint.safetensors"
 _BYTES_A_NUMBER = 12  # a master and two moments in float32
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-_PATIENCE = 5.0  # seconds in which a second signal is the first one again
+_PATIENCE = 30.0  # seconds in which a second signal is the first one again
 _ASK_SECONDS = 0.25  # about how often ranks ask each other for a checkpoint, and at most
 _MOST_STEPS = 100  # from one time to the next
 
@@ -220,7 +220,9 @@ class Checkpoints:
             tensors[f"master.{name}"] = master
             for moment, value in optimizer.state.get(master, {}).items():
                 tensors[f"{moment}.{name}"] = value
-        written = self._write(progress, tensors)
+        progress.seconds = self._elapsed()
+        # Nobody goes on, or ends, before it is written.
+        written = self.world.from_first(lambda: self._write(progress, tensors))
         self._last = time.monotonic()
         self._end_if_asked(progress, written)
 
@@ -231,7 +233,9 @@ class Checkpoints:
             EditInterrupted: A signal came after the last step.
         """
         masters = weights.named_masters()
-        written = self._write(progress, {f"master.{name}": m for name, m in masters.items()})
+        progress.seconds = self._elapsed()
+        kept = {f"master.{name}": master for name, master in masters.items()}
+        written = self.world.from_first(lambda: self._write(progress, kept))
         [asked] = self.world.most([int(self._interrupts.received or 0)])
         self._asked = signal.Signals(asked) if asked else None
         self._end_if_asked(progress, written)
@@ -264,9 +268,6 @@ class Checkpoints:
 
     def _write(self, progress: Progress, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Writes a checkpoint; returns whether that worked."""
-        progress.seconds = self._elapsed()
-        if not self.world.first:
-            return True  # it is rank 0's to know
         try:
             write_checkpoint(self.path, Saved(self.identity, self.notes, progress, dict(tensors)))
         except OutputError as error:

@@ -206,8 +206,9 @@ class EditSession:
         h = self.hparams
         assert self._texts is not None
         with self._cleanup:
-            if self.checkpoints is not None and self.world.first:
-                self._cleanup.enter_context(locked(self.checkpoints.path.parent))
+            with self.world.together():
+                if self.checkpoints is not None and self.world.first:
+                    self._cleanup.enter_context(locked(self.checkpoints.path.parent))
             self._cleanup.enter_context(only_trainable(self.model, self.place.parameters.values()))
             with self.world.together(), self._timed("prefix"), with_gradients():
                 self.budget = Budget(
@@ -293,7 +294,6 @@ class EditSession:
             stream=self.stream,
             states=self.shared_states,
             progress=self.progress,
-            world=self.world,
         )
         if self.checkpoints is not None:
             prefix = runner.prefix

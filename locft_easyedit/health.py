@@ -44,6 +44,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .devices import context_length
+from .errors import RankError
 from .prefix import FrozenPrefix
 from .prepare import kept_file
 from .runner import TextRunner
@@ -229,6 +230,8 @@ class HealthCheck:
             # What is recorded outlives this pass, and a caller's inference mode with it.
             with torch.inference_mode(False), torch.no_grad():
                 return measure()
+        except RankError:
+            raise
         except Exception as error:  # an edit of hours is not lost to a look at it
             reason = (str(error).splitlines() or [""])[0]
             self.not_measured = f"{type(error).__name__}: {reason}"

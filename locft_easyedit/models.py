@@ -101,9 +101,14 @@ def load_model(
         )
     name = check_model_name(name)
     device, chosen = devices_of(hparams.model_parallel, hparams.device, device, gpus)
+    world = here()
+    if hparams.model_parallel and len(set(world.gather(len(chosen)))) > 1:
+        raise HyperParamsError(
+            "`model_parallel=true` with several processes needs as many GPUs for each of them. "
+            "Start a number of processes that divides the GPUs of every machine."
+        )
     with _one_model_error(name):
         skeleton = _check_place(name, hparams)
-    world = here()
     quantization = _quantization(skeleton, hparams, device)
     device_map: DeviceMap | None
     sharding: Sharding | None = None

@@ -18,7 +18,6 @@ from .shortcuts import Shortcuts
 from .store import Budget
 from .stream import FrozenStream
 from .tokens import TokenizedTexts
-from .world import ALONE, World
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +35,6 @@ def prepare_runner(
     stream: FrozenStream | None = None,
     states: Recorded | None = None,
     progress: bool = False,
-    world: World = ALONE,
 ) -> TextRunner:
     """Returns the fastest runner that gives the model's own logits, with its prefix recorded.
 
@@ -53,7 +51,6 @@ def prepare_runner(
         states: What may have recorded the frozen layers' states already. What is borrowed from it
             leaves no file.
         progress: Show a progress bar.
-        world: The processes that train together, each with texts of its own.
 
     Raises:
         MemoryBudgetError: The budgets cannot hold the states.
@@ -62,9 +59,6 @@ def prepare_runner(
     prefix = None
     cuts = shortcuts.cuts
     chosen = _affordable(model, texts, cuts, budget, cut) if cuts else None
-    if cuts and world.several:  # one cut for all: the one that whoever has least room can afford
-        kinds = world.gather(cuts.index(chosen))
-        chosen = min((cuts[i] for i in kinds), key=lambda cut: cut.width)
     if chosen is not None and len(texts):
         file = kept_file(kept, model, chosen, texts, shortcuts.packed, stream)
         prefix = FrozenPrefix(model, chosen, int(texts.input_offsets[-1]), budget, file)

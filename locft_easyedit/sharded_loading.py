@@ -223,7 +223,9 @@ def _mesh(sharding: Sharding, device: torch.device, world: World) -> Any:
     # Gathering within a machine is many times faster.
     in_order = world.rank == machine * world.local_size + world.local_rank
     even = in_order and world.size == n_machines * world.local_size
-    if sharding.within_machines and n_machines > 1 and all(world.gather(even)):
+    found = world.gather((even, world.local_size))
+    alike = all(found_even and size == world.local_size for found_even, size in found)
+    if sharding.within_machines and n_machines > 1 and alike:
         shape = (n_machines, world.local_size)
         return init_device_mesh(device.type, shape, mesh_dim_names=("machine", "share"))["share"]
     return init_device_mesh(device.type, (world.size,))

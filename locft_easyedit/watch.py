@@ -1,25 +1,27 @@
 """Notices that another process of the world has ended, in a bounded time whatever this one does.
 
 Rank 0 has an open connection to every other rank, on which nothing comes until the end. When a
-process dies the system closes its end, also where the main thread waits for a GPU that waits for
-the dead one's GPU. Gloo's connections are used, so that no address has to be known.
+process dies the system closes its end at once; when a machine vanishes the system's own probes
+find out. Both are seen also where the main thread waits for a GPU that waits for the lost one's.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
+import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 _GRACE = 5.0  # seconds for the main thread to notice as well, and to end in order
 _SEEN_WITHIN = 2.0  # seconds between an operation that fails and the connection that tells why
-_DONE, _FAILED = 1, 2
+_LOOK = 0.5  # seconds between two looks whether this process still works by itself
+_PATIENCE = 600.0  # seconds for all ranks to connect, once they have found each other
+_PROBES = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}  # a minute of silence
+_DONE, _FAILED = b"D", b"F"
 _MOST_BYTES = 1024  # of a message
 _WITHOUT_A_WORD = (
     "ended before the others: its own messages or the launcher's say why (the system kills a "
@@ -28,30 +30,87 @@ _WITHOUT_A_WORD = (
 STATUS = 1  # of a process that ends because another one did
 
 
+def connections(
+    rank: int, size: int, gather: Callable[[Any], Sequence[Any]]
+) -> dict[int, socket.socket]:
+    """Returns the connections of rank 0 to all others; of another rank, its one to rank 0.
+
+    Args:
+        rank: This process.
+        size: Number of processes.
+        gather: Gives each what all have given.
+
+    Raises:
+        OSError: They cannot be made.
+    """
+    if rank == 0:
+        token = secrets.token_hex(16)
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        with socket.create_server(("", 0), family=family, dualstack_ipv6=both) as server:
+            server.settimeout(_PATIENCE)
+            gather((server.getsockname()[1], token))
+            return _accepted(server, token, size - 1)
+    port, token = gather(None)[0]
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1")  # where rank 0 is
+    one = socket.create_connection((address, port), timeout=_PATIENCE)
+    one.sendall(f"{token} {rank:8d}".encode())
+    return {0: _watched(one)}
+
+
+def _accepted(server: socket.socket, token: str, n: int) -> dict[int, socket.socket]:
+    """Returns the connections of `n` other ranks, by rank; whoever does not know us is let go."""
+    found: dict[int, socket.socket] = {}
+    while len(found) < n:
+        one, _ = server.accept()
+        one.settimeout(_PATIENCE)
+        said = b""
+        while len(said) < len(token) + 9 and (more := one.recv(len(token) + 9 - len(said))):
+            said += more
+        name, _, number = said.partition(b" ")
+        if secrets.compare_digest(name, token.encode()):
+            found[int(number)] = _watched(one)
+        else:
+            one.close()
+    return found
+
+
+def _watched(one: socket.socket) -> socket.socket:
+    """Returns a connection on which one waits for ever, unless the other machine is gone."""
+    one.settimeout(None)
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _PROBES.items():
+        if hasattr(socket, option):
+            one.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return one
+
+
 class Watch:
     """The connections of this rank, a thread for each.
 
     Args:
         rank: This process.
         names: What each rank is called in messages.
-        group: A group of gloo for nothing but this.
+        others: The connections, by rank.
 
     Attributes:
         advice: What to do when a rank is lost, for the message.
+        patient: Let this process go on without a rank that is lost, as long as it works by itself.
     """
 
-    def __init__(self, rank: int, names: Sequence[str], group: Any) -> None:
+    def __init__(
+        self, rank: int, names: Sequence[str], others: Mapping[int, socket.socket]
+    ) -> None:
         self.rank = rank
         self.names = list(names)
         self.advice = ""
-        self._group = group
+        self.patient = False
         self._lost: dict[int, str] = {}
         self._seen = threading.Event()
         self._over = threading.Event()
-        self._others = range(1, len(names)) if rank == 0 else range(1)
+        self._others = dict(others)
         self._threads = [
-            threading.Thread(target=self._wait_for, args=(other,), daemon=True)
-            for other in self._others
+            threading.Thread(target=self._wait_for, args=(other,), daemon=True) for other in others
         ]
         for thread in self._threads:
             thread.start()
@@ -60,6 +119,11 @@ class Watch:
     def over(self) -> bool:
         """Whether this rank has said its last word."""
         return self._over.is_set()
+
+    @property
+    def has_told(self) -> bool:
+        """Whether the loss of a rank was noticed here, and said where one process says it."""
+        return bool(self._lost)
 
     def explained(self, symptom: str) -> str:
         """Returns in words why something that all ranks do together has failed.
@@ -73,49 +137,46 @@ class Watch:
         return f"The {len(self.names)} processes lost each other ({symptom}). {self.advice}".strip()
 
     def close(self) -> None:
-        """Tells the others that this rank has come to its end, and waits for theirs.
-
-        A thread that still waited would bring the program down while it ends.
-        """
+        """Tells the others that this rank has come to its end, and ends the watch."""
         uncaught = getattr(sys, "last_value", None)
         self._last_word(_DONE if uncaught is None else _FAILED, repr(uncaught))
+        for one in self._others.values():
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RD)  # wakes the thread that waits
         for thread in self._threads:
             thread.join()
+        for one in self._others.values():
+            one.close()
 
     def fail(self, reason: str) -> None:
         """Tells the others that this rank is about to end, and why."""
         self._last_word(_FAILED, reason)
 
-    def _last_word(self, word: int, text: str) -> None:
+    def _last_word(self, word: bytes, text: str) -> None:
         self._over.set()
-        with suppress(RuntimeError):  # they may be gone already
-            self._send(word, text)
-
-    def _send(self, word: int, text: str) -> None:
-        message = torch.zeros(1 + _MOST_BYTES, dtype=torch.uint8)
-        written = text.encode()[:_MOST_BYTES]
-        message[: 1 + len(written)] = torch.tensor([word, *written], dtype=torch.uint8)
-        for other in self._others:
-            dist.send(message, dst=other, group=self._group)
+        for one in self._others.values():
+            with suppress(OSError):  # it may be gone already
+                one.sendall(word + text.encode("utf-8", "replace")[:_MOST_BYTES])
+                one.shutdown(socket.SHUT_WR)
 
     def _wait_for(self, other: int) -> None:
         """Waits for the last word of another rank; ends this process if it has died."""
-        message = torch.zeros(1 + _MOST_BYTES, dtype=torch.uint8)
-        try:
-            dist.recv(message, src=other, group=self._group)
-        except RuntimeError:
-            message.zero_()
-        word, reason = int(message[0]), bytes(message[1:].tolist()).rstrip(b"\0")
-        if word == _DONE or self._over.is_set():
+        said = b""
+        with suppress(OSError):
+            while more := self._others[other].recv(_MOST_BYTES):
+                said += more
+        while self.patient and not self._over.wait(_LOOK):
+            pass
+        if said.startswith(_DONE) or self._over.is_set():
             return
-        self._lost[other] = reason.decode(errors="replace")
+        self._lost[other] = said[1:].decode("utf-8", "replace")
         self._seen.set()
-        if word != _FAILED:
+        if not said:
             self._tell()
         # The main thread may have met the same error, or finds out as well: it restores the model
         # and ends the program. It cannot where it waits for a GPU.
         if not self._over.wait(_GRACE):
-            if word == _FAILED:
+            if said:
                 self._tell()
             os._exit(STATUS)
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from .errors import LocFTError, LostRankError, RankError
 from .rendezvous import fresh_store
-from .watch import Watch
+from .watch import Watch, connections
 
 T = TypeVar("T")
 
@@ -75,6 +75,7 @@ class World:
     _hosts: Any = None  # the group of what the hosts tell each other
     _watch: Watch | None = None
     _owned: bool = False  # whether the processes were brought together here
+    _home: torch.device | None = None  # this process's GPU, or the first of them
 
     @property
     def first(self) -> bool:
@@ -97,20 +98,18 @@ class World:
 
     def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replaces each tensor by its sum over all ranks: the same bits on all of them."""
-        if not self.several:
-            return
-        with self._answering():
-            for tensor in tensors:
-                # A GPU goes on by itself; the host waits for nobody.
-                dist.all_reduce(tensor.detach(), group=self._group(tensor))
+        if self.several:
+            # A GPU goes on by itself; the host waits for nobody.
+            self._exchange(
+                list(tensors), lambda tensor, group: dist.all_reduce(tensor, group=group)
+            )
 
     def broadcast_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replaces each tensor by that of rank 0."""
-        if not self.several:
-            return
-        with self._answering():
-            for tensor in tensors:
-                dist.broadcast(tensor.detach(), src=0, group=self._group(tensor))
+        if self.several:
+            self._exchange(
+                list(tensors), lambda tensor, group: dist.broadcast(tensor, src=0, group=group)
+            )
 
     def most(self, values: Sequence[int]) -> list[int]:
         """Returns the largest of each number over all ranks, on the host."""
@@ -218,8 +217,21 @@ class World:
         if self._watch is not None:
             self._watch.advice = advice
 
-    def _group(self, tensor: torch.Tensor) -> Any:
-        return self._hosts if tensor.device.type == "cpu" else None
+    def _exchange(
+        self, tensors: list[torch.Tensor], operation: Callable[[torch.Tensor, Any], Any]
+    ) -> None:
+        """Runs a collective operation on each tensor, in place."""
+        for tensor in tensors:
+            given = tensor.detach()
+            if given.device.type == "cpu":
+                moved, group = given, self._hosts
+            else:
+                # NCCL wants the GPUs in pairs, and spread models are not split alike everywhere.
+                moved, group = given.to(self._home), None
+            with self._answering():
+                operation(moved, group)
+            if moved is not given:
+                given.copy_(moved)
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
@@ -230,13 +242,21 @@ class World:
         """
         try:
             yield
+        except torch.cuda.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # torch.distributed's own errors as well
             assert self._watch is not None
-            raise LostRankError(self._watch.explained(brief(error))) from error
+            why = self._watch.explained(brief(error))
+            raise LostRankError(why, self._watch.has_told) from error
 
 
 ALONE = World()
 _here: World | None = None
+
+
+def joined() -> World:
+    """Returns the world of this process as far as it is set up; nobody is waited for."""
+    return _here or ALONE
 
 
 def here() -> World:
@@ -257,51 +277,59 @@ def apart() -> Iterator[None]:
     global _here
     world, environment = _here, dict(os.environ)
     kept = alone_environment(environment)
+    watch = None if world is None else world._watch
     try:
         _here = ALONE
+        if watch is not None:
+            watch.patient = True
         for key in set(environment) - set(kept):
             del os.environ[key]
         yield
     finally:
+        if watch is not None:
+            watch.patient = False
         os.environ.update({key: environment[key] for key in set(environment) - set(kept)})
         _here = world
 
 
 def _joined() -> World:
     """Returns the world of the launcher's processes."""
-    from accelerate import PartialState  # takes a second, and one process does not need it
+    from .spreading import share_of_gpus  # it asks for the world in its turn
 
-    on_gpu = torch.cuda.is_available()
-    backend = "nccl" if on_gpu else "gloo"
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    on_gpu, home = n_gpus >= local_size, None
     owned = not dist.is_initialized()  # else the program has done so
     try:
+        if on_gpu:
+            home = torch.device("cuda", share_of_gpus(n_gpus, local_rank, local_size)[0])
+            torch.cuda.set_device(home)
         if owned:
-            store = fresh_store(rank, size)
             dist.init_process_group(
-                backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE
+                "nccl" if on_gpu else "gloo",
+                store=fresh_store(rank, size),
+                rank=rank,
+                world_size=size,
+                timeout=_PATIENCE,
             )
-        state = PartialState(cpu=not on_gpu, backend=backend)
         hosts = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        watched = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        names: list[Any] = [None] * state.num_processes
-        name = f"Rank {state.process_index} ({socket.gethostname()}, process {os.getpid()})"
-        dist.all_gather_object(names, name, group=hosts)
-    except (RuntimeError, ValueError) as error:
+
+        def gather(value: Any) -> list[Any]:
+            found: list[Any] = [None] * size
+            dist.all_gather_object(found, value, group=hosts)
+            return found
+
+        names = gather(f"Rank {rank} ({socket.gethostname()}, process {os.getpid()})")
+        watch = Watch(rank, names, connections(rank, size, gather))
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise RankError(
-            f"The {size} processes of the launcher do not find each other: "
-            f"{brief(error)}. Check its addresses and ports, and that all machines run the same "
-            "versions."
+            f"The {size} processes of the launcher do not find each other: {brief(error)}. Check "
+            "its addresses, ports and network interfaces (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), "
+            "and that all machines run the same versions."
         ) from error
-    world = World(
-        rank=state.process_index,
-        size=state.num_processes,
-        local_rank=state.local_process_index,
-        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        _hosts=hosts,
-        _watch=Watch(state.process_index, names, watched),
-        _owned=owned,
-    )
+    world = World(rank, size, local_rank, local_size, hosts, watch, owned, home)
     # A program that is through may end before another one that is not.
     atexit.register(world._leave)
     return world

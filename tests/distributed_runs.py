@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -125,3 +126,31 @@ def editor(path, n):
         requests, sequential_edit=True, verbose=False, eval_metric="ppl"
     )
     return [together, alone, by_perplexity]
+
+
+def interrupted_while_the_disk_is_slow(folder):
+    """A signal in training, and a checkpoint that takes longer than others wait for a lost rank."""
+    from locft_easyedit import checkpoint, loop
+    from locft_easyedit.errors import EditInterrupted
+
+    write, take, taken = checkpoint.write_checkpoint, loop._Step.take_, []
+
+    def slowly(*args):
+        time.sleep(7)
+        write(*args)
+
+    def signalled(self, *args):
+        taken.append(1)
+        if here().rank == 1 and len(taken) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(self, *args)
+
+    checkpoint.write_checkpoint, loop._Step.take_ = slowly, signalled
+    try:
+        edited(checkpoint_dir=folder, checkpoint_minutes=60, num_steps=500)
+    except EditInterrupted as interrupted:
+        if here().rank == 1:  # as the command does
+            here().fail(interrupted)
+            os._exit(0)
+        return str(interrupted)
+    return None

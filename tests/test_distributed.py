@@ -143,6 +143,13 @@ def test_the_first_rank_tells_which_one_has_died():
     assert time.monotonic() - began < 60
 
 
+def test_nobody_ends_before_the_checkpoint_is_written(tmp_path):
+    folder = tmp_path / "run"
+    first, _ = launch(2, "distributed_runs:interrupted_while_the_disk_is_slow", str(folder))
+    assert "has what was trained" in first.value
+    assert read_checkpoint(folder / "checkpoint.safetensors").progress.step_losses
+
+
 def test_a_launcher_restarts_what_goes_on_from_the_checkpoint(tmp_path):
     out = launch(
         2, "distributed_runs:dies_once", str(tmp_path), 6, through="torchrun --max-restarts=1"

@@ -53,7 +53,8 @@ def test_any_requests_are_questions_or_refused(requests):
     questions, _ = attempt(RequestError, lambda: list(Questions(real(requests))))
     for question in questions or []:
         assert len(question.prompts) == len(question.answers)
-        toy_tokenizer()(question.prompts + question.answers)
+        if question.prompts:  # the tokenizer itself takes no empty list
+            toy_tokenizer()(question.prompts + question.answers)
 
 
 ARGUMENTS = st.fixed_dictionaries(

@@ -165,6 +165,36 @@ def test_one_may_end_before_another():
     assert [rank.value for rank in launch(2, "test_world:ends_early")] == [0, 1]
 
 
+def one_leaves():
+    """Rank 1 ends with a status of its own while rank 0 waits for it."""
+    world = here()
+    if world.rank == 1:
+        raise SystemExit(3)
+    return raised(lambda: world.gather(None))
+
+
+def test_whoever_leaves_is_not_waited_for():
+    first, second = launch(2, "test_world:one_leaves", check=False)
+    assert second.returncode == 3
+    assert first.value[0] == "LostRankError"
+    assert "The 2 processes lost each other" in first.value[1]
+
+
+def not_started():
+    """Rank 1 is not there: the others tell so, and do not try twice."""
+    from locft_easyedit.__main__ import main
+
+    os.environ["WORLD_SIZE"] = "2"
+    rendezvous._PATIENCE = timedelta(seconds=2)
+    return main(["edit", "--config-name", "smollm2-135m", "data=none.json"])
+
+
+def test_a_command_says_that_the_others_did_not_come():
+    [only] = launch(1, "test_world:not_started", check=False)
+    assert only.returncode == 2
+    assert only.stderr.count("do not find each other") == 1
+
+
 def ends_with_an_error():
     """Rank 1 fails with nobody waiting for it; rank 0 would work for minutes."""
     if here().rank == 1:

@@ -112,7 +112,8 @@ def run_edit(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path)
         output, settings, started_with, resume=command["resume"], world=world
     ) as folder:
         if folder.finished:
-            _show_again(folder.path)
+            if world.first:
+                _show_again(folder.path)
             return
         model, tokenizer = load_model(hparams)
         check_save(command["save"], model, hparams)

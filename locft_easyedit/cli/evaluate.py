@@ -127,11 +127,14 @@ def run_evaluate(config: EvaluateConfig) -> int:
         record["pre"] = pre
     summary = summarize(records)
     written = output / "metrics.json"
-    if world.first:
+
+    def report() -> int:
         write_json(written, {"summary": summary, "seconds": watch.seconds, "records": records})
-    show(metrics_table(summary), seconds_table(watch.seconds))
-    sys.stdout.write(f"metrics: {written}\n")
-    return _report_not_finite(summary)
+        show(metrics_table(summary), seconds_table(watch.seconds))
+        sys.stdout.write(f"metrics: {written}\n")
+        return _report_not_finite(summary)
+
+    return world.from_first(report)
 
 
 def _check(config: EvaluateConfig) -> None:
@@ -229,7 +232,7 @@ def _report_not_finite(summary: Mapping[str, Any]) -> int:
     wrong = [
         name for name, value in figures.items() if value != value or abs(value) == float("inf")
     ]
-    if wrong and here().first:
+    if wrong:
         sys.stderr.write(
             f"locft evaluate: {', '.join(wrong)} are no finite numbers: the model is damaged, or "
             "its numbers are too large for this dtype (try dtype=bfloat16 or float32).\n"

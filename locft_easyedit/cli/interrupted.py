@@ -6,7 +6,7 @@ import signal
 import sys
 
 from ..errors import EditInterrupted
-from ..world import here
+from ..world import joined
 
 _RESUMABLE = ("edit", "compare", "locate")
 
@@ -24,7 +24,7 @@ def say_interrupted(command: str, error: KeyboardInterrupt) -> int:
         number, message = error.number, str(error)
     if command in _RESUMABLE:
         message += " The same command goes on."
-    world = here()
+    world = joined()
     if world.first:
         sys.stderr.write(f"\nlocft {command}: {message}\n")
     world.fail(error)

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 
 from ..errors import LostRankError
 from ..watch import STATUS as LOST
-from ..world import here
+from ..world import joined
 
 OPTION = "--debug"
 _HYDRA = "HYDRA_FULL_ERROR"
@@ -56,12 +56,10 @@ def tell(command: str, error: BaseException) -> int:
     Returns:
         The exit status.
     """
-    world = here()
+    world = joined()
     if _debug.get():
         traceback.print_exception(error)
-    if isinstance(error, LostRankError):
-        return LOST  # told already, as soon as it was noticed
-    if world.first:
+    if world.first and not getattr(error, "told", False):
         sys.stderr.write(f"locft {command}: {error}\n")
     world.fail(error)
-    return 2
+    return LOST if isinstance(error, LostRankError) else 2

@@ -23,6 +23,7 @@ from ..hparams import ALG_NAME, LocFTBFHyperParams
 from ..models import load_model
 from ..requests import make_requests
 from ..result import EditResult
+from ..sharding import sharded_layers
 from ..weights import exchanged, write_
 from ..world import here
 from .algorithm import apply_locft_bf_to_model
@@ -319,7 +320,7 @@ class LocFTBFMethods:
                 entries = pre_edit
             else:
                 entries = [{"pre": value} for value in measure("before the edit")]
-                if pre_file is not None and session.world.first:
+                if pre_file is not None and here().first:
                     with (
                         output_errors(pre_file),
                         replacing(pre_file) as path,
@@ -333,6 +334,8 @@ class LocFTBFMethods:
                 self._done(session.train_(), sequential)
                 self._seconds = time.perf_counter() - start + session.timings["prefix"]
                 after = measure("after the edit")
+        # A script's own files are written by all processes: they have to be the same.
+        self._seconds = here().from_first(lambda: self._seconds)
         for i, (entry, request, value) in enumerate(zip(entries, requests, after, strict=True)):
             entry.update({"case_id": i, "requested_rewrite": request, "post": value})
         return entries
@@ -374,6 +377,12 @@ class LocFTBFMethods:
 
     def _check(self, session: EditSession) -> None:
         """Checks what is to be done; the place that `layers: auto` chooses is this editor's."""
+        if session.alone and sharded_layers(self.model) is not None:
+            raise LocFTError(
+                "Without `sequential_edit` every process makes each edit by itself, and the layers "
+                "that `shard_frozen` shares out run in all of them together. Use batch_edit or "
+                "sequential_edit=True, or set `shard_frozen: false`."
+            )
         session.check()
         if session.choice is not None:
             self.hparams = session.hparams

@@ -19,6 +19,7 @@ from ..evaluate.shared import Shared
 from ..evaluate.teacher_forced import TeacherForced, finish_locality_
 from ..hparams import LocFTBFHyperParams
 from ..offload import left_on_disk
+from ..sharding import sharded_layers
 from ..world import ALONE, World
 from .cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
 from .loading import EasyEdit
@@ -88,8 +89,14 @@ class Measures:
             f"`evaluation_type={h.evaluation_type!r}`": h.evaluation_type is not None,
             "`generate_edit`": not self.scores,
         }
-        if any(asked.values()) and left_on_disk(self.model):
-            names = " and ".join(name for name, value in asked.items() if value)
+        names = " and ".join(name for name, value in asked.items() if value)
+        if names and sharded_layers(self.model) is not None:
+            raise LocFTError(
+                f"{names}: every process computes it by itself, and the layers that `shard_frozen` "
+                "shares out run in all of them together. Leave it out, or set `shard_frozen: "
+                "false` on devices that hold the model."
+            )
+        if names and left_on_disk(self.model):
             raise LocFTError(
                 f"{names} needs text token by token, and the layers that `stream_frozen` left on "
                 "disk would be read again for each. Leave it out, or set `stream_frozen: false` "
