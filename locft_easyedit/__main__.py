@@ -24,7 +24,7 @@ Usage:
   locft run SCRIPT ...                          run one of EasyEdit's scripts with LocFT-BF
   locft demo [OPTION ...]                       edit 100 facts into SmolLM2-135M on this machine
 
-Several GPUs: `accelerate launch --num_processes N -m locft_easyedit COMMAND ...`, or torchrun.
+Several GPUs: `accelerate launch --multi_gpu -m locft_easyedit COMMAND ...`, or torchrun.
 `locft COMMAND --help` says more. A mistake is told in one message; with --debug, anywhere among the
 arguments (before SCRIPT for `locft run`), the traceback comes first.
 """
