@@ -1,5 +1,7 @@
 """What each of several processes does in the tests of sharded layers."""
 
+import os
+import signal
 from contextlib import contextmanager
 
 import torch
@@ -148,3 +150,24 @@ def shares(folder, changes):
     numel = {n: local(p).numel() for n, p in model.named_parameters()}
     world.close()
     return numel
+
+
+def interrupted(out, run, step):
+    """Edits until a signal comes at a step; returns what was said. The checkpoint is left."""
+    from locft_easyedit import loop
+    from locft_easyedit.errors import EditInterrupted
+
+    take, taken = loop._Step.take_, []
+
+    def signalled(self, *args):
+        taken.append(1)
+        if here().first and len(taken) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(self, *args)
+
+    loop._Step.take_ = signalled
+    try:
+        _run(here(), out, **run)
+    except EditInterrupted as stopped:
+        return [str(stopped), len(taken)]
+    return None

@@ -105,6 +105,28 @@ def test_edits_and_metrics_are_those_of_one_process(folder, tmp_path):
 
 # Layers that return tuples, buffers of their own, one attention mask a type, weights that are saved
 # in another form.
+def test_another_number_of_processes_goes_on(folder, tmp_path):
+    changes = {"stream_frozen": True, "num_steps": 10, "batch_size": 2}
+    plain = run("plain", folder(), **changes)
+    kept = {"checkpoint_dir": str(tmp_path / "checkpoint"), "checkpoint_minutes": 60}
+    wanted = run("kept", folder(), **changes, **kept)
+    (tmp_path / "several").mkdir()
+    for rank in launch(3, "sharded_ranks:interrupted", str(tmp_path / "several"), wanted, 4):
+        said, n_taken = rank.value
+        assert "Interrupted in epoch" in said
+        assert 4 <= n_taken < 30  # ranks ask each other every quarter of a second
+    [one, two] = launch(2, "sharded_ranks:runs", str(tmp_path / "several"), wanted)
+    assert one.value["kept"]["sharded"] > 0
+    assert one.value["kept"]["losses"] == two.value["kept"]["losses"]
+    (tmp_path / "one").mkdir()
+    alone = plain | {"changes": plain["changes"] | {"shard_frozen": None}}
+    expected = sharded_ranks.runs(str(tmp_path / "one"), alone)["plain"]
+    assert one.value["kept"]["losses"] == pytest.approx(expected["losses"], abs=LOSS)
+    [(name, value)] = load_file(tmp_path / "one" / "plain").items()
+    found = load_file(tmp_path / "several" / "kept")[name]
+    assert torch.allclose(found, value, rtol=0, atol=MATRIX)
+
+
 def test_other_architectures(folder, tmp_path):
     kinds = ("gptj", "gpt2", "gemma3", "mixtral")
     wanted = [
