@@ -129,7 +129,7 @@ def test_smollm2(smollm2, shared_data):
     data = str(shared_data / "zsre_1k.json")
     losses, metrics = json.loads(json.dumps(distributed_runs.smollm2(str(smollm2), data)))
     for rank in launch(2, "distributed_runs:smollm2", str(smollm2), data, timeout=600):
-        assert rank.value[0] == pytest.approx(losses, rel=1e-5)  # measured: 3e-7
+        assert rank.value[0] == pytest.approx(losses, rel=1e-5)  # measured: 5e-7, with three 3e-6
         assert json.dumps(rank.value[1]) == json.dumps(metrics)
 
 
