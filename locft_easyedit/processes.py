@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -21,6 +22,17 @@ def end_processes(processes: Sequence[subprocess.Popen[Any]]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def share_of_cores(device: str, n_beside: int) -> dict[str, str]:
+    """Returns variables for one of `n_beside` processes on a device.
+
+    On a CPU each of them would take all cores, and all would be slower; unless somebody has said
+    how many it shall take.
+    """
+    if device != "cpu" or n_beside < 2 or "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // n_beside))}
 
 
 def ended_by(number: signal.Signals) -> str:

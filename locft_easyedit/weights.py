@@ -42,12 +42,6 @@ class TrainedWeights:
         """Returns what the optimizer updates, by the parameters' names."""
         return dict(zip(self.parameters, self.masters, strict=True))
 
-    @torch.no_grad()
-    def load_(self, masters: Mapping[str, torch.Tensor]) -> None:
-        """Gives the masters, and with them the model, these values."""
-        write_(self.named_masters(), masters)
-        self.publish_()
-
     @property
     def loss_scale(self) -> float:
         """What a loss is multiplied by before it is differentiated.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import atexit
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -49,10 +49,9 @@ def launched() -> bool:
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def alone_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+def alone_environment() -> dict[str, str]:
     """Returns an environment for a process that works by itself, whoever has started this one."""
-    given = os.environ if environment is None else environment
-    return {key: value for key, value in given.items() if key not in _LAUNCHED}
+    return {key: value for key, value in os.environ.items() if key not in _LAUNCHED}
 
 
 @dataclass(eq=False)
@@ -87,13 +86,12 @@ class World:
         """Whether there is more than one process."""
         return self.size > 1
 
-    def share(self, sizes: np.ndarray | int) -> np.ndarray:
+    def share(self, sizes: np.ndarray) -> np.ndarray:
         """Returns which of N items are this rank's, ascending; every item is somebody's.
 
         Args:
-            sizes: Work of each item, [N], to be dealt out evenly, or N.
+            sizes: Work of each item, [N], to be dealt out evenly.
         """
-        sizes = np.zeros(sizes) if isinstance(sizes, int) else sizes
         return np.sort(np.argsort(-sizes, kind="stable")[self.rank :: self.size])
 
     def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -245,7 +243,8 @@ class World:
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:  # torch.distributed's own errors as well
-            assert self._watch is not None
+            if self._watch is None:  # the ranks are still coming together
+                raise
             why = self._watch.explained(brief(error))
             raise LostRankError(why, self._watch.has_told) from error
 
@@ -275,20 +274,18 @@ def here() -> World:
 def apart() -> Iterator[None]:
     """Within, this process and those that it starts work by themselves."""
     global _here
-    world, environment = _here, dict(os.environ)
-    kept = alone_environment(environment)
+    world = _here
     watch = None if world is None else world._watch
+    launcher = {key: os.environ.pop(key) for key in _LAUNCHED if key in os.environ}
     try:
         _here = ALONE
         if watch is not None:
             watch.patient = True
-        for key in set(environment) - set(kept):
-            del os.environ[key]
         yield
     finally:
         if watch is not None:
             watch.patient = False
-        os.environ.update({key: environment[key] for key in set(environment) - set(kept)})
+        os.environ.update(launcher)
         _here = world
 
 
@@ -315,21 +312,15 @@ def _joined() -> World:
                 timeout=_PATIENCE,
             )
         hosts = dist.new_group(backend="gloo", timeout=_PATIENCE)
-
-        def gather(value: Any) -> list[Any]:
-            found: list[Any] = [None] * size
-            dist.all_gather_object(found, value, group=hosts)
-            return found
-
-        names = gather(f"Rank {rank} ({socket.gethostname()}, process {os.getpid()})")
-        watch = Watch(rank, names, connections(rank, size, gather))
+        world = World(rank, size, local_rank, local_size, hosts, _owned=owned, _home=home)
+        names = world.gather(f"Rank {rank} ({socket.gethostname()}, process {os.getpid()})")
+        world._watch = Watch(rank, names, connections(rank, size, world.gather))
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise RankError(
             f"The {size} processes of the launcher do not find each other: {brief(error)}. Check "
             "its addresses, ports and network interfaces (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), "
             "and that all machines run the same versions."
         ) from error
-    world = World(rank, size, local_rank, local_size, hosts, watch, owned, home)
     # A program that is through may end before another one that is not.
     atexit.register(world._leave)
     return world

@@ -15,7 +15,7 @@ from contextlib import contextmanager, redirect_stdout
 import torch
 from transformers.utils import logging as transformers_logging
 
-from ..world import World, alone_environment, apart, here
+from ..world import World, apart, here
 
 Command = Callable[[Sequence[str]], int]
 
@@ -35,8 +35,8 @@ def run_in_world(command: str, run: Command, arguments: list[str]) -> int:
     """
     if command not in (*_SHARED, *_BY_DEVICE):  # one process is enough, and need not wait
         first = os.environ["RANK"] == "0"
-        _forget_launcher()
-        return run(arguments) if first else 0
+        with apart():
+            return run(arguments) if first else 0
     world = here()
     with _spoken_by_one(world):
         if command in _BY_DEVICE:
@@ -87,10 +87,3 @@ def _by_device(command: str, world: World, run: Command, arguments: list[str]) -
 def _devices(world: World) -> list[str]:
     on_gpu = torch.cuda.is_available()
     return [str(i) if on_gpu else "cpu" for i in range(world.local_size)]
-
-
-def _forget_launcher() -> None:
-    """Lets what runs in this process from here on take it for the only one."""
-    kept = alone_environment()
-    for key in set(os.environ) - set(kept):
-        del os.environ[key]

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..interrupts import ended_by_sigterm
-from ..processes import end_processes, ended_by, last_line
+from ..processes import end_processes, ended_by, last_line, share_of_cores
 from .job import JobFolder
 
 _POLL_SECONDS = 0.2
@@ -152,11 +152,7 @@ def _started(
     folder = folders[name]
     beside = devices.count(slot.device)
     folder.write(folder.job, folder.read(folder.job) | {"device": slot.device, "beside": beside})
-    environment = {}
-    if slot.device == "cpu" and beside > 1 and "OMP_NUM_THREADS" not in os.environ:
-        # Else each of them would take all cores, and all would be slower.
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // beside))
-    return JobProcess(name, folder, environment)
+    return JobProcess(name, folder, share_of_cores(slot.device, beside))
 
 
 def _command(folder: JobFolder) -> list[str]:

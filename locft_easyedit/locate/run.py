@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..errors import LocFTError, one_message
 from ..files import output_errors
 from ..interrupts import ended_by_sigterm
-from ..processes import end_processes, ended_by, last_line
+from ..processes import end_processes, ended_by, last_line, share_of_cores
 from .outcome import FAILED, OUT_OF_MEMORY, CellOutcome, StudyOutcome
 from .settings import ANY_DEVICE
 from .study import Study
@@ -104,11 +104,7 @@ def _devices(study: Study) -> list[str]:
 
 def _start(study: Study, device: str, number: int) -> _Worker:
     log = study.path / "logs" / f"{device.replace(':', '-')}-{number}.txt"
-    environment = dict(os.environ)
-    n_on_cpu = _devices(study).count("cpu")
-    if device == "cpu" and n_on_cpu > 1:
-        # Else each of them would take all cores, and all would be slower.
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_on_cpu)))
+    environment = os.environ | share_of_cores(device, _devices(study).count(device))
     with output_errors(log):
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
