@@ -31,9 +31,9 @@ PARTICIPLES = (
 _PAST = {
     "be": "was", "become": "became", "begin": "began", "broadcast": "broadcast", "build": "built",
     "come": "came", "draw": "drew", "fight": "fought", "find": "found", "give": "gave",
-    "go": "went", "have": "had", "hold": "held", "lead": "led", "make": "made", "run": "ran", "say": "said",
-    "sell": "sold", "sing": "sang", "speak": "spoke", "take": "took", "teach": "taught",
-    "win": "won", "write": "wrote",
+    "go": "went", "have": "had", "hold": "held", "lead": "led", "make": "made",
+    "run": "ran", "say": "said", "sell": "sold", "sing": "sang", "speak": "spoke", "take": "took",
+    "teach": "taught", "win": "won", "write": "wrote",
 }  # fmt: skip
 _REGULAR = frozenset(
     {
@@ -50,8 +50,8 @@ _REGULAR = frozenset(
 )  # fmt: skip
 _DOUBLED = {"occur": "occurred", "star": "starred"}
 _PARTICIPLE = {
-    "became": "become", "began": "begun", "drew": "drawn", "gave": "given", "sang": "sung",
-    "spoke": "spoken", "took": "taken", "wrote": "written",
+    "became": "become", "began": "begun", "drew": "drawn", "gave": "given", "ran": "run",
+    "sang": "sung", "spoke": "spoken", "took": "taken", "wrote": "written",
 }  # fmt: skip
 _PERSONS = frozenset(
     {

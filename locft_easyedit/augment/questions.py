@@ -9,7 +9,6 @@ from .english import (
     BE,
     NAMED,
     NOUN,
-    PARTICIPLES,
     PREPOSITIONS,
     SLOT,
     asks_who,
@@ -143,7 +142,7 @@ def _stranded(asked: str, n: str, prep: str, wh: str) -> Iterator[str]:
     if prep:
         yield f"{capital(prep)} {wh.lower()} {n} {asked}?"
         if n.split()[-1] in _TIME:
-            yield f"{wh} {n} {asked}?"
+            yield from (f"{each} {n} {asked}?" for each in ("What", "Which"))
         else:
             yield f"{wh} {n} {asked} {prep}?"
     else:

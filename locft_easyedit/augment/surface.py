@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .english import SLOT, capital, small
+from .english import SLOT, SMALL_WORDS, capital, small
 
 _CONTRACTED = (("What is ", "What's "), ("Who is ", "Who's "), ("Where is ", "Where's "))
 
@@ -17,7 +17,7 @@ def surface_changes(masked: str) -> list[str]:
     """
     changed = [
         small(masked),
-        masked if masked.startswith(SLOT) or masked[:1].isdigit() else capital(masked),
+        capital(masked) if masked.split(" ", 1)[0] in SMALL_WORDS else masked,
         masked.rstrip(" ?,:"),
         masked.strip(),
         " ".join(masked.split()),

@@ -119,7 +119,9 @@ def reword_edits(
         kept: dict[str, None] = {}
         rng = _generator(seed, edit.prompt)
         avoid = (target, subject.casefold())
-        both = [_drawn(group, avoid, rng) for group in (own, sentences)]
+        both = [
+            _drawn(group, avoid, random.Random(rng.getrandbits(64))) for group in (own, sentences)
+        ]
         rng.shuffle(both)  # so that neither is the first more often
         prompt = _taken_apart(edit.prompt, (given or "").strip())
         for text in _candidates(prompt, rng, _in_turn(*both), chat):
@@ -172,7 +174,7 @@ def _drawn(
     Args:
         group: Contexts, each with its case-folded text.
         avoid: Case-folded texts; empty ones do not count.
-        rng: The prompt's generator.
+        rng: A generator for this group alone: what is skipped here changes no other choice.
     """
     for i in rng.sample(range(len(group)), min(len(group), 2 * MOST)):
         text, folded = group[i]
