@@ -236,6 +236,8 @@ def test_both_kinds_of_contexts_are_used_about_equally():
     given_ = sum(text.startswith(tuple(CONTEXTS)) for prompts in found for text in prompts)
     assert own + given_ >= 500
     assert 0.4 < given_ / (own + given_) < 0.6
+    first = [next(t for t in p if t.startswith((*frames.CONTEXTS, *CONTEXTS))) for p in found]
+    assert 0.4 < sum(text.startswith(tuple(CONTEXTS)) for text in first) / 300 < 0.6
     assert any(f"{CONTEXTS[0]}. " in text for prompts in found for text in prompts)
     alone = reword_edits(edits, [None] * 300, seed=0).prompts
     assert sum(text.startswith(frames.CONTEXTS) for prompts in alone for text in prompts) >= 500
@@ -284,7 +286,7 @@ def test_counts_what_lost_the_subject():
     tokenizer.chat_template = CHAT.replace("m['content']", "m['content'] | replace('Lo', '')")
     edits = [Edit("Kilo is in", "Oslo", 0), Edit("Lo Kilo is in", "Oslo", 1)]
     found = reword_edits(edits, ["Kilo", "Lo Kilo"], seed=0, tokenizer=tokenizer)
-    assert found.n_without_subject == 0  # it fails for the second prompt, and is left out
+    assert found.n_without_subject == found.summary()["dropped_without_subject"] == 1
     assert any("<user>" in text for text in found.prompts[0])
     assert not any("<user>" in text for text in found.prompts[1])
 

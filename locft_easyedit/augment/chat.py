@@ -33,7 +33,7 @@ class ChatForm:
         # Chat templates write this token too, and with both the model would read it twice. Where
         # only the template writes it (SmolLM2's `<|im_start|>`), it belongs to the message.
         form = cls(tokenizer, bos if bos and adds_bos else "")
-        return form if form.of_prompt("What is it?") else None
+        return form if "What is it?" in "".join(form.of_prompt("What is it?")) else None
 
     def of_prompt(self, prompt: str) -> list[str]:
         """Returns the prompt as a user's message up to where the answer begins; none if it fails.
@@ -50,4 +50,4 @@ class ChatForm:
             )
         except Exception:  # templates are programs of their authors and raise what they like
             return []
-        return [str(text).removeprefix(self.first)] if prompt in str(text) else []
+        return [str(text).removeprefix(self.first)]
