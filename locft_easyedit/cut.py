@@ -26,10 +26,28 @@ from .devices import module_device, sent_to
 from .place import LayerList, Place
 
 Keep = Callable[[torch.Tensor], None]
+Apply = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Stop(Exception):
     """Ends a forward pass; never leaves the code that asked for it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """How a block y = f(x) + g(h(x)), of which only g is trained, is run: f and h but once.
+
+    Attributes:
+        constant: f, from [..., in] to [..., out].
+        inner: h, from [..., in] to [..., in].
+        trained: g, from [..., in] to [..., out].
+        digest: Changes with f and h.
+    """
+
+    constant: Apply
+    inner: Apply
+    trained: Apply
+    digest: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +65,7 @@ class Cut:
         returns_tuple: Whether the layer returns a tuple.
         width: Numbers a token, W; 0 if nobody has looked.
         narrows: Whether the model takes fewer positions from its last layer than it gave it.
+        fold: How the block is run (`matrix`); `None` runs it as it is.
     """
 
     stack: LayerList
@@ -59,6 +78,7 @@ class Cut:
     returns_tuple: bool = False
     width: int = 0
     narrows: bool = True
+    fold: Fold | None = None
 
     @property
     def above_attention(self) -> bool:
@@ -102,8 +122,13 @@ class Cut:
             total = residual[0]
             for side in residual[1:]:
                 total = total + side
-            inner = [_hidden(args, kwargs)] if self.kind == "matrix" else []
-            finish(torch.cat([total, *inner], dim=-1) if inner else total)
+            if self.kind != "matrix":
+                finish(total)
+                return
+            inner = _hidden(args, kwargs)
+            if self.fold is not None:
+                total, inner = total + self.fold.constant(inner), self.fold.inner(inner)
+            finish(torch.cat([total, inner], dim=-1))
 
         def finish(states: torch.Tensor) -> None:
             keep(states.detach())
@@ -198,7 +223,8 @@ class _Resumed(_StandIn):
             residual = given = states
             if cut.norm is not None:
                 given = cut.norm(given)
-        output = first_tensor(cut.block(given))
+        run = cut.block if cut.fold is None else cut.fold.trained
+        output = first_tensor(run(given))
         for module in cut.after:
             output = first_tensor(module(output))
         assert output is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +27,20 @@ from .modes import only_trainable, with_gradients
 from .place import Place, select_place
 from .prefix import Recorded
 from .prepare import prepare_runner
+from .preserve.confined import Confined, check_confinable
+from .preserve.prepare import PULL, filters_for
+from .preserve.sources import Source, read_sources
 from .progress import Progress
 from .requests import EditSet, distinct_edits
 from .result import EditResult
 from .runner import TextRunner
-from .sharding import lockstep
+from .sharding import lockstep, sharded_layers
 from .share import Share
 from .shortcuts import Shortcuts, find_shortcuts
 from .store import Budget
 from .stream import FrozenStream, stream_of
-from .tokens import TokenizedTexts, tokenize_edits
+from .tokens import TokenizedTexts
+from .training_texts import TrainingTexts
 from .weights import TrainedWeights
 from .world import ALONE, World, here
 
@@ -95,6 +99,8 @@ class EditSession:
         stream: What reads frozen layers that are not resident; once entered.
         checkpoints: What the first training of all edits goes on from, and leaves; once checked.
             `None` without `checkpoint_dir`.
+        training_texts: The edits and their rewordings as tokens; once checked.
+        sources: What is to be preserved; once checked.
         choice: What `layers: auto` has chosen, and among what; once checked. `None` where the
             place is given.
     """
@@ -110,13 +116,16 @@ class EditSession:
     edits: EditSet = field(init=False)
     place: Place = field(init=False)
     timings: dict[str, float] = field(init=False, default_factory=dict)
-    _texts: TokenizedTexts | None = field(init=False, default=None)
+    training_texts: TrainingTexts = field(init=False)
+    sources: list[Source] = field(init=False, default_factory=list)
     _share: Share = field(init=False)
     shortcuts: Shortcuts = field(init=False)
     budget: Budget = field(init=False)
     stream: FrozenStream | None = field(init=False, default=None)
     checkpoints: Checkpoints | None = field(init=False, default=None)
     choice: Choice | None = field(init=False, default=None)
+    _confined: Confined | None = field(init=False, default=None)
+    _preserved: dict[str, Any] | None = field(init=False, default=None)
     _health: HealthCheck | None = field(init=False, default=None)
     _runner: TextRunner | None = field(init=False, default=None)
     _cleanup: ExitStack = field(init=False, default_factory=ExitStack)
@@ -136,13 +145,15 @@ class EditSession:
         self.progress = self.progress and self.world.first
         with self.world.together(), self._timed("prepare"):
             h.check()
+            self.sources = read_sources(h.preserved)
             self.edits = distinct_edits(self.requests, None if self.alone else h.on_conflict)
             if not h.chooses:
                 self._select()
-            self._texts = tokenize_edits(
+            self.training_texts = TrainingTexts.of(
                 self.tokenizer,
                 self.edits.edits,
-                append_eos=h.append_eos,
+                self._subjects,
+                h,
                 max_positions=context_length(self.model),
             )
         if h.chooses:
@@ -154,7 +165,9 @@ class EditSession:
         folder = self._checkpoint_dir
         if folder is None and not self.world.several:
             return
-        identity = Identity.of(self.model, self.place, self._texts, h, self.world.size)
+        identity = Identity.of(
+            self.model, self.place, self._texts, h, self.world.size, self.sources
+        )
         check_agreed(self.world.gather(identity))
         if folder is not None and h.checkpoint_minutes is not None:
             self.checkpoints = Checkpoints(folder, h.checkpoint_minutes, identity, self.world)
@@ -175,6 +188,23 @@ class EditSession:
         self.place = select_place(self.model, h.layers, h.templates)
         if h.tuning == "lora":
             check_low_rank(self.model, self.place.parameters, h.lora_rank)
+        if self.sources:
+            check_confinable(self.model, self.place.parameters)
+            if sharded_layers(self.model) is not None:
+                raise ModelError(
+                    "`preserve` needs the whole model in each process, and `shard_frozen` shares "
+                    "its layers out. Set `shard_frozen: false`, or `preserve: []`."
+                )
+
+    @property
+    def _texts(self) -> TokenizedTexts:
+        return self.training_texts.texts
+
+    @property
+    def _subjects(self) -> list[str | None]:
+        """The subject of each edit; `None` where the request gives none."""
+        found = (self.requests[edit.request].get("subject") for edit in self.edits.edits)
+        return [subject if isinstance(subject, str) else None for subject in found]
 
     def _chosen(self) -> Choice:
         """Returns the place for these edits, which rank 0 chooses for all."""
@@ -187,7 +217,6 @@ class EditSession:
         from .locate.choice import keep_choice, kept_choice
 
         h, folder, identity = self.hparams, self._checkpoint_dir, None
-        assert self._texts is not None
         if folder is not None:
             identity = Identity.of(self.model, Place({}, None, None), self._texts, h)
             kept = kept_choice(folder, identity)
@@ -201,10 +230,9 @@ class EditSession:
         return choice
 
     def __enter__(self) -> EditSession:
-        if self._texts is None:
+        if not hasattr(self, "training_texts"):
             self.check()
         h = self.hparams
-        assert self._texts is not None
         with self._cleanup:
             with self.world.together():
                 if self.checkpoints is not None and self.world.first:
@@ -238,9 +266,11 @@ class EditSession:
                 self.stream = stream
                 if h.compile and self.place.stack is not None:
                     first = self.place.first_layer or 0
-                    # A graph would go on computing with a LoRA that is no longer there.
-                    apart = self.place.parameters.values() if h.tuning == "lora" else ()
+                    # A graph would go on computing with a change that is no longer there.
+                    replaced = h.tuning == "lora" or bool(self.sources)
+                    apart = self.place.parameters.values() if replaced else ()
                     self._cleanup.enter_context(compiled(self.place.stack, first, apart))
+                self._confine()
                 if self.checkpoints is None or not self.checkpoints.finished:
                     self._runner = self._prepared()
                 if h.health_check:
@@ -278,13 +308,15 @@ class EditSession:
 
     def _prepared(self) -> TextRunner:
         """Returns what runs the edits, with their prefix recorded."""
-        assert self._texts is not None
-        h = self.hparams
+        h, shortcuts = self.hparams, self.shortcuts
+        if self._confined is not None:
+            cuts = tuple(self._confined.folded(cut) for cut in shortcuts.cuts)
+            shortcuts = replace(shortcuts, cuts=cuts)
         noted = None if self.checkpoints is None else self.checkpoints.noted("cut")
         runner = prepare_runner(
             self.model,
             self._texts.subset(self._share.own) if self.world.several else self._texts,
-            self.shortcuts,
+            shortcuts,
             row_tokens=h.row_tokens,
             batch_size=h.eval_batch_size,
             budget=self.budget,
@@ -322,8 +354,9 @@ class EditSession:
         checkpoints = self.checkpoints if only is None else None
         self.checkpoints = None
         lora = low_rank_of(self.model, self.place.parameters, self.hparams)
-        weights = TrainedWeights(self.place.parameters) if lora is None else lora.weights
-        changed = weights if lora is None else lora
+        change = lora or self._ready_confined()
+        weights = TrainedWeights(self.place.parameters) if change is None else change.weights
+        changed = weights if change is None else change
         try:
             finished = checkpoints is not None and checkpoints.finished
             runner = None if finished else self._ready_runner()
@@ -334,9 +367,11 @@ class EditSession:
             if done is None:
                 assert runner is not None
                 shown = self.progress if progress is None else progress
-                with nullcontext() if lora is None else lora.in_force():
+                with nullcontext() if change is None else change.in_force():
                     done = self._trained_(runner, weights, indices, checkpoints, shown)
             adapter = None if lora is None else lora.merge_()
+            if self._confined is not None:
+                self._confined.merge_()
             new, health = changed.values(), None
             if self._health is not None:
                 # Of edits that are made one at a time, hundreds maybe, the norms alone.
@@ -360,6 +395,8 @@ class EditSession:
                 lora=adapter,
                 health=health,
                 choice=self.choice,
+                augmented=self.training_texts.summary,
+                preserved=self._preserved,
             )
         except BaseException as error:
             # Ctrl-C as well: a half-trained model is of no use to anybody.
@@ -368,6 +405,51 @@ class EditSession:
             if checkpoints is not None and isinstance(error, NonFiniteLossError):
                 checkpoints.discard()  # it leads there again
             raise
+
+    def _confine(self) -> None:
+        """Measures what is to be preserved, from the model as it is now."""
+        if not self.sources:
+            return
+        if self.stream is not None:
+            raise ModelError(
+                "`preserve` measures what enters the trained matrix, and `stream_frozen` leaves "
+                "the layers below it on disk. Set `stream_frozen: false`, on a device that holds "
+                "the model, or `preserve: []`."
+            )
+        with self._timed("preserve"):
+            found = filters_for(
+                self.model,
+                self.tokenizer,
+                self.place,
+                self.sources,
+                [
+                    [edit.prompt, *rewordings]
+                    for edit, rewordings in zip(
+                        self.edits.edits, self.training_texts.rewordings, strict=True
+                    )
+                ],
+                self._subjects,
+                self.hparams,
+                progress=self.progress,
+            )
+            # Unlike GPUs may have rounded differently.
+            self.world.broadcast_(found.of.values())
+        self._confined = Confined(self.model, self.place.parameters, found.of)
+        self._preserved = found.summary
+
+    def _ready_confined(self) -> Confined | None:
+        """Returns the confined change, at its beginning, on top of the present weights."""
+        if self._confined is None:
+            return None
+        if self._confined.holds_for(self.place.parameters):
+            self._confined.reset_()
+        else:
+            # The weights that it was added to are part of what was recorded.
+            self._confined = self._confined.on_top()
+            if self._runner is not None and self._runner.prefix is not None:
+                self._runner.prefix.close()
+            self._runner = None
+        return self._confined
 
     def _ready_runner(self) -> TextRunner:
         """Returns what runs the edits, with their prefix complete."""
@@ -405,6 +487,8 @@ class EditSession:
                 indices,
                 self.hparams,
                 share=self._share,
+                variants=self.training_texts.variants,
+                pull=PULL if self._confined is not None else 0.0,
                 describe=self._describe,
                 progress=progress,
                 checkpoints=checkpoints,

@@ -30,6 +30,10 @@ class ModelError(LocFTError):
     """The model or its tokenizer cannot be loaded or used."""
 
 
+class PreserveError(LocFTError):
+    """What is to be preserved cannot be measured, or leaves nothing that could be changed."""
+
+
 class NonFiniteLossError(LocFTError):
     """Training met a NaN or infinite value; the weights are as they were before."""
 

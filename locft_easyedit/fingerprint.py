@@ -55,6 +55,8 @@ def prefix_fingerprint(
         transformers.__version__,
         torch.__version__,
     ]
+    if cut.fold is not None:
+        settings.append(cut.fold.digest)
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for array in (texts.ids, texts.offsets):
         digest.update(np.ascontiguousarray(array).tobytes())

@@ -8,14 +8,24 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Union, get_type_hints
+from typing import Any, List, Optional, Union, get_type_hints  # noqa: UP035
 
 import torch
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import HyperParamsError, one_message
-from .hparams_rules import ALG_NAME, AUTO, DTYPES, OR_AUTO, broken_rules
+from .hparams_rules import (
+    ALG_NAME,
+    ALG_NAMES,
+    AUTO,
+    DTYPES,
+    NEIGHBOURS,
+    OR_AUTO,
+    PLUS_NAME,
+    SAMPLED,
+    broken_rules,
+)
 from .reading import bad_text, is_file, json_of, shown, text_of, yaml_of
 
 _MOST_BYTES = 2**20
@@ -39,6 +49,10 @@ OTHER_METHODS_KEYS = frozenset(
 )
 
 
+# What `alg_name: LocFT-BF+` stands for where the YAML says nothing else.
+_PLUS_AUGMENT = 1
+_PLUS_PRESERVE = (SAMPLED, NEIGHBOURS)
+
 # What OmegaConf, and the values themselves, raise where they do not suit a field.
 _NOT_OF_THE_TYPE = (
     OmegaConfBaseException,
@@ -60,7 +74,8 @@ class LocFTBFHyperParams:
     thresholds are those of "Fine-tuning Done Right in Model Editing" (arXiv 2509.22072).
 
     Attributes:
-        alg_name: Always `LocFT-BF`.
+        alg_name: `LocFT-BF`, the published method, or `LocFT-BF+`, the same with `augment` and
+            `preserve` on.
         model_name: Folder or hub name of a causal language model; in EasyEdit also a pair
             `(model, tokenizer)` that is loaded already.
         device: `cpu`, `cuda`, `cuda:N` or the number N; `None` takes a GPU where there is one.
@@ -117,6 +132,16 @@ class LocFTBFHyperParams:
             from, bit for bit; `None` keeps nothing (`locft edit` uses its output folder).
         checkpoint_minutes: Minutes between two checkpoints; 0 makes one after every step, and
             `None` none at all.
+        augment: Rewordings of each edit's prompt that are trained beside it in an epoch, drawn anew
+            for each from those that templates make of it; 0 trains the edits alone. `None` is 0,
+            with LocFT-BF+ 1.
+        preserve: What the edit is to leave as it is: `sampled` (text sampled from the model
+            itself), `neighbours` (the edits' prompts with other subjects), and paths of `.txt`
+            files (text) and of `.json` or `.jsonl` files (prompts, which are kept exactly). `None`
+            is nothing, with LocFT-BF+ `[sampled, neighbours]`.
+        preserve_strength: How strongly; more keeps more and learns less.
+        preserve_dir: Folder for what is measured for it once per model and place; `None` is
+            `locft_easyedit` in the user's cache folder.
         health_check: Compare the perplexity of a fixed text, and the norms of the trained matrices,
             before and after, and warn where the model looks damaged.
         trust_remote_code: Allow a model folder to bring Python code of its own.
@@ -161,6 +186,10 @@ class LocFTBFHyperParams:
     lora_alpha: Optional[float] = None  # noqa: UP045
     checkpoint_dir: Optional[str] = None  # noqa: UP045
     checkpoint_minutes: Optional[float] = 5.0  # noqa: UP045
+    augment: Optional[int] = None  # noqa: UP045
+    preserve: Optional[List[str]] = None  # noqa: UP006, UP045
+    preserve_strength: float = 1.0
+    preserve_dir: Optional[str] = None  # noqa: UP045
     health_check: bool = True
     trust_remote_code: bool = False
     evaluation_type: Optional[str] = None  # noqa: UP045
@@ -198,6 +227,25 @@ class LocFTBFHyperParams:
     def chooses(self) -> bool:
         """Whether the place is still to be chosen: `layers` is `auto`."""
         return bool(self.layers == AUTO)
+
+    @property
+    def rewordings(self) -> int:
+        """Rewordings of each edit in an epoch: `augment`, or what `alg_name` stands for."""
+        if self.augment is not None:
+            return self.augment
+        return _PLUS_AUGMENT if self._plus else 0
+
+    @property
+    def preserved(self) -> list[str]:
+        """What is preserved: `preserve`, or what `alg_name` stands for."""
+        if self.preserve is not None:
+            return list(self.preserve)
+        # A low-rank change is confined already.
+        return list(_PLUS_PRESERVE) if self._plus and self.tuning != "lora" else []
+
+    @property
+    def _plus(self) -> bool:
+        return self.alg_name == PLUS_NAME
 
     @property
     def templates(self) -> list[str]:
@@ -248,10 +296,11 @@ class LocFTBFHyperParams:
             k: v for k, v in config.items() if (v is not None or k in optional) and v != "???"
         }
         alg_name = present.get("alg_name")
-        if alg_name is not None and alg_name != ALG_NAME:
+        if alg_name is not None and alg_name not in ALG_NAMES:
             raise HyperParamsError(
                 f"`alg_name={shown(alg_name)}` in {source} is another method; these are the "
-                f"hyper-parameters of {ALG_NAME}. Use a file with `alg_name: {ALG_NAME}`."
+                f"hyper-parameters of {ALG_NAME}. Use a file with `alg_name: {ALG_NAME}` or "
+                f"`alg_name: {PLUS_NAME}`."
             )
         missing = [f"`{key}` is missing. Add it." for key in REQUIRED_IN_FILE if key not in present]
         typed, ill_typed = typed_values(present)
@@ -349,6 +398,7 @@ def _type_name(key: str) -> str:
         "float": "a number",
         "bool": "true or false",
         "str": "a text",
+        "Optional[List[str]]": "a list of texts, or null",
         "Optional[int]": "a whole number, or null",
         "Optional[float]": "a number, or null",
         "Optional[str]": "a text, or null",

@@ -11,6 +11,10 @@ import torch
 from .reading import shown
 
 ALG_NAME = "LocFT-BF"
+# The preset: the published method with `augment` and `preserve` on.
+PLUS_NAME = "LocFT-BF+"
+ALG_NAMES = (ALG_NAME, PLUS_NAME)
+SAMPLED, NEIGHBOURS = "sampled", "neighbours"  # what `preserve` takes besides files
 AUTO = "auto"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ON_CONFLICT = ("train", "error", "last")
@@ -39,6 +43,7 @@ _NO_RATE = (
     "`lr=auto` does not go with `tuning=lora`: rates are scaled from the size of the weights, and "
     "LoRA's matrices have another. Give a rate."
 )
+_MOST_REWORDINGS = 8  # of an edit in an epoch: so many are made of it
 _MOST = 2**31  # of a count: what arrays are indexed with
 
 
@@ -47,7 +52,7 @@ def broken_rules(values: Mapping[str, Any]) -> list[str]:
     at_least_one = "must be 1 or more"
     off_at_zero = "must be 0 or more (0 turns it off)"
     rules: list[tuple[str, Callable[[Any], bool], str]] = [
-        ("alg_name", lambda v: v == ALG_NAME, f"must be {ALG_NAME}"),
+        ("alg_name", lambda v: v in ALG_NAMES, f"must be {ALG_NAME} or {PLUS_NAME}"),
         ("model_name", _is_model, "must be a folder, a hub name, or a loaded (model, tokenizer)"),
         ("layers", bool, "is empty; name at least one layer"),
         ("layers", lambda v: all(type(i) is int for i in v), "must be a list of whole numbers"),
@@ -58,6 +63,31 @@ def broken_rules(values: Mapping[str, Any]) -> list[str]:
         ),
         ("layers", lambda v: len({str(i) for i in v}) == len(v), "names a layer twice"),
         ("lr", lambda v: math.isfinite(v) and v > 0, "must be above 0 and finite"),
+        (
+            "augment",
+            lambda v: v is None or 0 <= v <= _MOST_REWORDINGS,
+            f"must be 0 (off) to {_MOST_REWORDINGS}, or null",
+        ),
+        (
+            "preserve",
+            lambda v: v is None or all(isinstance(one, str) and one.strip() for one in v),
+            f"must list {SAMPLED}, {NEIGHBOURS} or paths of .txt, .json and .jsonl files",
+        ),
+        (
+            "preserve",
+            lambda v: v is None or len({str(one) for one in v}) == len(v),
+            "names something twice",
+        ),
+        (
+            "preserve_strength",
+            lambda v: math.isfinite(v) and v > 0,
+            "must be above 0 and finite; `preserve: []` turns it off",
+        ),
+        (
+            "preserve",
+            lambda v: not v or values.get("tuning") != "lora",
+            "does not go with `tuning=lora`: both say what the change may be; keep one of them",
+        ),
         ("weight_decay", lambda v: math.isfinite(v) and v >= 0, "must be 0 or more"),
         ("num_steps", lambda v: v >= 1, at_least_one),
         ("batch_size", lambda v: v >= 1, at_least_one),

@@ -20,6 +20,7 @@ from .fingerprint import checksum
 from .hashes import sample_digest, sample_numbers
 from .hparams import LocFTBFHyperParams
 from .place import Place
+from .preserve.sources import Source
 from .tokens import TokenizedTexts
 
 # Hyper-parameters that leave the bits of the result as they are, or that are told elsewhere: the
@@ -38,6 +39,7 @@ _WITHOUT_EFFECT = frozenset(
         "prefix_host_gib",
         "prefix_disk_gib",
         "prefix_dir",
+        "preserve_dir",
         "stream_frozen",
         "shard_frozen",
         "checkpoint_dir",
@@ -76,6 +78,7 @@ class Identity:
         texts: TokenizedTexts,
         hparams: LocFTBFHyperParams,
         n_processes: int = 1,
+        sources: Sequence[Source] = (),
     ) -> Identity:
         """Returns the identity of a training that is about to begin.
 
@@ -85,6 +88,7 @@ class Identity:
             texts: All edits as tokens.
             hparams: The hyper-parameters.
             n_processes: Processes that train together.
+            sources: What is to be preserved.
         """
         device = input_device(model)
         on_gpu = device.type == "cuda"
@@ -101,7 +105,8 @@ class Identity:
                 ),
             },
             edits={"number of edits": len(texts), "edits": _tokens(texts)},
-            settings=settings_of(hparams),
+            settings=settings_of(hparams)
+            | {f"preserve: {source.name}": source.digest() for source in sources},
             surroundings={
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,

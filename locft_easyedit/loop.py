@@ -24,6 +24,7 @@ from .progress import Progress
 from .runner import Prepared, TextRunner
 from .sharding import lockstep
 from .share import Share
+from .variants import Variants
 from .weights import TrainedWeights
 from .world import ALONE
 
@@ -37,6 +38,8 @@ def breadth_first_(
     hparams: LocFTBFHyperParams,
     *,
     share: Share | None = None,
+    variants: Variants | None = None,
+    pull: float = 0.0,
     describe: Callable[[int], str] = str,
     progress: bool = False,
     checkpoints: Checkpoints | None = None,
@@ -49,7 +52,9 @@ def breadth_first_(
         weights: What is trained.
         indices: The edits, [N].
         hparams: Epochs, batch size, learning rate, thresholds and seed.
-        share: Which edits this process runs; all if `None`.
+        share: Which texts this process runs; all if `None`.
+        variants: Which texts stand for an edit in an epoch; text i for edit i if `None`.
+        pull: Adam's L2 penalty, on top of `weight_decay`.
         describe: Names an edit in an error.
         progress: Show a progress bar.
         checkpoints: Where an interrupted training goes on from, and leaves its state.
@@ -60,7 +65,8 @@ def breadth_first_(
         EditInterrupted: Ctrl-C or SIGTERM, after a checkpoint.
     """
     share = share or Share.in_world(ALONE, runner.texts.input_lengths)
-    step = _Step(runner, weights, hparams, share)
+    variants = variants or Variants.alone(len(share.position))
+    step = _Step(runner, weights, hparams, share, variants, pull)
     n_batches = math.ceil(len(indices) / hparams.batch_size)
     done = Progress.start(hparams.seed, step.micro_batch.size)
     if checkpoints is not None:
@@ -87,7 +93,8 @@ def breadth_first_(
             ]
             outcomes: list[Outcome] = []
             left = batches[done.step :]
-            for batch, parts in zip(left, step.prepared(left), strict=True):
+            texts = [variants.texts(batch, done.epoch) for batch in left]
+            for batch, parts in zip(texts, step.prepared(texts), strict=True):
                 outcomes.append(step.take_(parts, len(batch)))
                 bar.update()
                 if step.waits and not torch.isfinite(outcomes[-1][0]):
@@ -155,14 +162,17 @@ class _Step:
         weights: TrainedWeights,
         hparams: LocFTBFHyperParams,
         share: Share,
+        variants: Variants,
+        pull: float,
     ) -> None:
         self.runner = runner
         self.share = share
         self.weights = weights
         self.threshold = hparams.batch_loss_threshold
-        self.micro_batch = _MicroBatch(hparams.micro_batch_size or hparams.batch_size)
+        most = hparams.micro_batch_size or hparams.batch_size
+        self.micro_batch = _MicroBatch(most * variants.most)
         self.optimizer = torch.optim.Adam(
-            weights.masters, lr=hparams.lr, weight_decay=hparams.weight_decay, fused=True
+            weights.masters, lr=hparams.lr, weight_decay=hparams.weight_decay + pull, fused=True
         )
         # A CPU has nothing to wait for.
         self.waits = runner.device.type == "cpu"
@@ -188,18 +198,18 @@ class _Step:
     def _again(self, parts: list[Prepared]) -> list[Prepared]:
         return self._micro_batches(np.concatenate([part.batch for part in parts]))
 
-    def take_(self, parts: list[Prepared], n_edits: int) -> Outcome:
+    def take_(self, parts: list[Prepared], n_texts: int) -> Outcome:
         """Makes one step on a mini-batch.
 
         Args:
             parts: This process's share of it, in micro-batches.
-            n_edits: Edits of the whole mini-batch.
+            n_texts: Texts of the whole mini-batch.
         """
         if max((part.n_texts for part in parts), default=0) > self.micro_batch.size:
             parts = self._again(parts)  # made ahead, before memory ran out
         # Whoever has less to run, or has to run it again in smaller parts, is waited for.
         with lockstep(self.runner.model):
-            loss, known_below = self._own_gradients_(parts, n_edits)
+            loss, known_below = self._own_gradients_(parts, n_texts)
         if known_below:
             return loss, torch.tensor(False, device=loss.device)
         # All that processes which train together exchange in a step.
@@ -216,7 +226,7 @@ class _Step:
         self.weights.publish_()
         return loss, update
 
-    def _own_gradients_(self, parts: list[Prepared], n_edits: int) -> tuple[torch.Tensor, bool]:
+    def _own_gradients_(self, parts: list[Prepared], n_texts: int) -> tuple[torch.Tensor, bool]:
         """Computes this process's share of the mini-batch's loss and gradients.
 
         Returns it, and whether it is below the threshold, where that costs nothing to know: there
@@ -225,19 +235,19 @@ class _Step:
         while True:
             self.weights.clear_gradients_()
             try:
-                return self._summed_(parts, n_edits)
+                return self._summed_(parts, n_texts)
             except torch.cuda.OutOfMemoryError as error:
                 self.micro_batch.halve(parts, error)
             # Outside the handler: the exception's frames hold the tensors that have to go.
             torch.cuda.empty_cache()
             parts = self._again(parts)
 
-    def _summed_(self, parts: list[Prepared], n_edits: int) -> tuple[torch.Tensor, bool]:
+    def _summed_(self, parts: list[Prepared], n_texts: int) -> tuple[torch.Tensor, bool]:
         losses = []
         # Then what follows a loss below the threshold is saved.
         known_at_once = self.waits and len(parts) == 1 and not self.share.world.several
         for part in parts:
-            loss = self.runner.edit_losses(part).sum() / n_edits
+            loss = self.runner.edit_losses(part).sum() / n_texts
             if known_at_once and not loss >= self.threshold:
                 return loss.detach(), True  # NaN as well
             (loss * self.weights.loss_scale).backward()

@@ -38,6 +38,8 @@ class EditResult:
         lora: What `tuning: lora` trained: the change from `original` to `new`, before rounding.
         health: Whether the edit has hurt the model; `None` with `health_check: false`.
         choice: What `layers: auto` has chosen, and among what; `None` where the place was given.
+        augmented: How many rewordings were made and left out; `None` without `augment`.
+        preserved: What was measured to be preserved, by source; `None` without `preserve`.
     """
 
     losses: list[float]
@@ -54,6 +56,8 @@ class EditResult:
     lora: LoraAdapter | None = None
     health: HealthReport | None = None
     choice: Choice | None = None
+    augmented: dict[str, Any] | None = None
+    preserved: dict[str, Any] | None = None
 
     def restore_(self, model: nn.Module) -> None:
         """Gives `model` the original values back, bit for bit."""
@@ -96,5 +100,7 @@ class EditResult:
             "frozen_prefix": self.frozen_prefix,
             "health": None if self.health is None else self.health.to_dict(),
             "choice": None if self.choice is None else self.choice.to_dict(),
+            "augmented": self.augmented,
+            "preserved": self.preserved,
             "seconds": self.timings,
         }

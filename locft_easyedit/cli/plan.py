@@ -12,7 +12,7 @@ from typing import Any, Optional
 from ..errors import HyperParamsError, PlanError, one_message
 from ..hparams import LocFTBFHyperParams, read_mapping, typed_values
 from ..hparams_files import hparams_folder
-from ..hparams_rules import ALG_NAME
+from ..hparams_rules import ALG_NAME, ALG_NAMES
 from ..plan.given import (
     ASSUMED_BANDWIDTH,
     ASSUMED_DISK,
@@ -156,7 +156,7 @@ def _values(file: Path) -> dict[str, Any]:
     """
     _, values = read_mapping(file)
     alg_name = values.get("alg_name", ALG_NAME)
-    if alg_name != ALG_NAME:
+    if alg_name not in ALG_NAMES:
         raise HyperParamsError(
             f"`alg_name={alg_name!r}` in {file} is another method. Use a file with "
             f"`alg_name: {ALG_NAME}`."

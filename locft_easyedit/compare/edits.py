@@ -19,7 +19,8 @@ from ..errors import LocFTError
 from ..evaluate.choices import HowToRun
 from ..evaluate.evaluation import Evaluation
 from ..files import output_errors, replacing
-from ..hparams import ALG_NAME, LocFTBFHyperParams
+from ..hparams import LocFTBFHyperParams
+from ..hparams_rules import ALG_NAMES
 from ..weights import write_
 from .job import Job, JobFolder, Progress, model_id
 from .memory import Peak, peak_memory
@@ -80,7 +81,7 @@ def method_editor(
         PeerError: Its hyper-parameters cannot be set up for this model.
     """
     cls = hparams_class(job.name)
-    if job.name == ALG_NAME:
+    if job.name in ALG_NAMES:
         hparams = LocFTBFHyperParams.from_mapping(job.hparams, source="The hyper-parameters")
         hparams.device = None  # it is placed already
         editor = PeerEditor(job.name, model, tokenizer, hparams, "")
@@ -181,7 +182,7 @@ class Edits:
             own = [{key: r[key] for key in parts if key in r} for r in requests]
             self._each = Evaluation(model, tokenizer, own, how)
             self.how = replace(how, packed=self._each.packed)
-        if method.name not in (ALG_NAME, *PEERS):
+        if method.name not in (*ALG_NAMES, *PEERS):
             self.how = replace(how, packed=False)  # who knows what it puts into the model
         self._checkpoint = folder.state / "edited.safetensors"
 

@@ -12,7 +12,8 @@ from typing import Any
 from ..data import read_requests
 from ..easyedit.peer import commit_of
 from ..errors import HyperParamsError, LocFTError, one_message
-from ..hparams import ALG_NAME, LocFTBFHyperParams
+from ..hparams import LocFTBFHyperParams
+from ..hparams_rules import ALG_NAMES
 from ..model_folder import check_model_name
 from ..models import model_without_weights, resolve_device
 from ..place import match_parameters
@@ -148,8 +149,9 @@ def planned(settings: Settings) -> tuple[dict[str, Job], dict[str, list[str]]]:
         )
     for method in settings.methods:
         files = texts if method in needed else {}
-        if method == ALG_NAME:
-            jobs[method] = Job(method, **common, hparams=_for_json(h.to_dict()))
+        if method in ALG_NAMES:
+            values = _for_json(h.to_dict() | {"alg_name": method})
+            jobs[method] = Job(method, **common, hparams=values)
         else:
             given = _for_json(dict(settings.peers.get(method, {})))
             if "hparams" in given:  # the process works in a folder of its own
@@ -164,7 +166,7 @@ def _check_methods(settings: Settings) -> None:
     methods = list(settings.methods)
     problems = []
     if not methods:
-        problems.append(f"`methods=[]` names none. Choose among {ALG_NAME}, {', '.join(PEERS)}.")
+        problems.append(f"`methods=[]` names none. Choose among {', '.join((*ALG_NAMES, *PEERS))}.")
     problems += [
         f"`methods` names {m} twice. Keep one."
         for m in sorted({m for m in methods if methods.count(m) > 1})
@@ -173,12 +175,12 @@ def _check_methods(settings: Settings) -> None:
         f"{m} has no hyper-parameters: there are rules for {', '.join(PEERS)}. Give EasyEdit's "
         f"YAML: peers.{m}.hparams=FILE."
         for m in methods
-        if m not in (ALG_NAME, *PEERS) and "hparams" not in settings.peers.get(m, {})
+        if m not in (*ALG_NAMES, *PEERS) and "hparams" not in settings.peers.get(m, {})
     ]
     problems += [
         f"`peers.{m}` is for a method that is not compared. Add {m} to `methods`, or drop it."
         for m in settings.peers
-        if m not in methods or m == ALG_NAME
+        if m not in methods or m in ALG_NAMES
     ]
     if settings.devices is not None and not settings.devices:
         problems.append("`devices` is empty. Name at least one, or leave it out.")
@@ -207,10 +209,10 @@ def _peer_plans(settings: Settings, model: str, n_edits: int) -> dict[str, PeerH
     Raises:
         LocFTError: A method's values cannot be used; all such problems in one error.
     """
-    methods = [method for method in settings.methods if method != ALG_NAME]
+    methods = [method for method in settings.methods if method not in ALG_NAMES]
     h = settings.hparams
     empty = model_without_weights(model, trust_remote_code=h.trust_remote_code)
-    if ALG_NAME in settings.methods and not h.chooses:
+    if {*ALG_NAMES} & {*settings.methods} and not h.chooses:
         match_parameters(empty, h.layers, h.templates)
     plans, problems = {}, []
     for method in methods:

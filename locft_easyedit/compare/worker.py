@@ -26,7 +26,7 @@ from ..errors import LocFTError
 from ..evaluate.choices import HowToRun
 from ..evaluate.evaluation import Evaluation, finish_
 from ..evaluate.summary import summarize
-from ..hparams_rules import ALG_NAME
+from ..hparams_rules import ALG_NAMES
 from ..models import load_causal_lm
 from .corpus import corpus_from_folder, corpus_from_model
 from .covariance import stats_name, write_key_covariances
@@ -124,7 +124,7 @@ def _method(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
             reason = _one_line(error)
         else:
             reason = f"{type(error).__name__}: {_one_line(error)}"
-            if register().is_release and job.name != ALG_NAME:
+            if register().is_release and job.name not in ALG_NAMES:
                 reason += " (in EasyEdit's release of 2023; its current source may do better)"
         outcome = Outcome(job.name, status="failed", reason=reason)
     return outcome.to_dict()

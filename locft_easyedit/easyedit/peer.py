@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from ..errors import LocFTError
-from ..hparams import ALG_NAME, LocFTBFHyperParams
+from ..hparams import LocFTBFHyperParams
+from ..hparams_rules import ALG_NAMES
 from .cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
 from .loading import EasyEdit
 from .registration import register, subclasses
@@ -50,7 +51,7 @@ class PeerEditor:
         hparams.model_name = (model, tokenizer)  # what is loaded is taken as it is
         with self._mode:
             self.editor = easyedit.BaseEditor.from_hparams(hparams)
-        if method != ALG_NAME:
+        if method not in ALG_NAMES:
             self.editor.model_name = hparams.model_name = model_name
         self.hparams = hparams
 
@@ -111,7 +112,7 @@ def hparams_class(method: str) -> Any:
         MethodUnavailableError: This EasyEdit does not have the method.
     """
     easyedit = register()
-    if method == ALG_NAME:
+    if method in ALG_NAMES:
         return LocFTBFHyperParams
     wanted = method.replace("-", "").lower()
     classes = {

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import HyperParamsError
 from ..hparams import LocFTBFHyperParams, read_mapping
-from ..hparams_rules import ALG_NAME
+from ..hparams_rules import ALG_NAMES
 from .algorithm import apply_locft_bf_to_model
 from .cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
 from .editor import LocFTBFMethods
@@ -25,9 +25,9 @@ def register(home: str | os.PathLike[str] | None = None, *, shield: bool = True)
     """Adds LocFT-BF to EasyEdit; a second call changes nothing.
 
     Afterwards `ALG_DICT["LocFT-BF"]` exists, `BatchEditor.is_batchable_method("LocFT-BF")` is
-    true, `BaseEditor.from_hparams` gives a `LocFTBFEditor` for our hyper-parameters, and
+    true (both for `LocFT-BF+` as well), `BaseEditor.from_hparams` gives a `LocFTBFEditor` for our hyper-parameters, and
     `from_hparams` of any of EasyEdit's hyper-parameter classes gives ours for a YAML that says
-    `alg_name: LocFT-BF`. All other methods behave as before.
+    `alg_name: LocFT-BF` or `LocFT-BF+`. All other methods behave as before.
 
     Args:
         home: Folder that holds `easyeditor/`; else `EASYEDIT_HOME` or the installed one.
@@ -45,8 +45,9 @@ def register(home: str | os.PathLike[str] | None = None, *, shield: bool = True)
     if _editor_class is not None:
         return easyedit
     with ExitStack() as done:  # if anything fails halfway, all of it is undone
-        easyedit.ALG_DICT[ALG_NAME] = apply_locft_bf_to_model
-        done.callback(easyedit.ALG_DICT.pop, ALG_NAME, None)
+        for name in ALG_NAMES:
+            easyedit.ALG_DICT[name] = apply_locft_bf_to_model
+            done.callback(easyedit.ALG_DICT.pop, name, None)
         editor_class = type(
             "LocFTBFEditor", (LocFTBFMethods, easyedit.BaseEditor), {"easyedit": easyedit}
         )
@@ -99,7 +100,7 @@ def _make_batchable(easyedit: EasyEdit, done: ExitStack) -> None:
 
     @functools.wraps(original)
     def is_batchable_method(alg_name: str) -> bool:
-        return alg_name == ALG_NAME or original(alg_name)
+        return alg_name in ALG_NAMES or original(alg_name)
 
     _replace(easyedit.BatchEditor, "is_batchable_method", staticmethod(is_batchable_method), done)
 
@@ -109,7 +110,7 @@ def _dispatch_editor(easyedit: EasyEdit, editor_class: type, done: ExitStack) ->
 
     @functools.wraps(original)
     def from_hparams(cls: type, hparams: Any) -> Any:
-        ours = getattr(hparams, "alg_name", None) == ALG_NAME
+        ours = getattr(hparams, "alg_name", None) in ALG_NAMES
         return editor_class(hparams) if ours else original(cls, hparams)
 
     _replace(easyedit.BaseEditor, "from_hparams", classmethod(from_hparams), done)
@@ -132,7 +133,7 @@ def _is_ours(name_or_path: str) -> bool:
         _, config = read_mapping(name_or_path)
     except (HyperParamsError, OSError, TypeError):
         return False  # the class that was asked says what is wrong, in its own words
-    return config.get("alg_name") == ALG_NAME
+    return config.get("alg_name") in ALG_NAMES
 
 
 def _run_on_cpu(base_editor: type, done: ExitStack) -> None:

@@ -1,0 +1,93 @@
+"""The filter S: how much of each direction of a matrix's inputs a change may answer to.
+
+With C = mean of k k^T over the inputs k of a matrix on what is to be preserved, a change D of the
+matrix moves its outputs there by tr(D C D^T) in the mean square. D = A S with
+
+    S = (I + C / (alpha m))^(-1/2),  m = tr(C) / in,
+
+leaves what is trained, A, about equally cheap in every direction: those that carry much of C are
+damped by the square root of what they carry. Inputs that must not be touched at all are projected
+out besides (the null space of AlphaEdit, arXiv 2410.02355, holds for these exactly).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..errors import PreserveError
+
+_FLOOR = 0.1  # alpha: what a direction may carry, of the mean, before it is damped much
+# Adam's steps in A are steps in A S for the matrix. What is left to a confined change has to go
+# further to the same end: so a rate that suits the matrix itself suits A.
+_REACH = 4.0
+_NEGLIGIBLE = 1e-5  # singular values below this part of the largest are rounding
+_MOST_EXACT = 0.5  # of the directions
+
+
+def mixed(moments: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
+    """Returns the weighted sum of second moments, each divided by its trace, [in, in].
+
+    Args:
+        moments: Mean of k k^T by source, [in, in] each.
+        weights: What each source counts.
+    """
+    total = torch.zeros_like(next(iter(moments.values())))
+    for name, moment in moments.items():
+        total += weights[name] * moment / moment.trace()
+    return total
+
+
+def spectral_filter(
+    moment: torch.Tensor | None,
+    exact: torch.Tensor | None = None,
+    *,
+    strength: float = 1.0,
+    name: str = "the matrix",
+) -> torch.Tensor:
+    """Returns S, [in, in] float32.
+
+    Args:
+        moment: C, [in, in]; `None` damps nothing.
+        exact: Inputs that S takes to 0, [T, in]; `None` for none.
+        strength: 1 / alpha, in units of the usual one.
+        name: Of the matrix, for errors.
+
+    Raises:
+        PreserveError: `exact` spans so much that next to nothing could be changed, or C is not
+            finite.
+    """
+    some = moment if moment is not None else exact
+    assert some is not None
+    n = some.shape[1]
+    s = torch.eye(n, dtype=torch.float64, device=some.device)
+    if moment is not None:
+        if not torch.isfinite(moment).all():
+            raise PreserveError(
+                f"What enters {name} on the text to be preserved is not finite. Load the model in "
+                "another precision."
+            )
+        carried, directions = torch.linalg.eigh(moment.double())
+        mean = carried.clamp(min=0).mean().clamp(min=torch.finfo(torch.float32).tiny)
+        damped = (1 + carried.clamp(min=0) * (strength / (_FLOOR * mean))).rsqrt()
+        # A row's norm stays 1 in the mean, whatever the strength: so does the size of a step.
+        s = (directions * (damped / damped.square().mean().sqrt())) @ directions.T
+    if exact is not None:
+        basis = span(exact.double())  # [in, r]
+        if basis.shape[1] > _MOST_EXACT * n:
+            raise PreserveError(
+                f"The prompts of `preserve` take {basis.shape[1]} of the {n} directions of the "
+                f"inputs of {name}; exactly kept prompts may take {int(_MOST_EXACT * n)}, or too "
+                "little is left to edit with. Give fewer or shorter prompts, or the same as a .txt "
+                "file, which is kept nearly."
+            )
+        s = s - (s @ basis) @ basis.T
+    return (_REACH * s).float()
+
+
+def span(keys: torch.Tensor) -> torch.Tensor:
+    """Returns an orthonormal basis of what keys [T, in] span, [in, r]."""
+    _, sizes, directions = torch.linalg.svd(keys, full_matrices=False)
+    kept = sizes > _NEGLIGIBLE * sizes[:1].clamp(min=torch.finfo(keys.dtype).tiny)
+    return directions[kept].T

@@ -1,0 +1,96 @@
+"""What is trained, as tokens: the edits in their own wording, and their rewordings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from .augment.wordings import Wordings, reword_edits
+from .hparams import LocFTBFHyperParams
+from .requests import Edit
+from .tokens import TokenizedTexts, tokenize_edits
+from .variants import Variants
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingTexts:
+    """The texts of N edits.
+
+    Attributes:
+        texts: All of them as tokens: each edit's own wording, then its rewordings.
+        variants: Which stand for an edit in an epoch.
+        rewordings: Prompts that were made of each edit's; empty lists without `augment`.
+        summary: Figures of the rewordings for JSON; `None` without `augment`.
+    """
+
+    texts: TokenizedTexts
+    variants: Variants
+    rewordings: list[list[str]]
+    summary: dict[str, Any] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        edits: Sequence[Edit],
+        subjects: Sequence[str | None],
+        hparams: LocFTBFHyperParams,
+        max_positions: int | None,
+    ) -> TrainingTexts:
+        """Returns the texts of these edits.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            edits: The edits.
+            subjects: The subject of each; `None` where it is not known.
+            hparams: `augment`, `append_eos`, `seed`.
+            max_positions: The model's context in tokens; longer rewordings are left out.
+
+        Raises:
+            LocFTError: As for `tokenize_edits`, of the edits in their own wording.
+        """
+        eos = hparams.append_eos
+        own = tokenize_edits(tokenizer, edits, append_eos=eos, max_positions=max_positions)
+        if not hparams.rewordings:
+            return cls(own, Variants.alone(len(own)), [[] for _ in edits])
+        made = reword_edits(edits, subjects, seed=hparams.seed, tokenizer=tokenizer)
+        pairs = [(i, prompt) for i, prompts in enumerate(made.prompts) for prompt in prompts]
+        other = tokenize_edits(
+            tokenizer, [replace(edits[i], prompt=prompt) for i, prompt in pairs], append_eos=eos
+        )
+        fits = other.lengths <= (max_positions or np.iinfo(np.int64).max)  # [number of rewordings]
+        rewordings: list[list[str]] = [[] for _ in edits]
+        for (i, prompt), kept in zip(pairs, fits, strict=True):
+            if kept:
+                rewordings[i].append(prompt)
+        # Each edit's own text, then its rewordings: a stable sort brings them together.
+        edit_of = np.concatenate([np.arange(len(own)), np.array([i for i, _ in pairs], int)[fits]])
+        texts = _joined(own, other.subset(np.flatnonzero(fits)))
+        variants = Variants.of([len(r) for r in rewordings], hparams.rewordings, hparams.seed)
+        return cls(
+            texts.subset(np.argsort(edit_of, kind="stable")),
+            variants,
+            rewordings,
+            _summary(made, rewordings, int((~fits).sum())),
+        )
+
+
+def _joined(one: TokenizedTexts, other: TokenizedTexts) -> TokenizedTexts:
+    return TokenizedTexts(
+        np.concatenate([one.ids, other.ids]),
+        np.concatenate([one.offsets, one.offsets[-1] + other.offsets[1:]]),
+        np.concatenate([one.target_start, other.target_start]),
+    )
+
+
+def _summary(made: Wordings, kept: Sequence[Sequence[str]], n_too_long: int) -> dict[str, Any]:
+    return {
+        **made.summary(),
+        "rewordings": sum(map(len, kept)),
+        "dropped_too_long": n_too_long,
+        "edits_without_rewordings": sum(not prompts for prompts in kept),
+    }
