@@ -10,11 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from .errors import ModelError
+
 # The numbers that an edit may hold, under safetensors' names.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 N_SAMPLES = 1024
 SAMPLE_LENGTH = 16
 _CHUNK = 2**24  # numbers hashed at a time
+_FINGERPRINT_LENGTH = 10
+# Numbers that are read from each parameter to tell models apart.
+_FINGERPRINT_NUMBERS = 64
+# Keys of a configuration that say where the model came from or how it runs, not what it computes.
+_NOT_COMPUTED = frozenset(
+    ["transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "name_or_path"]
+)
 _KEPT = "_locft_sample"  # on a frozen parameter of which a share alone is here
 
 
@@ -85,6 +94,37 @@ def sample_digest(numbers: torch.Tensor, shape: Sequence[int]) -> str:
     sha = _begun(dtype_name(numbers.dtype), shape)
     sha.update(numbers.contiguous().view(torch.uint8).numpy().data)
     return sha.hexdigest()[:SAMPLE_LENGTH]
+
+
+def model_fingerprint(model: Any) -> str:
+    """Returns a short hash that changes with the model's configuration or weights.
+
+    Of every parameter some numbers spread over it are read, not all: an edit of one matrix shows,
+    a change of single numbers may not.
+
+    Raises:
+        ModelError: The weights are not loaded.
+    """
+    sha = hashlib.sha256()
+    config = {
+        key: value
+        for key, value in model.config.to_dict().items()
+        if not key.startswith("_") and key not in _NOT_COMPUTED
+    }
+    sha.update(json.dumps(config, sort_keys=True, default=str).encode())
+    loaded = 0
+    for name, parameter in model.named_parameters():
+        sha.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if parameter.is_meta:  # kept on disk, or not loaded
+            continue
+        loaded += 1
+        flat = parameter.detach().reshape(-1)
+        # An odd step, so that the numbers are not all of one column.
+        step = flat.numel() // _FINGERPRINT_NUMBERS | 1
+        sha.update(flat[::step].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    if not loaded:
+        raise ModelError("The model's weights are not loaded (meta device). Load them first.")
+    return sha.hexdigest()[:_FINGERPRINT_LENGTH]
 
 
 def readable(tensor: torch.Tensor) -> bool:

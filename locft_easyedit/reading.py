@@ -136,6 +136,26 @@ def shown(value: Any, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
+def pieces_of(text: str, limit: int) -> list[str]:
+    """Returns the pieces of a text, divided at line ends or spaces; none of them is blank.
+
+    Args:
+        text: The text.
+        limit: Characters of a piece at most.
+    """
+    pieces = []
+    while text := text.strip():
+        end = len(text)
+        if end > limit:
+            # A space or line end just behind the limit still divides there.
+            window = text[: limit + 1]
+            end = max(window.rfind("\n"), window.rfind(" "))
+            end = end if end > 0 else limit
+        pieces.append(text[:end].rstrip())
+        text = text[end:]
+    return pieces
+
+
 def bad_text(value: Any) -> str | None:
     """Returns why the texts within `value` cannot be used as names or paths; `None` if they can."""
     waiting = [value]

@@ -10,12 +10,10 @@ from toys import toy_model, toy_tokenizer
 from transformers import GenerationConfig
 
 from locft_easyedit.compare import corpus as module
-from locft_easyedit.compare.corpus import (
-    corpus_from_folder,
-    corpus_from_model,
-    model_fingerprint,
-)
+from locft_easyedit.compare.corpus import corpus_from_folder, corpus_from_model
 from locft_easyedit.errors import DataError, ModelError
+from locft_easyedit.hashes import model_fingerprint
+from locft_easyedit.reading import pieces_of
 
 
 def write(folder, **files):
@@ -45,14 +43,14 @@ def test_long_file_becomes_several_documents(tmp_path):
     assert max(map(len, texts)) <= 100
     assert [w for t in texts[:-3] for w in t.split()] == [f"word{i}" for i in range(500)]
     assert texts[-3:] == ["x" * 100, "x" * 100, "x" * 50]
-    assert module._documents("a bc d", 4) == ["a bc", "d"]
-    assert module._documents("a\nb c d", 4) == ["a\nb", "c d"]
+    assert pieces_of("a bc d", 4) == ["a bc", "d"]
+    assert pieces_of("a\nb c d", 4) == ["a\nb", "c d"]
 
 
 @given(st.text(alphabet="ab \n", max_size=60), st.integers(1, 12))
 @settings(deadline=None)
 def test_no_character_is_lost(text, limit):
-    pieces = module._documents(text, limit)
+    pieces = pieces_of(text, limit)
     assert "".join("".join(pieces).split()) == "".join(text.split())
     assert all(0 < len(piece) <= limit and piece == piece.strip() for piece in pieces)
     if limit > max([len(word) for word in text.split()], default=0):

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..devices import input_device
 from ..errors import DataError, ModelError, one_message
 from ..files import output_errors, write_atomically
-from ..modes import evaluation_mode
+from ..hashes import model_fingerprint
+from ..reading import pieces_of
+from ..sampling import continuations, first_token, seeded
 
 _HASH_LENGTH = 10
-# Numbers that are read from each parameter to tell models apart.
-_FINGERPRINT_NUMBERS = 64
-# Keys of a configuration that say where the model came from or how it runs, not what it computes.
-_NOT_COMPUTED = frozenset(
-    ["transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "name_or_path"]
-)
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ def corpus_from_folder(
     problems = []
     for file in files:
         try:
-            documents += _documents(file.read_text(encoding="utf-8"), document_chars)
+            documents += pieces_of(file.read_text(encoding="utf-8"), document_chars)
         except UnicodeDecodeError as error:
             problems.append(f"{file} is not UTF-8 (byte {error.start}). Convert or remove it.")
         except OSError as error:
@@ -128,7 +123,7 @@ def corpus_from_model(
     file = None if cache is None else Path(cache) / f"sampled-{key}.jsonl"
     texts = None if file is None else _read_texts(file, n_documents)
     if texts is None:
-        with _seeded(model, seed):
+        with seeded(model, seed):
             texts = _sample(
                 model, tokenizer, n_documents, tokens_per_document, batch_size, progress
             )
@@ -143,37 +138,6 @@ def corpus_from_model(
     return Corpus(f"sampled-{_hash(texts)}", description, texts)
 
 
-def model_fingerprint(model: Any) -> str:
-    """Returns a short hash that changes with the model's configuration or weights.
-
-    Of every parameter some numbers spread over it are read, not all: an edit of one matrix shows,
-    a change of single numbers may not.
-
-    Raises:
-        ModelError: The weights are not loaded.
-    """
-    digest = hashlib.sha256()
-    config = {
-        key: value
-        for key, value in model.config.to_dict().items()
-        if not key.startswith("_") and key not in _NOT_COMPUTED
-    }
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    loaded = 0
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if parameter.is_meta:  # kept on disk, or not loaded
-            continue
-        loaded += 1
-        flat = parameter.detach().reshape(-1)
-        # An odd step, so that the numbers are not all of one column.
-        step = flat.numel() // _FINGERPRINT_NUMBERS | 1
-        digest.update(flat[::step].cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    if not loaded:
-        raise ModelError("The model's weights are not loaded (meta device). Load them first.")
-    return digest.hexdigest()[:_HASH_LENGTH]
-
-
 def _check_counts(**counts: int) -> None:
     problems = [f"`{name}={n}` must be 1 or more." for name, n in counts.items() if n < 1]
     if problems:
@@ -183,21 +147,6 @@ def _check_counts(**counts: int) -> None:
 def _hash(texts: Sequence[str]) -> str:
     # As JSON, so that ["ab", "c"] and ["a", "bc"] differ.
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:_HASH_LENGTH]
-
-
-def _documents(text: str, limit: int) -> list[str]:
-    """Returns the pieces of a text, each at most `limit` characters, without blank ones."""
-    pieces = []
-    while text := text.strip():
-        end = len(text)
-        if end > limit:
-            # A space or line end just behind the limit still divides there.
-            window = text[: limit + 1]
-            end = max(window.rfind("\n"), window.rfind(" "))
-            end = end if end > 0 else limit
-        pieces.append(text[:end].rstrip())
-        text = text[end:]
-    return pieces
 
 
 def _read_texts(file: Path, n: int) -> list[str] | None:
@@ -210,22 +159,6 @@ def _read_texts(file: Path, n: int) -> list[str] | None:
     return texts if len(texts) == n and all(isinstance(text, str) for text in texts) else None
 
 
-@contextmanager
-def _seeded(model: Any, seed: int) -> Iterator[None]:
-    """Seeds torch for a while; its random states and the model's settings are put back after."""
-    device = input_device(model)
-    devices = [device] if device.type == "cuda" else []
-    settings = model.generation_config
-    # A model's own top_k or repetition penalty would make its text unlike what it was trained on.
-    model.generation_config = GenerationConfig()
-    try:
-        with torch.random.fork_rng(devices=devices), evaluation_mode(model), torch.no_grad():
-            torch.manual_seed(seed)
-            yield
-    finally:
-        model.generation_config = settings
-
-
 def _sample(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -234,28 +167,14 @@ def _sample(
     batch_size: int,
     progress: bool,
 ) -> list[str]:
-    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if first is None:
-        raise ModelError("The tokenizer has neither BOS nor EOS to begin with. Set `bos_token`.")
-    end = first if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    first = first_token(tokenizer)
     texts: list[str] = []
     blank = 0
     with tqdm(total=n, desc="sampling a corpus", unit="document", disable=not progress) as bar:
         while len(texts) < n:
             size = min(batch_size, n - len(texts))
             ids = torch.full((size, 1), first, device=input_device(model))
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=n_tokens,
-                eos_token_id=end,
-                pad_token_id=end,
-            )
-            drawn = tokenizer.batch_decode(output[:, 1:], skip_special_tokens=True)
+            drawn = continuations(model, tokenizer, ids, torch.ones_like(ids), n_tokens)
             kept = [text for text in drawn if text.strip()]
             blank += len(drawn) - len(kept)
             if blank > 10 * n + 100:

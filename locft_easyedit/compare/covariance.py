@@ -10,33 +10,31 @@ from __future__ import annotations
 import logging
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..devices import context_length, input_device
-from ..errors import DataError, ModelError, one_message
+from ..errors import DataError, one_message
 from ..files import output_errors, replacing
-from ..modes import evaluation_mode
-from .corpus import Corpus, model_fingerprint
+from ..hashes import model_fingerprint
+from ..key_moments import (
+    check_finite,
+    check_modules,
+    input_width,
+    second_moments,
+    within_context,
+)
+from ..tokens import ids_of
+from .corpus import Corpus
 
 logger = logging.getLogger(__name__)
 
 DTYPE = "float32"  # EasyEdit's `mom2_dtype`
-# Up to this width sums are kept in float64, at 128 MiB a module.
-_WIDEST_FLOAT64 = 4096
 _CONSTRUCTOR = "easyeditor.util.runningstats.SecondMoment()"
-
-
-class _AllSeen(Exception):
-    """Ends a forward pass once every module has had its input; never leaves this module."""
 
 
 def stats_name(corpus: Corpus, model: Any) -> str:
@@ -104,11 +102,18 @@ def write_key_covariances(
     missing = [
         module
         for module, file in files.items()
-        if not _is_complete(file, n_samples, _width(model.get_submodule(module)))
+        if not _is_complete(file, n_samples, input_width(model.get_submodule(module)))
     ]
     if missing:
-        documents = _tokenized(model, tokenizer, corpus.texts[:n_samples])
-        sums, n_tokens = _second_moments(model, documents, missing, batch_tokens, progress)
+        documents = within_context(model, ids_of(tokenizer, corpus.texts[:n_samples]))
+        sums, n_tokens = second_moments(
+            model,
+            documents,
+            missing,
+            batch_tokens=batch_tokens,
+            description="key covariances",
+            progress=progress,
+        )
         for module in missing:
             _write(files[module], sums[module], n_tokens, n_samples, module)
     return files
@@ -133,127 +138,7 @@ def _check(
         problems.append(f"`model_id={model_id!r}` must be a name without a slash.")
     if problems:
         raise DataError(one_message("Key covariances cannot be measured:", problems))
-    found = dict(model.named_modules())
-    wrong = [f"there is no module `{module}`." for module in modules if module not in found]
-    wrong += [
-        f"`{module}` ({type(found[module]).__name__}) is not linear."
-        for module in modules
-        if module in found and _width(found[module]) == 0
-    ]
-    if wrong:
-        raise ModelError(one_message("Key covariances cannot be measured; correct:", wrong))
-
-
-def _width(module: nn.Module) -> int:
-    """Returns the size D of a linear module's inputs; 0 if it is not linear."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or isinstance(module, nn.Embedding):
-        return 0
-    # gpt2's Conv1D stores its matrix as [in, out].
-    return int(weight.shape[0 if type(module).__name__ == "Conv1D" else 1])
-
-
-def _tokenized(
-    model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
-) -> list[list[int]]:
-    """Returns each text's token ids, cut to the model's context, longest first."""
-    context = context_length(model)
-    ids = [tokenizer(text)["input_ids"][:context] for text in texts]
-    documents = sorted((document for document in ids if document), key=len, reverse=True)
-    if not documents:
-        raise DataError("The corpus has no tokens. Give other texts.")
-    return documents
-
-
-def _batches(documents: Sequence[list[int]], batch_tokens: int) -> Iterator[list[list[int]]]:
-    """Yields batches of documents, which are sorted by length, longest first."""
-    start = 0
-    while start < len(documents):
-        size = max(batch_tokens // len(documents[start]), 1)
-        yield list(documents[start : start + size])
-        start += size
-
-
-def _second_moments(
-    model: Any,
-    documents: Sequence[list[int]],
-    modules: Sequence[str],
-    batch_tokens: int,
-    progress: bool,
-) -> tuple[dict[str, torch.Tensor], int]:
-    """Returns the sum of x x^T, [D, D], for each module, and the number of tokens."""
-    device = input_device(model)
-    sums: dict[str, torch.Tensor] = {}
-    n_tokens = 0
-    bar = tqdm(total=len(documents), desc="key covariances", unit="document", disable=not progress)
-    with bar, torch.no_grad(), evaluation_mode(model):
-        for batch in _batches(documents, batch_tokens):
-            lengths = torch.tensor([len(document) for document in batch])
-            # Padding goes on the right, with any token: nothing before it sees it.
-            ids = torch.zeros(len(batch), len(batch[0]), dtype=torch.long)
-            for row, document in zip(ids, batch, strict=True):
-                row[: len(document)] = torch.tensor(document)
-            real = torch.arange(ids.shape[1]) < lengths[:, None]  # [B, T]
-            with _adding(model, modules, real, sums):
-                model(
-                    input_ids=ids.to(device),
-                    attention_mask=real.long().to(device),
-                    use_cache=False,
-                )
-            n_tokens += int(lengths.sum())
-            bar.update(len(batch))
-    return sums, n_tokens
-
-
-@contextmanager
-def _adding(
-    model: Any, modules: Sequence[str], real: torch.Tensor, sums: dict[str, torch.Tensor]
-) -> Iterator[None]:
-    """Within, a forward pass adds x x^T of each module's inputs to `sums`, and ends after the last.
-
-    Args:
-        model: The model.
-        modules: Names of modules.
-        real: Which tokens count, [B, T].
-        sums: By module, [D, D]; changed.
-
-    Raises:
-        ModelError: A module was not run.
-    """
-    seen: set[str] = set()
-
-    def hook(name: str) -> Any:
-        def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
-            flat = inputs.reshape(-1, inputs.shape[-1])  # [B * T, D]; some models flatten before
-            keys = flat[real.reshape(-1).to(flat.device)].float()  # [tokens, D]
-            moment = keys.T @ keys
-            if name not in sums:
-                wide = moment.shape[0] > _WIDEST_FLOAT64 or moment.device.type == "mps"
-                sums[name] = torch.zeros_like(
-                    moment, dtype=torch.float32 if wide else torch.float64
-                )
-            sums[name] += moment
-            seen.add(name)
-            if len(seen) == len(modules):
-                raise _AllSeen
-
-        return add
-
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True)
-        for name in modules
-    ]
-    try:
-        yield
-    except _AllSeen:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    if len(seen) < len(modules):
-        unseen = [name for name in modules if name not in seen]
-        raise ModelError(f"The model does not run {', '.join(unseen)}. Name other modules.")
+    check_modules(model, modules, "Key covariances cannot be measured; correct:")
 
 
 def _is_complete(file: Path, n_samples: int, width: int) -> bool:
@@ -279,16 +164,12 @@ def _is_complete(file: Path, n_samples: int, width: int) -> bool:
 
 
 def _write(file: Path, moment: torch.Tensor, n_tokens: int, n_samples: int, module: str) -> None:
-    values = moment.to("cpu", torch.float32).numpy()
-    if not np.isfinite(values).all():
-        raise ModelError(
-            f"The inputs of `{module}` hold a NaN or an infinite number. Load the model in another "
-            "precision."
-        )
+    values = moment.to("cpu", torch.float32)
+    check_finite(values, module)
     content: dict[str, Any] = {
         "mom2.constructor": np.array(_CONSTRUCTOR),
         "mom2.count": np.array(n_tokens),
-        "mom2.mom2": values,
+        "mom2.mom2": values.numpy(),
         "sample_size": np.array(n_samples),
     }
     with output_errors(file):

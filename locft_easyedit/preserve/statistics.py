@@ -1,0 +1,215 @@
+"""Statistics of what enters the trained matrices ("keys"): second moments, or the keys themselves.
+
+A change A S of a matrix leaves its output for a key k as it was where S k = 0. The second moment,
+the mean of k k^T over the tokens of a text, says how much of the text lies in which direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import PreserveError
+from ..hashes import hash_of, model_fingerprint
+from ..key_moments import (
+    BATCH_TOKENS,
+    all_keys,
+    check_finite,
+    check_modules,
+    input_width,
+    second_moments,
+    within_context,
+)
+from ..reading import pieces_of
+from ..tokens import ids_of
+from .sampled import sampled_text
+from .sources import SAMPLED, Source
+from .stored import Origin, read_moments, write_moments
+
+_TITLE = "What enters the trained matrices cannot be measured:"
+# Fewer keys than directions say nothing of some directions; twice as many is the least to go by.
+_LEAST_FACTOR = 2
+_SAMPLED_FACTOR = 4
+# Of a text: a longer passage is divided, so that none of it is lost to the model's context.
+_PIECE_CHARS = 2000
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of keys.
+
+    Attributes:
+        second: By module, the mean of k k^T over tokens, [D, D] float32 on the host.
+        n_tokens: Over how many tokens.
+    """
+
+    second: dict[str, torch.Tensor]
+    n_tokens: int
+
+
+def text_moments(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    modules: Sequence[str],
+    source: Source,
+    *,
+    cache: Path | None,
+    seed: int = 0,
+    progress: bool,
+) -> Moments:
+    """Returns the second moments of the modules' inputs over a text, computed once and kept.
+
+    Of sampled text the result is the mean of two: of documents, and of what follows short openings
+    (see `sampled_text`). All tokens count, special ones included, as the tokenizer gives them.
+
+    Args:
+        model: A causal language model, as it is before an edit.
+        tokenizer: Its tokenizer.
+        modules: Full names of linear modules.
+        source: A text, or `sampled`.
+        cache: A folder where statistics and sampled text are kept; `None` keeps nothing.
+        seed: Seed of the sampling.
+        progress: Show progress bars.
+
+    Raises:
+        ModelError: A module does not exist, is not linear or not run, or gets a NaN or an infinite
+            number; or the model hardly writes anything by itself.
+        PreserveError: There are fewer than 2 D tokens.
+        OutputError: Something cannot be kept.
+    """
+    modules = list(dict.fromkeys(modules))
+    check_modules(model, modules, _TITLE)
+    widths = {module: input_width(model.get_submodule(module)) for module in modules}
+    widest = max(modules, key=widths.__getitem__)
+    parts = _parts(model, tokenizer, source, widths[widest], cache, seed, progress)
+    n_tokens = sum(len(sequence) for part in parts for sequence in part)
+    _check_enough(source, n_tokens, widths[widest], widest)
+    origin = Origin(model_fingerprint(model), hash_of(parts), n_tokens)
+    second = {} if cache is None else read_moments(cache, widths, origin)
+    missing = [module for module in modules if module not in second]
+    if missing:
+        measured = [
+            moments_of(
+                model, part, missing, description=f"keys of {source.name}", progress=progress
+            )
+            for part in parts
+        ]
+        for module in missing:
+            mean = torch.stack([moments.second[module] for moments in measured]).mean(dim=0)
+            second[module] = mean
+            if cache is not None:
+                write_moments(cache, module, mean, origin)
+    return Moments({module: second[module] for module in modules}, n_tokens)
+
+
+def moments_of(
+    model: Any,
+    sequences: Sequence[list[int]],
+    modules: Sequence[str],
+    *,
+    last_only: bool = False,
+    batch_tokens: int = BATCH_TOKENS,
+    description: str,
+    progress: bool,
+) -> Moments:
+    """Returns the second moments of the modules' inputs over token sequences.
+
+    Args:
+        model: A causal language model.
+        sequences: Token ids, in any order; cut to the model's context. Empty ones do not count.
+        modules: Full names of linear modules.
+        last_only: Only the last token of each sequence counts.
+        batch_tokens: Tokens of a batch, padding included; a longer sequence is a batch by itself.
+        description: What the progress bar says.
+        progress: Show a progress bar.
+
+    Raises:
+        ModelError: A module does not exist, is not linear or not run, or gets a NaN or an infinite
+            number.
+        DataError: There is no token.
+    """
+    modules = list(dict.fromkeys(modules))
+    check_modules(model, modules, _TITLE)
+    sums, n_tokens = second_moments(
+        model,
+        within_context(model, sequences),
+        modules,
+        last_only=last_only,
+        batch_tokens=batch_tokens,
+        description=description,
+        progress=progress,
+    )
+    second = {}
+    for module in modules:
+        second[module] = sums.pop(module).div_(n_tokens).to("cpu", torch.float32)
+        check_finite(second[module], module)
+    return Moments(second, n_tokens)
+
+
+def prompt_keys(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    modules: Sequence[str],
+    prompts: Sequence[str],
+    *,
+    progress: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Returns the keys of all tokens of prompts, [T, D] float32 on the host, by module.
+
+    Prompt after prompt, special tokens included, as the tokenizer gives them; a prompt is cut to
+    the model's context.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        modules: Full names of linear modules.
+        prompts: The prompts.
+        progress: Show a progress bar.
+
+    Raises:
+        ModelError: A module does not exist, is not linear or not run, or gets a NaN or an infinite
+            number.
+        DataError: There is no token.
+    """
+    modules = list(dict.fromkeys(modules))
+    check_modules(model, modules, _TITLE)
+    sequences = within_context(model, ids_of(tokenizer, prompts))
+    keys = all_keys(model, sequences, modules, description="keys of prompts", progress=progress)
+    for module, found in keys.items():
+        check_finite(found, module)
+    return keys
+
+
+def _parts(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    source: Source,
+    width: int,
+    cache: Path | None,
+    seed: int,
+    progress: bool,
+) -> list[list[list[int]]]:
+    """Returns the token sequences of each kind of text that `source` stands for."""
+    if source.kind == SAMPLED:
+        text = sampled_text(
+            model, tokenizer, _SAMPLED_FACTOR * width, cache=cache, seed=seed, progress=progress
+        )
+        kinds = [text.documents, text.opened]
+    else:
+        kinds = [[piece for passage in source.texts for piece in pieces_of(passage, _PIECE_CHARS)]]
+    return [within_context(model, ids_of(tokenizer, texts)) for texts in kinds if texts]
+
+
+def _check_enough(source: Source, n_tokens: int, width: int, module: str) -> None:
+    needed = _LEAST_FACTOR * width
+    if n_tokens < needed:
+        raise PreserveError(
+            f"`preserve: {source.name}` has {n_tokens} tokens; at least {needed} are needed, "
+            f"{_LEAST_FACTOR} x the {width} inputs of `{module}`: fewer tokens than inputs leave "
+            f"directions that the text says nothing of. Give more text, or `{SAMPLED}`."
+        )

@@ -1,0 +1,116 @@
+"""Second moments in files, each of which says what it was computed from."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..errors import one_message
+from ..files import output_errors, replacing
+from ..hashes import digest, hash_of
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_KEY, _TENSOR = "locft_key_moments", "second"
+# What a file says of itself, and what to say where that is not what is asked for.
+_OTHER = {
+    "format": "of another format",
+    "model": "of another model",
+    "module": "of another module",
+    "text": "of another text",
+    "n_tokens": "of another number of tokens",
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What moments are computed from.
+
+    Attributes:
+        model: The model's fingerprint.
+        text: A hash of all token ids.
+        n_tokens: How many these are.
+    """
+
+    model: str
+    text: str
+    n_tokens: int
+
+    def of(self, module: str) -> dict[str, Any]:
+        """Returns what the file of a module says of itself."""
+        return {
+            "format": _FORMAT,
+            "model": self.model,
+            "module": module,
+            "text": self.text,
+            "n_tokens": self.n_tokens,
+        }
+
+
+def moments_file(cache: Path, module: str, origin: Origin) -> Path:
+    """Returns where the moments of a module are kept."""
+    return cache / f"{module}-{hash_of(origin.of(module))[:16]}.safetensors"
+
+
+def read_moments(cache: Path, widths: Mapping[str, int], origin: Origin) -> dict[str, torch.Tensor]:
+    """Returns the moments that are kept, [D, D] by module; files of no use are reported.
+
+    Args:
+        cache: The folder.
+        widths: Each module's D.
+        origin: What they must be computed from.
+    """
+    found, problems = {}, []
+    for module, width in widths.items():
+        file = moments_file(cache, module, origin)
+        if not file.is_file():
+            continue
+        second, problem = _read(file, origin.of(module), width)
+        if second is None:
+            problems.append(f"{file} is {problem}.")
+        else:
+            found[module] = second
+    if problems:
+        logger.warning("%s", one_message("Kept statistics are not used but made anew:", problems))
+    return found
+
+
+def write_moments(cache: Path, module: str, second: torch.Tensor, origin: Origin) -> None:
+    """Keeps the moments of a module, [D, D] float32 on the host.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    file = moments_file(cache, module, origin)
+    about = origin.of(module) | {"sha256": digest(second)}
+    with output_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as temporary:
+            save_file({_TENSOR: second.contiguous()}, temporary, {_KEY: json.dumps(about)})
+
+
+def _read(file: Path, expected: dict[str, Any], width: int) -> tuple[torch.Tensor | None, str]:
+    """Returns the moments in a file, or what is wrong with it."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            about = json.loads((opened.metadata() or {})[_KEY])
+            # A later format may say everything else in another way.
+            other = [what for key, what in _OTHER.items() if about[key] != expected[key]]
+            if other:
+                return None, " and ".join(other)
+            second: torch.Tensor = opened.get_tensor(_TENSOR)
+            right = second.shape == (width, width) and second.dtype == torch.float32
+            if right and digest(second) == about["sha256"]:
+                return second, ""
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return None, "damaged"

@@ -1,0 +1,78 @@
+"""Text drawn from a model's own distribution: ancestral sampling at temperature 1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from .devices import input_device
+from .errors import ModelError
+from .modes import evaluation_mode
+
+
+@contextmanager
+def seeded(model: Any, seed: int) -> Iterator[None]:
+    """Seeds torch for a while; its random states and the model's settings are put back after."""
+    device = input_device(model)
+    devices = [device] if device.type == "cuda" else []
+    settings = model.generation_config
+    # A model's own top_k or repetition penalty would make its text unlike what it was trained on.
+    model.generation_config = GenerationConfig()
+    try:
+        with torch.random.fork_rng(devices=devices), evaluation_mode(model), torch.no_grad():
+            torch.manual_seed(seed)
+            yield
+    finally:
+        model.generation_config = settings
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the token that a document begins with: BOS, or EOS where there is no BOS.
+
+    Raises:
+        ModelError: The tokenizer has neither.
+    """
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if first is None:
+        raise ModelError("The tokenizer has neither BOS nor EOS to begin with. Set `bos_token`.")
+    return int(first)
+
+
+def continuations(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    n_tokens: int,
+) -> list[str]:
+    """Returns what the model goes on with, until EOS; use it within `seeded`.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        ids: What each text begins with, padded on the left, [B, T].
+        mask: Which of these tokens are real, [B, T].
+        n_tokens: Tokens to add at most.
+
+    Raises:
+        ModelError: The tokenizer has neither BOS nor EOS.
+    """
+    end = tokenizer.eos_token_id
+    end = first_token(tokenizer) if end is None else end
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=n_tokens,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    drawn: list[str] = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+    return drawn
