@@ -160,6 +160,30 @@ def all_keys(
     return keys
 
 
+def last_keys(
+    model: Any,
+    documents: Sequence[list[int]],
+    modules: Sequence[str],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    description: str,
+    progress: bool,
+) -> dict[str, torch.Tensor]:
+    """Returns each module's keys of the documents' last tokens, [documents, D] float32, on the host.
+
+    Arguments and errors as for `all_keys`.
+    """
+    keys: dict[str, torch.Tensor] = {}
+
+    def put(name: str, found: torch.Tensor, owners: torch.Tensor) -> None:
+        if name not in keys:
+            keys[name] = torch.empty(len(documents), found.shape[1])
+        keys[name][owners] = found.cpu()
+
+    _run(model, documents, modules, put, True, batch_tokens, description, progress)
+    return keys
+
+
 def _run(
     model: Any,
     documents: Sequence[list[int]],

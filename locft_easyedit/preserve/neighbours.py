@@ -67,38 +67,7 @@ def neighbours_of(
         pool += [other for other in _OTHERS if other not in pool]
     draw = random.Random(seed)
     pairs = zip(prompts, subjects, strict=True)
-    usable = [i for i, (own, s) in enumerate(pairs) if s and s in own[0]]
-    n_without_subject: Edits whose subject is not known, or not in the prompt: they have none.
-    """
-
-    prompts: list[str]
-    n_without_subject: int
-
-
-def neighbours_of(
-    prompts: Sequence[Sequence[str]],
-    subjects: Sequence[str | None],
-    *,
-    each: int,
-    most: int,
-    seed: int,
-) -> Neighbours:
-    """Returns prompts of the edits with other subjects put in; the same for the same arguments.
-
-    Args:
-        prompts: For each edit its prompt, and its rewordings after it.
-        subjects: The subject of each edit; `None` if it is not known.
-        each: Prompts for an edit: one half from its own prompt, one from its rewordings.
-        most: Prompts at most; of more edits than they suffice for, some are drawn.
-        seed: Seed of the drawing.
-    """
-    pool = sorted({s.strip() for s in subjects if s and s.strip()})
-    if len(pool) < _FEWEST:
-        pool += [other for other in _OTHERS if other not in pool]
-    draw = random.Random(seed)
-    usable = [
-        i for i, (own, s) in enumerate(zip(prompts, subjects, strict=True)) if s and s in own[0]
-    ]
+    usable = [i for i, (own, subject) in enumerate(pairs) if subject and subject in own[0]]
     n_without = len(prompts) - len(usable)
     if len(usable) * each > most:
         usable = sorted(draw.sample(usable, max(1, most // each)))

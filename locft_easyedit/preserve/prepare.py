@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..devices import context_length
 from ..hparams import LocFTBFHyperParams
+from ..key_moments import input_width, last_keys
 from ..place import Place
 from ..tokens import ids_of
-from .confined import owner, sides
 from .neighbours import neighbours_of
 from .sources import NEIGHBOURS, Source
 from .spectral import mixed, spectral_filter
@@ -24,11 +25,11 @@ from .statistics import moments_of, prompt_keys, text_moments
 
 logger = logging.getLogger(__name__)
 
-# What neighbours count beside text. On SmolLM2 a whole share protects neighbours no better than
-# half of it, and leaves less to generalize with.
-_NEIGHBOURS_WEIGHT = 0.5
+# What counts beside all text together, which counts 1.
+_WEIGHTS = {"neighbours": 0.5, "rewordings": 0.5}
 _NEIGHBOURS_EACH = 8  # of an edit
-_NEIGHBOURS_OF_WIDTH = 8  # as many per direction of the matrix's inputs suffice
+_PER_DIRECTION = 8  # prompts per direction of the matrix's inputs suffice
+_AT_ONCE = 256  # edits whose rewordings' keys are held together
 # Adam's L2 penalty on A. With D = A S it is |A|^2 = |D|^2 + tr(D C D^T) / (alpha m), which is what
 # the change does to the preserved texts in the mean square: what does nothing for the edits goes.
 PULL = 1e-4
@@ -74,77 +75,134 @@ def filters_for(
         LocFTError: A source is too small, or takes too much; the cache cannot be written.
     """
     names = {name.rpartition(".")[0]: name for name in place.parameters}  # by module
-    modules = list(names)
-    width = max(sides(owner(model, name))[1] for name in place.parameters)
-    moments: dict[str, Mapping[str, torch.Tensor]] = {}
-    weights: dict[str, float] = {}
-    exact: dict[str, torch.Tensor] = {}
-    summary: dict[str, Any] = {"strength": hparams.preserve_strength, "sources": {}}
-    n_texts = sum(source.kind in ("sampled", "text") for source in sources)
+    measured = _Measured(model, tokenizer, list(names), hparams, progress)
     for source in sources:
-        figures: dict[str, Any] = {"kind": source.kind}
         if source.kind == "prompts":
-            keys = prompt_keys(model, tokenizer, modules, source.texts)
-            for module, found in keys.items():
-                held = exact.get(module)
-                exact[module] = found if held is None else torch.cat([held, found])
-            figures |= {"prompts": len(source.texts), "tokens": len(next(iter(keys.values())))}
+            measured.keep_exactly(source)
         elif source.kind == NEIGHBOURS:
-            near = neighbours_of(
-                prompts,
-                subjects,
-                each=_NEIGHBOURS_EACH,
-                most=_NEIGHBOURS_OF_WIDTH * width,
-                seed=hparams.seed,
-            )
-            figures |= {
-                "prompts": len(near.prompts),
-                "edits_without_subject": near.n_without_subject,
-            }
-            if not near.prompts:
-                logger.warning(
-                    "`preserve` names neighbours, and no edit has a `subject` that is in its "
-                    "prompt: nothing is known of them. Give the requests a `subject`."
-                )
-            else:
-                context = context_length(model)
-                found_near = moments_of(
-                    model,
-                    [ids[:context] for ids in ids_of(tokenizer, near.prompts)],
-                    modules,
-                    last_only=True,
-                    description="neighbours",
-                    progress=progress,
-                )
-                moments[source.name] = found_near.second
-                weights[source.name] = _NEIGHBOURS_WEIGHT
+            measured.add_neighbours(source, prompts, subjects)
         else:
-            text = text_moments(
-                model,
-                tokenizer,
-                modules,
-                source,
-                cache=cache_folder(hparams.preserve_dir),
-                progress=progress,
+            measured.add_text(source, sum(s.kind in ("sampled", "text") for s in sources))
+    if measured.moments:
+        # What one prompt's wordings differ in says nothing of the fact. A change that does not
+        # answer to it answers alike to wordings that it was not trained on.
+        measured.add_rewordings(prompts)
+    of = {name: measured.filter(module, name, place) for module, name in names.items()}
+    return Filters(of, {"strength": hparams.preserve_strength, "sources": measured.figures})
+
+
+@dataclass
+class _Measured:
+    """What enters the modules, by source: second moments, or keys that are kept exactly."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    modules: list[str]
+    hparams: LocFTBFHyperParams
+    progress: bool
+    moments: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    exact: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def _most_prompts(self) -> int:
+        widths = [input_width(self.model.get_submodule(module)) for module in self.modules]
+        return _PER_DIRECTION * max(widths)
+
+    def keep_exactly(self, source: Source) -> None:
+        keys = prompt_keys(self.model, self.tokenizer, self.modules, source.texts)
+        self.exact.append(keys)
+        n_tokens = len(next(iter(keys.values())))
+        self._note(source, prompts=len(source.texts), tokens=n_tokens)
+
+    def add_text(self, source: Source, n_texts: int) -> None:
+        found = text_moments(
+            self.model,
+            self.tokenizer,
+            self.modules,
+            source,
+            cache=cache_folder(self.hparams.preserve_dir),
+            progress=self.progress,
+        )
+        self._add(source.name, found.second, 1 / n_texts)
+        self._note(source, tokens=found.n_tokens)
+
+    def add_neighbours(
+        self, source: Source, prompts: Sequence[Sequence[str]], subjects: Sequence[str | None]
+    ) -> None:
+        near = neighbours_of(
+            prompts,
+            subjects,
+            each=_NEIGHBOURS_EACH,
+            most=self._most_prompts,
+            seed=self.hparams.seed,
+        )
+        self._note(source, prompts=len(near.prompts), edits_without_subject=near.n_without_subject)
+        if not near.prompts:
+            logger.warning(
+                "`preserve` names neighbours, and no edit has a `subject` that is in its prompt: "
+                "nothing is known of them. Give the requests a `subject`."
             )
-            moments[source.name] = text.second
-            weights[source.name] = 1 / n_texts
-            figures |= {"tokens": text.n_tokens}
-        summary["sources"][source.name] = figures
-    of = {}
-    for module, name in names.items():
+            return
+        found = moments_of(
+            self.model,
+            self._ids(near.prompts),
+            self.modules,
+            last_only=True,
+            description="neighbours",
+            progress=self.progress,
+        )
+        self._add(source.name, found.second, _WEIGHTS["neighbours"])
+
+    def add_rewordings(self, prompts: Sequence[Sequence[str]]) -> None:
+        """Adds what the wordings of one prompt differ in, where there are any."""
+        groups = [own for own in prompts if len(own) > 1]
+        if not groups:
+            return
+        each = -(-sum(map(len, groups)) // len(groups))
+        n_groups = min(len(groups), max(1, self._most_prompts // each))
+        groups = random.Random(self.hparams.seed).sample(groups, n_groups)
+        sums: dict[str, torch.Tensor] = {}
+        for start in range(0, len(groups), _AT_ONCE):
+            some = groups[start : start + _AT_ONCE]
+            keys = last_keys(
+                self.model,
+                self._ids([prompt for own in some for prompt in own]),
+                self.modules,
+                description="rewordings",
+                progress=self.progress,
+            )
+            for module, found in keys.items():
+                around = torch.cat([own - own.mean(0) for own in found.split([*map(len, some)])])
+                scatter = around.T @ around
+                sums[module] = sums[module] + scatter if module in sums else scatter
+        if all(float(total.trace()) > 0 for total in sums.values()):
+            self._add("rewordings", sums, _WEIGHTS["rewordings"])
+
+    def filter(self, module: str, name: str, place: Place) -> torch.Tensor:
+        """Returns S of one matrix, where the matrix is."""
         device = place.parameters[name].device
-        here = {s: second[module].to(device) for s, second in moments.items()}
-        if not here and module not in exact:
-            of[name] = torch.eye(sides(owner(model, name))[1], device=device)
-            continue
-        of[name] = spectral_filter(
-            mixed(here, weights) if here else None,
-            exact[module].to(device) if module in exact else None,
-            strength=hparams.preserve_strength,
+        here = {s: second[module].to(device) for s, second in self.moments.items()}
+        exact = [keys[module].to(device) for keys in self.exact]
+        if not here and not exact:
+            return torch.eye(input_width(self.model.get_submodule(module)), device=device)
+        return spectral_filter(
+            mixed(here, self.weights) if here else None,
+            torch.cat(exact) if exact else None,
+            strength=self.hparams.preserve_strength,
             name=name,
         )
-    return Filters(of, summary)
+
+    def _ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        context = context_length(self.model)
+        return [ids[:context] for ids in ids_of(self.tokenizer, prompts)]
+
+    def _add(self, name: str, second: dict[str, torch.Tensor], weight: float) -> None:
+        self.moments[name], self.weights[name] = second, weight
+
+    def _note(self, source: Source, **figures: int) -> None:
+        self.figures[source.name] = {"kind": source.kind, **figures}
 
 
 def cache_folder(folder: str | None) -> Path:
