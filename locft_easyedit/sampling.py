@@ -48,6 +48,8 @@ def continuations(
     ids: torch.Tensor,
     mask: torch.Tensor,
     n_tokens: int,
+    *,
+    whole: bool = False,
 ) -> list[str]:
     """Returns what the model goes on with, until EOS; use it within `seeded`.
 
@@ -57,6 +59,8 @@ def continuations(
         ids: What each text begins with, padded on the left, [B, T].
         mask: Which of these tokens are real, [B, T].
         n_tokens: Tokens to add at most.
+        whole: Return the beginnings too. Many tokenizers leave out the space that a text begins
+            with, so that what was added cannot be put behind its beginning.
 
     Raises:
         ModelError: The tokenizer has neither BOS nor EOS.
@@ -74,5 +78,6 @@ def continuations(
         eos_token_id=end,
         pad_token_id=end,
     )
-    drawn: list[str] = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+    start = 0 if whole else ids.shape[1]
+    drawn: list[str] = tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)
     return drawn

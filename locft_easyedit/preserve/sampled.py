@@ -28,12 +28,12 @@ OPENINGS = (
     "Question:", "Q:", "Who", "What", "When", "Where", "Which", "How", "In what year",
     "The name of the", "The", "In",
 )  # fmt: skip
-DOCUMENTS = 256  # of each kind, at least
+_DOCUMENTS = 128  # of each kind, at least
 _BATCH = 32
 _DOCUMENT_TOKENS, _OPENED_TOKENS = 128, 32
 _FORMAT = 1
 # A model that ends nearly every text at once would otherwise be sampled without end.
-_MOST_ROUNDS = 20
+_MOST_ROUNDS = 10  # times what is expected
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def sampled_text(
     seed: int = 0,
     progress: bool,
 ) -> SampledText:
-    """Returns text sampled from the model: at least 256 documents of each kind, and `n_tokens`.
+    """Returns text sampled from the model: at least 128 documents of each kind, and `n_tokens`.
 
     Round by round, a batch of each kind. A round depends on the seed and its number alone, so that
     asking for more tokens gives the same text and more, and what was interrupted goes on where it
@@ -79,19 +79,18 @@ def sampled_text(
     rounds = _Rounds(model, tokenizer, cache, seed)
     text = SampledText([], [])
     found = 0
-    expected = max(DOCUMENTS, -(-n_tokens // (_DOCUMENT_TOKENS + _OPENED_TOKENS)))
+    expected = max(_DOCUMENTS, -(-n_tokens // (_DOCUMENT_TOKENS + _OPENED_TOKENS)))
     most = _MOST_ROUNDS * -(-expected // _BATCH)
-    with tqdm(desc="sampling text", total=2 * expected, unit="document", disable=not progress) as (
-        bar
-    ):
+    bar = tqdm(desc="sampling text", total=2 * expected, unit="document", disable=not progress)
+    with bar:
         for number in range(most):
             new = rounds.get(number)
             text.documents.extend(new.documents)
             text.opened.extend(new.opened)
             found += sum(map(len, ids_of(tokenizer, [*new.documents, *new.opened])))
-            bar.total = max(bar.total, len(text.documents) + len(text.opened))
+            bar.total = max(2 * expected, len(text.documents) + len(text.opened))
             bar.update(len(new.documents) + len(new.opened))
-            if min(len(text.documents), len(text.opened)) >= DOCUMENTS and found >= n_tokens:
+            if min(len(text.documents), len(text.opened)) >= _DOCUMENTS and found >= n_tokens:
                 return text
     raise ModelError(
         f"The model hardly writes anything by itself: {len(text.documents)} documents that are not "
@@ -110,7 +109,7 @@ class _Rounds:
         self._starts = [[first_token(tokenizer)]] * _BATCH
         self._openings = _opening_ids(tokenizer)
         sizes = [_BATCH, _DOCUMENT_TOKENS, _OPENED_TOKENS]
-        words = [len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, self._openings]
+        words = [len(tokenizer), self._starts[0], tokenizer.eos_token_id, self._openings]
         self._key = hash_of([_FORMAT, model_fingerprint(model), seed, sizes, OPENINGS, words])
         self._folder = None if cache is None else cache / f"sampled-{self._key[:10]}"
 
@@ -121,14 +120,10 @@ class _Rounds:
         if kept is not None:
             return kept
         drawn = self._draw("documents", number, self._starts, _DOCUMENT_TOKENS)
-        # Which openings are together in a batch does not matter: all are padded to the longest.
         turns = [(number * _BATCH + i) % len(OPENINGS) for i in range(_BATCH)]
         begun = [self._openings[i] for i in turns]
-        added = self._draw("opened", number, begun, _OPENED_TOKENS)
-        text = SampledText(
-            [document for document in drawn if document.strip()],
-            [OPENINGS[i] + rest for i, rest in zip(turns, added, strict=True)],
-        )
+        opened = self._draw("opened", number, begun, _OPENED_TOKENS)
+        text = SampledText([document for document in drawn if document.strip()], opened)
         if file is not None:
             with output_errors(file):
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -136,9 +131,10 @@ class _Rounds:
         return text
 
     def _draw(self, kind: str, number: int, begun: Sequence[list[int]], n_tokens: int) -> list[str]:
-        """Returns what the model adds to each beginning."""
+        """Returns each beginning with what the model adds to it."""
         device = input_device(self._model)
-        width = max(map(len, begun))
+        width = max(len(start) for start in begun)
+        # Padded on the left, with a token that decoding leaves out.
         ids = torch.full((len(begun), width), first_token(self._tokenizer))
         mask = torch.zeros_like(ids)
         for row, real, start in zip(ids, mask, begun, strict=True):
@@ -147,7 +143,7 @@ class _Rounds:
         name = f"{self._seed} {kind} {number}".encode()
         with seeded(self._model, int.from_bytes(hashlib.sha256(name).digest()[:7], "little")):
             return continuations(
-                self._model, self._tokenizer, ids.to(device), mask.to(device), n_tokens
+                self._model, self._tokenizer, ids.to(device), mask.to(device), n_tokens, whole=True
             )
 
     def _content(self, number: int, text: SampledText) -> dict[str, Any]:
@@ -161,7 +157,8 @@ class _Rounds:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             text = SampledText(content["documents"], content["opened"])
-            if content == self._content(number, text):
+            texts = [*text.documents, *text.opened]
+            if content == self._content(number, text) and all(isinstance(t, str) for t in texts):
                 return text
             other = content["of"] != self._key or content["round"] != number
         except (OSError, ValueError, KeyError, TypeError, RecursionError):

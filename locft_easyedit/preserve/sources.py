@@ -124,7 +124,8 @@ def _prompts(name: str, content: str, lines: bool) -> tuple[str, ...]:
     Raises:
         _Unusable: It does not parse, has none, or some cannot be used.
     """
-    texts, problems = [], []
+    texts: list[str] = []
+    problems: list[str] = []
     for where, record in _records(name, content, lines):
         if isinstance(record, _Unusable):
             problems += record.problems
