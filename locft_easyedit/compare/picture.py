@@ -79,7 +79,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
     # Where a label fits is known once everything else has its place.
     canvas.draw()
     figure.set_layout_engine("none")
-    _place_labels(right, labels, canvas.get_renderer())
+    place_labels(right, labels, canvas.get_renderer())
     return figure
 
 
@@ -112,7 +112,7 @@ def _draw_accuracy(axes: Axes, key: str, outcomes: list[Outcome], before: float 
         if value is None:
             _write_in_row(axes, row, "no figure")
             continue
-        colour, marker = _look(row)
+        colour, marker = look(row)
         each = accuracies(outcome.right_after_each).get(key)
         if each is not None:
             # The hollow marker is the larger one: where nothing is forgotten it is a ring.
@@ -158,7 +158,7 @@ def _draw_cost(axes: Axes, key: str, outcomes: list[Outcome]) -> list[Point]:
         seconds, value, memory = (figures[k] for k in ("seconds_per_edit", key, "peak_memory_gib"))
         if outcome.status != "ok" or seconds is None or value is None:
             continue
-        colour, marker = _look(row)
+        colour, marker = look(row)
         seconds = max(seconds, _SMALLEST_COST)
         axes.plot(seconds, value, marker, markersize=9, color=colour, zorder=4)
         of = f" ({outcome.peak_memory_of or 'run'})" if len(memory_of) > 1 else ""
@@ -200,7 +200,7 @@ class Point(NamedTuple):
     label: str
 
 
-def _place_labels(axes: Axes, points: list[Point], renderer: RendererBase) -> None:
+def place_labels(axes: Axes, points: list[Point], renderer: RendererBase) -> None:
     """Writes a label beside each point, where it covers no point, no other label and no edge."""
     from matplotlib.text import Text
     from matplotlib.transforms import Bbox
@@ -265,7 +265,8 @@ def _draw_titles(
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
 
 
-def _look(row: int) -> tuple[str, str]:
+def look(row: int) -> tuple[str, str]:
+    """Returns the colour and the marker of a row; they come again after eight."""
     return _COLOURS[row % len(_COLOURS)], _MARKERS[row % len(_MARKERS)]
 
 
