@@ -1,17 +1,17 @@
-"""Tables, verdict and picture of the runs that generalization.py has made."""
+"""The runs that generalization.py has made: their file, tables and verdicts."""
 
 import json
 import math
 import os
 import statistics
 
+import generalization_picture
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from locft_easyedit.compare.escape import markdown_text, one_line
-from locft_easyedit.compare.picture import Point, look, place_labels
 from locft_easyedit.errors import DataError
 from locft_easyedit.files import output_errors, write_atomically
 from locft_easyedit.report import write_json, write_picture
@@ -19,7 +19,6 @@ from locft_easyedit.report import write_json, write_picture
 RUNS = "runs.jsonl"
 BASELINE = "published"
 RELIABLE = 0.99
-LEAST_KL = 1e-6  # a logarithm needs more than nothing
 # Key, head, factor and decimals; `None` decimals are three digits.
 COLUMNS = (
     ("reliability", "reliability %", 100, 1),
@@ -30,14 +29,16 @@ COLUMNS = (
     ("kl", "KL, nats", 1, None),
     ("ppl_ratio", "perplexity ×", 1, None),
     ("epochs", "epochs", 1, 1),
-    ("seconds", "s", 1, None),
+    ("train_seconds", "training s", 1, None),
+    ("preserve_seconds", "preserve s", 1, None),
+    ("seconds", "whole edit s", 1, None),
 )
 LEGEND = (
     "Mean ± sample standard deviation over the seeds. Reliability and generalization: generated "
     "answers that match exactly, to the edits' prompts and to the data's rephrase prompts. "
     "Portability and locality: EasyEdit's, by tokens. Next token kept, KL: on the locality "
     "prompts, against the model before the edit. Perplexity: of a fixed text, after / before. "
-    "s: seconds of an edit, all phases."
+    "Seconds are of all edits of a run together."
 )
 
 
@@ -83,7 +84,8 @@ def write_report(folder):
     write_json(folder / "summary.json", {"rows": rows, "verdicts": judged})
     with output_errors(folder / "table.md"):
         write_atomically(folder / "table.md", markdown(rows, judged).encode())
-    write_picture(folder / "front.png", picture(rows, runs[0]["model"]))
+    figure = generalization_picture.picture(by_case(rows), runs[0]["model"])
+    write_picture(folder / "front.png", figure)
     return terminal(rows, judged)
 
 
@@ -186,7 +188,7 @@ def title(rows):
     """The heading of a table, of the rows of one case."""
     row, measured = rows[0], sorted({number for row in rows for number in row["measured"]})
     numbers = " to ".join(f"{number:,}" for number in dict.fromkeys((measured[0], measured[-1])))
-    return f"{row['data']}, {row['n']:,} edits; measured on {numbers} of the half to {row['half']}"
+    return f"{row['data']}, {row['n']:,} edits; measured on {numbers}, {row['half']} half"
 
 
 def heads(rows):
@@ -217,9 +219,9 @@ def cell(found, factor, places, sign=""):
 
 def terminal(rows, judged):
     """All tables and verdicts as text."""
-    console = Console(width=150, highlight=False)
+    console = Console(width=200, highlight=False)
     with console.capture() as capture:
-        for case, group in grouped(rows, "data", "half", "n").items():
+        for case, group in by_case(rows).items():
             columns = heads(group)
             table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
             table.add_column("variant", overflow="fold")
@@ -240,7 +242,7 @@ def terminal(rows, judged):
 def markdown(rows, judged):
     """The same for GitHub."""
     lines = []
-    for case, group in grouped(rows, "data", "half", "n").items():
+    for case, group in by_case(rows).items():
         columns = heads(group)
         lines += [f"**{markdown_text(title(group))}**", ""]
         texts = [["variant", *(head for _, head, *_ in columns)]]
@@ -250,86 +252,3 @@ def markdown(rows, judged):
         own = [one for one in judged if (one["data"], one["half"], one["n"]) == case]
         lines += [f"- {markdown_text(told(one))}" for one in own] + [""]
     return "\n".join([*lines, LEGEND, ""])
-
-
-def picture(rows, model):
-    """The figure: for each file and number of edits, generalization against damage.
-
-    Up is better, and so is left: a point is a variant, with the spread over its seeds.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # One look for each variant, in all panels.
-    looks = {name: look(i) for i, (name,) in enumerate(grouped(rows, "variant"))}
-    files = list(grouped(rows, "data", "half"))
-    most = max(len(grouped(group, "n")) for group in grouped(rows, "data", "half").values())
-    size = (max(5.4 * len(files), 7), 0.9 + 4.1 * most)
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    every = figure.subplots(most, len(files), squeeze=False)
-    labels = []
-    for column, (data, half) in enumerate(files):
-        here = [row for row in rows if (row["data"], row["half"]) == (data, half)]
-        panels = sorted(grouped(here, "n").items())
-        for axes in every[len(panels) :, column]:
-            axes.set_visible(False)
-        for axes, ((n,), own) in zip(every[:, column], panels, strict=False):
-            axes.set_title(f"{data} ({half}), {n:,} edits", fontsize=11, parse_math=False)
-            labels.append((axes, draw_panel(axes, own, looks)))
-    figure.suptitle(f"{one_line(model)}: edits known in other words, and what else they move",
-                    fontsize=12, parse_math=False)  # fmt: skip
-    # Where a label fits is known once everything else has its place.
-    canvas.draw()
-    figure.set_layout_engine("none")
-    for axes, points in labels:
-        place_labels(axes, points, canvas.get_renderer())
-    return figure
-
-
-def draw_panel(axes, rows, looks):
-    """Draws the variants of one case; returns the points to label."""
-    axes.set(xlabel="KL of the next token on locality prompts, nats ↓ (log scale)",
-             ylabel="generalization, % of rephrase prompts ↑")  # fmt: skip
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#E6E6E6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    rows = [row for row in rows if {"kl", "generalization"} <= row["figures"].keys()]
-    if not rows:
-        axes.set(xticks=[], yticks=[])
-        axes.text(0.5, 0.5, "no variant has both figures", ha="center", transform=axes.transAxes)
-        return []
-    points, lefts, rights = [], [], []
-    for row in rows:
-        kl, general = row["figures"]["kl"], row["figures"]["generalization"]
-        x, y = max(kl["mean"], LEAST_KL), 100 * general["mean"]
-        # A bar that would reach below nothing ends at a tenth of the mean.
-        left, right = min(kl["sd"] or 0, 0.9 * x), kl["sd"] or 0
-        colour, marker = looks[row["variant"]]
-        up = 100 * (general["sd"] or 0)
-        axes.errorbar(x, y, xerr=[[left], [right]], yerr=up, fmt=marker, color=colour,
-                      markersize=8, elinewidth=1.2, capsize=2.5, zorder=4)  # fmt: skip
-        points.append(Point(x, y, row["variant"]))
-        lefts.append(x - left)
-        rights.append(x + right)
-    scale_(axes, min(lefts), max(rights), [point.y for point in points])
-    return points
-
-
-def scale_(axes, least, most, heights):
-    """Makes the x axis logarithmic, with plain numbers, and leaves room for labels."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    low, high = math.log10(least), math.log10(most)
-    pad = max(0.2 * (high - low), 0.25)
-    axes.set(xscale="log", xlim=(10 ** (low - pad), 10 ** (high + pad)))
-    wide = high - low + 2 * pad
-    subs = (1.0,) if wide > 3 else (1.0, 3.0) if wide > 1.5 else (1.0, 2.0, 5.0)
-    axes.xaxis.set_major_locator(LogLocator(subs=subs))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    bottom, top = axes.get_ylim()
-    room = max(0.12 * (top - bottom), 5 - (top - bottom) / 2, 1)
-    axes.set_ylim(max(bottom - room, -4), min(top + room, 104))
-    if min(heights) == max(heights) and len(heights) == 1:
-        axes.set_ylim(max(heights[0] - 10, -4), min(heights[0] + 10, 104))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +16,7 @@ if TYPE_CHECKING:  # matplotlib is slow to import
     from matplotlib.axes import Axes
     from matplotlib.backend_bases import RendererBase
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; their yellow is too pale for
 # white paper and gives way to a grey. Markers differ as well, for print without colour.
@@ -200,15 +202,27 @@ class Point(NamedTuple):
     label: str
 
 
-def place_labels(axes: Axes, points: list[Point], renderer: RendererBase) -> None:
-    """Writes a label beside each point, where it covers no point, no other label and no edge."""
+def place_labels(
+    axes: Axes, points: list[Point], renderer: RendererBase, bars: Sequence[Bbox] = ()
+) -> None:
+    """Writes a label beside each point, where it covers no point, no other label and no edge.
+
+    Args:
+        axes: What the points are drawn in, its place in the figure settled.
+        points: The points.
+        renderer: What the figure is drawn with.
+        bars: What labels keep off besides, in pixels.
+    """
     from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
     frame = axes.get_window_extent().padded(-5)
     half = 7 / 72 * axes.figure.dpi  # of a marker, in pixels
     centres = [axes.transData.transform((point.x, point.y)) for point in points]
-    taken = [Bbox.from_bounds(x - half, y - half, 2 * half, 2 * half) for x, y in centres]
+    taken = [
+        *bars,
+        *(Bbox.from_bounds(x - half, y - half, 2 * half, 2 * half) for x, y in centres),
+    ]
     for point in points:
         label = axes.annotate(
             point.label, (point.x, point.y), xytext=(0, 0), textcoords="offset points",
