@@ -132,7 +132,7 @@ def planned(options):
     if options.half not in HALVES:
         problems.append(f"`--half {options.half}` must be one of {', '.join(HALVES)}.")
     problems += [f"`--n {n}` must be 1 or more." for n in options.n if n < 1]
-    variants = tried(variants_of, options.variants, options.set) or {}
+    variants = variants_of(options.variants, options.set, problems)
     read = tried(read_mapping, options.hparams) if options.hparams else None
     base = {} if read is None else read[1]
     base = base | ({"model_name": options.model} if options.model else {})
@@ -167,9 +167,9 @@ def planned(options):
     return plan
 
 
-def variants_of(names, set_):
-    """Name -> changes of the hyper-parameters, of known variants and of those that are `set`."""
-    problems = [
+def variants_of(names, set_, problems):
+    """Name -> changes of the hyper-parameters; what is wrong with them is added to `problems`."""
+    problems += [
         f"`--variants {name}` is none of {', '.join(VARIANTS)}. Choose among them, or give its "
         f"changes: `--set {name}:key=value`."
         for name in names
@@ -184,22 +184,22 @@ def variants_of(names, set_):
         name, changes = parts[1], {}
         if name in VARIANTS or name in variants:
             problems.append(f"`--set {text}`: there is a variant {name}. Choose another name.")
+            continue
         for pair in BETWEEN_KEYS.split(parts[2]):
             key, value = pair.split("=", 1)
             try:
                 changes[key] = yaml_of(value)
             except ParseError as error:
-                problems.append(f"`--set {text}`: `{value}` is no YAML ({error}). Correct it.")
+                reason = " ".join(str(error).split())
+                problems.append(f"`--set {text}`: `{value}` is no YAML ({reason}). Correct it.")
             if key in NOT_IN_A_VARIANT:
                 problems.append(
                     f"`--set {text}`: {key} is the same for all variants. Set it in the file of "
                     "`--hparams`, or with `--seeds`."
                 )
         variants[name] = changes
-    if not variants and not problems:
+    if not names and not set_:
         problems.append("`--variants` names none. Name one, or `--set` one.")
-    if problems:
-        raise DataError("\n  - ".join(problems))
     return variants
 
 
