@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +16,7 @@ if TYPE_CHECKING:  # matplotlib is slow to import
     from matplotlib.axes import Axes
     from matplotlib.backend_bases import RendererBase
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; their yellow is too pale for
 # white paper and gives way to a grey. Markers differ as well, for print without colour.
@@ -79,7 +81,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
     # Where a label fits is known once everything else has its place.
     canvas.draw()
     figure.set_layout_engine("none")
-    _place_labels(right, labels, canvas.get_renderer())
+    place_labels(right, labels, canvas.get_renderer())
     return figure
 
 
@@ -112,7 +114,7 @@ def _draw_accuracy(axes: Axes, key: str, outcomes: list[Outcome], before: float 
         if value is None:
             _write_in_row(axes, row, "no figure")
             continue
-        colour, marker = _look(row)
+        colour, marker = look(row)
         each = accuracies(outcome.right_after_each).get(key)
         if each is not None:
             # The hollow marker is the larger one: where nothing is forgotten it is a ring.
@@ -158,7 +160,7 @@ def _draw_cost(axes: Axes, key: str, outcomes: list[Outcome]) -> list[Point]:
         seconds, value, memory = (figures[k] for k in ("seconds_per_edit", key, "peak_memory_gib"))
         if outcome.status != "ok" or seconds is None or value is None:
             continue
-        colour, marker = _look(row)
+        colour, marker = look(row)
         seconds = max(seconds, _SMALLEST_COST)
         axes.plot(seconds, value, marker, markersize=9, color=colour, zorder=4)
         of = f" ({outcome.peak_memory_of or 'run'})" if len(memory_of) > 1 else ""
@@ -200,15 +202,27 @@ class Point(NamedTuple):
     label: str
 
 
-def _place_labels(axes: Axes, points: list[Point], renderer: RendererBase) -> None:
-    """Writes a label beside each point, where it covers no point, no other label and no edge."""
+def place_labels(
+    axes: Axes, points: list[Point], renderer: RendererBase, bars: Sequence[Bbox] = ()
+) -> None:
+    """Writes a label beside each point, where it covers no point, no other label and no edge.
+
+    Args:
+        axes: What the points are drawn in, its place in the figure settled.
+        points: The points.
+        renderer: What the figure is drawn with.
+        bars: What labels keep off besides, in pixels.
+    """
     from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
     frame = axes.get_window_extent().padded(-5)
     half = 7 / 72 * axes.figure.dpi  # of a marker, in pixels
     centres = [axes.transData.transform((point.x, point.y)) for point in points]
-    taken = [Bbox.from_bounds(x - half, y - half, 2 * half, 2 * half) for x, y in centres]
+    taken = [
+        *bars,
+        *(Bbox.from_bounds(x - half, y - half, 2 * half, 2 * half) for x, y in centres),
+    ]
     for point in points:
         label = axes.annotate(
             point.label, (point.x, point.y), xytext=(0, 0), textcoords="offset points",
@@ -265,7 +279,8 @@ def _draw_titles(
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
 
 
-def _look(row: int) -> tuple[str, str]:
+def look(row: int) -> tuple[str, str]:
+    """Returns the colour and the marker of a row; they come again after eight."""
     return _COLOURS[row % len(_COLOURS)], _MARKERS[row % len(_MARKERS)]
 
 
