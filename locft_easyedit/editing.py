@@ -488,7 +488,7 @@ class EditSession:
                 self.hparams,
                 share=self._share,
                 variants=self.training_texts.variants,
-                pull=PULL if self._confined is not None else 0.0,
+                pull=PULL / len(indices) if self._confined is not None else 0.0,
                 describe=self._describe,
                 progress=progress,
                 checkpoints=checkpoints,

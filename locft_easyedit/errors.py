@@ -26,10 +26,6 @@ class PlaceError(LocFTError):
     """The layers and the module template select nothing that can be trained."""
 
 
-class PreserveError(LocFTError):
-    """A text says too little of what an edit has to leave as it is."""
-
-
 class ModelError(LocFTError):
     """The model or its tokenizer cannot be loaded or used."""
 

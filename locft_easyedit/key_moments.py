@@ -169,7 +169,7 @@ def last_keys(
     description: str,
     progress: bool,
 ) -> dict[str, torch.Tensor]:
-    """Returns each module's keys of the documents' last tokens, [documents, D] float32, on the host.
+    """Returns each module's keys of the last tokens, [documents, D] float32 on the host.
 
     Arguments and errors as for `all_keys`.
     """

@@ -57,7 +57,7 @@ class TrainingTexts:
         own = tokenize_edits(tokenizer, edits, append_eos=eos, max_positions=max_positions)
         if not hparams.rewordings:
             return cls(own, Variants.alone(len(own)), [[] for _ in edits])
-        made = reword_edits(edits, subjects, seed=hparams.seed, tokenizer=tokenizer)
+        made = reword_edits(edits, subjects, seed=hparams.seed)
         pairs = [(i, prompt) for i, prompts in enumerate(made.prompts) for prompt in prompts]
         other = tokenize_edits(
             tokenizer, [replace(edits[i], prompt=prompt) for i, prompt in pairs], append_eos=eos

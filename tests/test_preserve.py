@@ -80,7 +80,7 @@ def reference_change(model, requests, hparams, filters):
         sums[name] = _Sum(torch.zeros(n_out, s.shape[0]), s, conv)
         parametrize.register_parametrization(module, "weight", sums[name])
     plain_hparams = copy.copy(hparams)
-    plain_hparams.weight_decay = PULL
+    plain_hparams.weight_decay = PULL / len(requests)
     losses, _ = naive_locft_bf(
         plain, toy_tokenizer(), requests, [x.a for x in sums.values()], plain_hparams
     )
@@ -180,10 +180,10 @@ def test_the_filter_is_the_inverse_square_root_by_its_definition():
     keys *= torch.logspace(0, 2, 12)
     c = (keys.T @ keys / len(keys)).double()
     s = spectral_filter(c, strength=2.0).double()
-    wanted = torch.linalg.inv(torch.eye(12).double() + c * (2.0 / (0.1 * c.trace() / 12)))
+    wanted = torch.linalg.inv(torch.eye(12).double() + c * (2.0 / (0.3 * c.trace() / 12)))
     ratio = (s @ s.T) / (s @ s.T).trace() - wanted / wanted.trace()
     assert ratio.abs().max() < 1e-6
-    assert float(s.square().sum(1).mean().sqrt()) == pytest.approx(4.0, rel=1e-5)
+    assert float(s.square().sum(1).mean().sqrt()) == pytest.approx(8.0, rel=1e-5)
 
 
 def test_exact_keys_are_taken_to_zero_and_others_are_not():

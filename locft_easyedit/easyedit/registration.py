@@ -25,8 +25,8 @@ def register(home: str | os.PathLike[str] | None = None, *, shield: bool = True)
     """Adds LocFT-BF to EasyEdit; a second call changes nothing.
 
     Afterwards `ALG_DICT["LocFT-BF"]` exists, `BatchEditor.is_batchable_method("LocFT-BF")` is
-    true (both for `LocFT-BF+` as well), `BaseEditor.from_hparams` gives a `LocFTBFEditor` for our hyper-parameters, and
-    `from_hparams` of any of EasyEdit's hyper-parameter classes gives ours for a YAML that says
+    true (and so for `LocFT-BF+`), `BaseEditor.from_hparams` gives a `LocFTBFEditor` for our
+    hyper-parameters, and `from_hparams` of any of EasyEdit's hyper-parameter classes gives ours for a YAML that says
     `alg_name: LocFT-BF` or `LocFT-BF+`. All other methods behave as before.
 
     Args:

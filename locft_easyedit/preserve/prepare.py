@@ -32,7 +32,8 @@ _PER_DIRECTION = 8  # prompts per direction of the matrix's inputs suffice
 _AT_ONCE = 256  # edits whose rewordings' keys are held together
 # Adam's L2 penalty on A. With D = A S it is |A|^2 = |D|^2 + tr(D C D^T) / (alpha m), which is what
 # the change does to the preserved texts in the mean square: what does nothing for the edits goes.
-PULL = 1e-4
+# Divided by the number of edits, over which losses are averaged: a fact costs what it costs alone.
+PULL = 0.25
 
 
 @dataclass(frozen=True)

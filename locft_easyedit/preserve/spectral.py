@@ -18,10 +18,10 @@ import torch
 
 from ..errors import PreserveError
 
-_FLOOR = 0.1  # alpha: what a direction may carry, of the mean, before it is damped much
+_FLOOR = 0.3  # alpha: what a direction may carry, of the mean, before it is damped much
 # Adam's steps in A are steps in A S for the matrix. What is left to a confined change has to go
 # further to the same end: so a rate that suits the matrix itself suits A.
-_REACH = 4.0
+_REACH = 8.0
 _NEGLIGIBLE = 1e-5  # singular values below this part of the largest are rounding
 _MOST_EXACT = 0.5  # of the directions
 
