@@ -104,13 +104,23 @@ def test_a_subject_keeps_its_letters():
 
 
 def test_a_subject_written_otherwise_keeps_the_letters_of_the_prompt():
-    assert "THE OUR's mother is" in pool("The mother of THE OUR is", "The Our")
+    assert "kilo ruba's mother is" in pool("The mother of kilo ruba is", "Kilo Ruba")
+
+
+def test_the_slot_s_own_character_is_kept():
+    for prompt in ("The mother of \ue000 is", "The \ue000 of Kilo is", "What is \ue000 to Kilo?"):
+        found = pool(prompt, "Kilo" if "Kilo" in prompt else None)
+        assert found
+        assert all("\ue000" in text for text in found)
 
 
 def test_names_are_found_without_a_subject():
     assert "Lo Ruba's mother tongue is" in pool("The mother tongue of Lo Ruba is")
     assert "The mother tongue of Lo of Ruba is" in pool("Lo of Ruba's mother tongue is", "Kilo")
     assert pool("what comes after rain is")
+    assert "Note that Éire is in" in pool("Éire is in", seeds=60)  # no letter made small
+    # No rule can tell what "what" stands for where nothing is known to be a name.
+    assert "Which comes after rain?" not in pool("What comes after rain?")
 
 
 def test_questions_and_statements_have_frames_of_their_own():
@@ -316,6 +326,13 @@ def test_chat_templates_that_fail_are_left_out(template):
     assert found == reword_edits(edits, ["Kilo"], seed=0)
 
 
+def test_a_chat_template_that_adds_nothing_gives_no_rewording():
+    tokenizer = toy_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    prompt = "Who is the mother of Kilo?"
+    assert prompt not in pool(prompt, "Kilo", tokenizer=tokenizer)
+
+
 def test_a_chat_template_that_writes_the_day_does_so_alike_every_day():
     tokenizer = toy_tokenizer()
     tokenizer.chat_template = "{{ date_string or strftime_now('%d %b %Y') }}" + CHAT
@@ -365,7 +382,7 @@ def test_real_prompts(shared_data, name, prompt, target):
     found = reword_edits(edits, subjects, seed=0, contexts=CONTEXTS)
     assert {len(prompts) for prompts in found.prompts} == {MOST}
     # Frames, contexts and changes of the surface leave the words of the prompt in their order;
-    # a paraphrase does not. On these files 96, 97 and 100 % of the edits have one.
+    # a paraphrase does not. On these files 95, 99 and 100 % of the edits have one.
     paraphrased = 0
     for edit, prompts in zip(edits, found.prompts, strict=True):
         words = squeezed(edit.prompt).rstrip("?,")

@@ -196,8 +196,8 @@ def _in_turn(first: Iterator[str], second: Iterator[str]) -> Iterator[str]:
 def _taken_apart(prompt: str, subject: str) -> _Prompt:
     """Returns the prompt with a slot for its subject, or for what looks like a name."""
     text = prompt.strip()
-    if SLOT in text:  # no rule can be told which of them is ours
-        return _Prompt(text, text.replace(SLOT, " "), "")
+    if SLOT in text:  # a character of the prompt's own, which stays one
+        return _Prompt(text, text, "")
     start = text.find(subject)
     if subject and start < 0 and len(text.lower()) == len(text):
         start = text.lower().find(subject.lower())
