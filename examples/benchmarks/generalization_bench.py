@@ -6,12 +6,14 @@ import math
 import numpy as np
 import torch
 
+from locft_easyedit.augment.wordings import reword_edits
 from locft_easyedit.editing import edit_model
 from locft_easyedit.errors import NonFiniteLossError
 from locft_easyedit.evaluate.choices import HowToRun
 from locft_easyedit.evaluate.evaluation import Evaluation, Joined
 from locft_easyedit.evaluate.summary import summarize
 from locft_easyedit.modes import evaluation_mode
+from locft_easyedit.requests import Edit
 from locft_easyedit.runner import TextRunner
 from locft_easyedit.tokens import TokenizedTexts, ids_of
 
@@ -41,6 +43,7 @@ class Bench:
         prompts = [prompt for request in measured for entry in request["locality"].values()
                    for prompt in entry["prompt"]]  # fmt: skip
         self.next = NextTokens(model, tokenizer, prompts, how) if prompts else None
+        self.new = [not is_trained(request, hparams.seed) for request in measured]
         self.before = self.by_token.measure("before")
         self.figures_before = self.shares("before", self.before)
 
@@ -72,16 +75,40 @@ class Bench:
 
     def shares(self, when, by_token):
         """The figures between 0 and 1, with those by token measured already."""
-        answers = summarize({"post": one} for one in self.by_answer.measure(when))["post"]
+        posts = [{"post": one} for one in self.by_answer.measure(when)]
+        answers = summarize(posts)["post"]
+        new = [post for post, is_new in zip(posts, self.new, strict=True) if is_new]
         tokens = summarize(Joined(self.measured, self.before, by_token))["post"]
         shares = {key: tokens[key] for key in ("rewrite_acc", "rephrase_acc") if key in tokens}
         for key in ("reliability", "generalization"):
             if key in answers["generated"]:
                 shares[key] = answers["generated"][key]
+        if new and "generalization" in answers["generated"]:
+            found = summarize(new)["post"]["generated"]
+            shares["generalization_new"] = found["generalization"]
         for key in ("portability", "locality"):
             if tokens.get(key):
                 shares[key] = float(np.mean(list(tokens[key].values())))
         return shares
+
+
+def is_trained(request, seed):
+    """Whether `augment` may train what the data's rephrase prompt says from the subject on.
+
+    The prompts of a benchmark are themselves made from a few forms, which rules of English find
+    as well: such a rephrase prompt says less of wordings that nobody has thought of.
+    """
+    rephrase, subject = request.get("rephrase_prompt"), request.get("subject")
+    if not rephrase or not subject:
+        return True
+    edit = Edit(request["prompt"], request["target_new"], 0)
+    [made] = reword_edits([edit], [subject], seed=seed).prompts
+    return said(rephrase, subject) in {said(text, subject) for text in (edit.prompt, *made)}
+
+
+def said(text, subject):
+    """A text from its subject on, without regard to case and punctuation around it."""
+    return text[max(text.find(subject), 0) :].strip(" \n.,:;?!'\"").casefold()
 
 
 class NextTokens:
