@@ -323,8 +323,9 @@ def test_other_models_texts_and_tokenizers_have_other_files(tmp_path, passes, ca
     assert len(file_of(model=edited())) == 1
     assert len(file_of(source=other)) == 1
     assert len(file_of(tokenizer=toy_tokenizer(bos=True))) == 1
+    assert len(file_of(tokenizer=toy_tokenizer(eos=True))) == 1  # as many tokens, but others
     assert file_of(source=Source("text", "renamed.txt", TEXT.texts)) == set()
-    assert len(passes) == 4
+    assert len(passes) == 5
     assert caplog.text == ""
 
 
