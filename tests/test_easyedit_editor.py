@@ -84,7 +84,8 @@ def test_registering_adds_the_method_and_unregistering_puts_everything_back(easy
     assert "LocFT-BF" not in methods
     for _ in range(2):
         locft_easyedit.register()
-    assert set(easyedit.ALG_DICT) == {*methods, "LocFT-BF"}
+    assert set(easyedit.ALG_DICT) == {*methods, "LocFT-BF", "LocFT-BF+"}
+    assert easyedit.BatchEditor.is_batchable_method("LocFT-BF+")
     assert easyedit.BatchEditor.is_batchable_method("LocFT-BF")
     assert easyedit.BatchEditor.is_batchable_method("MEMIT")
     assert not easyedit.BatchEditor.is_batchable_method("ROME")
@@ -105,6 +106,27 @@ def test_registering_adds_the_method_and_unregistering_puts_everything_back(easy
     assert [vars(cls)[name] for cls, name in watched] == before
     assert dict(easyedit.ALG_DICT) == methods
     assert editor_class() is None
+
+
+def test_the_preset_is_a_method_of_easyedit(easyedit, tmp_path):
+    path = tmp_path / "plus.yaml"
+    text = YAML.format(model="somewhere").replace("LocFT-BF", "LocFT-BF+")
+    path.write_text(f"{text}preserve_dir: {tmp_path / 'kept'}\n")
+    locft_easyedit.register()
+    hparams = LocFTBFHyperParams.from_hparams(str(path))
+    hparams.model_name = (toy_model(), toy_tokenizer())
+    editor = easyedit.BaseEditor.from_hparams(hparams)
+    requests = [request | {"subject": request["prompt"].split()[0]} for request in toy_requests(4)]
+    subjects = [request["subject"] for request in requests]
+    metrics, _, _ = editor.batch_edit(**columns(requests) | {"subject": subjects})
+    result = editor.last_result
+    assert len(metrics) == 4
+    assert result.augmented["rewordings"] > 4
+    assert set(result.preserved["sources"]) == {"sampled", "neighbours"}
+    assert result.preserved["sources"]["neighbours"]["prompts"] > 4
+    assert result.losses[-1] < result.losses[0]
+    # What was measured of the model is found again.
+    assert any((tmp_path / "kept").rglob("*"))
 
 
 def test_the_editor_comes_from_base_editor(easyedit):

@@ -25,9 +25,9 @@ def register(home: str | os.PathLike[str] | None = None, *, shield: bool = True)
     """Adds LocFT-BF to EasyEdit; a second call changes nothing.
 
     Afterwards `ALG_DICT["LocFT-BF"]` exists, `BatchEditor.is_batchable_method("LocFT-BF")` is
-    true (and so for `LocFT-BF+`), `BaseEditor.from_hparams` gives a `LocFTBFEditor` for our
-    hyper-parameters, and `from_hparams` of any of EasyEdit's hyper-parameter classes gives ours for a YAML that says
-    `alg_name: LocFT-BF` or `LocFT-BF+`. All other methods behave as before.
+    true, and both hold for `LocFT-BF+`. `BaseEditor.from_hparams` gives a `LocFTBFEditor` for our
+    hyper-parameters, and `from_hparams` of any of EasyEdit's hyper-parameter classes gives ours
+    for a YAML that says `alg_name: LocFT-BF` or `LocFT-BF+`. All other methods behave as before.
 
     Args:
         home: Folder that holds `easyeditor/`; else `EASYEDIT_HOME` or the installed one.
