@@ -28,7 +28,8 @@ class EditResult:
         step_losses: Loss of each mini-batch.
         original: The trained parameters' values before, by name.
         new: Their values after.
-        timings: Seconds by phase: `prepare` (checks and tokens), `prefix`, `train`.
+        timings: Seconds by phase: `prepare` (checks and tokens), `preserve` (what is to be kept is
+            measured), `prefix`, `train`.
         n_updates: Mini-batches that made an update.
         converged: Whether training stopped because the loss fell below the threshold.
         n_trained: Distinct edits that were trained.

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from toys import toy_hparams, toy_model, toy_requests, toy_tokenizer
+from toys import REPOSITORY, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
 from locft_easyedit import checkpoint, checkpoint_file, files, loop
 from locft_easyedit.checkpoint import Checkpoints
@@ -23,6 +23,7 @@ from locft_easyedit.errors import CheckpointError, EditInterrupted, NonFiniteLos
 from locft_easyedit.weights import TrainedWeights
 
 N = 14
+KEPT_PROMPTS = str(REPOSITORY / "tests" / "data" / "kept_prompts.json")
 SETTINGS = {"batch_size": 4, "num_steps": 3, "lr": 5e-3, "batch_loss_threshold": 5.9}
 
 
@@ -85,6 +86,7 @@ def every_checkpoint(tmp_path, monkeypatch):
         {"micro_batch_size": 3},
         {"packing": False, "frozen_prefix": False},
         {"layers": [1, 2], "tuning": "lora", "lora_rank": 2},
+        {"augment": 2, "preserve": [KEPT_PROMPTS]},
     ],
     ids=str,
 )
@@ -221,6 +223,8 @@ def unfinished(tmp_path, monkeypatch):
         ({"layers": [1]}, r"`layers=\[2\]`; now \[1\]"),
         ({"n": 13}, "edits are others .14 edits; now 13"),
         ({"tuning": "lora"}, "`tuning='full'`; now 'lora'"),
+        ({"augment": 1}, "`augment=0`; now 1"),
+        ({"preserve": [KEPT_PROMPTS]}, r"`preserve=\[\]`; now \["),
         ({"kind": "qwen2"}, "configuration is another"),
         ({"dtype": torch.bfloat16}, "precision is another .float32; now bfloat16"),
     ],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from launching import launch
 from safetensors.torch import load_file
-from toys import toy_requests
+from toys import REPOSITORY, toy_requests
 
 from locft_easyedit.checkpoint_file import read_checkpoint
 
@@ -25,6 +25,8 @@ CASES = [
     {"kind": "gemma3", "prefix_cut": "layer"},
     {"micro_batch_size": 1, "frozen_prefix": False},
     {"tuning": "lora", "lora_rank": 4},
+    {"augment": 2},
+    {"augment": 1, "preserve": [str(REPOSITORY / "tests" / "data" / "kept_prompts.json")]},
     {"n": 2},  # fewer edits than some worlds have processes
     {"dtype": "bfloat16"},
 ]

@@ -36,8 +36,9 @@ COLUMNS = (
 )
 LEGEND = (
     "Mean ± sample standard deviation over the seeds. Reliability and generalization: generated "
-    "answers that match exactly, to the edits' prompts and to the data's rephrase prompts; new are those of these that "
-    "neither the edit's prompt nor a rewording that may be trained equals from the subject on. "
+    "answers that match exactly, to the edits' prompts and to the data's rephrase prompts; new are "
+    "those of these that neither the edit's prompt nor a rewording that may be trained equals from "
+    "the subject on. "
     "Portability and locality: EasyEdit's, by tokens. Next token kept, KL: on the locality "
     "prompts, against the model before the edit. Perplexity: of a fixed text, after / before. "
     "Seconds are of all edits of a run together."

@@ -332,7 +332,8 @@ class LocFTBFMethods:
                 after = self._each_alone(session, requests, measure)
             else:
                 self._done(session.train_(), sequential)
-                self._seconds = time.perf_counter() - start + session.timings["prefix"]
+                once = sum(session.timings.get(phase, 0.0) for phase in ("prefix", "preserve"))
+                self._seconds = time.perf_counter() - start + once
                 after = measure("after the edit")
         # A script's own files are written by all processes: they have to be the same.
         self._seconds = here().from_first(lambda: self._seconds)
