@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .change import Change
 from .checkpoint import Checkpoints
 from .compiling import compiled
 from .devices import context_length
@@ -202,7 +203,9 @@ class EditSession:
 
     @property
     def _subjects(self) -> list[str | None]:
-        """The subject of each edit; `None` where the request gives none."""
+        """The subject of each edit; `None` where the request gives none, or none is needed."""
+        if not (self.hparams.rewordings or self.hparams.preserved):
+            return [None] * len(self.edits.edits)
         found = (self.requests[edit.request].get("subject") for edit in self.edits.edits)
         return [subject if isinstance(subject, str) else None for subject in found]
 
@@ -310,8 +313,7 @@ class EditSession:
         """Returns what runs the edits, with their prefix recorded."""
         h, shortcuts = self.hparams, self.shortcuts
         if self._confined is not None:
-            cuts = tuple(self._confined.folded(cut) for cut in shortcuts.cuts)
-            shortcuts = replace(shortcuts, cuts=cuts)
+            shortcuts = replace(shortcuts, cuts=tuple(map(self._confined.folded, shortcuts.cuts)))
         noted = None if self.checkpoints is None else self.checkpoints.noted("cut")
         runner = prepare_runner(
             self.model,
@@ -354,7 +356,7 @@ class EditSession:
         checkpoints = self.checkpoints if only is None else None
         self.checkpoints = None
         lora = low_rank_of(self.model, self.place.parameters, self.hparams)
-        change = lora or self._ready_confined()
+        change: Change | None = lora or self._ready_confined()
         weights = TrainedWeights(self.place.parameters) if change is None else change.weights
         changed = weights if change is None else change
         try:
@@ -369,9 +371,8 @@ class EditSession:
                 shown = self.progress if progress is None else progress
                 with nullcontext() if change is None else change.in_force():
                     done = self._trained_(runner, weights, indices, checkpoints, shown)
-            adapter = None if lora is None else lora.merge_()
-            if self._confined is not None:
-                self._confined.merge_()
+            if change is not None:
+                change.merge_()
             new, health = changed.values(), None
             if self._health is not None:
                 # Of edits that are made one at a time, hundreds maybe, the norms alone.
@@ -392,7 +393,7 @@ class EditSession:
                 edits=self.edits,
                 packed=notes["packed"],
                 frozen_prefix=notes["cut"] is not None,
-                lora=adapter,
+                lora=None if lora is None else lora.adapter(),
                 health=health,
                 choice=self.choice,
                 augmented=self.training_texts.summary,
@@ -422,13 +423,7 @@ class EditSession:
                 self.tokenizer,
                 self.place,
                 self.sources,
-                [
-                    [edit.prompt, *rewordings]
-                    for edit, rewordings in zip(
-                        self.edits.edits, self.training_texts.rewordings, strict=True
-                    )
-                ],
-                self._subjects,
+                self.training_texts,
                 self.hparams,
                 progress=self.progress,
             )

@@ -1,9 +1,7 @@
 """A low-rank change of the trained matrices: LoRA (arXiv 2106.09685), through peft's own layers.
 
 A matrix W [out, in] computes W x + (alpha / rank) B A x while training runs, A [rank, in] and
-B [out, rank] being all that is trained; then the change is added to W. The module tree stays as it
-is, so that everything that was found about the model holds: only what a module's `forward` does is
-another thing for a while.
+B [out, rank] being all that is trained; then the change is added to W.
 
 The sum is rounded once to the model's precision, which training did not see. Measured on
 SmolLM2-135M after 16 steps, the logits with the sum differ from those with A and B by 4e-7 of their
@@ -12,8 +10,8 @@ norm in float32 and by 7e-3 in bfloat16, where the edit itself changes them by 0
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +19,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .errors import NonFiniteLossError, PlaceError, one_message
+from .change import Change, sides, unsuitable
+from .errors import PlaceError, one_message
 from .hparams import LocFTBFHyperParams
-from .weights import TrainedWeights, write_
+from .weights import TrainedWeights
 
 _KEY = "matrix"  # a layer is made inside a module of its own, under this name
 
@@ -58,7 +57,7 @@ class LoraAdapter:
         return {"rank": self.rank, "alpha": self.alpha, "trained_numbers": trained}
 
 
-class LowRank:
+class LowRank(Change):
     """LoRA of the matrices of a place. Making one changes nothing in the model.
 
     Args:
@@ -69,8 +68,9 @@ class LowRank:
     Attributes:
         weights: What is trained: `NAME.lora_A` and `NAME.lora_B` for each parameter NAME, in
             float32 whatever the model's precision.
-        original: Copies of the parameters' values.
     """
+
+    title = "LoRA's change"
 
     def __init__(
         self,
@@ -78,16 +78,13 @@ class LowRank:
         parameters: Mapping[str, nn.Parameter],
         hparams: LocFTBFHyperParams,
     ) -> None:
+        super().__init__(model, parameters)
         self.rank = hparams.lora_rank
         self.alpha = float(self.rank if hparams.lora_alpha is None else hparams.lora_alpha)
-        self.parameters = dict(parameters)
-        self.original = {name: p.detach().clone() for name, p in parameters.items()}
-        self._modules = {name: _owner(model, name) for name in parameters}
         # Tensors made in inference mode could not be trained, whatever mode the caller is in.
         with torch.inference_mode(False), _drawn_with(hparams.seed):
             self._layers = {
-                name: _layer(module, self.rank, self.alpha)
-                for name, module in self._modules.items()
+                name: _layer(module, self.rank, self.alpha) for name, module in self.modules.items()
             }
             trained = {}
             for name, layer in self._layers.items():
@@ -96,59 +93,30 @@ class LowRank:
             in_float16 = any(p.dtype == torch.float16 for p in parameters.values())
             self.weights = TrainedWeights(trained, in_float16=in_float16)
 
-    @contextmanager
-    def in_force(self) -> Iterator[None]:
-        """Within, the modules compute with A and B, and the parameters get no gradients."""
-        with ExitStack() as undo:
-            for name, module in self._modules.items():
-                parameter = self.parameters[name]
-                undo.callback(parameter.requires_grad_, parameter.requires_grad)
-                undo.callback(_put_back, module, vars(module).get("forward"))
-                parameter.requires_grad_(False)
-                module.forward = self._layers[name].forward
-            yield
+    def forward_of(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Returns what the module of a parameter computes with A and B."""
+        forward: Callable[[torch.Tensor], torch.Tensor] = self._layers[name].forward
+        return forward
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def merge_(self) -> LoraAdapter:
-        """Adds the change to the parameters: in float32, rounded once to their precision.
+    def add_(self, name: str, matrix: torch.Tensor) -> None:
+        """Adds (alpha / r) B A to `matrix`, [out, in] float32, in place."""
+        a, b = self._factors(name)
+        matrix.addmm_(b, a, alpha=self.alpha / self.rank)
 
-        Raises:
-            NonFiniteLossError: A sum overflows the parameters' precision. Restoring is up to the
-                caller, as is whatever else interrupts.
-        """
-        a, b = {}, {}
-        for name, layer in self._layers.items():
-            a[name] = layer.lora_A["default"].weight.detach()
-            b[name] = layer.lora_B["default"].weight.detach()
-            parameter = self.parameters[name]
-            merged = parameter.float()  # a float32 parameter itself
-            transposed = merged.T if self._transposed(name) else merged  # [out, in]
-            transposed.addmm_(b[name], a[name], alpha=self.alpha / self.rank)
-            parameter.copy_(merged)
-            if not torch.isfinite(parameter).all():
-                raise NonFiniteLossError(
-                    f"`{name}` with LoRA's change added overflows {parameter.dtype}; the weights "
-                    "are as they were before the edit. Lower `lr`, or use `dtype: bfloat16`."
-                )
+    def adapter(self) -> LoraAdapter:
+        """Returns copies of what was trained."""
+        factors = {name: self._factors(name) for name in self.parameters}
         return LoraAdapter(
             self.rank,
             self.alpha,
-            a={name: tensor.cpu().clone() for name, tensor in a.items()},
-            b={name: tensor.cpu().clone() for name, tensor in b.items()},
-            transposed=frozenset(name for name in a if self._transposed(name)),
+            a={name: a.cpu().clone() for name, (a, _) in factors.items()},
+            b={name: b.cpu().clone() for name, (_, b) in factors.items()},
+            transposed=frozenset(filter(self.transposed, factors)),
         )
 
-    def restore_(self) -> None:
-        """Gives the model its original values back, bit for bit."""
-        write_(self.parameters, self.original)
-
-    def values(self) -> dict[str, torch.Tensor]:
-        """Returns copies of the model's present values."""
-        return {name: p.detach().clone() for name, p in self.parameters.items()}
-
-    def _transposed(self, name: str) -> bool:
-        return isinstance(self._modules[name], Conv1D)
+    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        layer = self._layers[name]
+        return layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
 
 
 def check_low_rank(model: nn.Module, parameters: Mapping[str, nn.Parameter], rank: int) -> None:
@@ -163,23 +131,18 @@ def check_low_rank(model: nn.Module, parameters: Mapping[str, nn.Parameter], ran
         PlaceError: Lists every parameter that is not the weight of a linear layer, and every one
             whose smaller side is below the rank.
     """
-    problems = []
+    problems = unsuitable(model, parameters, "LoRA changes nothing else", remedy="`tuning: full`")
     for name, parameter in parameters.items():
-        module = _owner(model, name)
-        if not (isinstance(module, (nn.Linear, Conv1D)) and name.endswith(".weight")):
-            problems.append(
-                f"`{name}` is no matrix of a linear layer (it belongs to {type(module).__name__}), "
-                "and LoRA changes nothing else. Name matrices in `rewrite_module_tmp`, for example "
-                '"model.layers.{}.mlp.down_proj.weight", or set `tuning: full`.'
-            )
-        elif rank > min(parameter.shape):
+        if name not in problems and rank > min(parameter.shape):
             shape = " x ".join(str(n) for n in parameter.shape)
-            problems.append(
+            problems[name] = (
                 f"`lora_rank={rank}` is above {min(parameter.shape)}, the largest rank that "
                 f"`{name}` ({shape}) can have. Lower it, or set `tuning: full`."
             )
     if problems:
-        raise PlaceError(one_message("`tuning: lora` cannot be trained here:", problems))
+        raise PlaceError(
+            one_message("`tuning: lora` cannot be trained here:", [*problems.values()])
+        )
 
 
 def low_rank_of(
@@ -187,10 +150,6 @@ def low_rank_of(
 ) -> LowRank | None:
     """Returns LoRA of these parameters if `tuning` asks for it, else `None`."""
     return LowRank(model, parameters, hparams) if hparams.tuning == "lora" else None
-
-
-def _owner(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])
 
 
 @contextmanager
@@ -228,22 +187,14 @@ def _twin(module: nn.Module) -> nn.Module:
     """
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
-    sides = tuple(weight.shape)
+    n_out, n_in = sides(module)
     with torch.device("meta"):
         twin: Any = (
-            Conv1D(sides[1], sides[0])
+            Conv1D(n_out, n_in)
             if isinstance(module, Conv1D)
-            else nn.Linear(sides[1], sides[0], bias=False)
+            else nn.Linear(n_in, n_out, bias=False)
         )
     # peft sets flags of its base's parameters: a parameter of its own, with the same memory.
     twin.weight = nn.Parameter(weight.detach(), requires_grad=False)
     twin.forward = module.forward
     return twin
-
-
-def _put_back(module: nn.Module, forward: Any | None) -> None:
-    """Gives a module the `forward` of its own that it had (accelerate's, say), or its class's."""
-    if forward is None:
-        vars(module).pop("forward", None)
-    else:
-        module.forward = forward

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,3 +48,17 @@ def only_trainable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iter
         for parameter, flag in flags:
             if parameter.is_floating_point():
                 parameter.requires_grad_(flag)
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within, `module` runs `forward`; then its own again (accelerate's, say), or its class's."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            vars(module).pop("forward", None)
+        else:
+            module.forward = before

@@ -23,13 +23,15 @@ class TrainingTexts:
     Attributes:
         texts: All of them as tokens: each edit's own wording, then its rewordings.
         variants: Which stand for an edit in an epoch.
-        rewordings: Prompts that were made of each edit's; empty lists without `augment`.
+        prompts: Of each edit its own prompt, and its rewordings after it.
+        subjects: The subject of each edit; `None` where it is not known.
         summary: Figures of the rewordings for JSON; `None` without `augment`.
     """
 
     texts: TokenizedTexts
     variants: Variants
-    rewordings: list[list[str]]
+    prompts: list[list[str]]
+    subjects: Sequence[str | None]
     summary: dict[str, Any] | None = None
 
     @classmethod
@@ -54,28 +56,29 @@ class TrainingTexts:
             LocFTError: As for `tokenize_edits`, of the edits in their own wording.
         """
         eos = hparams.append_eos
+        prompts = [[edit.prompt] for edit in edits]
         own = tokenize_edits(tokenizer, edits, append_eos=eos, max_positions=max_positions)
         if not hparams.rewordings:
-            return cls(own, Variants.alone(len(own)), [[] for _ in edits])
+            return cls(own, Variants.alone(len(own)), prompts, subjects)
         made = reword_edits(edits, subjects, seed=hparams.seed)
         pairs = [(i, prompt) for i, prompts in enumerate(made.prompts) for prompt in prompts]
         other = tokenize_edits(
             tokenizer, [replace(edits[i], prompt=prompt) for i, prompt in pairs], append_eos=eos
         )
         fits = other.lengths <= (max_positions or np.iinfo(np.int64).max)  # [number of rewordings]
-        rewordings: list[list[str]] = [[] for _ in edits]
         for (i, prompt), kept in zip(pairs, fits, strict=True):
             if kept:
-                rewordings[i].append(prompt)
+                prompts[i].append(prompt)
         # Each edit's own text, then its rewordings: a stable sort brings them together.
         edit_of = np.concatenate([np.arange(len(own)), np.array([i for i, _ in pairs], int)[fits]])
         texts = _joined(own, other.subset(np.flatnonzero(fits)))
-        variants = Variants.of([len(r) for r in rewordings], hparams.rewordings, hparams.seed)
+        variants = Variants.of([len(own) - 1 for own in prompts], hparams.rewordings, hparams.seed)
         return cls(
             texts.subset(np.argsort(edit_of, kind="stable")),
             variants,
-            rewordings,
-            _summary(made, rewordings, int((~fits).sum())),
+            prompts,
+            subjects,
+            _summary(made, prompts, int((~fits).sum())),
         )
 
 
@@ -87,10 +90,10 @@ def _joined(one: TokenizedTexts, other: TokenizedTexts) -> TokenizedTexts:
     )
 
 
-def _summary(made: Wordings, kept: Sequence[Sequence[str]], n_too_long: int) -> dict[str, Any]:
+def _summary(made: Wordings, prompts: Sequence[Sequence[str]], n_too_long: int) -> dict[str, Any]:
     return {
         **made.summary(),
-        "rewordings": sum(map(len, kept)),
+        "rewordings": sum(map(len, prompts)) - len(prompts),
         "dropped_too_long": n_too_long,
-        "edits_without_rewordings": sum(not prompts for prompts in kept),
+        "edits_without_rewordings": sum(len(own) == 1 for own in prompts),
     }

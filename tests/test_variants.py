@@ -52,12 +52,13 @@ def test_texts_are_each_edits_own_and_then_its_rewordings():
     assert len(made.texts) == made.variants.first[-1]
     for i, edit in enumerate(edits):
         first = made.variants.first[i]
-        for k, prompt in enumerate([edit.prompt, *made.rewordings[i]]):
+        for k, prompt in enumerate(made.prompts[i]):
             ids = tokenizer(f"{prompt} {edit.target.strip()}")["input_ids"]
             start = made.texts.offsets[first + k]
             assert made.texts.ids[start : start + len(ids)].tolist() == ids
-        assert made.rewordings[i]
-    assert made.summary["rewordings"] == sum(map(len, made.rewordings))
+        assert made.prompts[i][0] == edit.prompt
+        assert made.prompts[i][1:]
+    assert made.summary["rewordings"] == sum(len(own) - 1 for own in made.prompts)
     assert made.summary["edits_without_rewordings"] == 0
 
 
@@ -87,7 +88,7 @@ def naive_augmented(model, tokenizer, edits, made, parameters, hparams):
         for start in range(0, len(order), hparams.batch_size):
             texts = []
             for i in order[start : start + hparams.batch_size]:
-                pool = made.rewordings[i]
+                pool = made.prompts[i][1:]
                 turn = int(made.variants.turn[i]) + epoch * hparams.augment
                 shown = min(len(pool), hparams.augment)
                 prompts = [edits[i].prompt, *(pool[(turn + k) % len(pool)] for k in range(shown))]

@@ -40,7 +40,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..devices import input_device, row_length
 from ..forward import run_rows
-from ..modes import only_trainable, with_gradients
+from ..modes import forward_replaced, only_trainable, with_gradients
 from ..packing import Rows, lay_out
 from ..place import LayerList
 from ..tokens import TokenizedTexts
@@ -189,8 +189,7 @@ def _recomputed(stack: LayerList) -> Iterator[None]:
     """Within, a layer keeps its input alone, and runs again when gradients come to it."""
     with ExitStack() as undo:
         for layer in stack.layers:
-            undo.callback(_put_back, layer, vars(layer).get("forward"))
-            layer.forward = partial(_run_again, layer.forward)
+            undo.enter_context(forward_replaced(layer, partial(_run_again, layer.forward)))
         yield
 
 
@@ -203,14 +202,6 @@ def _run_again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return forward(states, *rest, **kwargs)
 
     return checkpoint(run, hidden, use_reentrant=True, preserve_rng_state=False)
-
-
-def _put_back(module: nn.Module, forward: Any) -> None:
-    """Gives a module the `forward` of its own that it had (accelerate's, say), or its class's."""
-    if forward is None:
-        vars(module).pop("forward", None)
-    else:
-        module.forward = forward
 
 
 class _Watch:

@@ -117,6 +117,9 @@ class Trials:
             rewrite_module_tmp=cell.location.rewrite_module_tmp,
             lr=cell.lr,
             num_steps=epochs,
+            alg_name="LocFT-BF",  # alone: what the preset adds takes the place that suits it
+            augment=None,
+            preserve=None,
             batch_size=self.batch_size,
             on_conflict="train",
             prefix_dir=None,

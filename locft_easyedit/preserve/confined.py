@@ -12,22 +12,20 @@ same output as before up to that rounding; in a half precision the rounding of W
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
+from ..change import Change, sides, unsuitable
 from ..cut import Cut, Fold
-from ..errors import NonFiniteLossError, PlaceError, one_message
+from ..errors import PlaceError, one_message
 from ..fingerprint import checksum
-from ..weights import TrainedWeights, write_
+from ..weights import TrainedWeights
 
 
-class Confined:
+class Confined(Change):
     """The confined change of the matrices of a place. Making one changes nothing in the model.
 
     Args:
@@ -37,8 +35,9 @@ class Confined:
 
     Attributes:
         weights: What is trained: `NAME.confined` for each parameter NAME.
-        original: Copies of the parameters' values.
     """
+
+    title = "the change"
 
     def __init__(
         self,
@@ -46,11 +45,9 @@ class Confined:
         parameters: Mapping[str, nn.Parameter],
         filters: Mapping[str, torch.Tensor],
     ) -> None:
+        super().__init__(model, parameters)
         self._model = model
-        self.parameters = dict(parameters)
-        self.original = {name: p.detach().clone() for name, p in parameters.items()}
-        self._modules = {name: owner(model, name) for name in parameters}
-        self._forwards = {name: module.forward for name, module in self._modules.items()}
+        self._forwards = {name: module.forward for name, module in self.modules.items()}
         self._filters = {name: s.to(parameters[name].device) for name, s in filters.items()}
         # A copy in the model's precision runs; the exact one is what is merged.
         self._running = {n: s.to(parameters[n].dtype) for n, s in self._filters.items()}
@@ -58,9 +55,7 @@ class Confined:
         with torch.inference_mode(False):
             self._a = {
                 name: nn.Parameter(torch.zeros(sides(module), dtype=p.dtype, device=p.device))
-                for (name, p), module in zip(
-                    parameters.items(), self._modules.values(), strict=True
-                )
+                for (name, p), module in zip(parameters.items(), self.modules.values(), strict=True)
             }
         self.weights = TrainedWeights({f"{name}.confined": a for name, a in self._a.items()})
 
@@ -69,7 +64,7 @@ class Confined:
 
         What follows the block (a norm, in some models) must not see a part of its output.
         """
-        name = next((n for n, module in self._modules.items() if module is cut.block), None)
+        name = next((n for n, module in self.modules.items() if module is cut.block), None)
         if cut.kind != "matrix" or cut.after or name is None:
             return cut
         running, a = self._running[name], self._a[name]
@@ -91,19 +86,8 @@ class Confined:
         """Returns a change with the same filters, of the model's present values."""
         return Confined(self._model, self.parameters, self._filters)
 
-    @contextmanager
-    def in_force(self) -> Iterator[None]:
-        """Within, the modules compute with A S, and the parameters get no gradients."""
-        with ExitStack() as undo:
-            for name, module in self._modules.items():
-                parameter = self.parameters[name]
-                undo.callback(parameter.requires_grad_, parameter.requires_grad)
-                undo.callback(_put_back, module, vars(module).get("forward"))
-                parameter.requires_grad_(False)
-                module.forward = self._forward(name)
-            yield
-
-    def _forward(self, name: str) -> Any:
+    def forward_of(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Returns what the module of a parameter computes with A S."""
         before, running, a = self._forwards[name], self._running[name], self._a[name]
 
         def forward(x: torch.Tensor) -> torch.Tensor:
@@ -112,41 +96,14 @@ class Confined:
 
         return forward
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def merge_(self) -> None:
-        """Adds the change to the parameters: in float32, rounded once to their precision.
-
-        Raises:
-            NonFiniteLossError: A sum overflows the parameters' precision. Restoring is up to the
-                caller.
-        """
-        masters = self.weights.named_masters()
-        for name, parameter in self.parameters.items():
-            merged = parameter.float()  # a float32 parameter itself
-            transposed = merged.T if self._transposed(name) else merged  # [out, in]
-            transposed.addmm_(masters[f"{name}.confined"], self._filters[name])
-            parameter.copy_(merged)
-            if not torch.isfinite(parameter).all():
-                raise NonFiniteLossError(
-                    f"`{name}` with the change added overflows {parameter.dtype}; the weights are "
-                    "as they were before the edit. Lower `lr`, or use `dtype: bfloat16`."
-                )
-
-    def restore_(self) -> None:
-        """Gives the model its original values back, bit for bit."""
-        write_(self.parameters, self.original)
+    def add_(self, name: str, matrix: torch.Tensor) -> None:
+        """Adds A S to `matrix`, [out, in] float32, in place."""
+        a = self.weights.named_masters()[f"{name}.confined"]
+        matrix.addmm_(a, self._filters[name])
 
     def reset_(self) -> None:
         """Forgets what was trained."""
         self.weights.restore_()
-
-    def values(self) -> dict[str, torch.Tensor]:
-        """Returns copies of the model's present values."""
-        return {name: p.detach().clone() for name, p in self.parameters.items()}
-
-    def _transposed(self, name: str) -> bool:
-        return isinstance(self._modules[name], Conv1D)
 
 
 def check_confinable(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -155,33 +112,10 @@ def check_confinable(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -
     Raises:
         PlaceError: Lists every parameter that is not the weight of a linear layer.
     """
-    problems = [
-        f"`{name}` is no matrix of a linear layer (it belongs to {type(module).__name__}), and a "
-        "change of it cannot be confined. Name matrices in `rewrite_module_tmp`, for example "
-        '"model.layers.{}.mlp.down_proj.weight", or set `preserve: []`.'
-        for name, module in ((name, owner(model, name)) for name in parameters)
-        if not (isinstance(module, (nn.Linear, Conv1D)) and name.endswith(".weight"))
-    ]
+    problems = unsuitable(
+        model, parameters, "a change of it cannot be confined", remedy="`preserve: []`"
+    )
     if problems:
-        raise PlaceError(one_message("`preserve` does not go with this place:", problems))
-
-
-def owner(model: nn.Module, name: str) -> nn.Module:
-    """Returns the module that a parameter belongs to."""
-    return model.get_submodule(name.rpartition(".")[0])
-
-
-def sides(module: nn.Module) -> tuple[int, int]:
-    """Returns a linear module's (out, in)."""
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    first, second = weight.shape
-    return (second, first) if isinstance(module, Conv1D) else (first, second)
-
-
-def _put_back(module: nn.Module, forward: Any | None) -> None:
-    """Gives a module the `forward` of its own that it had, or its class's."""
-    if forward is None:
-        vars(module).pop("forward", None)
-    else:
-        module.forward = forward
+        raise PlaceError(
+            one_message("`preserve` does not go with this place:", [*problems.values()])
+        )

@@ -18,6 +18,7 @@ from ..hparams import LocFTBFHyperParams
 from ..key_moments import input_width, last_keys
 from ..place import Place
 from ..tokens import ids_of
+from ..training_texts import TrainingTexts
 from .neighbours import neighbours_of
 from .sources import NEIGHBOURS, Source
 from .spectral import mixed, spectral_filter
@@ -54,8 +55,7 @@ def filters_for(
     tokenizer: PreTrainedTokenizerBase,
     place: Place,
     sources: Sequence[Source],
-    prompts: Sequence[Sequence[str]],
-    subjects: Sequence[str | None],
+    texts: TrainingTexts,
     hparams: LocFTBFHyperParams,
     *,
     progress: bool = False,
@@ -67,8 +67,7 @@ def filters_for(
         tokenizer: Its tokenizer.
         place: Whose matrices are trained.
         sources: What is to be preserved.
-        prompts: For each edit its prompt, and its rewordings after it.
-        subjects: The subject of each edit; `None` if it is not known.
+        texts: The edits, of which neighbours are made.
         hparams: `preserve_strength`, `preserve_dir`, `seed`.
         progress: Show progress bars.
 
@@ -81,13 +80,13 @@ def filters_for(
         if source.kind == "prompts":
             measured.keep_exactly(source)
         elif source.kind == NEIGHBOURS:
-            measured.add_neighbours(source, prompts, subjects)
+            measured.add_neighbours(source, texts)
         else:
             measured.add_text(source, sum(s.kind in ("sampled", "text") for s in sources))
     if measured.moments:
         # What one prompt's wordings differ in says nothing of the fact. A change that does not
         # answer to it answers alike to wordings that it was not trained on.
-        measured.add_rewordings(prompts)
+        measured.add_rewordings(texts.prompts)
     of = {name: measured.filter(module, name, place) for module, name in names.items()}
     return Filters(of, {"strength": hparams.preserve_strength, "sources": measured.figures})
 
@@ -129,12 +128,10 @@ class _Measured:
         self._add(source.name, found.second, 1 / n_texts)
         self._note(source, tokens=found.n_tokens)
 
-    def add_neighbours(
-        self, source: Source, prompts: Sequence[Sequence[str]], subjects: Sequence[str | None]
-    ) -> None:
+    def add_neighbours(self, source: Source, texts: TrainingTexts) -> None:
         near = neighbours_of(
-            prompts,
-            subjects,
+            texts.prompts,
+            texts.subjects,
             each=_NEIGHBOURS_EACH,
             most=self._most_prompts,
             seed=self.hparams.seed,
