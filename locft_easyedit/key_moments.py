@@ -19,7 +19,7 @@ from .modes import evaluation_mode
 
 BATCH_TOKENS = 4096
 # Up to this width sums are kept in float64, at 128 MiB a module.
-_WIDEST_FLOAT64 = 4096
+WIDEST_FLOAT64 = 4096
 
 # Gets a module's name, the keys of a batch's tokens, [tokens, D], and their documents, [tokens].
 Taker = Callable[[str, torch.Tensor, torch.Tensor], None]
@@ -112,7 +112,7 @@ def second_moments(
     def add(name: str, keys: torch.Tensor, _: torch.Tensor) -> None:
         moment = keys.T @ keys
         if name not in sums:
-            wide = moment.shape[0] > _WIDEST_FLOAT64 or moment.device.type == "mps"
+            wide = moment.shape[0] > WIDEST_FLOAT64 or moment.device.type == "mps"
             sums[name] = torch.zeros_like(moment, dtype=torch.float32 if wide else torch.float64)
         sums[name] += moment
 

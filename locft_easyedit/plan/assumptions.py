@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from . import given
-from .given import Machine
+from .given import Machine, Workload
 from .make import Plan
 
 
@@ -22,6 +24,10 @@ def assumptions(plan: Plan) -> list[str]:
         "Rows are packed, and all edits are about as long as the mean.",
         "Copies between the host and the GPU take no time beside the rest.",
     ]
+    if work.rewordings:
+        lines.append(_of_rewordings(work))
+    if plan.shapes.confined is not None:
+        lines.append(_of_preserve(plan.shapes.confined.preserve))
     if machine.gpu is not None:
         lines.append(
             f"A GPU's memory moves {_stated(machine, 'bandwidth')}; Python starts the kernels of a "
@@ -35,6 +41,24 @@ def assumptions(plan: Plan) -> list[str]:
             "prompt an edit. Generated answers come on top."
         )
     return lines
+
+
+def _of_rewordings(work: Workload) -> str:
+    """Returns what is assumed of rewordings."""
+    return (
+        f"{work.recorded_texts - 1} rewordings are made of each edit, {work.longer:g} tokens "
+        f"longer than it, and recorded with it; an epoch trains {work.rewordings} of them beside "
+        "it."
+    )
+
+
+def _of_preserve(names: Sequence[str]) -> str:
+    """Returns what is left out of what `preserve` takes."""
+    return (
+        f"The time of sampling and measuring for `preserve` ({', '.join(names)}) is left out, as "
+        "is the memory of sampling and of prompts' keys: of the model's own text and of text files "
+        "it is done once per model and place."
+    )
 
 
 def _between(machine: Machine) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..augment.wordings import MOST
 from ..errors import HyperParamsError, one_message
 from ..hparams import LocFTBFHyperParams
 
@@ -26,6 +27,8 @@ ASSUMED_NETWORK = 50.0
 ASSUMED_LAUNCH = 0.7
 ASSUMED_HOST = "128GiB"
 ASSUMED_DISK = "500GiB"
+# Tokens that a rewording has more than its edit: 3.3 of CounterFact's, 3.0 of zsRE's.
+ASSUMED_LONGER = 3.0
 PROMPTS = ("rewrite", "rephrase", "locality", "portability")
 
 
@@ -43,6 +46,8 @@ class Workload:
         eval_batch_size: Sequences in a forward pass without gradients.
         row_tokens: Length of packed rows.
         evaluate: Whether the model is measured before and after.
+        rewordings: Rewordings of an edit that are trained beside it in an epoch, K.
+        longer: Tokens that a rewording has more than its edit.
     """
 
     n: int
@@ -54,6 +59,8 @@ class Workload:
     eval_batch_size: int = 64
     row_tokens: int = 64
     evaluate: bool = True
+    rewordings: int = 0
+    longer: float = ASSUMED_LONGER
 
     def __post_init__(self) -> None:
         problems = [
@@ -76,27 +83,61 @@ class Workload:
         """Tokens of an edit that run: its last one is only a label."""
         return self.tokens - 1
 
+    @property
+    def texts(self) -> int:
+        """Texts of an edit in an epoch: its own wording and its rewordings."""
+        return 1 + self.rewordings
+
+    @property
+    def recorded_texts(self) -> int:
+        """Texts of an edit in the prefix: all rewordings that are made, whatever an epoch takes."""
+        return 1 + (MOST if self.rewordings else 0)
+
+    @property
+    def step_tokens(self) -> float:
+        """Tokens of an edit that run in a step."""
+        return self._tokens_of(self.texts)
+
+    @property
+    def recorded_tokens(self) -> float:
+        """Tokens of an edit in the prefix."""
+        return self._tokens_of(self.recorded_texts)
+
+    def _tokens_of(self, texts: int) -> float:
+        return self.run_tokens + (texts - 1) * (self.run_tokens + self.longer)
+
     def cells(self, n: int) -> float:
-        """Returns the cells of the rows that `n` edits fill: rows are of one length."""
-        tokens = n * self.run_tokens
+        """Returns the cells of the rows that `n` texts fill: rows are of one length."""
+        return self._filled(n * self.run_tokens)
+
+    def step_cells(self, n: int) -> float:
+        """Returns the cells of the rows that `n` edits fill in a step, with their rewordings."""
+        return self._filled(n * self.step_tokens)
+
+    def _filled(self, tokens: float) -> float:
         if tokens <= self.row_tokens:
             return tokens
         return math.ceil(tokens / self.row_tokens) * self.row_tokens
 
     @property
     def edit_tokens(self) -> float:
-        """Tokens of all edits that run, T."""
-        return self.n * self.run_tokens
+        """Tokens of all edits in the prefix, T."""
+        return self.n * self.recorded_tokens
 
     @property
     def eval_tokens(self) -> float:
         """Tokens of all evaluation prompts, each as long as an edit."""
-        return len(PROMPTS) * self.edit_tokens if self.evaluate else 0.0
+        return len(PROMPTS) * (self.n * self.run_tokens) if self.evaluate else 0.0
 
     @property
     def scored(self) -> float:
-        """The part of an edit's tokens that is scored."""
+        """The part of a prompt's tokens that is scored."""
         return self.targets / self.run_tokens
+
+    @property
+    def step_scored(self) -> float:
+        """The part of a step's tokens that is scored."""
+        return self.texts * self.targets / self.step_tokens
 
     @classmethod
     def of(cls, hparams: LocFTBFHyperParams, n: int, **changes: float | int | bool) -> Workload:
@@ -111,6 +152,7 @@ class Workload:
             "micro_batch_size": hparams.micro_batch_size,
             "eval_batch_size": hparams.eval_batch_size,
             "row_tokens": hparams.row_tokens,
+            "rewordings": hparams.rewordings,
         }
         return cls(n=n, **(values | changes))  # type: ignore[arg-type]
 

@@ -62,7 +62,11 @@ def ranks(setting: Setting, machine: Machine) -> int:
 def share(setting: Setting, work: Workload, machine: Machine) -> LargestShare:
     """Returns the largest part of a mini-batch that one rank gets, in edits."""
     n_steps = work.epochs * math.ceil(work.n / work.batch_size)
-    return largest_share(work.n, work.batch_size, ranks(setting, machine), n_steps)
+    # Ranks own texts: an edit's rewordings are dealt out as edits are.
+    batch = min(work.batch_size, work.n) * work.texts
+    n_texts = work.n * work.recorded_texts
+    found = largest_share(n_texts, batch, ranks(setting, machine), n_steps)
+    return LargestShare(found.mean / work.texts, math.ceil(found.most / work.texts))
 
 
 def sharded(shapes: ModelShapes) -> int:

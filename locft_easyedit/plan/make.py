@@ -7,19 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import HyperParamsError
+from ..errors import HyperParamsError, one_message
 from ..hparams import DTYPES, LocFTBFHyperParams
 from .activations import LayerActivations
 from .facts import meta_model
 from .flops import step_flop
 from .given import Machine, Workload
 from .layout import Setting, ranks
-from .memory import PLACES, Part, peak
+from .part import PLACES, Part, peak
 from .settings import Candidate, Wanted, candidates
 from .shapes import CUTS, ModelReader, ModelShapes
 from .sizes import GIB
 from .step import StepCost, step_cost
 from .work import Phase, phases
+
+_AUGMENT = ("rewordings", "longer")  # of the work, told apart from what every edit has
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,12 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as plain values; sizes in bytes, work in operations."""
-        step = self.step()
+        step, work = self.step(), dataclasses.asdict(self.work)
         return {
             "model": dataclasses.asdict(self.shapes) | {"layers": len(self.shapes.layers)},
-            "work": dataclasses.asdict(self.work),
+            "work": {key: value for key, value in work.items() if key not in _AUGMENT},
+            "augment": {key: work[key] for key in _AUGMENT},
+            "preserve": list(self.shapes.confined.preserve) if self.shapes.confined else [],
             "machine": dataclasses.asdict(self.machine)
             | {"flop_per_second": self.machine.flops(self.dtype)},
             "candidates": [_candidate(one) for one in self.candidates],
@@ -125,12 +129,15 @@ def make_plan(
     Raises:
         HyperParamsError: A value cannot be used.
         ModelError: The model is unknown, or is no model of layers.
-        PlaceError: The place is not in the model, or suits no LoRA.
+        PlaceError: The place is not in the model, or suits no LoRA or no confined change.
+        DataError: `preserve` names what is no source.
     """
     _refuse(hparams, machine)
+    _refuse_in_parts(hparams, streamed)
     model, source = meta_model(hparams.model_name, trust_remote_code=hparams.trust_remote_code)
     rank = hparams.lora_rank if hparams.tuning == "lora" else None
-    reader = ModelReader(model, source, hparams.layers, hparams.templates, rank)
+    preserve = hparams.preserved
+    reader = ModelReader(model, source, hparams.layers, hparams.templates, rank, preserve)
     shapes = reader.shapes()
     if cut is not None and cut not in shapes.cuts:
         raise HyperParamsError(
@@ -152,7 +159,9 @@ def make_plan(
     if shapes.first_layer == 0:
         streamed = False
     dtype = str(hparams.dtype_on(device)).removeprefix("torch.")
-    wanted = Wanted(dtype, streamed, cut, model_parallel=hparams.model_parallel)
+    wanted = Wanted(
+        dtype, streamed, cut, model_parallel=hparams.model_parallel, whole=bool(preserve)
+    )
 
     def seconds(one: Candidate) -> float:
         return sum(phase.seconds for phase in phases(shapes, one, work, machine))
@@ -185,6 +194,27 @@ def _refuse(hparams: LocFTBFHyperParams, machine: Machine) -> None:
             "`model_parallel=True` spreads the model over several GPUs of a node, and the plan is "
             "for one. Say how many there are, gpus=8, or give model_parallel=false."
         )
+
+
+def _refuse_in_parts(hparams: LocFTBFHyperParams, streamed: bool | None) -> None:
+    """Checks that a model is wanted whole where what enters its matrices is to be measured.
+
+    Raises:
+        HyperParamsError: It is not.
+    """
+    asked = {
+        "stream_frozen": hparams.stream_frozen if streamed is None else streamed,
+        "shard_frozen": hparams.shard_frozen,
+    }
+    problems = [
+        f"`{key}=True` does not go with `preserve=[{','.join(hparams.preserved)}]`: what enters "
+        "the trained matrices is measured with the whole model on its device. Give "
+        f"{key}=false, or preserve=[]."
+        for key, value in asked.items()
+        if value and hparams.preserved
+    ]
+    if problems:
+        raise HyperParamsError(one_message("Nothing can be planned:", problems))
 
 
 def launch_command(setting: Setting, gpus: int, nodes: int) -> list[str]:

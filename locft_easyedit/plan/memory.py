@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ..cross_entropy import LOGITS_AT_ONCE
 from ..hparams_rules import DTYPES
 from .activations import LayerActivations
 from .given import Machine, Workload
 from .layout import Setting, processes, ranks, resident
-from .lora import LoraShapes
+from .part import AFTER, LATER, PHASES, Part
+from .preserved import preparing_parts
 from .shapes import ModelShapes
 from .sizes import GIB, MIB
-
-PHASES = ("load", "prefix", "train", "evaluate")
-PLACES = ("gpu", "host", "disk")
-
-_AFTER = ("train", "evaluate")
-_LATER = ("prefix", *_AFTER)
+from .trained import change_parts, training_parts
 
 # What is there before any tensor: a CUDA context with its kernels, and Python with its libraries
 # (375 MiB after the imports and 20 more of their code when a model is loaded; a process with a CUDA
@@ -31,6 +26,8 @@ _PROCESS_WITH_CUDA = 2 * GIB
 _BYTES_A_TOKEN = 950
 # A request with its strings, and its tokens.
 _BYTES_A_REQUEST = 4096
+# A rewording with its tokens (335 to 430 measured), and what making it takes besides for a while.
+_BYTES_A_REWORDING, _BYTES_IN_MAKING = 430, 2800
 # What NCCL takes of each GPU for its channels, about (not measured).
 _NCCL = GIB // 2
 # A layer that runs, the next one, and what it is gathered in.
@@ -51,30 +48,6 @@ _KERNELS_A_PASS, _KERNELS_A_STEP = 5, 8
 _PASSES = 8  # the probes, and batches of several sizes
 
 
-@dataclass(frozen=True)
-class Part:
-    """What takes memory.
-
-    Attributes:
-        name: What it is.
-        place: Where it is: `gpu`, `host` or `disk`.
-        bytes: How much.
-        phases: When it is there.
-    """
-
-    name: str
-    place: str
-    bytes: float
-    phases: tuple[str, ...] = PHASES
-
-
-def peak(parts: Sequence[Part], place: str) -> float:
-    """Returns the most that a place holds at one time, in bytes."""
-    return max(
-        sum(p.bytes for p in parts if p.place == place and phase in p.phases) for phase in PHASES
-    )
-
-
 def standing_parts(
     shapes: ModelShapes, setting: Setting, work: Workload, machine: Machine
 ) -> list[Part]:
@@ -90,12 +63,16 @@ def standing_parts(
     # On a CPU weights in the checkpoint's precision are mapped, and arrive when they are used.
     mapped = device == "host" and stored == size
     on_device = resident(shapes, setting) * size
-    parts = [Part("weights", device, on_device, _LATER if mapped else PHASES)]
+    parts = [Part("weights", device, on_device, LATER if mapped else PHASES)]
     if stored != size and not setting.streamed:
         name = "checkpoint, mapped while it is converted"
         parts.append(Part(name, "host", kept * stored, ("load",)))
     parts.append(Part("tokenizer", "host", there * shapes.vocab * _BYTES_A_TOKEN))
     parts.append(Part("requests and tokens", "host", there * work.n * _BYTES_A_REQUEST))
+    if work.rewordings:
+        made = there * work.n * (work.recorded_texts - 1)
+        parts.append(Part("rewordings", "host", made * _BYTES_A_REWORDING, LATER))
+    parts += change_parts(shapes, setting, device)
     if machine.gpu is None:
         return [Part("Python and libraries", "host", _PROCESS), *parts]
     parts.append(Part("CUDA context", "gpu", _CUDA_CONTEXT))
@@ -103,7 +80,7 @@ def standing_parts(
         parts.append(Part("NCCL's buffers", "gpu", _NCCL))
     if setting.layout == "fsdp":
         layer = max(one.parameters for one in shapes.layers[shapes.first_layer :])
-        parts.append(Part("gathered layers", "gpu", _GATHERED * layer * size, _AFTER))
+        parts.append(Part("gathered layers", "gpu", _GATHERED * layer * size, AFTER))
     if not setting.streamed:
         # What is mapped the processes of a node share; what is converted each has for itself.
         on_way = kept * size * (1 if stored == size else there)
@@ -129,19 +106,15 @@ def working_parts(
     """
     size, device = setting.itemsize, machine.device
     widest = max(one.total for one in saved)
-    passed = work.cells(min(work.eval_batch_size, work.n))
+    passed = work.cells(min(work.eval_batch_size, work.n * work.recorded_texts))
     scored = min(work.eval_batch_size, work.n) * work.targets
     activations = training_activations(shapes, saved, setting, work)
-    trained = sum(shapes.trained.values())
     parts = [
-        *(
-            _trained_parts(trained, size, device)
-            if shapes.lora is None
-            else _lora_parts(shapes.lora, trained, setting, work, device)
-        ),
+        *training_parts(shapes, setting, work, device),
+        *preparing_parts(shapes, widest, setting, work, machine),
         Part("activations", device, activations, ("train",)),
         # Its buffer stays as long as the session does.
-        Part("cross-entropy", device, cross_entropy(shapes, setting, work), _AFTER),
+        Part("cross-entropy", device, cross_entropy(shapes, setting, work), AFTER),
         Part("activations without gradients", device, passed * widest, ("prefix", "evaluate")),
     ]
     logits = scored * shapes.vocab * (size + 4) if work.evaluate else 0.0
@@ -153,6 +126,10 @@ def working_parts(
         for held, phase in ((_HELD_FREE * freed, "train"), (left, "evaluate")):
             parts.append(Part("kept by the C library", device, held, (phase,)))
         parts += _kernels(setting, work, device)
+    if work.rewordings:
+        made = processes(setting, machine) * work.n * (work.recorded_texts - 1)
+        name = "rewordings while they are made"
+        parts.append(Part(name, "host", made * _BYTES_IN_MAKING, ("prefix",)))
     if setting.streamed:
         below = shapes.layers[: shapes.first_layer]
         layer = max((one.parameters for one in below), default=0)
@@ -161,49 +138,6 @@ def working_parts(
             n = processes(setting, machine) if place == "host" else 1
             name = "buffers of streamed layers"
             parts.append(Part(name, place, n * buffers, ("prefix", "evaluate")))
-    return parts
-
-
-def _trained_parts(n: int, size: int, device: str) -> list[Part]:
-    """Returns what training `n` parameters adds to their values in the model."""
-    train = ("train",)
-    parts = [
-        Part("Adam's moments", device, 8 * n, train),
-        Part("gradients", device, size * n, train),
-        Part("original values", device, size * n, _AFTER),
-    ]
-    if size < 4:  # in float32 a parameter is its own master, and its gradient is in float32
-        parts[:0] = [
-            Part("float32 masters", device, 4 * n, train),
-            Part("float32 gradients", device, 4 * n, train),
-        ]
-    return parts
-
-
-def _lora_parts(
-    lora: LoraShapes, n: int, setting: Setting, work: Workload, device: str
-) -> list[Part]:
-    """Returns what LoRA of `n` parameters adds; A and B are in float32 in every case."""
-    train, m, size = ("train",), lora.trained, setting.itemsize
-    parts = [
-        Part("LoRA's matrices", device, 4 * m, train),
-        Part("their values at the beginning", device, 4 * m, train),
-        Part("Adam's moments", device, 8 * m, train),
-        Part("gradients", device, 4 * m, train),
-        Part("original values", device, size * n, _AFTER),
-    ]
-    if setting.dtype == "float16":  # whose loss is scaled: gradients and masters are apart
-        parts += [
-            Part("float32 masters", device, 4 * m, train),
-            Part("float32 gradients", device, 4 * m, train),
-        ]
-    if size < 4:
-        inputs = 4 * work.cells(setting.micro_batch_size) * lora.inputs
-        parts += [
-            Part("LoRA's inputs in float32", device, inputs, train),
-            # When the last step's tensors are gone.
-            Part("a matrix in float32, to add LoRA to", device, 4 * lora.largest, ("evaluate",)),
-        ]
     return parts
 
 
@@ -222,9 +156,9 @@ def _kernels(setting: Setting, work: Workload, device: str) -> list[Part]:
     numbers = min(work.epochs * n_parts, 2 * work.targets * in_one**0.5) if n_parts > 1 else 1.0
     steps = min(numbers * _KERNELS_A_STEP, _KERNELS_KEPT - batches - alone)
     return [
-        Part("kernels for batches", device, batches * _KERNEL, _LATER),
-        Part("kernels for texts run alone", device, alone * _KERNEL, _AFTER),
-        Part("kernels for mini-batches", device, steps * _LARGE_KERNEL, _AFTER),
+        Part("kernels for batches", device, batches * _KERNEL, LATER),
+        Part("kernels for texts run alone", device, alone * _KERNEL, AFTER),
+        Part("kernels for mini-batches", device, steps * _LARGE_KERNEL, AFTER),
     ]
 
 
@@ -238,19 +172,19 @@ def training_activations(
     last one those of its MLP at scored positions only. At work is besides whatever takes more: the
     gradients in the last layer's MLP, or in its attention, when the MLP's activations are gone.
     """
-    tokens = work.cells(setting.micro_batch_size)
+    tokens = work.step_cells(setting.micro_batch_size)
     size = setting.itemsize
     first = float(shapes.cuts[setting.cut] * size)
     if setting.cut != "matrix":
         part = saved[0]
         alone = len(saved) == 1 and setting.cut == "mlp"  # then nothing but scored positions runs
         kept = part.norms / 2 + part.mlp + (part.total - part.mlp) * (setting.cut == "layer")
-        first += kept * (work.scored if alone else 1)
+        first += kept * (work.step_scored if alone else 1)
     above = sum(one.total for one in saved[1:])
     if len(saved) > 1:
-        above -= (1 - work.scored) * (saved[-1].mlp + saved[-1].norms / 2)
+        above -= (1 - work.step_scored) * (saved[-1].mlp + saved[-1].norms / 2)
     last = saved[-1]
-    in_mlp = work.scored * last.mlp
+    in_mlp = work.step_scored * last.mlp
     in_attention = last.attention + shapes.hidden * size - in_mlp
     above_attention = len(saved) == 1 and setting.cut != "layer"
     at_work = in_mlp if above_attention else max(in_mlp, in_attention)
@@ -261,7 +195,7 @@ def returned_to_c(
     shapes: ModelShapes, saved: Sequence[LayerActivations], setting: Setting, work: Workload
 ) -> float:
     """Returns the bytes of activations in blocks that the C library keeps when they are freed."""
-    tokens = work.cells(setting.micro_batch_size)
+    tokens = work.step_cells(setting.micro_batch_size)
     activations = training_activations(shapes, saved, setting, work)
     large = 0.0
     for one in saved[1:]:
@@ -273,7 +207,7 @@ def returned_to_c(
 
 def cross_entropy(shapes: ModelShapes, setting: Setting, work: Workload) -> float:
     """Returns the bytes of logits at work, in float32 and as multiplied, and of gradients."""
-    scored = setting.micro_batch_size * work.targets
+    scored = setting.micro_batch_size * work.texts * work.targets
     chunk = min(scored * shapes.vocab, LOGITS_AT_ONCE)
     cast = setting.itemsize if setting.itemsize < 4 else 0
     return chunk * (4 + cast) + 2 * scored * shapes.hidden * setting.itemsize

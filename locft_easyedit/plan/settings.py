@@ -9,7 +9,8 @@ from functools import cache
 from .activations import LayerActivations
 from .given import Machine, Workload
 from .layout import LAYOUTS, Setting, processes, share
-from .memory import PLACES, Part, peak, standing_parts, working_parts
+from .memory import standing_parts, working_parts
+from .part import PLACES, Part, peak
 from .shapes import CUTS, ModelShapes
 from .sizes import bytes_text
 
@@ -60,12 +61,14 @@ class Wanted:
         streamed: Whether frozen layers are streamed.
         cut: Where the prefix ends.
         model_parallel: Whether layers have to lie on several GPUs.
+        whole: Whether each process has to hold all layers, neither streamed nor cut up.
     """
 
     dtype: str
     streamed: bool | None = None
     cut: str | None = None
     model_parallel: bool = False
+    whole: bool = False
 
 
 def candidates(
@@ -95,6 +98,8 @@ def candidates(
     """
     dtypes = dict.fromkeys([wanted.dtype, *(["bfloat16"] if wanted.dtype == "float32" else [])])
     ways = [False, True] if wanted.streamed is None else [wanted.streamed]
+    if wanted.whole:
+        ways = [False]
     cuts = [c for c in CUTS if c in shapes.cuts and wanted.cut in (None, c)]
     saved = cache(activations)
 
@@ -112,7 +117,7 @@ def candidates(
         if machine.gpus == 1 or any(one.reason is None for one in copies):
             continue
         spread = []
-        for layout in LAYOUTS[2 if wanted.model_parallel else 1 :]:
+        for layout in LAYOUTS[2 if wanted.model_parallel or wanted.whole else 1 :]:
             for way in ways:
                 if layout == "fsdp" and not way and shapes.first_layer > 0:
                     continue  # what is below the place is not cut up, but streamed

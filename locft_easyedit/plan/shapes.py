@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError, PlaceError
 from ..hparams_rules import DTYPES
 from ..place import find_layers, match_parameters
 from .activations import LayerActivations, layer_activations
+from .confined import ConfinedShapes, confined_shapes
 from .lora import LoraShapes, lora_shapes
+from .parts import count, matrices_in, parts_of
 
 CUTS = ("matrix", "mlp", "layer")
 
@@ -34,6 +35,7 @@ class LayerShape:
         trained: Trained parameters.
         trained_matmul: Those of them that are matrices. With LoRA three times A and B, which are
             multiplied with forward, backward and for their gradients.
+        confined: A and S of its trained matrices, where their change is confined.
     """
 
     parameters: int
@@ -41,6 +43,7 @@ class LayerShape:
     late: int
     trained: int
     trained_matmul: int
+    confined: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class ModelShapes:
         trained: Sizes of the trained parameters, by name.
         stored_dtype: The checkpoint's precision.
         lora: LoRA of them; `None` where they are trained themselves.
+        confined: A confined change of them; likewise.
     """
 
     name: str
@@ -82,6 +86,11 @@ class ModelShapes:
     trained: dict[str, int]
     stored_dtype: str
     lora: LoraShapes | None = None
+    confined: ConfinedShapes | None = None
+
+    def folds(self, cut: str) -> bool:
+        """Returns whether the prefix holds what a confined change makes constant at a cut."""
+        return self.confined is not None and self.confined.folds and cut == "matrix"
 
     @property
     def upper(self) -> int:
@@ -109,11 +118,12 @@ class ModelReader:
         layers: Layers to train, counted from 0.
         templates: What to train in each.
         lora_rank: LoRA's rank; `None` for matrices that are trained themselves.
+        preserve: What a confined change preserves; empty for matrices that are trained themselves.
 
     Raises:
         ModelError: The model has no list of layers, or no input embedding.
         PlaceError: A layer is out of range, a template matches nothing, or what it matches lies
-            outside the layers or suits no LoRA of that rank.
+            outside the layers, or suits no LoRA of that rank or no confined change.
     """
 
     def __init__(
@@ -123,6 +133,7 @@ class ModelReader:
         layers: Sequence[int],
         templates: Sequence[str],
         lora_rank: int | None = None,
+        preserve: Sequence[str] = (),
     ) -> None:
         self.model = model.requires_grad_(False)
         self.name = name
@@ -144,6 +155,10 @@ class ModelReader:
         self.lora = None if lora_rank is None else lora_shapes(model, self.selected, lora_rank)
         self.first = min(int(n[len(stack.path) + 1 :].split(".")[0]) for n in self.selected)
         self.config = model.config.get_text_config()
+        self.confined = None
+        if preserve:
+            layer = self.layers[self.first]
+            self.confined = confined_shapes(model, self.selected, layer, preserve)
 
     def shapes(self) -> ModelShapes:
         """Returns the model's sizes."""
@@ -177,6 +192,7 @@ class ModelReader:
             trained={name: p.numel() for name, p in self.selected.items()},
             stored_dtype=_stored_dtype(self.config),
             lora=self.lora,
+            confined=self.confined,
         )
 
     @property
@@ -216,9 +232,10 @@ class ModelReader:
         trained_ids = {id(p) for p in self.selected.values()}
         parameters = list(layer.parameters())
         trained = [p for p in parameters if id(p) in trained_ids]
+        names = [n for n, p in self.selected.items() if any(p is one for one in trained)]
         attention, mlp = parts_of(layer)
-        out = [m for m in _matrices(attention) if m[0].split(".")[-1] in _ATTENTION_OUT]
-        last = (out or _matrices(attention))[-1:]
+        out = [m for m in matrices_in(attention) if m[0].split(".")[-1] in _ATTENTION_OUT]
+        last = (out or matrices_in(attention))[-1:]
         return LayerShape(
             parameters=count(parameters),
             matmul=self._matmul(parameters),
@@ -228,6 +245,7 @@ class ModelReader:
             trained_matmul=self._matmul(trained)
             if self.lora is None
             else 3 * self.lora.of(trained),
+            confined=0 if self.confined is None else self.confined.of(names),
         )
 
     def _side_by_side(self, layer: nn.Module) -> bool:
@@ -257,7 +275,7 @@ class ModelReader:
         width: dict[str, int] = {}
         above: dict[str, int] = {}
         if trained <= {id(p) for p in mlp_parameters}:
-            matrices = _matrices(mlp)
+            matrices = matrices_in(mlp)
             last = matrices[-1][1] if matrices else None
             if last is not None and trained <= {id(p) for p in last.parameters()}:
                 width["matrix"] = self.hidden + last.weight.numel() // self.hidden
@@ -268,31 +286,6 @@ class ModelReader:
         width["layer"] = self.hidden
         above["layer"] = self._matmul(list(here.values()))
         return {"cuts": width, "above_cut": above}
-
-
-def parts_of(layer: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Returns a layer's attention modules and its MLP: children that hold matrices."""
-    attention: list[nn.Module] = []
-    mlp: list[nn.Module] = []
-    for name, child in layer.named_children():
-        if any(p.dim() >= 2 for p in child.parameters()):
-            (attention if "attn" in name or "attention" in name else mlp).append(child)
-    return attention, mlp
-
-
-def count(parameters: Sequence[torch.Tensor]) -> int:
-    """Returns how many numbers the parameters hold."""
-    return sum(p.numel() for p in parameters)
-
-
-def _matrices(modules: Sequence[nn.Module]) -> list[tuple[str, Any]]:
-    """Returns the matrices within `modules`, by path, in the order of definition."""
-    return [
-        (name, module)
-        for parent in modules
-        for name, module in parent.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
-    ]
 
 
 def _stored_dtype(config: Any) -> str:

@@ -115,7 +115,10 @@ def weight_bytes(shapes: ModelShapes, setting: Setting, work: Workload) -> float
     first = shapes.above_cut[setting.cut]
     above = sum(one.parameters for one in shapes.layers[shapes.first_layer + 1 :])
     once = first if setting.cut == "matrix" else 2 * first
-    scored = min(setting.micro_batch_size, work.n) * work.targets
+    # Folded, a confined change is read as A in place of the matrix.
+    once += shapes.layers[shapes.first_layer].confined * (not shapes.folds(setting.cut))
+    above += sum(one.confined for one in shapes.layers[shapes.first_layer + 1 :])
+    scored = min(setting.micro_batch_size, work.n) * work.texts * work.targets
     # Logits are made in chunks, and each reads the head.
     chunks = math.ceil(scored * shapes.vocab / LOGITS_AT_ONCE)
     numbers = once + 2 * above + 2 * chunks * shapes.hidden * shapes.vocab

@@ -6,9 +6,10 @@ from rich.table import Table
 
 from .assumptions import assumptions
 from .flops import step_flop
+from .given import Workload
 from .layout import ranks
 from .make import Plan
-from .memory import PHASES, PLACES
+from .part import PHASES, PLACES
 from .settings import NAMES, Candidate
 from .sizes import bytes_text, flop_text, seconds_text
 
@@ -26,10 +27,13 @@ def model_table(plan: Plan) -> Table:
         "parameters": f"{shapes.parameters:,} in {len(shapes.layers)} layers",
         "trained": f"{trained if len(shapes.trained) < 3 else more} "
         f"({sum(shapes.trained.values()):,})"
-        + (f" through LoRA ({shapes.lora.trained:,})" if shapes.lora else ""),
+        + (f" through LoRA ({shapes.lora.trained:,})" if shapes.lora else "")
+        + (" through a confined change" if shapes.confined else ""),
         "frozen below": f"{shapes.streamed:,} ({shapes.streamed / shapes.parameters:.0%})",
-        "edits": f"{work.n:,}, {work.batch_size} a step, {work.epochs} epochs",
-        "tokens run": f"{work.edit_tokens:,.0f} of edits, {work.eval_tokens:,.0f} of prompts",
+        "edits": f"{work.n:,}, {work.batch_size} a step, {work.epochs} epochs{_reworded(work)}",
+        **({"preserved": ", ".join(shapes.confined.preserve)} if shapes.confined else {}),
+        "tokens run": f"{work.edit_tokens:,.0f} of edits"
+        f"{' and rewordings' if work.rewordings else ''}, {work.eval_tokens:,.0f} of prompts",
         "memory": ", ".join(f"{place} {bytes_text(machine.room(place))}" for place in PLACES),
     }
     if machine.world > 1:
@@ -38,6 +42,12 @@ def model_table(plan: Plan) -> Table:
     for what, value in rows.items():
         table.add_row(what, value.replace("[", "\\["))
     return table
+
+
+def _reworded(work: Workload) -> str:
+    """Returns what is trained beside each edit."""
+    n = work.rewordings
+    return f", each with {n} rewording{'s' * (n > 1)}" if n else ""
 
 
 def candidates_table(plan: Plan) -> Table:

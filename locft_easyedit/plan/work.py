@@ -91,7 +91,8 @@ def _training(
     setting = candidate.setting
     step = step_cost(shapes, setting, work, machine)
     n_steps = work.epochs * max(1.0, work.n / work.batch_size)
-    disk = work.epochs * on_disk
+    # An epoch reads some of an edit's rewordings, the prefix has all of them.
+    disk = work.epochs * on_disk * (work.step_tokens / work.recorded_tokens)
     flop = n_steps * min(work.batch_size, work.n) * step.flop / step.share
     sent = n_steps * (step.gathered_bytes + step.exchanged_bytes)
     seconds = max(n_steps * step.total, disk / (machine.read * 1e9))

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 _WEIGHTS = {"neighbours": 0.5, "rewordings": 0.5}
 _NEIGHBOURS_EACH = 8  # of an edit
 _PER_DIRECTION = 8  # prompts per direction of the matrix's inputs suffice
-_AT_ONCE = 256  # edits whose rewordings' keys are held together
+EDITS_AT_ONCE = 256  # edits whose rewordings' keys are held together
 # Adam's L2 penalty on A. With D = A S it is |A|^2 = |D|^2 + tr(D C D^T) / (alpha m), which is what
 # the change does to the preserved texts in the mean square: what does nothing for the edits goes.
 # Divided by the number of edits, over which losses are averaged: a fact costs what it costs alone.
@@ -162,8 +162,8 @@ class _Measured:
         n_groups = min(len(groups), max(1, self._most_prompts // each))
         groups = random.Random(self.hparams.seed).sample(groups, n_groups)
         sums: dict[str, torch.Tensor] = {}
-        for start in range(0, len(groups), _AT_ONCE):
-            some = groups[start : start + _AT_ONCE]
+        for start in range(0, len(groups), EDITS_AT_ONCE):
+            some = groups[start : start + EDITS_AT_ONCE]
             keys = last_keys(
                 self.model,
                 self._ids([prompt for own in some for prompt in own]),

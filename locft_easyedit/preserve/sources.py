@@ -94,13 +94,22 @@ def _identity(name: str) -> str:
         return name
 
 
-def _source(name: str) -> Source:
-    if name in (SAMPLED, NEIGHBOURS):
-        return Source(name, name)
-    path = Path(name)
-    kind = _KINDS.get(path.suffix.lower())
+def kind_of(name: str) -> str:
+    """Returns the kind of the source that `preserve` names so; no file is looked at.
+
+    Raises:
+        DataError: It is none.
+    """
+    kind = name if name in (SAMPLED, NEIGHBOURS) else _KINDS.get(Path(name).suffix.lower())
     if kind is None:
-        raise _Unusable(f"`{name}` is no source. Give {_CHOICES}.")
+        raise DataError(f"`{name}` is no source. Give {_CHOICES}.")
+    return kind
+
+
+def _source(name: str) -> Source:
+    kind, path = kind_of(name), Path(name)
+    if kind in (SAMPLED, NEIGHBOURS):
+        return Source(kind, name)
     if not is_file(path):
         raise _Unusable(f"`{name}` is not a file. Give the path of one that is there.")
     size = path.stat().st_size
