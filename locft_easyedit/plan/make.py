@@ -14,7 +14,8 @@ from .facts import meta_model
 from .flops import step_flop
 from .given import Machine, Workload
 from .layout import Setting, ranks
-from .part import PLACES, Part, peak
+from .memory import peak
+from .part import PLACES, Part
 from .settings import Candidate, Wanted, candidates
 from .shapes import CUTS, ModelReader, ModelShapes
 from .sizes import GIB

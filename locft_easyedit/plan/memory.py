@@ -48,6 +48,13 @@ _KERNELS_A_PASS, _KERNELS_A_STEP = 5, 8
 _PASSES = 8  # the probes, and batches of several sizes
 
 
+def peak(parts: Sequence[Part], place: str) -> float:
+    """Returns the most that a place holds at one time, in bytes."""
+    return max(
+        sum(p.bytes for p in parts if p.place == place and phase in p.phases) for phase in PHASES
+    )
+
+
 def standing_parts(
     shapes: ModelShapes, setting: Setting, work: Workload, machine: Machine
 ) -> list[Part]:

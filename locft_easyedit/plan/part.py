@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 PHASES = ("load", "prefix", "train", "evaluate")
@@ -27,10 +26,3 @@ class Part:
     place: str
     bytes: float
     phases: tuple[str, ...] = PHASES
-
-
-def peak(parts: Sequence[Part], place: str) -> float:
-    """Returns the most that a place holds at one time, in bytes."""
-    return max(
-        sum(p.bytes for p in parts if p.place == place and phase in p.phases) for phase in PHASES
-    )

@@ -37,5 +37,9 @@ def matrices_in(modules: Sequence[nn.Module]) -> list[tuple[str, Any]]:
 
 def normed_after(layer: nn.Module) -> bool:
     """Returns whether a norm follows the MLP before its output is added to the residual."""
-    names = [name for name, _ in layer.named_children()]
-    return any("post" in name and ("feedforward" in name or "mlp" in name) for name in names)
+    named = {
+        name
+        for name, child in layer.named_children()
+        if {p.dim() for p in child.parameters()} == {1}
+    }
+    return any("post" in name and ("feedforward" in name or "mlp" in name) for name in named)

@@ -9,8 +9,8 @@ from functools import cache
 from .activations import LayerActivations
 from .given import Machine, Workload
 from .layout import LAYOUTS, Setting, processes, share
-from .memory import standing_parts, working_parts
-from .part import PLACES, Part, peak
+from .memory import peak, standing_parts, working_parts
+from .part import PLACES, Part
 from .shapes import CUTS, ModelShapes
 from .sizes import bytes_text
 
