@@ -51,6 +51,8 @@ def main():
     parser.add_argument("--cut", nargs="+", help="matrix, mlp or layer (as the plan chooses)")
     parser.add_argument("--streamed", action="store_true", help="frozen layers left on disk")
     parser.add_argument("--no-evaluation", action="store_true")
+    parser.add_argument("--alg-name", default="LocFT-BF", help="or LocFT-BF+")
+    parser.add_argument("--preserve-dir", help="what is measured for LocFT-BF+ once")
     parser.add_argument("--given-only", action="store_true", help="no random model")
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -96,7 +98,8 @@ def compare(name, path, layer, dtype, cut, options):
     hparams = LocFTBFHyperParams(
         model_name=str(path), device="cpu", layers=[layer], rewrite_module_tmp=options.template,
         lr=1e-4, num_steps=options.epochs, batch_size=options.batch_size, dtype=dtype,
-        batch_loss_threshold=0.0, epoch_loss_threshold=0.0,
+        batch_loss_threshold=0.0, epoch_loss_threshold=0.0, alg_name=options.alg_name,
+        preserve_dir=options.preserve_dir,
     )  # fmt: skip
     plan = plan_for(hparams, options, cut)
     told = {phase: sum(p.bytes for p in plan.chosen.parts if phase in p.phases and
