@@ -29,7 +29,7 @@ from .place import Place, select_place
 from .prefix import Recorded
 from .prepare import prepare_runner
 from .preserve.confined import Confined, check_confinable
-from .preserve.prepare import PULL, filters_for
+from .preserve.prepare import adam_of, filters_for
 from .preserve.sources import Source, read_sources
 from .progress import Progress
 from .requests import EditSet, distinct_edits
@@ -483,7 +483,7 @@ class EditSession:
                 self.hparams,
                 share=self._share,
                 variants=self.training_texts.variants,
-                pull=PULL / len(indices) if self._confined is not None else 0.0,
+                adam=None if self._confined is None else adam_of(len(indices), self.hparams),
                 describe=self._describe,
                 progress=progress,
                 checkpoints=checkpoints,

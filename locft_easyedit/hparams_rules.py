@@ -43,7 +43,7 @@ _NO_RATE = (
     "`lr=auto` does not go with `tuning=lora`: rates are scaled from the size of the weights, and "
     "LoRA's matrices have another. Give a rate."
 )
-_MOST_REWORDINGS = 8  # of an edit in an epoch: so many are made of it
+MOST_REWORDINGS = 5  # of an edit: so many are made of it
 _MOST = 2**31  # of a count: what arrays are indexed with
 
 
@@ -65,8 +65,8 @@ def broken_rules(values: Mapping[str, Any]) -> list[str]:
         ("lr", lambda v: math.isfinite(v) and v > 0, "must be above 0 and finite"),
         (
             "augment",
-            lambda v: v is None or 0 <= v <= _MOST_REWORDINGS,
-            f"must be 0 (off) to {_MOST_REWORDINGS}, or null",
+            lambda v: v is None or 0 <= v <= MOST_REWORDINGS,
+            f"must be 0 (off) to {MOST_REWORDINGS}, or null",
         ),
         (
             "preserve",

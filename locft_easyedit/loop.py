@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ def breadth_first_(
     *,
     share: Share | None = None,
     variants: Variants | None = None,
-    pull: float = 0.0,
+    adam: Mapping[str, Any] | None = None,
     describe: Callable[[int], str] = str,
     progress: bool = False,
     checkpoints: Checkpoints | None = None,
@@ -54,7 +55,7 @@ def breadth_first_(
         hparams: Epochs, batch size, learning rate, thresholds and seed.
         share: Which texts this process runs; all if `None`.
         variants: Which texts stand for an edit in an epoch; text i for edit i if `None`.
-        pull: Adam's L2 penalty, on top of `weight_decay`.
+        adam: What Adam is given beside the rate; by default PyTorch's values, and `weight_decay`.
         describe: Names an edit in an error.
         progress: Show a progress bar.
         checkpoints: Where an interrupted training goes on from, and leaves its state.
@@ -66,7 +67,7 @@ def breadth_first_(
     """
     share = share or Share.in_world(ALONE, runner.texts.input_lengths)
     variants = variants or Variants.alone(len(share.position))
-    step = _Step(runner, weights, hparams, share, variants, pull)
+    step = _Step(runner, weights, hparams, share, variants, adam)
     n_batches = math.ceil(len(indices) / hparams.batch_size)
     done = Progress.start(hparams.seed, step.micro_batch.size)
     if checkpoints is not None:
@@ -163,7 +164,7 @@ class _Step:
         hparams: LocFTBFHyperParams,
         share: Share,
         variants: Variants,
-        pull: float,
+        adam: Mapping[str, Any] | None,
     ) -> None:
         self.runner = runner
         self.share = share
@@ -172,7 +173,10 @@ class _Step:
         most = hparams.micro_batch_size or hparams.batch_size
         self.micro_batch = _MicroBatch(most * variants.most)
         self.optimizer = torch.optim.Adam(
-            weights.masters, lr=hparams.lr, weight_decay=hparams.weight_decay + pull, fused=True
+            weights.masters,
+            lr=hparams.lr,
+            fused=True,
+            **{"weight_decay": hparams.weight_decay} | dict(adam or {}),
         )
         # A CPU has nothing to wait for.
         self.waits = runner.device.type == "cpu"

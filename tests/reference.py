@@ -19,14 +19,17 @@ def naive_edit_loss(model, tokenizer, request, *, append_eos=True):
     return F.cross_entropy(logits[n_prompt - 1 : -1].float(), torch.tensor(ids[n_prompt:]))
 
 
-def naive_locft_bf(model, tokenizer, requests, parameters, hparams):
+def naive_locft_bf(model, tokenizer, requests, parameters, hparams, **adam):
     """Trains `parameters` in place; returns the losses of the steps and of the epochs."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
     adam = torch.optim.Adam(
-        parameters, lr=hparams.lr, weight_decay=hparams.weight_decay, foreach=False, fused=False
+        parameters,
+        **{"lr": hparams.lr, "weight_decay": hparams.weight_decay} | adam,
+        foreach=False,
+        fused=False,
     )
     generator = torch.Generator().manual_seed(hparams.seed)
     step_losses, epoch_losses = [], []

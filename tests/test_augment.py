@@ -10,27 +10,22 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import toy_requests, toy_tokenizer
+from toys import toy_requests
 
-from locft_easyedit.augment import frames
+from locft_easyedit.augment import frames, wordings
+from locft_easyedit.augment.english import SLOT
 from locft_easyedit.augment.wordings import MOST, holds, reword_edits
 from locft_easyedit.locate import rewordings as held_out
 from locft_easyedit.requests import Edit, distinct_edits
 
-CONTEXTS = [f"Nobody counted the {thing}" for thing in ("birds", "cups", "doors", "hills", "nails")]
-CHAT = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</{{ m['role'] }}>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
-
-def pool(prompt, subject=None, target="Zzyzx", seeds=20, **options):
+def pool(prompt, subject=None, target="Zzyzx", seeds=20):
     """Returns every rewording that some seed gives."""
     edits = [Edit(prompt, target, 0)]
     return {
         text
         for seed in range(seeds)
-        for text in reword_edits(edits, [subject], seed=seed, **options).prompts[0]
+        for text in reword_edits(edits, [subject], seed=seed).prompts[0]
     }
 
 
@@ -167,14 +162,10 @@ def edits_with_subjects(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(edits_with_subjects(), st.integers(0, 3), st.booleans())
-def test_rewordings_of_any_edits(case, seed, chat):
+@given(edits_with_subjects(), st.integers(0, 3))
+def test_rewordings_of_any_edits(case, seed):
     edits, subjects = case
-    options = {"seed": seed, "contexts": [*CONTEXTS, " ", "The answer is Lo."]}
-    if chat:
-        options["tokenizer"] = toy_tokenizer()
-        options["tokenizer"].chat_template = CHAT
-    found = reword_edits(edits, subjects, **options)
+    found = reword_edits(edits, subjects, seed=seed)
     for edit, subject, prompts in zip(edits, subjects, found.prompts, strict=True):
         assert len(set(prompts)) == len(prompts) <= MOST
         assert edit.prompt not in prompts
@@ -186,37 +177,37 @@ def test_rewordings_of_any_edits(case, seed, chat):
                 assert subject in text
             if target and not re.search(pattern, edit.prompt.casefold()):
                 assert not re.search(pattern, text.casefold())
-    backwards = reword_edits(edits[::-1], subjects[::-1], **options)
+    backwards = reword_edits(edits[::-1], subjects[::-1], seed=seed)
     assert backwards.prompts == found.prompts[::-1]
     assert backwards.summary() == found.summary()
-    assert reword_edits(edits[:1], subjects[:1], **options).prompts == found.prompts[:1]
+    assert reword_edits(edits[:1], subjects[:1], seed=seed).prompts == found.prompts[:1]
 
 
 def test_same_in_another_process_and_other_for_another_seed():
     prompts = [request["prompt"] for request in toy_requests(12)]
     edits = [Edit(prompt, "Oslo", i) for i, prompt in enumerate(prompts)]
-    found = reword_edits(edits, [None] * 12, seed=1, contexts=CONTEXTS).prompts
+    found = reword_edits(edits, [None] * 12, seed=1).prompts
     program = (
         "import json, sys\n"
         "from locft_easyedit.augment.wordings import reword_edits\n"
         "from locft_easyedit.requests import Edit\n"
-        "prompts, contexts = json.load(sys.stdin)\n"
+        "prompts = json.load(sys.stdin)\n"
         "edits = [Edit(p, 'Oslo', 0) for p in prompts]\n"
-        "print(json.dumps(reword_edits(edits, [None] * 12, seed=1, contexts=contexts).prompts))"
+        "print(json.dumps(reword_edits(edits, [None] * 12, seed=1).prompts))"
     )
     root = Path(__file__).resolve().parent.parent
     hash_seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
     environment = os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(root)}
     output = subprocess.run(
         [sys.executable, "-c", program],
-        input=json.dumps([prompts, CONTEXTS]),
+        input=json.dumps(prompts),
         capture_output=True,
         text=True,
         check=True,
         env=environment,
     ).stdout
     assert json.loads(output) == found
-    assert reword_edits(edits, [None] * 12, seed=2, contexts=CONTEXTS).prompts != found
+    assert reword_edits(edits, [None] * 12, seed=2).prompts != found
 
 
 def test_nothing_in_common_with_the_templates_that_places_are_chosen_with():
@@ -239,40 +230,41 @@ def test_frames_are_many_and_hold_one_prompt():
         assert frame == frame.strip()
 
 
-def test_both_kinds_of_contexts_are_used_about_equally():
-    edits = [Edit(f"The mother tongue of Kilo {i} is", "Faroese", i) for i in range(300)]
-    found = reword_edits(edits, [None] * 300, seed=0, contexts=CONTEXTS).prompts
-    own = sum(text.startswith(frames.CONTEXTS) for prompts in found for text in prompts)
-    given_ = sum(text.startswith(tuple(CONTEXTS)) for prompts in found for text in prompts)
-    assert own + given_ >= 500
-    assert 0.4 < given_ / (own + given_) < 0.6
-    first = [next(t for t in p if t.startswith((*frames.CONTEXTS, *CONTEXTS))) for p in found]
-    assert 0.4 < sum(text.startswith(tuple(CONTEXTS)) for text in first) / 300 < 0.6
-    assert any(f"{CONTEXTS[0]}. " in text for prompts in found for text in prompts)
-    alone = reword_edits(edits, [None] * 300, seed=0).prompts
-    assert sum(text.startswith(frames.CONTEXTS) for prompts in alone for text in prompts) >= 500
-
-
-@pytest.mark.parametrize("context", ["", " \n", "They moved to Oslo.", "KILO came late.", "oslo"])
-def test_contexts_that_are_blank_or_speak_of_the_edit_are_skipped(context):
-    with_it = reword_edits([Edit("Kilo is in", "Oslo", 0)], ["Kilo"], seed=3, contexts=[context])
-    assert with_it == reword_edits([Edit("Kilo is in", "Oslo", 0)], ["Kilo"], seed=3)
-    other = reword_edits([Edit("Kilo is in", "Lima", 0)], ["Lo"], seed=3, contexts=["The oslo."])
-    assert any(text.startswith("The oslo. ") for text in other.prompts[0])
+def test_contexts_that_speak_of_the_edit_are_skipped():
+    word = "bicycle"
+    assert any(word in text for text in pool("Kilo is in", "Kilo", seeds=200))
+    for subject, target in (("Kilo", word), (word, "Zzyzx")):
+        found = pool(f"{subject} is in", subject, target=target, seeds=200)
+        assert any(text.startswith(frames.CONTEXTS) for text in found)
+        assert not any(re.search(rf"\b{word}\b", text.replace(subject, "")) for text in found)
 
 
 def test_counts_what_holds_the_target():
-    edits = [Edit(f"What is the mother tongue of Kilo {i}?", "answer", i) for i in range(60)]
-    found = reword_edits(edits, [None] * 60, seed=0)
-    assert found.n_with_target > 0
-    assert not any("Answer" in text for prompts in found.prompts for text in prompts)
-    harmless = [Edit(edit.prompt, "swer", edit.request) for edit in edits]
-    assert reword_edits(harmless, [None] * 60, seed=0).n_with_target == 0
-    # What the prompt itself says may be said again.
-    known = [Edit(f"The answer to Kilo {i} is?", "ANSWER", i) for i in range(60)]
-    found = reword_edits(known, [None] * 60, seed=0)
+    edits = [Edit(f"Who wrote Kilo {i}?", "Written", i) for i in range(20)]
+    found = reword_edits(edits, [None] * 20, seed=0)
+    assert found.n_with_target == found.summary()["dropped_with_target"] > 0
+    assert not any("written" in text for prompts in found.prompts for text in prompts)
+    harmless = [Edit(edit.prompt, "writte", edit.request) for edit in edits]
+    found = reword_edits(harmless, [None] * 20, seed=0)
     assert found.n_with_target == 0
-    assert any("\nAnswer:" in text for prompts in found.prompts for text in prompts)
+    assert any("written" in text for prompts in found.prompts for text in prompts)
+    # What the prompt itself says may be said again.
+    known = [Edit(f"Who wrote the unwritten, written Kilo {i}?", "written", i) for i in range(20)]
+    found = reword_edits(known, [None] * 20, seed=0)
+    assert found.n_with_target == 0
+    assert any("written" in text for prompts in found.prompts for text in prompts)
+
+
+def test_counts_what_lost_the_subject(monkeypatch):
+    monkeypatch.setattr(wordings, "statements", lambda masked: ["It is in", f"{SLOT} lies in"])
+    wordings._paraphrases.cache_clear()
+    edits = [Edit("Kilo is in", "Oslo", 0), Edit("Lo is in", "Oslo", 1)]
+    found = reword_edits(edits, ["Kilo", "Another"], seed=0)
+    assert found.n_without_subject == found.summary()["dropped_without_subject"] == 1
+    assert "It is in" not in found.prompts[0]
+    assert "Kilo lies in" in found.prompts[0]
+    assert "It is in" in found.prompts[1]  # whose subject the prompt itself does not name
+    wordings._paraphrases.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -291,75 +283,14 @@ def test_whole_words(text, target, held):
     assert holds(text, target) is held
 
 
-def test_counts_what_lost_the_subject():
-    tokenizer = toy_tokenizer()
-    tokenizer.chat_template = CHAT.replace("m['content']", "m['content'] | replace('Lo', '')")
-    edits = [Edit("Kilo is in", "Oslo", 0), Edit("Lo Kilo is in", "Oslo", 1)]
-    found = reword_edits(edits, ["Kilo", "Lo Kilo"], seed=0, tokenizer=tokenizer)
-    assert found.n_without_subject == found.summary()["dropped_without_subject"] == 1
-    assert any("<user>" in text for text in found.prompts[0])
-    assert not any("<user>" in text for text in found.prompts[1])
-
-
-@pytest.mark.parametrize("bos", [False, True])
-def test_chat_form(bos):
-    tokenizer = toy_tokenizer(bos=bos)
-    tokenizer.chat_template = "{{ bos_token }}" + CHAT
-    edits = [Edit(" Who is the mother of Kilo? ", "Lo", 0)]
-    (prompts,) = reword_edits(edits, ["Kilo"], seed=0, tokenizer=tokenizer).prompts
-    (chat,) = [text for text in prompts if "<user>" in text]
-    assert chat.endswith("<user>Who is the mother of Kilo?</user><assistant>")
-    ids = tokenizer(chat)["input_ids"]
-    assert ids[0] == tokenizer.bos_token_id
-    assert ids.count(tokenizer.bos_token_id) == 1
-
-
-@pytest.mark.parametrize(
-    "template",
-    [None, "{{ raise_exception('no user') }}", "{% for", "nothing of the message", {"rag": CHAT}],
-)
-def test_chat_templates_that_fail_are_left_out(template):
-    tokenizer = toy_tokenizer()
-    tokenizer.chat_template = template
-    edits = [Edit("Who is the mother of Kilo?", "Lo", 0)]
-    found = reword_edits(edits, ["Kilo"], seed=0, tokenizer=tokenizer)
-    assert found == reword_edits(edits, ["Kilo"], seed=0)
-
-
-def test_a_chat_template_that_adds_nothing_gives_no_rewording():
-    tokenizer = toy_tokenizer()
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    prompt = "Who is the mother of Kilo?"
-    assert prompt not in pool(prompt, "Kilo", tokenizer=tokenizer)
-
-
-def test_a_chat_template_that_writes_the_day_does_so_alike_every_day():
-    tokenizer = toy_tokenizer()
-    tokenizer.chat_template = "{{ date_string or strftime_now('%d %b %Y') }}" + CHAT
-    found = pool("Who is the mother of Kilo?", "Kilo", seeds=1, tokenizer=tokenizer)
-    assert any(text.startswith("26 Jul 2024<user>") for text in found)
-
-
-def test_the_chat_form_of_a_real_tokenizer(smollm2):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    found = pool("Who is the mother of Kilo?", "Kilo", seeds=1, tokenizer=tokenizer)
-    assert any(
-        text.startswith("<|im_start|>system\n")
-        and text.endswith("Who is the mother of Kilo?<|im_end|>\n<|im_start|>assistant\n")
-        for text in found
-    )
-
-
 def test_summary():
     edits = distinct_edits(toy_requests(8)).edits
     found = reword_edits(edits, [None] * 8, seed=0)
     assert json.loads(json.dumps(found.summary())) == {
         "edits": 8,
         "rewordings": sum(len(prompts) for prompts in found.prompts),
-        "fewest": 8,
-        "most": 8,
+        "fewest": MOST,
+        "most": MOST,
         "edits_without": 0,
         "dropped_with_target": found.n_with_target,
         "dropped_without_subject": 0,
@@ -379,7 +310,7 @@ def test_real_prompts(shared_data, name, prompt, target):
     records = json.loads((shared_data / f"{name}.json").read_text())
     edits = [Edit(record[prompt], record[target], i) for i, record in enumerate(records)]
     subjects = [record["subject"] for record in records]
-    found = reword_edits(edits, subjects, seed=0, contexts=CONTEXTS)
+    found = reword_edits(edits, subjects, seed=0)
     assert {len(prompts) for prompts in found.prompts} == {MOST}
     # Frames, contexts and changes of the surface leave the words of the prompt in their order;
     # a paraphrase does not. On these files 95, 99 and 100 % of the edits have one.

@@ -14,20 +14,18 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
+from ..hparams_rules import MOST_REWORDINGS
 from ..requests import Edit
-from .chat import ChatForm
 from .english import SLOT, SMALL_WORDS, small, tidy
 from .frames import CLAUSE_FRAMES, CONTEXTS, QUESTION_FRAMES, STATEMENT_FRAMES
 from .questions import questions
 from .statements import statements
 from .surface import surface_changes
 
-MOST = 8  # rewordings of an edit
-# What a pool is filled with, in this order; then what is left over, in turn. Half are true
+MOST = MOST_REWORDINGS
+# What a pool is filled with, in this order; then what is left over, in turn. Most are true
 # paraphrases where the rules find as many: the others leave the question's own words as they are.
-_FIRST = ("paraphrase",) * 4 + ("context", "chat", "frame", "context")
+_FIRST = ("paraphrase",) * 4 + ("context",)
 _THEN = ("surface", "frame", "paraphrase", "context")
 # A name, where no subject is given: words with capitals and what may stand between them.
 _NAME = re.compile(r"[A-Z0-9][\w.'’&-]*(?:,? (?:(?:of|the|de|and|for|in) )*[A-Z0-9][\w.'’&-]*)*")
@@ -38,7 +36,7 @@ class Wordings:
     """The rewordings of N edits.
 
     Attributes:
-        prompts: For each edit its rewordings: at most 8, distinct, never the prompt itself. An edit
+        prompts: For each edit its rewordings: at most 5, distinct, never the prompt itself. An edit
             may have none.
         n_with_target: Rewordings left out because they hold the target (in any case, as whole
             words) although the prompt does not.
@@ -86,29 +84,19 @@ def reword_edits(
     subjects: Sequence[str | None],
     *,
     seed: int,
-    contexts: Sequence[str] = (),
-    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Wordings:
-    """Returns up to 8 rewordings of each edit's prompt; each still leads to the edit's target.
+    """Returns up to 5 rewordings of each edit's prompt; each still leads to the edit's target.
 
     Prompts that end in "?" are treated as questions, all others as beginnings of statements. What
-    an edit gets depends on `seed`, its own prompt, target and subject, and `contexts`: not on the
-    other edits or their order.
+    an edit gets depends on `seed` and its own prompt, target and subject: not on the other
+    edits or their order.
 
     Args:
         edits: N edits.
         subjects: N subjects; `None`, or one that the prompt lacks, leaves nothing to check.
         seed: Number of the choice.
-        contexts: Sentences that have nothing to do with the edits, to stand before a prompt. About
-            as many of them are used as of the library's own.
-        tokenizer: One with a chat template adds the chat form of each prompt. A template that
-            writes the day's date makes that form another one every day.
     """
-    chat = None if tokenizer is None else ChatForm.of(tokenizer)
-    sentences = [
-        (text, text.casefold()) for text in dict.fromkeys(map(_sentence, contexts)) if text
-    ]
-    own = [(text, text.casefold()) for text in CONTEXTS]
+    contexts = [(text, text.casefold()) for text in CONTEXTS]
     prompts = []
     n_with_target = n_without_subject = 0
     for edit, given in zip(edits, subjects, strict=True):
@@ -119,12 +107,9 @@ def reword_edits(
         kept: dict[str, None] = {}
         rng = _generator(seed, edit.prompt)
         avoid = (target, subject.casefold())
-        both = [
-            _drawn(group, avoid, random.Random(rng.getrandbits(64))) for group in (own, sentences)
-        ]
-        rng.shuffle(both)  # so that neither is the first more often
+        before = _drawn(contexts, avoid, random.Random(rng.getrandbits(64)))
         prompt = _taken_apart(edit.prompt, (given or "").strip())
-        for text in _candidates(prompt, rng, _in_turn(*both), chat):
+        for text in _candidates(prompt, rng, before):
             if text == edit.prompt or text in kept:
                 continue
             if subject not in text:
@@ -160,37 +145,20 @@ def _generator(seed: int, prompt: str) -> random.Random:
     return random.Random(int.from_bytes(digest, "big"))
 
 
-def _sentence(text: str) -> str:
-    """Returns a context on one line, with an end."""
-    line = " ".join(text.split())
-    return line if not line or line[-1] in ".!?\"'”’)" else line + "."
-
-
 def _drawn(
-    group: Sequence[tuple[str, str]], avoid: Sequence[str], rng: random.Random
+    contexts: Sequence[tuple[str, str]], avoid: Sequence[str], rng: random.Random
 ) -> Iterator[str]:
     """Yields contexts in random order, without those that speak of what is to be avoided.
 
     Args:
-        group: Contexts, each with its case-folded text.
+        contexts: Contexts, each with its case-folded text.
         avoid: Case-folded texts; empty ones do not count.
-        rng: A generator for this group alone: what is skipped here changes no other choice.
+        rng: A generator for these alone: what is skipped here changes no other choice.
     """
-    for i in rng.sample(range(len(group)), min(len(group), 2 * MOST)):
-        text, folded = group[i]
+    for i in rng.sample(range(len(contexts)), min(len(contexts), 2 * MOST)):
+        text, folded = contexts[i]
         if not any(holds(folded, each) for each in avoid):
             yield text
-
-
-def _in_turn(first: Iterator[str], second: Iterator[str]) -> Iterator[str]:
-    """Yields from one and the other until both have ended."""
-    waiting = [first, second]
-    while waiting:
-        current = waiting.pop(0)
-        for text in current:
-            yield text
-            waiting.append(current)
-            break
 
 
 def _taken_apart(prompt: str, subject: str) -> _Prompt:
@@ -215,9 +183,7 @@ def _taken_apart(prompt: str, subject: str) -> _Prompt:
     return _Prompt(text, text, "")
 
 
-def _candidates(
-    prompt: _Prompt, rng: random.Random, contexts: Iterator[str], chat: ChatForm | None
-) -> Iterator[str]:
+def _candidates(prompt: _Prompt, rng: random.Random, contexts: Iterator[str]) -> Iterator[str]:
     """Yields rewordings until there is no more of any kind; some may be alike."""
     plain = tidy(prompt.masked)
     paraphrases = [prompt.filled(text) for text in _paraphrases(plain)]
@@ -235,7 +201,6 @@ def _candidates(
         "surface": iter(surface),
         "frame": (frame.format(prompt=prompt.text, small=lowered) for frame in frames),
         "context": (f"{text} {bodies[i % len(bodies)]}" for i, text in enumerate(contexts)),
-        "chat": iter([] if chat is None else chat.of_prompt(prompt.text)),
     }
     for kind in _FIRST:
         yield from _one(kinds[kind])

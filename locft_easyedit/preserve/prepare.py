@@ -27,14 +27,16 @@ from .statistics import moments_of, prompt_keys, text_moments
 logger = logging.getLogger(__name__)
 
 # What counts beside all text together, which counts 1.
-_WEIGHTS = {"neighbours": 0.5, "rewordings": 0.5}
+_WEIGHTS = {"neighbours": 0.75, "rewordings": 0.5}
 _NEIGHBOURS_EACH = 8  # of an edit
 _PER_DIRECTION = 8  # prompts per direction of the matrix's inputs suffice
 EDITS_AT_ONCE = 256  # edits whose rewordings' keys are held together
-# Adam's L2 penalty on A. With D = A S it is |A|^2 = |D|^2 + tr(D C D^T) / (alpha m), which is what
-# the change does to the preserved texts in the mean square: what does nothing for the edits goes.
-# Divided by the number of edits, over which losses are averaged: a fact costs what it costs alone.
-PULL = 0.25
+# Adam's L2 penalty on A, and so on what D = A S does where much is carried: what does nothing for
+# the edits goes. Losses are averaged over edits and so is this: a fact costs what it does alone.
+_PULL = 0.1
+# The second moment forgets within an epoch or two. With PyTorch's 0.999 it would remember the large
+# gradients of the beginning to the end, and nothing would come to rest.
+_BETAS = (0.9, 0.98)
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,16 @@ class _Measured:
 
     def _note(self, source: Source, **figures: int) -> None:
         self.figures[source.name] = {"kind": source.kind, **figures}
+
+
+def adam_of(n_edits: int, hparams: LocFTBFHyperParams) -> dict[str, Any]:
+    """Returns what Adam is given for a confined change, beside the rate.
+
+    Args:
+        n_edits: Edits that are trained together.
+        hparams: `weight_decay` comes on top.
+    """
+    return {"betas": _BETAS, "weight_decay": hparams.weight_decay + _PULL / n_edits}
 
 
 def cache_folder(folder: str | None) -> Path:

@@ -3,11 +3,12 @@
 With C = mean of k k^T over the inputs k of a matrix on what is to be preserved, a change D of the
 matrix moves its outputs there by tr(D C D^T) in the mean square. D = A S with
 
-    S = (I + C / (alpha m))^(-1/2),  m = tr(C) / in,
+    S = (I + C / (alpha m))^(-p),  m = tr(C) / in,
 
-leaves what is trained, A, about equally cheap in every direction: those that carry much of C are
-damped by the square root of what they carry. Inputs that must not be touched at all are projected
-out besides (the null space of AlphaEdit, arXiv 2410.02355, holds for these exactly).
+damps directions by how much of C they carry. With p = 1/2 a change of the same size in A costs the
+preserved texts about the same in every direction; a larger p leaves the busy ones to the edits that
+need them. Inputs that must not be touched at all are projected out besides (the null space of
+AlphaEdit, arXiv 2410.02355, holds for these exactly).
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import torch
 from ..errors import PreserveError
 
 _FLOOR = 0.3  # alpha: what a direction may carry, of the mean, before it is damped much
+_POWER = 0.75  # p
 # Adam's steps in A are steps in A S for the matrix. What is left to a confined change has to go
 # further to the same end: so a rate that suits the matrix itself suits A.
-_REACH = 8.0
+_REACH = 5.0
 _NEGLIGIBLE = 1e-5  # singular values below this part of the largest are rounding
 _MOST_EXACT = 0.5  # of the directions
 
@@ -70,7 +72,7 @@ def spectral_filter(
             )
         carried, directions = torch.linalg.eigh(moment.double())
         mean = carried.clamp(min=0).mean().clamp(min=torch.finfo(torch.float32).tiny)
-        damped = (1 + carried.clamp(min=0) * (strength / (_FLOOR * mean))).rsqrt()
+        damped = (1 + carried.clamp(min=0) * (strength / (_FLOOR * mean))) ** -_POWER
         # A row's norm stays 1 in the mean, whatever the strength: so does the size of a step.
         s = (directions * (damped / damped.square().mean().sqrt())) @ directions.T
     if exact is not None:
