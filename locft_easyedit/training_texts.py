@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .augment.wordings import Wordings, reword_edits
 from .hparams import LocFTBFHyperParams
+from .hparams_rules import MOST_REWORDINGS
 from .requests import Edit
 from .tokens import TokenizedTexts, tokenize_edits
 from .variants import Variants
@@ -23,7 +24,8 @@ class TrainingTexts:
     Attributes:
         texts: All of them as tokens: each edit's own wording, then its rewordings.
         variants: Which stand for an edit in an epoch.
-        prompts: Of each edit its own prompt, and its rewordings after it.
+        prompts: Of each edit its own prompt, and after it the rewordings that are trained.
+        wordings: The same with all rewordings: what is to be preserved is measured with these.
         subjects: The subject of each edit; `None` where it is not known.
         summary: Figures of the rewordings for JSON; `None` without `augment`.
     """
@@ -31,6 +33,7 @@ class TrainingTexts:
     texts: TokenizedTexts
     variants: Variants
     prompts: list[list[str]]
+    wordings: list[list[str]]
     subjects: Sequence[str | None]
     summary: dict[str, Any] | None = None
 
@@ -59,9 +62,11 @@ class TrainingTexts:
         prompts = [[edit.prompt] for edit in edits]
         own = tokenize_edits(tokenizer, edits, append_eos=eos, max_positions=max_positions)
         if not hparams.rewordings:
-            return cls(own, Variants.alone(len(own)), prompts, subjects)
+            return cls(own, Variants.alone(len(own)), prompts, prompts, subjects)
         made = reword_edits(edits, subjects, seed=hparams.seed)
-        pairs = [(i, prompt) for i, prompts in enumerate(made.prompts) for prompt in prompts]
+        wordings = [[edit.prompt, *more] for edit, more in zip(edits, made.prompts, strict=True)]
+        # More to learn is more to change: what is left out is mostly the prompt in a frame.
+        pairs = [(i, p) for i, more in enumerate(made.prompts) for p in more[:MOST_REWORDINGS]]
         other = tokenize_edits(
             tokenizer, [replace(edits[i], prompt=prompt) for i, prompt in pairs], append_eos=eos
         )
@@ -72,11 +77,14 @@ class TrainingTexts:
         # Each edit's own text, then its rewordings: a stable sort brings them together.
         edit_of = np.concatenate([np.arange(len(own)), np.array([i for i, _ in pairs], int)[fits]])
         texts = _joined(own, other.subset(np.flatnonzero(fits)))
-        variants = Variants.of([len(own) - 1 for own in prompts], hparams.rewordings, hparams.seed)
+        variants = Variants.of(
+            [len(trained) - 1 for trained in prompts], hparams.rewordings, hparams.seed
+        )
         return cls(
             texts.subset(np.argsort(edit_of, kind="stable")),
             variants,
             prompts,
+            wordings,
             subjects,
             _summary(made, prompts, int((~fits).sum())),
         )
@@ -93,7 +101,7 @@ def _joined(one: TokenizedTexts, other: TokenizedTexts) -> TokenizedTexts:
 def _summary(made: Wordings, prompts: Sequence[Sequence[str]], n_too_long: int) -> dict[str, Any]:
     return {
         **made.summary(),
-        "rewordings": sum(map(len, prompts)) - len(prompts),
+        "trained": sum(map(len, prompts)) - len(prompts),
         "dropped_too_long": n_too_long,
-        "edits_without_rewordings": sum(len(own) == 1 for own in prompts),
+        "edits_without_rewordings": sum(len(trained) == 1 for trained in prompts),
     }

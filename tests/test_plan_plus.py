@@ -15,6 +15,7 @@ from locft_easyedit.__main__ import main
 from locft_easyedit.augment.wordings import MOST
 from locft_easyedit.editing import EditSession
 from locft_easyedit.errors import DataError, HyperParamsError, PlaceError
+from locft_easyedit.hparams_rules import MOST_REWORDINGS
 from locft_easyedit.plan.assumptions import assumptions
 from locft_easyedit.plan.flops import evaluation_flop, prefix_flop, step_flop
 from locft_easyedit.plan.given import Workload
@@ -55,10 +56,12 @@ def test_the_plan_is_what_a_session_of_the_preset_holds(dtype, tmp_path):
     with EditSession(model, toy_tokenizer(), toy_requests(12), hparams, progress=False) as session:
         texts, store = session.training_texts, session._runner.prefix.store
         change = session._confined
-        assert len(texts.texts) == 12 * (1 + MOST)
+        assert len(texts.texts) == 12 * (1 + MOST_REWORDINGS)
         assert session.training_texts.variants.most == 2
         own = tokenize_edits(toy_tokenizer(), session.edits.edits, append_eos=True)
-        longer = (texts.texts.lengths.sum() - own.lengths.sum()) / (12 * MOST) - own.lengths.mean()
+        longer = (texts.texts.lengths.sum() - own.lengths.sum()) / (
+            12 * MOST_REWORDINGS
+        ) - own.lengths.mean()
         assert abs(longer) > 0.5  # else nothing shows that it counts
         work = Workload.of(hparams, 12, tokens=float(own.lengths.mean()), longer=float(longer))
         plan = make_plan(hparams, work, CPU, cut="matrix")
@@ -112,7 +115,7 @@ def test_rewordings_are_recorded_once_and_some_run_in_a_step():
     for k in (1, 3):
         plan, alone = augmented(augment=k, machine=machine), plan_for(machine=machine)
         told, before = sizes(plan), sizes(alone)
-        recorded = RUN + MOST * REWORDED
+        recorded = RUN + MOST_REWORDINGS * REWORDED
         assert told[EDITS_PREFIX] == pytest.approx(3000 * recorded * (4096 + WIDTH) * 2)
         assert told[PROMPTS_PREFIX] == before[PROMPTS_PREFIX]
         assert plan.work.eval_tokens == alone.work.eval_tokens
@@ -133,8 +136,8 @@ def test_rewordings_are_recorded_once_and_some_run_in_a_step():
 
 def test_rewordings_on_the_host():
     plan, alone = (sizes(p, "host") for p in (augmented(machine=NODE), plan_for(machine=NODE)))
-    assert plan["rewordings"] == 8 * 3000 * MOST * 430
-    assert plan["rewordings while they are made"] == 8 * 3000 * MOST * 2800
+    assert plan["rewordings"] == 8 * 3000 * MOST_REWORDINGS * 430
+    assert plan["rewordings while they are made"] == 8 * 3000 * MOST_REWORDINGS * 2800
     assert plan["requests and tokens"] == alone["requests and tokens"]
     assert "rewordings" not in alone
 
@@ -159,7 +162,7 @@ def test_work_of_rewordings_by_hand():
     )
     assert below[0] == below[1]
     assert upper[0] == upper[1]
-    recorded = (RUN + MOST * REWORDED) / RUN
+    recorded = (RUN + MOST_REWORDINGS * REWORDED) / RUN
     assert plan.phases[1].flop == pytest.approx(alone.phases[1].flop * recorded)
     assert [p.flop for p in plan.phases[3:]] == [p.flop for p in alone.phases[3:]]
     # More chunks of logits read the head more often.
@@ -172,7 +175,9 @@ def test_work_of_rewordings_by_hand():
 def test_an_epoch_reads_a_part_of_the_rewordings_from_disk():
     machine = replace(LARGE, prefix_gpu=0, prefix_host=0)
     plan = augmented(machine=machine, cut="mlp")
-    assert plan.phases[1].disk == pytest.approx(3000 * (RUN + MOST * REWORDED) * 4096 * 2)
+    assert plan.phases[1].disk == pytest.approx(
+        3000 * (RUN + MOST_REWORDINGS * REWORDED) * 4096 * 2
+    )
     assert plan.phases[2].disk == pytest.approx(25 * 3000 * (RUN + REWORDED) * 4096 * 2)
 
 
@@ -188,7 +193,7 @@ def test_micro_batches_count_edits():
 
 def test_ranks_own_texts():
     plan = augmented(n=100_000, machine=NODE, augment=3)
-    share = largest_share(100_000 * (1 + MOST), 400, 8, 25_000)
+    share = largest_share(100_000 * (1 + MOST_REWORDINGS), 400, 8, 25_000)
     assert plan.step().share == share.mean / 4
     assert plan.chosen.setting.micro_batch_size == math.ceil(share.most / 4)
     # More texts are dealt out more evenly.
@@ -373,7 +378,7 @@ def test_wrong_sources_and_places():
 
 def test_assumptions_of_the_preset():
     text = "\n".join(assumptions(plus()))
-    assert f"{MOST} rewordings are made of each edit, 2 tokens longer than it" in text
+    assert f"{MOST_REWORDINGS} rewordings are made of each edit, 2 tokens longer than it" in text
     assert "an epoch trains 1 of them beside it." in text
     assert "measuring for `preserve` (sampled, neighbours) is left out" in text
     assert "once per model and place" in text

@@ -58,7 +58,7 @@ def test_texts_are_each_edits_own_and_then_its_rewordings():
             assert made.texts.ids[start : start + len(ids)].tolist() == ids
         assert made.prompts[i][0] == edit.prompt
         assert made.prompts[i][1:]
-    assert made.summary["rewordings"] == sum(len(own) - 1 for own in made.prompts)
+    assert made.summary["trained"] == sum(len(own) - 1 for own in made.prompts)
     assert made.summary["edits_without_rewordings"] == 0
 
 

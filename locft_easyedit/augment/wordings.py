@@ -14,7 +14,6 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
-from ..hparams_rules import MOST_REWORDINGS
 from ..requests import Edit
 from .english import SLOT, SMALL_WORDS, small, tidy
 from .frames import CLAUSE_FRAMES, CONTEXTS, QUESTION_FRAMES, STATEMENT_FRAMES
@@ -22,10 +21,10 @@ from .questions import questions
 from .statements import statements
 from .surface import surface_changes
 
-MOST = MOST_REWORDINGS
+MOST = 8  # rewordings of an edit
 # What a pool is filled with, in this order; then what is left over, in turn. Most are true
 # paraphrases where the rules find as many: the others leave the question's own words as they are.
-_FIRST = ("paraphrase",) * 4 + ("context",)
+_FIRST = ("paraphrase",) * 4 + ("context", "frame", "context")
 _THEN = ("surface", "frame", "paraphrase", "context")
 # A name, where no subject is given: words with capitals and what may stand between them.
 _NAME = re.compile(r"[A-Z0-9][\w.'’&-]*(?:,? (?:(?:of|the|de|and|for|in) )*[A-Z0-9][\w.'’&-]*)*")
@@ -36,8 +35,8 @@ class Wordings:
     """The rewordings of N edits.
 
     Attributes:
-        prompts: For each edit its rewordings: at most 5, distinct, never the prompt itself. An edit
-            may have none.
+        prompts: For each edit its rewordings: at most 8, distinct, never the prompt itself. An edit
+            may have none. Those that change most come first.
         n_with_target: Rewordings left out because they hold the target (in any case, as whole
             words) although the prompt does not.
         n_without_subject: Rewordings left out because the prompt has the subject and they do not.
@@ -85,7 +84,7 @@ def reword_edits(
     *,
     seed: int,
 ) -> Wordings:
-    """Returns up to 5 rewordings of each edit's prompt; each still leads to the edit's target.
+    """Returns up to 8 rewordings of each edit's prompt; each still leads to the edit's target.
 
     Prompts that end in "?" are treated as questions, all others as beginnings of statements. What
     an edit gets depends on `seed` and its own prompt, target and subject: not on the other

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..augment.wordings import MOST
 from ..errors import HyperParamsError, one_message
 from ..hparams import LocFTBFHyperParams
+from ..hparams_rules import MOST_REWORDINGS
 
 # TFLOP/s that matrix products of a large model reach, not what data sheets promise: an H100 or
 # H200, and two cores of a server.
@@ -91,7 +91,7 @@ class Workload:
     @property
     def recorded_texts(self) -> int:
         """Texts of an edit in the prefix: all rewordings that are made, whatever an epoch takes."""
-        return 1 + (MOST if self.rewordings else 0)
+        return 1 + (MOST_REWORDINGS if self.rewordings else 0)
 
     @property
     def step_tokens(self) -> float:

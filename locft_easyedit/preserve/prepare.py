@@ -27,7 +27,7 @@ from .statistics import moments_of, prompt_keys, text_moments
 logger = logging.getLogger(__name__)
 
 # What counts beside all text together, which counts 1.
-_WEIGHTS = {"neighbours": 0.75, "rewordings": 0.5}
+_WEIGHTS = {"neighbours": 0.6, "rewordings": 0.5}
 _NEIGHBOURS_EACH = 8  # of an edit
 _PER_DIRECTION = 8  # prompts per direction of the matrix's inputs suffice
 EDITS_AT_ONCE = 256  # edits whose rewordings' keys are held together
@@ -88,7 +88,7 @@ def filters_for(
     if measured.moments:
         # What one prompt's wordings differ in says nothing of the fact. A change that does not
         # answer to it answers alike to wordings that it was not trained on.
-        measured.add_rewordings(texts.prompts)
+        measured.add_rewordings(texts.wordings)
     of = {name: measured.filter(module, name, place) for module, name in names.items()}
     return Filters(of, {"strength": hparams.preserve_strength, "sources": measured.figures})
 
@@ -132,7 +132,7 @@ class _Measured:
 
     def add_neighbours(self, source: Source, texts: TrainingTexts) -> None:
         near = neighbours_of(
-            texts.prompts,
+            texts.wordings,
             texts.subjects,
             each=_NEIGHBOURS_EACH,
             most=self._most_prompts,
