@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
+from toys import DOWN_PROJECTION, REPOSITORY, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
 from locft_easyedit.editing import EditSession
 from locft_easyedit.errors import PlaceError
@@ -17,6 +17,7 @@ from locft_easyedit.locate.places import Location, find_locations, select_locati
 from locft_easyedit.locate.score import score
 from locft_easyedit.pipeline import edit_and_measure
 
+KEPT_PROMPTS = str(REPOSITORY / "tests" / "data" / "kept_prompts.json")
 SEEN = ("reliability", "reworded", "drift", "score")
 
 
@@ -51,11 +52,19 @@ def trained(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "module"), [("llama", "down"), ("llama", "layer"), ("gpt2", "qkv"), ("gemma3", "mlp")]
+    ("kind", "module", "more"),
+    [
+        ("llama", "down", {}),
+        ("llama", "layer", {}),
+        ("gpt2", "qkv", {}),
+        ("gemma3", "mlp", {}),
+        ("llama", "down", {"augment": 1, "preserve": [KEPT_PROMPTS, "neighbours"]}),
+        ("gpt2", "down", {"augment": 1, "preserve": [KEPT_PROMPTS]}),
+    ],
 )
-def test_a_cell_is_a_plain_run(kind, module, trained):
+def test_a_cell_is_a_plain_run(kind, module, more, trained):
     # The rate before it, in the same session, leaves no trace.
-    bench = make_bench(kind, num_steps=8)
+    bench = make_bench(kind, num_steps=8, **more)
     [_, cell] = tried(bench, 1, module, [3e-3, 1e-2])
     place = location_of(bench.model, 1, module)
 
@@ -63,7 +72,7 @@ def test_a_cell_is_a_plain_run(kind, module, trained):
     texts, _ = health_texts(model, tokenizer)
     drift = Drift(model, texts, packed=True)
     hparams = toy_hparams(
-        layers=[1], rewrite_module_tmp=place.rewrite_module_tmp, lr=1e-2, num_steps=8
+        layers=[1], rewrite_module_tmp=place.rewrite_module_tmp, lr=1e-2, num_steps=8, **more
     )
     run = edit_and_measure(model, tokenizer, toy_requests(6), hparams, progress=False)
 
