@@ -167,7 +167,13 @@ class EditSession:
         if folder is None and not self.world.several:
             return
         identity = Identity.of(
-            self.model, self.place, self._texts, h, self.world.size, self.sources
+            self.model,
+            self.place,
+            self._texts,
+            h,
+            self.world.size,
+            self.sources,
+            [self.training_texts.wordings, self.training_texts.subjects],
         )
         check_agreed(self.world.gather(identity))
         if folder is not None and h.checkpoint_minutes is not None:
@@ -207,7 +213,7 @@ class EditSession:
         if not (self.hparams.rewordings or self.hparams.preserved):
             return [None] * len(self.edits.edits)
         found = (self.requests[edit.request].get("subject") for edit in self.edits.edits)
-        return [subject if isinstance(subject, str) else None for subject in found]
+        return [(s.strip() or None) if isinstance(s, str) else None for s in found]
 
     def _chosen(self) -> Choice:
         """Returns the place for these edits, which rank 0 chooses for all."""
@@ -417,7 +423,8 @@ class EditSession:
                 "the layers below it on disk. Set `stream_frozen: false`, on a device that holds "
                 "the model, or `preserve: []`."
             )
-        with self._timed("preserve"):
+        # Whoever fails here must not leave the others waiting for the exchange below.
+        with self._timed("preserve"), self.world.together():
             found = filters_for(
                 self.model,
                 self.tokenizer,
@@ -427,8 +434,8 @@ class EditSession:
                 self.hparams,
                 progress=self.progress,
             )
-            # Unlike GPUs may have rounded differently.
-            self.world.broadcast_(found.of.values())
+        # Unlike GPUs may have rounded differently.
+        self.world.broadcast_(found.of.values())
         self._confined = Confined(self.model, self.place.parameters, found.of)
         self._preserved = found.summary
 

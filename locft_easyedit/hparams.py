@@ -95,7 +95,7 @@ class LocFTBFHyperParams:
         dtype: Precision of weights and computation: float32, bfloat16 or float16. The trained
             matrices have float32 masters in every case. `None` is bfloat16 on a GPU and float32 on
             a CPU, or float16 with fp16.
-        seed: Seed of the shuffling.
+        seed: Seed of the shuffling, of rewordings and of neighbours.
         append_eos: Train an end-of-sequence token after each target.
         batch_loss_threshold: A mini-batch whose loss is below this makes no update.
         epoch_loss_threshold: Training stops after an epoch whose mean loss is below this.
@@ -132,9 +132,8 @@ class LocFTBFHyperParams:
             from, bit for bit; `None` keeps nothing (`locft edit` uses its output folder).
         checkpoint_minutes: Minutes between two checkpoints; 0 makes one after every step, and
             `None` none at all.
-        augment: Rewordings of each edit's prompt that are trained beside it in an epoch, drawn anew
-            for each from those that templates make of it; 0 trains the edits alone. `None` is 0,
-            with LocFT-BF+ 1.
+        augment: Rewordings of each edit's prompt that are trained beside it in an epoch, by turns
+            of those that rules make of it; 0 trains the edits alone. `None` is 0, with LocFT-BF+ 1.
         preserve: What the edit is to leave as it is: `sampled` (text sampled from the model
             itself), `neighbours` (the edits' prompts with other subjects), and paths of `.txt`
             files (text) and of `.json` or `.jsonl` files (prompts, which are kept exactly). `None`

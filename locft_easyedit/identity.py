@@ -79,6 +79,7 @@ class Identity:
         hparams: LocFTBFHyperParams,
         n_processes: int = 1,
         sources: Sequence[Source] = (),
+        around: Sequence[Any] = (),
     ) -> Identity:
         """Returns the identity of a training that is about to begin.
 
@@ -89,6 +90,7 @@ class Identity:
             hparams: The hyper-parameters.
             n_processes: Processes that train together.
             sources: What is to be preserved.
+            around: Wordings and subjects of the edits, which it is measured with.
         """
         device = input_device(model)
         on_gpu = device.type == "cuda"
@@ -106,7 +108,8 @@ class Identity:
             },
             edits={"number of edits": len(texts), "edits": _tokens(texts)},
             settings=settings_of(hparams)
-            | {f"preserve: {source.name}": source.digest() for source in sources},
+            | {f"preserve: {source.name}": source.digest() for source in sources}
+            | ({"preserve: wordings and subjects": digest(around)} if sources else {}),
             surroundings={
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,

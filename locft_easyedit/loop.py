@@ -171,7 +171,7 @@ class _Step:
         self.weights = weights
         self.threshold = hparams.batch_loss_threshold
         most = hparams.micro_batch_size or hparams.batch_size
-        self.micro_batch = _MicroBatch(most * variants.most)
+        self.micro_batch = _MicroBatch(most, variants.most)
         self.optimizer = torch.optim.Adam(
             weights.masters,
             lr=hparams.lr,
@@ -262,10 +262,16 @@ class _Step:
 
 
 class _MicroBatch:
-    """How many edits one forward pass takes: halved for good when the GPU's memory runs out."""
+    """How many texts one forward pass takes: halved for good when the GPU's memory runs out.
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    Args:
+        edits: How many edits to begin with.
+        texts_each: Texts of an edit.
+    """
+
+    def __init__(self, edits: int, texts_each: int = 1) -> None:
+        self.size = edits * texts_each
+        self._texts_each = texts_each
 
     def split(self, batch: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
         """Returns micro-batches of about as many tokens each; one is the batch as it is."""
@@ -284,11 +290,11 @@ class _MicroBatch:
             raise error
         self.size = used // 2
         logger.warning(
-            "%d edits in one forward pass do not fit into the GPU's memory; %d at a time, with "
+            "%d texts in one forward pass do not fit into the GPU's memory; %d at a time, with "
             "gradients added up, give the same mini-batch. `micro_batch_size: %d` starts there.",
             used,
             self.size,
-            self.size,
+            max(1, self.size // self._texts_each),
         )
 
 

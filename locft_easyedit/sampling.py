@@ -18,7 +18,8 @@ from .modes import evaluation_mode
 def seeded(model: Any, seed: int) -> Iterator[None]:
     """Seeds torch for a while; its random states and the model's settings are put back after."""
     device = input_device(model)
-    devices = [device] if device.type == "cuda" else []
+    # `torch.manual_seed` seeds all GPUs' generators.
+    devices = list(range(torch.cuda.device_count())) if device.type == "cuda" else []
     settings = model.generation_config
     # A model's own top_k or repetition penalty would make its text unlike what it was trained on.
     model.generation_config = GenerationConfig()

@@ -378,7 +378,7 @@ def test_wrong_sources_and_places():
 
 def test_assumptions_of_the_preset():
     text = "\n".join(assumptions(plus()))
-    assert f"{MOST_REWORDINGS} rewordings are made of each edit, 2 tokens longer than it" in text
+    assert f"{MOST_REWORDINGS} rewordings of each edit are trained, 2 tokens longer than it" in text
     assert "an epoch trains 1 of them beside it." in text
     assert "measuring for `preserve` (sampled, neighbours) is left out" in text
     assert "once per model and place" in text

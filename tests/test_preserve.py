@@ -200,6 +200,11 @@ def test_exact_keys_are_taken_to_zero_and_others_are_not():
     assert span(torch.cat([exact, exact])).shape == (16, 5)
 
 
+def test_without_moments_the_size_of_a_step_is_that_of_the_matrix():
+    s = spectral_filter(None, torch.eye(6)[:2])
+    assert torch.allclose(s, torch.diag(torch.tensor([0.0, 0, 1, 1, 1, 1])), atol=1e-6)
+
+
 def test_exact_keys_that_take_too_much_are_refused():
     with pytest.raises(PreserveError, match=r"take 9 of the 16 directions .* may take 8"):
         spectral_filter(None, torch.randn(9, 16, generator=torch.Generator().manual_seed(0)))
@@ -222,9 +227,11 @@ def test_neighbours_have_other_subjects_and_are_no_edits_prompt():
     prompts = [[f"The home of S{i} is", f"As we know, the home of S{i} is"] for i in range(20)]
     subjects = [f"S{i}" for i in range(20)]
     near = neighbours_of(prompts, subjects, each=8, most=1000, seed=1)
-    # Own prompts with another edit's subject are that edit's prompt, to be changed.
-    assert near.prompts
-    assert not set(near.prompts) & {own[0] for own in prompts}
+    # Own prompts with another edit's subject are that edit's prompt, to be changed; so are its
+    # rewordings. Of one relation alone, other subjects are put in.
+    assert len(near.prompts) >= 16
+    assert not set(near.prompts) & {prompt for own in prompts for prompt in own}
+    assert all(text.endswith(" is") and "home of" in text for text in near.prompts)
     assert near == neighbours_of(prompts, subjects, each=8, most=1000, seed=1)
     assert near != neighbours_of(prompts, subjects, each=8, most=1000, seed=2)
 
@@ -234,6 +241,17 @@ def test_there_are_neighbours_of_a_single_edit_and_none_without_a_subject():
     assert near.n_without_subject == 1
     assert len(near.prompts) >= 2
     assert all(p.startswith("Where is ") and "Rome?" not in p for p in near.prompts)
+
+
+def test_a_subject_is_replaced_where_it_is_a_word():
+    near = neighbours_of([["The Art of Artists, by Art"]], ["Art "], each=8, most=99, seed=0)
+    assert near.prompts
+    for text in near.prompts:
+        other = text.removeprefix("The ").split(" of Artists, by ")
+        assert len(other) == 2
+        assert other[0] == other[1] != "Art"
+    blank = neighbours_of([["The end of Art is"]] * 2, [" ", "rt"], each=8, most=99, seed=0)
+    assert (blank.prompts, blank.n_without_subject) == ([], 2)
 
 
 def test_of_many_edits_as_many_neighbours_are_drawn_as_suffice():

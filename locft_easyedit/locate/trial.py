@@ -16,6 +16,7 @@ from ..editing import EditSession
 from ..errors import ModelError, NonFiniteLossError
 from ..health import health_texts
 from ..hparams import LocFTBFHyperParams
+from ..hparams_rules import ALG_NAME
 from ..modes import evaluation_mode
 from ..requests import Edit
 from ..runner import TextRunner
@@ -117,7 +118,7 @@ class Trials:
             rewrite_module_tmp=cell.location.rewrite_module_tmp,
             lr=cell.lr,
             num_steps=epochs,
-            alg_name="LocFT-BF",  # alone: what the preset adds takes the place that suits it
+            alg_name=ALG_NAME,  # alone: what the preset adds takes the place that suits it
             augment=None,
             preserve=None,
             batch_size=self.batch_size,

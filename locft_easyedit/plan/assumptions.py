@@ -46,7 +46,7 @@ def assumptions(plan: Plan) -> list[str]:
 def _of_rewordings(work: Workload) -> str:
     """Returns what is assumed of rewordings."""
     return (
-        f"{work.recorded_texts - 1} rewordings are made of each edit, {work.longer:g} tokens "
+        f"{work.recorded_texts - 1} rewordings of each edit are trained, {work.longer:g} tokens "
         f"longer than it, and recorded with it; an epoch trains {work.rewordings} of them beside "
         "it."
     )

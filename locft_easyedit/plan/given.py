@@ -27,7 +27,7 @@ ASSUMED_NETWORK = 50.0
 ASSUMED_LAUNCH = 0.7
 ASSUMED_HOST = "128GiB"
 ASSUMED_DISK = "500GiB"
-# Tokens that a rewording has more than its edit: 2.0 of CounterFact's, 1.7 of zsRE's.
+# Tokens that a rewording has more than its edit: 2.1 of CounterFact's and zsRE's.
 ASSUMED_LONGER = 2.0
 PROMPTS = ("rewrite", "rephrase", "locality", "portability")
 
@@ -90,7 +90,7 @@ class Workload:
 
     @property
     def recorded_texts(self) -> int:
-        """Texts of an edit in the prefix: all rewordings that are made, whatever an epoch takes."""
+        """Texts of an edit in the prefix: all that are trained, whatever an epoch takes."""
         return 1 + (MOST_REWORDINGS if self.rewordings else 0)
 
     @property

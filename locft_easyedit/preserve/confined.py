@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -75,8 +76,7 @@ class Confined(Change):
             trained=lambda x: F.linear(x, a),
             digest=hashlib.sha256(str(content).encode()).hexdigest(),
         )
-        values = {field: getattr(cut, field) for field in cut.__dataclass_fields__}
-        return Cut(**values | {"fold": fold})
+        return replace(cut, fold=fold)
 
     def holds_for(self, parameters: Mapping[str, nn.Parameter]) -> bool:
         """Returns whether the model's values are those that this change is added to."""

@@ -7,10 +7,11 @@ not. Neither the data's locality prompts nor other texts of it play a part.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Stand in where the edits have too few subjects of their own.
+# Stand in where the edits have too few subjects of their own, or each has the same prompt.
 _OTHERS = (
     "Paris",
     "Marie Curie",
@@ -66,22 +67,35 @@ def neighbours_of(
     if len(pool) < _FEWEST:
         pool += [other for other in _OTHERS if other not in pool]
     draw = random.Random(seed)
-    pairs = zip(prompts, subjects, strict=True)
-    usable = [i for i, (own, subject) in enumerate(pairs) if subject and subject in own[0]]
+    as_word = [_as_word(subject) for subject in subjects]
+    usable = [
+        i
+        for i, (own, word) in enumerate(zip(prompts, as_word, strict=True))
+        if word is not None and word.search(own[0])
+    ]
     n_without = len(prompts) - len(usable)
     if len(usable) * each > most:
         usable = sorted(draw.sample(usable, max(1, most // each)))
-    known = {own[0] for own in prompts}
+    known = {prompt for own in prompts for prompt in own}
     found: dict[str, None] = {}
     for i in usable:
-        subject = subjects[i]
-        assert subject is not None
-        reworded = [prompt for prompt in prompts[i][1:] if subject in prompt]
+        word = as_word[i]
+        assert word is not None
+        reworded = [prompt for prompt in prompts[i][1:] if word.search(prompt)]
         for k in range(each):
             before = prompts[i][0] if k % 2 == 0 or not reworded else draw.choice(reworded)
-            other = draw.choice(pool)
-            changed = before.replace(subject, other)
-            # The prompt of another edit is to be changed.
-            if other != subject and changed not in known:
-                found[changed] = None
+            # What another edit may train is to be changed, and all may be of one relation.
+            changed = (_put(other, word, before) for other in map(draw.choice, (pool, _OTHERS)))
+            found.update(dict.fromkeys([text for text in changed if text not in known][:1]))
     return Neighbours(list(found), n_without)
+
+
+def _put(other: str, word: re.Pattern[str], prompt: str) -> str:
+    """Returns the prompt with another subject in place of its own."""
+    return word.sub(lambda _: other, prompt)
+
+
+def _as_word(subject: str | None) -> re.Pattern[str] | None:
+    """Returns what finds a subject where it is not a part of another word."""
+    name = (subject or "").strip()
+    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)") if name else None

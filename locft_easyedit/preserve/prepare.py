@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..devices import context_length
 from ..hparams import LocFTBFHyperParams
-from ..key_moments import input_width, last_keys
+from ..key_moments import check_finite, input_width, last_keys
 from ..place import Place
 from ..tokens import ids_of
 from ..training_texts import TrainingTexts
@@ -175,10 +175,12 @@ class _Measured:
             )
             for module, found in keys.items():
                 around = torch.cat([own - own.mean(0) for own in found.split([*map(len, some)])])
+                check_finite(around, module)
                 scatter = around.T @ around
                 sums[module] = sums[module] + scatter if module in sums else scatter
         if all(float(total.trace()) > 0 for total in sums.values()):
             self._add("rewordings", sums, _WEIGHTS["rewordings"])
+            self.figures["rewordings"] = {"prompts": sum(map(len, groups))}
 
     def filter(self, module: str, name: str, place: Place) -> torch.Tensor:
         """Returns S of one matrix, where the matrix is."""
@@ -195,8 +197,13 @@ class _Measured:
         )
 
     def _ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        context = context_length(self.model)
-        return [ids[:context] for ids in ids_of(self.tokenizer, prompts)]
+        """Returns the prompts as tokens up to the last one of their own, whose answer is asked."""
+        context, eos = context_length(self.model), self.tokenizer.eos_token_id
+        found = []
+        for ids in ids_of(self.tokenizer, prompts):
+            own = ids[:-1] if ids[-1:] == [eos] else ids  # some tokenizers add one by themselves
+            found.append(own if context is None else own[-context:])
+        return found
 
     def _add(self, name: str, second: dict[str, torch.Tensor], weight: float) -> None:
         self.moments[name], self.weights[name] = second, weight

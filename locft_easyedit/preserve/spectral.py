@@ -5,10 +5,10 @@ matrix moves its outputs there by tr(D C D^T) in the mean square. D = A S with
 
     S = (I + C / (alpha m))^(-p),  m = tr(C) / in,
 
-damps directions by how much of C they carry. With p = 1/2 a change of the same size in A costs the
-preserved texts about the same in every direction; a larger p leaves the busy ones to the edits that
-need them. Inputs that must not be touched at all are projected out besides (the null space of
-AlphaEdit, arXiv 2410.02355, holds for these exactly).
+scaled to rows of one norm in the mean, damps directions by how much of C they carry. With p = 1/2 a
+change of the same size in A costs the preserved texts about the same in every direction; a larger p
+leaves the busy ones to the edits that need them. Inputs that must not be touched at all are
+projected out besides (the null space of AlphaEdit, arXiv 2410.02355, holds for these exactly).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..errors import PreserveError
 
 _FLOOR = 0.3  # alpha: what a direction may carry, of the mean, before it is damped much
 _POWER = 0.75  # p
-# Adam's steps in A are steps in A S for the matrix. What is left to a confined change has to go
+# Adam's steps in A are steps in A S for the matrix. What is left to a damped change has to go
 # further to the same end: so a rate that suits the matrix itself suits A.
 _REACH = 5.0
 _NEGLIGIBLE = 1e-5  # singular values below this part of the largest are rounding
@@ -85,7 +85,7 @@ def spectral_filter(
                 "file, which is kept nearly."
             )
         s = s - (s @ basis) @ basis.T
-    return (_REACH * s).float()
+    return (s if moment is None else _REACH * s).float()
 
 
 def span(keys: torch.Tensor) -> torch.Tensor:
