@@ -63,7 +63,7 @@ class Checkpoints:
         self.path = Path(folder) / FILE_NAME
         self.seconds = 60 * minutes
         self.identity = identity
-        self.notes: dict[str, Any] = {}
+        self.notes: dict[str, Any] = {"preserved": None}
         self.world = world
         self.saved = self._found()
         # A launcher passes on a Ctrl-C that its processes have got from the terminal already.
@@ -82,6 +82,23 @@ class Checkpoints:
     def noted(self, name: str) -> Any:
         """Returns what a checkpoint that is resumed has noted; `None` if there is none."""
         return None if self.saved is None else self.saved.notes.get(name)
+
+    def check_preserved(self, digest: str) -> None:
+        """Notes what is preserved, and checks that a checkpoint was made with the same.
+
+        Args:
+            digest: Hash of the text that was measured.
+
+        Raises:
+            CheckpointError: It was made with other text.
+        """
+        if self.saved is not None and self.saved.notes["preserved"] != digest:
+            raise CheckpointError(
+                f"{self.path} was made with other text in `preserve` than was found now: what the "
+                "model samples is kept in `preserve_dir`, and differs from device to device. Give "
+                "that folder again, or remove the file to begin anew."
+            )
+        self.notes["preserved"] = digest
 
     def resume_(
         self,

@@ -99,8 +99,13 @@ def read_checkpoint(path: Path) -> Saved:
             raise CheckpointError(f"{path} is damaged: {named} changed since. {remedy}")
         progress = _progress(content["progress"], tensors)
         identity = Identity.from_dict(content["identity"])
-        notes = {"cut": content["notes"]["cut"], "packed": content["notes"]["packed"]}
-        if notes["cut"] not in (None, *CUTS) or type(notes["packed"]) is not bool:
+        told = content["notes"]
+        notes = {"cut": told["cut"], "packed": told["packed"], "preserved": told.get("preserved")}
+        if (
+            notes["cut"] not in (None, *CUTS)
+            or type(notes["packed"]) is not bool
+            or not isinstance(notes["preserved"], str | None)
+        ):
             raise ValueError(f"its notes are {notes}")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, CheckpointError):

@@ -436,6 +436,8 @@ class EditSession:
             )
         # Unlike GPUs may have rounded differently.
         self.world.broadcast_(found.of.values())
+        if self.checkpoints is not None:
+            self.checkpoints.check_preserved(found.digest)
         self._confined = Confined(self.model, self.place.parameters, found.of)
         self._preserved = found.summary
 

@@ -20,6 +20,8 @@ from locft_easyedit.checkpoint import Checkpoints
 from locft_easyedit.checkpoint_file import read_checkpoint
 from locft_easyedit.editing import EditSession, edit_model
 from locft_easyedit.errors import CheckpointError, EditInterrupted, NonFiniteLossError, OutputError
+from locft_easyedit.preserve import sampled
+from locft_easyedit.sampling import seeded
 from locft_easyedit.weights import TrainedWeights
 
 N = 14
@@ -344,7 +346,7 @@ def test_the_prefix_ends_where_it_did(unfinished):
     path = unfinished / checkpoint.FILE_NAME
     with safe_open(path, framework="pt") as file:
         content = json.loads(file.metadata()["locft_checkpoint"])
-    assert content["notes"] == {"cut": "matrix", "packed": True}
+    assert content["notes"] == {"cut": "matrix", "packed": True, "preserved": None}
     content["notes"]["cut"] = "layer"
     save_file(load_file(path), path, metadata={"locft_checkpoint": json.dumps(content)})
     hparams = toy_hparams(**SETTINGS, checkpoint_dir=str(unfinished))
@@ -353,6 +355,24 @@ def test_the_prefix_ends_where_it_did(unfinished):
     )
     with session:
         assert session._runner.prefix.cut.kind == "layer"
+
+
+def test_what_was_made_with_other_sampled_text_is_not_gone_on_with(tmp_path, monkeypatch):
+    kept, folder = tmp_path / "kept", tmp_path / "run"
+    settings = {"preserve": ["sampled"], "preserve_dir": str(kept), "lr": 1e-3}
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, signal.SIGINT, 5)
+        with pytest.raises(EditInterrupted):
+            edit(folder, **settings)
+    shutil.rmtree(kept)
+    with monkeypatch.context() as patch:  # as another device would sample it
+        patch.setattr(sampled, "seeded", lambda model, seed: seeded(model, seed + 1))
+        with pytest.raises(CheckpointError, match="made with other text in `preserve`"):
+            edit(folder, **settings)
+    shutil.rmtree(kept)
+    model, _ = edit(folder, **settings)
+    whole, _ = edit(None, **settings)
+    assert_same(weights(model), weights(whole))
 
 
 def test_two_trainings_do_not_share_a_folder(tmp_path):
@@ -460,6 +480,7 @@ def changed(unfinished, change):
         (lambda c: c["progress"].update(step=3), "do not fit"),
         (lambda c: c["progress"].update(micro_batch_size=0), "micro_batch_size is 0"),
         (lambda c: c["notes"].update(cut="embedding"), "its notes are"),
+        (lambda c: c["notes"].update(preserved=1), "its notes are"),
         (lambda c: c["crc32"].pop("losses"), "tensors are missing"),
     ],
     ids=str,

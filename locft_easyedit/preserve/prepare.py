@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..devices import context_length
+from ..hashes import hash_of
 from ..hparams import LocFTBFHyperParams
 from ..key_moments import check_finite, input_width, last_keys
 from ..place import Place
@@ -46,10 +47,12 @@ class Filters:
     Attributes:
         of: S of each trained matrix, by the parameter's name, [in, in] float32.
         summary: Figures for JSON.
+        digest: Hash of the text that was measured: what the model has sampled is not known before.
     """
 
     of: dict[str, torch.Tensor]
     summary: dict[str, Any]
+    digest: str = ""
 
 
 def filters_for(
@@ -90,7 +93,8 @@ def filters_for(
         # answer to it answers alike to wordings that it was not trained on.
         measured.add_rewordings(texts.wordings)
     of = {name: measured.filter(module, name, place) for module, name in names.items()}
-    return Filters(of, {"strength": hparams.preserve_strength, "sources": measured.figures})
+    summary = {"strength": hparams.preserve_strength, "sources": measured.figures}
+    return Filters(of, summary, hash_of(measured.digests))
 
 
 @dataclass
@@ -106,6 +110,7 @@ class _Measured:
     weights: dict[str, float] = field(default_factory=dict)
     exact: list[dict[str, torch.Tensor]] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
+    digests: list[str] = field(default_factory=list)
 
     @property
     def _most_prompts(self) -> int:
@@ -113,7 +118,9 @@ class _Measured:
         return _PER_DIRECTION * max(widths)
 
     def keep_exactly(self, source: Source) -> None:
-        keys = prompt_keys(self.model, self.tokenizer, self.modules, source.texts)
+        keys = prompt_keys(
+            self.model, self.tokenizer, self.modules, source.texts, progress=self.progress
+        )
         self.exact.append(keys)
         n_tokens = len(next(iter(keys.values())))
         self._note(source, prompts=len(source.texts), tokens=n_tokens)
@@ -128,6 +135,7 @@ class _Measured:
             progress=self.progress,
         )
         self._add(source.name, found.second, 1 / n_texts)
+        self.digests.append(found.digest)
         self._note(source, tokens=found.n_tokens)
 
     def add_neighbours(self, source: Source, texts: TrainingTexts) -> None:

@@ -46,10 +46,12 @@ class Moments:
     Attributes:
         second: By module, the mean of k k^T over tokens, [D, D] float32 on the host.
         n_tokens: Over how many tokens.
+        digest: Hash of the tokens.
     """
 
     second: dict[str, torch.Tensor]
     n_tokens: int
+    digest: str
 
 
 def text_moments(
@@ -104,7 +106,7 @@ def text_moments(
             second[module] = mean
             if cache is not None:
                 write_moments(cache, module, mean, origin)
-    return Moments({module: second[module] for module in modules}, n_tokens)
+    return Moments({module: second[module] for module in modules}, n_tokens, origin.text)
 
 
 def moments_of(
@@ -148,7 +150,7 @@ def moments_of(
     for module in modules:
         second[module] = sums.pop(module).div_(n_tokens).to("cpu", torch.float32)
         check_finite(second[module], module)
-    return Moments(second, n_tokens)
+    return Moments(second, n_tokens, hash_of(sequences))
 
 
 def prompt_keys(
