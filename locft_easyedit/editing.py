@@ -127,6 +127,7 @@ class EditSession:
     choice: Choice | None = field(init=False, default=None)
     _confined: Confined | None = field(init=False, default=None)
     _preserved: dict[str, Any] | None = field(init=False, default=None)
+    _damps: bool = field(init=False, default=False)
     _health: HealthCheck | None = field(init=False, default=None)
     _runner: TextRunner | None = field(init=False, default=None)
     _cleanup: ExitStack = field(init=False, default_factory=ExitStack)
@@ -439,7 +440,7 @@ class EditSession:
         if self.checkpoints is not None:
             self.checkpoints.check_preserved(found.digest)
         self._confined = Confined(self.model, self.place.parameters, found.of)
-        self._preserved = found.summary
+        self._preserved, self._damps = found.summary, found.damps
 
     def _ready_confined(self) -> Confined | None:
         """Returns the confined change, at its beginning, on top of the present weights."""
@@ -492,7 +493,7 @@ class EditSession:
                 self.hparams,
                 share=self._share,
                 variants=self.training_texts.variants,
-                adam=None if self._confined is None else adam_of(len(indices), self.hparams),
+                adam=adam_of(len(indices), self.hparams) if self._damps else None,
                 describe=self._describe,
                 progress=progress,
                 checkpoints=checkpoints,

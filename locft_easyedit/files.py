@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from .errors import OutputError
 
 LOCK = ".lock"
-_TEMPORARY = ".{name}.{pid}.tmp"
+_TEMPORARY = ".{name}.{by}.tmp"
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     if target.exists() and not target.is_file():
         yield target
         return
-    temporary = target.with_name(_TEMPORARY.format(name=target.name, pid=os.getpid()))
+    temporary = _beside(target)
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -55,6 +56,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
     # The new content is in place by now, and not every system can do this with a folder.
     with suppress(OSError):
         _sync_folder(target.parent)
+
+
+def _beside(target: Path) -> Path:
+    """Returns a name for a temporary file beside `target` that no other process gives."""
+    # Processes of several machines may share a folder, and a number.
+    by = f"{os.getpid()}-{secrets.token_hex(4)}"
+    return target.with_name(_TEMPORARY.format(name=target.name, by=by))
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
@@ -86,7 +94,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_symlink():
         target = target.resolve()
-    temporary = target.with_name(_TEMPORARY.format(name=target.name, pid=os.getpid()))
+    temporary = _beside(target)
     temporary.mkdir()
     try:
         yield temporary
@@ -141,7 +149,7 @@ def locked(folder: str | Path) -> Iterator[None]:
                 "another folder."
             ) from error
     try:
-        for leftover in path.glob(_TEMPORARY.format(name="*", pid="*")):
+        for leftover in path.glob(_TEMPORARY.format(name="*", by="*")):
             # Of a run that was killed.
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)

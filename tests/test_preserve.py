@@ -1,6 +1,10 @@
 """`preserve`: a confined change against plain code, the promise it makes, and what it refuses."""
 
 import copy
+import itertools
+import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +19,7 @@ from locft_easyedit.editing import EditSession, edit_model
 from locft_easyedit.errors import PlaceError, PreserveError
 from locft_easyedit.place import select_place
 from locft_easyedit.preserve.neighbours import neighbours_of
-from locft_easyedit.preserve.prepare import Filters
+from locft_easyedit.preserve.prepare import Filters, cache_folder
 from locft_easyedit.preserve.spectral import mixed, span, spectral_filter
 
 # Measured over 12 steps with rates of 1e-2: the matrices differ by 2e-6 to 1.2e-5 of the change,
@@ -268,3 +272,20 @@ def test_a_place_that_is_no_matrix_is_refused_before_anything_changes():
     hparams = confined_hparams(rewrite_module_tmp="model.layers.{}.")
     with pytest.raises(PlaceError, match=r"no matrix of a linear layer .*LlamaRMSNorm"):
         edit_model(model, toy_tokenizer(), toy_requests(3), hparams, progress=False)
+
+
+def test_prompts_that_are_too_many_are_refused_before_they_are_run(tmp_path):
+    file = tmp_path / "keep.json"
+    words = ["Paris", "is", "the", "dog", "ran", "home", "of", "where"]
+    file.write_text(json.dumps([" ".join(p) for p in itertools.permutations(words[:6], 4)]))
+    model, hparams = toy_model("llama"), confined_hparams(preserve=[str(file)])
+    with pytest.raises(PreserveError, match=r"have more than \d+ tokens, as many as .* inputs"):
+        edit_model(model, toy_tokenizer(), toy_requests(4), hparams, progress=False)
+
+
+def test_without_a_home_there_is_an_error_that_names_the_folder(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(PreserveError, match="Set `preserve_dir`"):
+        cache_folder(None)
+    assert cache_folder("here") == Path("here")

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..devices import context_length
+from ..errors import PreserveError
 from ..hashes import hash_of
 from ..hparams import LocFTBFHyperParams
 from ..key_moments import check_finite, input_width, last_keys
@@ -23,7 +25,7 @@ from ..training_texts import TrainingTexts
 from .neighbours import neighbours_of
 from .sources import NEIGHBOURS, Source
 from .spectral import mixed, spectral_filter
-from .statistics import moments_of, prompt_keys, text_moments
+from .statistics import check_few, moments_of, prompt_keys, text_moments
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +50,13 @@ class Filters:
         of: S of each trained matrix, by the parameter's name, [in, in] float32.
         summary: Figures for JSON.
         digest: Hash of the text that was measured: what the model has sampled is not known before.
+        damps: Whether anything is damped, and not only kept exactly.
     """
 
     of: dict[str, torch.Tensor]
     summary: dict[str, Any]
     digest: str = ""
+    damps: bool = True
 
 
 def filters_for(
@@ -92,9 +96,9 @@ def filters_for(
         # What one prompt's wordings differ in says nothing of the fact. A change that does not
         # answer to it answers alike to wordings that it was not trained on.
         measured.add_rewordings(texts.wordings)
-    of = {name: measured.filter(module, name, place) for module, name in names.items()}
+    of = {name: measured.filter(module, name) for module, name in names.items()}
     summary = {"strength": hparams.preserve_strength, "sources": measured.figures}
-    return Filters(of, summary, hash_of(measured.digests))
+    return Filters(of, summary, hash_of(measured.digests), bool(measured.moments))
 
 
 @dataclass
@@ -118,8 +122,10 @@ class _Measured:
         return _PER_DIRECTION * max(widths)
 
     def keep_exactly(self, source: Source) -> None:
+        prompts = list(dict.fromkeys(source.texts))
+        check_few(self.model, self.tokenizer, self.modules, prompts)
         keys = prompt_keys(
-            self.model, self.tokenizer, self.modules, source.texts, progress=self.progress
+            self.model, self.tokenizer, self.modules, prompts, progress=self.progress
         )
         self.exact.append(keys)
         n_tokens = len(next(iter(keys.values())))
@@ -172,17 +178,20 @@ class _Measured:
         n_groups = min(len(groups), max(1, self._most_prompts // each))
         groups = random.Random(self.hparams.seed).sample(groups, n_groups)
         sums: dict[str, torch.Tensor] = {}
-        for start in range(0, len(groups), EDITS_AT_ONCE):
+        starts = range(0, len(groups), EDITS_AT_ONCE)
+        several = self.progress and len(starts) > 1
+        for start in tqdm(starts, desc="rewordings", disable=not several):
             some = groups[start : start + EDITS_AT_ONCE]
             keys = last_keys(
                 self.model,
                 self._ids([prompt for own in some for prompt in own]),
                 self.modules,
                 description="rewordings",
-                progress=self.progress,
+                progress=self.progress and not several,
             )
             for module, found in keys.items():
-                around = torch.cat([own - own.mean(0) for own in found.split([*map(len, some)])])
+                here = found.to(self._device(module))
+                around = torch.cat([own - own.mean(0) for own in here.split([*map(len, some)])])
                 check_finite(around, module)
                 scatter = around.T @ around
                 sums[module] = sums[module] + scatter if module in sums else scatter
@@ -190,9 +199,9 @@ class _Measured:
             self._add("rewordings", sums, _WEIGHTS["rewordings"])
             self.figures["rewordings"] = {"prompts": sum(map(len, groups))}
 
-    def filter(self, module: str, name: str, place: Place) -> torch.Tensor:
+    def filter(self, module: str, name: str) -> torch.Tensor:
         """Returns S of one matrix, where the matrix is."""
-        device = place.parameters[name].device
+        device = self._device(module)
         here = {s: second[module].to(device) for s, second in self.moments.items()}
         exact = [keys[module].to(device) for keys in self.exact]
         if not here and not exact:
@@ -203,6 +212,11 @@ class _Measured:
             strength=self.hparams.preserve_strength,
             name=name,
         )
+
+    def _device(self, module: str) -> torch.device:
+        weight = self.model.get_submodule(module).weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.device
 
     def _ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """Returns the prompts as tokens up to the last one of their own, whose answer is asked."""
@@ -231,8 +245,17 @@ def adam_of(n_edits: int, hparams: LocFTBFHyperParams) -> dict[str, Any]:
 
 
 def cache_folder(folder: str | None) -> Path:
-    """Returns where measurements are kept: `folder`, or one in the user's cache folder."""
+    """Returns where measurements are kept: `folder`, or one in the user's cache folder.
+
+    Raises:
+        PreserveError: There is no such folder.
+    """
     if folder is not None:
         return Path(folder).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not Path(base).is_absolute():
+        raise PreserveError(
+            f"What `preserve` measures is kept in the user's cache folder, and {base!r} is none: "
+            "there is no home folder. Set `preserve_dir` to a folder."
+        )
     return Path(base) / "locft_easyedit"

@@ -13,11 +13,14 @@ projected out besides (the null space of AlphaEdit, arXiv 2410.02355, holds for 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
 
 from ..errors import PreserveError
+
+logger = logging.getLogger(__name__)
 
 _FLOOR = 0.3  # alpha: what a direction may carry, of the mean, before it is damped much
 _POWER = 0.75  # p
@@ -63,14 +66,15 @@ def spectral_filter(
     some = moment if moment is not None else exact
     assert some is not None
     n = some.shape[1]
-    s = torch.eye(n, dtype=torch.float64, device=some.device)
-    if moment is not None:
+    if moment is None:
+        s = torch.eye(n, dtype=torch.float64, device=some.device)
+    else:
         if not torch.isfinite(moment).all():
             raise PreserveError(
                 f"What enters {name} on the text to be preserved is not finite. Load the model in "
                 "another precision."
             )
-        carried, directions = torch.linalg.eigh(moment.double())
+        carried, directions = _decomposed(moment)
         mean = carried.clamp(min=0).mean().clamp(min=torch.finfo(torch.float32).tiny)
         damped = (1 + carried.clamp(min=0) * (strength / (_FLOOR * mean))) ** -_POWER
         # A row's norm stays 1 in the mean, whatever the strength: so does the size of a step.
@@ -86,6 +90,21 @@ def spectral_filter(
             )
         s = s - (s @ basis) @ basis.T
     return (s if moment is None else _REACH * s).float()
+
+
+def _decomposed(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns eigenvalues [in] and eigenvectors [in, in] in float64, where the moment is."""
+    try:
+        return tuple(torch.linalg.eigh(moment.double()))
+    except torch.cuda.OutOfMemoryError:
+        logger.warning(
+            "The GPU has no room to decompose a moment of %d inputs; the CPU does it, which takes "
+            "longer.",
+            len(moment),
+        )
+    torch.cuda.empty_cache()
+    carried, directions = torch.linalg.eigh(moment.cpu().double())
+    return carried.to(moment.device), directions.to(moment.device)
 
 
 def span(keys: torch.Tensor) -> torch.Tensor:

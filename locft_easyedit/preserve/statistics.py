@@ -207,6 +207,39 @@ def _parts(
     return [within_context(model, ids_of(tokenizer, texts)) for texts in kinds if texts]
 
 
+def check_few(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    modules: Sequence[str],
+    prompts: Sequence[str],
+) -> None:
+    """Checks that prompts can be kept exactly, before anything is computed of them.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        modules: Full names of linear modules.
+        prompts: The prompts.
+
+    Raises:
+        PreserveError: Their keys would span nearly everything.
+    """
+    width = min(input_width(model.get_submodule(module)) for module in modules)
+    different: set[int] = set()
+    for ids in ids_of(tokenizer, prompts):
+        before = 0
+        for token in ids:  # a key depends on its token and on those before it
+            before = hash((before, token))
+            different.add(before)
+        if len(different) > width:
+            raise PreserveError(
+                f"The prompts of `preserve` have more than {width} tokens, as many as the matrix "
+                "has inputs; exactly kept prompts may take half of these directions, or too little "
+                "is left to edit with. Give fewer or shorter prompts, or the same as a .txt file, "
+                "which is kept nearly."
+            )
+
+
 def _check_enough(source: Source, n_tokens: int, width: int, module: str) -> None:
     needed = _LEAST_FACTOR * width
     if n_tokens < needed:
