@@ -8,10 +8,10 @@ filter, from an eigendecomposition in float64 where the matrix is.
 from __future__ import annotations
 
 from ..augment.wordings import MOST
-from ..hparams_rules import SAMPLED
+from ..hparams_rules import NEIGHBOURS, SAMPLED
 from ..key_moments import BATCH_TOKENS, WIDEST_FLOAT64
 from ..preserve.prepare import EDITS_AT_ONCE
-from ..preserve.sources import NEIGHBOURS, PROMPTS
+from ..preserve.sources import PROMPTS
 from .confined import ConfinedShapes
 from .given import Machine, Workload
 from .layout import Setting, processes

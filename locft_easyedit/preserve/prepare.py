@@ -18,12 +18,13 @@ from ..devices import context_length
 from ..errors import PreserveError
 from ..hashes import hash_of
 from ..hparams import LocFTBFHyperParams
+from ..hparams_rules import NEIGHBOURS
 from ..key_moments import check_finite, input_width, last_keys
 from ..place import Place
 from ..tokens import ids_of
 from ..training_texts import TrainingTexts
 from .neighbours import neighbours_of
-from .sources import NEIGHBOURS, Source
+from .sources import Source
 from .spectral import mixed, spectral_filter
 from .statistics import check_few, moments_of, prompt_keys, text_moments
 

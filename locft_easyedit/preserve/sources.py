@@ -11,9 +11,9 @@ from typing import Any
 
 from ..errors import DataError, one_message
 from ..hashes import hash_of
+from ..hparams_rules import NEIGHBOURS, SAMPLED
 from ..reading import ParseError, bad_text, is_file, json_of, shown, text_of
 
-SAMPLED, NEIGHBOURS = "sampled", "neighbours"
 TEXT, PROMPTS = "text", "prompts"
 
 _KINDS = {".txt": TEXT, ".json": PROMPTS, ".jsonl": PROMPTS}

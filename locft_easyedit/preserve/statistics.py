@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import PreserveError
 from ..hashes import hash_of, model_fingerprint
+from ..hparams_rules import SAMPLED
 from ..key_moments import (
     BATCH_TOKENS,
     all_keys,
@@ -28,7 +29,7 @@ from ..key_moments import (
 from ..reading import pieces_of
 from ..tokens import ids_of
 from .sampled import sampled_text
-from .sources import SAMPLED, Source
+from .sources import Source
 from .stored import Origin, read_moments, write_moments
 
 _TITLE = "What enters the trained matrices cannot be measured:"
