@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import NonFiniteLossError
 from .modes import forward_replaced
-from .weights import TrainedWeights, write_
+from .weights import TrainedWeights, copies_of, write_
 
 
 class Change(ABC):
@@ -37,7 +37,7 @@ class Change(ABC):
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
-        self.original = {name: p.detach().clone() for name, p in parameters.items()}
+        self.original = copies_of(parameters)
         self.modules = {name: owner(model, name) for name in parameters}
 
     @abstractmethod
@@ -84,7 +84,7 @@ class Change(ABC):
 
     def values(self) -> dict[str, torch.Tensor]:
         """Returns copies of the model's present values."""
-        return {name: p.detach().clone() for name, p in self.parameters.items()}
+        return copies_of(self.parameters)
 
     def transposed(self, name: str) -> bool:
         """Returns whether a parameter is stored as [in, out]."""

@@ -29,7 +29,7 @@ from .place import Place, select_place
 from .prefix import Recorded
 from .prepare import prepare_runner
 from .preserve.confined import Confined, check_confinable
-from .preserve.prepare import adam_of, filters_for
+from .preserve.prepare import Filters, adam_of, filters_for
 from .preserve.sources import Source, read_sources
 from .progress import Progress
 from .requests import EditSet, distinct_edits
@@ -126,8 +126,7 @@ class EditSession:
     checkpoints: Checkpoints | None = field(init=False, default=None)
     choice: Choice | None = field(init=False, default=None)
     _confined: Confined | None = field(init=False, default=None)
-    _preserved: dict[str, Any] | None = field(init=False, default=None)
-    _damps: bool = field(init=False, default=False)
+    _filters: Filters | None = field(init=False, default=None)
     _health: HealthCheck | None = field(init=False, default=None)
     _runner: TextRunner | None = field(init=False, default=None)
     _cleanup: ExitStack = field(init=False, default_factory=ExitStack)
@@ -174,7 +173,7 @@ class EditSession:
             h,
             self.world.size,
             self.sources,
-            [self.training_texts.wordings, self.training_texts.subjects],
+            [*self.training_texts.wordings, self.training_texts.subjects],
         )
         check_agreed(self.world.gather(identity))
         if folder is not None and h.checkpoint_minutes is not None:
@@ -404,7 +403,7 @@ class EditSession:
                 health=health,
                 choice=self.choice,
                 augmented=self.training_texts.summary,
-                preserved=self._preserved,
+                preserved=None if self._filters is None else self._filters.summary,
             )
         except BaseException as error:
             # Ctrl-C as well: a half-trained model is of no use to anybody.
@@ -426,7 +425,7 @@ class EditSession:
             )
         # Whoever fails here must not leave the others waiting for the exchange below.
         with self._timed("preserve"), self.world.together():
-            found = filters_for(
+            self._filters = found = filters_for(
                 self.model,
                 self.tokenizer,
                 self.place,
@@ -440,7 +439,10 @@ class EditSession:
         if self.checkpoints is not None:
             self.checkpoints.check_preserved(found.digest)
         self._confined = Confined(self.model, self.place.parameters, found.of)
-        self._preserved, self._damps = found.summary, found.damps
+
+    @property
+    def _damps(self) -> bool:
+        return self._filters is not None and self._filters.damps
 
     def _ready_confined(self) -> Confined | None:
         """Returns the confined change, at its beginning, on top of the present weights."""

@@ -121,66 +121,42 @@ def second_moments(
     return sums, n_tokens
 
 
-def all_keys(
+def keys_of(
     model: Any,
     documents: Sequence[list[int]],
     modules: Sequence[str],
     *,
-    batch_tokens: int = BATCH_TOKENS,
+    last_only: bool = False,
     description: str,
     progress: bool,
 ) -> dict[str, torch.Tensor]:
-    """Returns each module's keys, [T, D] float32 on the host: document after document, all tokens.
+    """Returns each module's keys, [T, D] float32 on the host: document after document.
 
     Args:
         model: A causal language model.
         documents: Token sequences within the model's context, none of them empty.
         modules: Full names of linear modules.
-        batch_tokens: Tokens of a batch, padding included.
+        last_only: Only the last token of each document counts, so that T is their number.
         description: What the progress bar says.
         progress: Show a progress bar.
 
     Raises:
         ModelError: A module was not run.
     """
-    lengths = torch.tensor([len(document) for document in documents])
-    starts = lengths.cumsum(0) - lengths
+    counts = torch.tensor([1 if last_only else len(document) for document in documents])
+    starts = counts.cumsum(0) - counts
     keys: dict[str, torch.Tensor] = {}
 
     def put(name: str, found: torch.Tensor, owners: torch.Tensor) -> None:
         if name not in keys:
-            keys[name] = torch.empty(int(lengths.sum()), found.shape[1])
+            keys[name] = torch.empty(int(counts.sum()), found.shape[1])
         # Within a batch a document's tokens are neighbours.
         changes = torch.cat([torch.tensor([True]), owners[1:] != owners[:-1]])
         firsts = changes.nonzero()[:, 0]
         within = torch.arange(len(owners)) - firsts[changes.cumsum(0) - 1]
         keys[name][starts[owners] + within] = found.cpu()
 
-    _run(model, documents, modules, put, False, batch_tokens, description, progress)
-    return keys
-
-
-def last_keys(
-    model: Any,
-    documents: Sequence[list[int]],
-    modules: Sequence[str],
-    *,
-    batch_tokens: int = BATCH_TOKENS,
-    description: str,
-    progress: bool,
-) -> dict[str, torch.Tensor]:
-    """Returns each module's keys of the last tokens, [documents, D] float32 on the host.
-
-    Arguments and errors as for `all_keys`.
-    """
-    keys: dict[str, torch.Tensor] = {}
-
-    def put(name: str, found: torch.Tensor, owners: torch.Tensor) -> None:
-        if name not in keys:
-            keys[name] = torch.empty(len(documents), found.shape[1])
-        keys[name][owners] = found.cpu()
-
-    _run(model, documents, modules, put, True, batch_tokens, description, progress)
+    _run(model, documents, modules, put, last_only, BATCH_TOKENS, description, progress)
     return keys
 
 

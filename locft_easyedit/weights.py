@@ -26,7 +26,7 @@ class TrainedWeights:
         self.parameters = dict(parameters)
         self._in_float16 = in_float16 or any(p.dtype == torch.float16 for p in parameters.values())
         # A copy, because adding and subtracting a change does not give the original bits back.
-        self.original = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.original = copies_of(self.parameters)
         self._separate = {
             name: p.detach().float().clone().requires_grad_()
             for name, p in self.parameters.items()
@@ -87,11 +87,16 @@ class TrainedWeights:
 
     def values(self) -> dict[str, torch.Tensor]:
         """Returns copies of the model's present values."""
-        return {name: p.detach().clone() for name, p in self.parameters.items()}
+        return copies_of(self.parameters)
 
     def finite(self) -> bool:
         """Returns whether all values are finite."""
         return all(bool(torch.isfinite(p).all()) for p in self.parameters.values())
+
+
+def copies_of(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns copies of the parameters' present values."""
+    return {name: p.detach().clone() for name, p in parameters.items()}
 
 
 @torch.no_grad()
@@ -119,7 +124,7 @@ def exchanged(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[
             f"{type(model).__name__} has no parameters {', '.join(wrong[:5])} of the shapes that "
             "the edit has. Give the model that was edited."
         )
-    held = {name: parameters[name].detach().clone() for name in values}
+    held = copies_of({name: parameters[name] for name in values})
     try:
         write_(parameters, values)
         yield

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..weights import exchanged, write_
+from ..weights import copies_of, exchanged, write_
 from .delta import Delta
 from .order import values_to_apply, values_to_revert
 from .verify import ModelWeights
@@ -79,7 +79,7 @@ def applied(model: nn.Module, delta: Delta) -> Iterator[None]:
 def _write_all_(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     """Writes all values; if anything fails, or Ctrl-C interrupts, the model is as it was."""
     parameters = dict(model.named_parameters())
-    held = {name: parameters[name].detach().clone() for name in values}
+    held = copies_of({name: parameters[name] for name in values})
     try:
         write_(parameters, values)
     except BaseException:

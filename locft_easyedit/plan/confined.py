@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..change import owner
 from ..key_moments import input_width
 from ..preserve.confined import check_confinable
 from ..preserve.sources import kind_of
@@ -63,9 +64,7 @@ def confined_shapes(
     return ConfinedShapes(
         preserve=tuple(preserve),
         kinds=tuple(map(kind_of, preserve)),
-        inputs={
-            name: input_width(model.get_submodule(name.rpartition(".")[0])) for name in parameters
-        },
+        inputs={name: input_width(owner(model, name)) for name in parameters},
         sizes={name: p.numel() for name, p in parameters.items()},
         folds=not normed_after(layer),
     )

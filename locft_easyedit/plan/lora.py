@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from ..change import owner, sides
 from ..lora import check_low_rank
 
 
@@ -45,9 +45,6 @@ def lora_shapes(model: nn.Module, parameters: Mapping[str, nn.Parameter], rank: 
         PlaceError: Parameters are no matrices of linear layers, or too small for that rank.
     """
     check_low_rank(model, parameters, rank)
-    inputs = [
-        p.shape[0 if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) else 1]
-        for name, p in parameters.items()
-    ]
+    inputs = [sides(owner(model, name))[1] for name in parameters]
     trained = sum(rank * sum(p.shape) for p in parameters.values())
     return LoraShapes(rank, trained, sum(inputs), max(p.numel() for p in parameters.values()))

@@ -18,13 +18,13 @@ from ..devices import context_length
 from ..errors import PreserveError
 from ..hashes import hash_of
 from ..hparams import LocFTBFHyperParams
-from ..hparams_rules import NEIGHBOURS
-from ..key_moments import check_finite, input_width, last_keys
+from ..hparams_rules import NEIGHBOURS, SAMPLED
+from ..key_moments import check_finite, input_width, keys_of
 from ..place import Place
 from ..tokens import ids_of
 from ..training_texts import TrainingTexts
 from .neighbours import neighbours_of
-from .sources import Source
+from .sources import PROMPTS, TEXT, Source
 from .spectral import mixed, spectral_filter
 from .statistics import check_few, moments_of, prompt_keys, text_moments
 
@@ -86,13 +86,14 @@ def filters_for(
     """
     names = {name.rpartition(".")[0]: name for name in place.parameters}  # by module
     measured = _Measured(model, tokenizer, list(names), hparams, progress)
+    n_texts = sum(source.kind in (SAMPLED, TEXT) for source in sources)
     for source in sources:
-        if source.kind == "prompts":
+        if source.kind == PROMPTS:
             measured.keep_exactly(source)
         elif source.kind == NEIGHBOURS:
             measured.add_neighbours(source, texts)
         else:
-            measured.add_text(source, sum(s.kind in ("sampled", "text") for s in sources))
+            measured.add_text(source, n_texts)
     if measured.moments:
         # What one prompt's wordings differ in says nothing of the fact. A change that does not
         # answer to it answers alike to wordings that it was not trained on.
@@ -183,10 +184,11 @@ class _Measured:
         several = self.progress and len(starts) > 1
         for start in tqdm(starts, desc="rewordings", disable=not several):
             some = groups[start : start + EDITS_AT_ONCE]
-            keys = last_keys(
+            keys = keys_of(
                 self.model,
                 self._ids([prompt for own in some for prompt in own]),
                 self.modules,
+                last_only=True,
                 description="rewordings",
                 progress=self.progress and not several,
             )

@@ -19,10 +19,10 @@ from ..hashes import hash_of, model_fingerprint
 from ..hparams_rules import SAMPLED
 from ..key_moments import (
     BATCH_TOKENS,
-    all_keys,
     check_finite,
     check_modules,
     input_width,
+    keys_of,
     second_moments,
     within_context,
 )
@@ -182,7 +182,7 @@ def prompt_keys(
     modules = list(dict.fromkeys(modules))
     check_modules(model, modules, _TITLE)
     sequences = within_context(model, ids_of(tokenizer, prompts))
-    keys = all_keys(model, sequences, modules, description="keys of prompts", progress=progress)
+    keys = keys_of(model, sequences, modules, description="keys of prompts", progress=progress)
     for module, found in keys.items():
         check_finite(found, module)
     return keys
