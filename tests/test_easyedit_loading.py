@@ -298,6 +298,17 @@ def test_installed_package_is_used_for_real_unless_it_is_broken(monkeypatch, tmp
         names["broken_package"].f()
 
 
+def test_what_transformers_has_removed_is_missed_only_where_it_is_used():
+    statement = "from transformers.no_such_module import Mask"
+    with standing_in():
+        names = as_easyedit(f"{statement}\nfrom transformers import AutoModelForCausalLM")
+        with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+            exec(statement, {"__name__": "somewhere.else"})
+    assert names["AutoModelForCausalLM"].__module__.startswith("transformers")
+    with pytest.raises(MissingDependencyError, match=r"no_such_module.*transformers==VERSION$"):
+        names["Mask"]()
+
+
 def test_a_script_can_be_given_stand_ins(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     names = {"__name__": "__main__"}
