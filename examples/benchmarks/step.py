@@ -124,7 +124,10 @@ class Ours:
                 setattr(runner, name, None)
         self.weights = TrainedWeights(self.session.place.parameters)
         share = self.session._share
-        self.loop_step = _Step(runner, self.weights, self.session.hparams, share)
+        variants = self.session.training_texts.variants
+        self.loop_step = _Step(
+            runner, self.weights, self.session.hparams, share, variants, adam=None
+        )
         return self
 
     def step(self):
