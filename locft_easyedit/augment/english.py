@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 # Stands for the subject while a prompt is reworded: a character of the private-use area, so that no
 # rule can change a letter of the subject.
@@ -38,17 +39,18 @@ _PAST = {
 _REGULAR = frozenset(
     {
         "affect", "air", "appear", "associate", "attend", "base", "belong", "celebrate",
-        "compose", "connect", "contract", "create", "cross", "design", "develop", "die",
-        "direct", "discover", "discontinue", "dissolve", "drain", "employ", "end", "enter",
-        "establish", "exist", "expire", "feature", "flow", "form", "found", "graduate",
+        "compete", "compose", "connect", "contract", "create", "cross", "design", "develop",
+        "die", "direct", "discontinue", "discover", "dissolve", "drain", "employ", "end", "enter",
+        "establish", "exist", "expire", "feature", "flow", "form", "found", "graduate", "hail",
         "happen", "host", "inhabit", "invent", "join", "land", "launch", "license", "lift",
-        "live", "locate", "manage", "manufacture", "marry", "move", "name", "occur", "open",
-        "operate", "originate", "own", "paint", "participate", "perform", "play", "pass",
-        "premiere", "produce", "publish", "receive", "record", "release", "represent",
-        "retire", "serve", "star", "start", "study", "suffer", "train", "turn", "use", "work",
+        "live", "locate", "manage", "manufacture", "marry", "move", "name", "occupy", "occur",
+        "open", "operate", "originate", "own", "paint", "participate", "pass", "perform", "play",
+        "premiere", "produce", "publish", "receive", "record", "release", "represent", "reside",
+        "retire", "serve", "span", "specialize", "star", "start", "study", "suffer", "train",
+        "turn", "use", "work",
     }
 )  # fmt: skip
-_DOUBLED = {"occur": "occurred", "star": "starred"}
+_DOUBLED = {"occur": "occurred", "span": "spanned", "star": "starred"}
 _PARTICIPLE = {
     "became": "become", "began": "begun", "drew": "drawn", "gave": "given", "ran": "run",
     "sang": "sung", "spoke": "spoken", "took": "taken", "wrote": "written",
@@ -57,8 +59,9 @@ _PERSONS = frozenset(
     {
         "architect", "artist", "author", "brother", "child", "composer", "creator", "dad",
         "daughter", "designer", "developer", "director", "discoverer", "doctor", "editor",
-        "father", "founder", "husband", "inventor", "mother", "owner", "parent", "performer",
-        "producer", "sibling", "singer", "sister", "son", "spouse", "star", "wife", "writer",
+        "father", "founder", "husband", "illustrator", "inventor", "mom", "mother", "owner",
+        "painter", "parent", "partner", "performer", "producer", "sibling", "singer", "sister",
+        "son", "spouse", "star", "wife", "writer",
     }
 )  # fmt: skip
 
@@ -124,3 +127,21 @@ def asks_who(noun: str) -> bool:
     head = re.split(r" (?:of|for|that|which|who) ", noun)[0]
     last = head.rsplit(" ", 1)[-1]
     return last in _PERSONS or last.removesuffix("s") in _PERSONS
+
+
+def infinitive(verb: str) -> str | None:
+    """Returns the infinitive of a finite form of a verb that is known."""
+    return _infinitives().get(verb)
+
+
+def is_past_form(word: str) -> bool:
+    """Returns whether a word looks like a past tense."""
+    return (word.endswith("ed") and word != "located") or word in _PAST.values()
+
+
+@cache
+def _infinitives() -> dict[str, str]:
+    found = {}
+    for verb in sorted({*_PAST, *_REGULAR}):
+        found.update({str(finite(how, verb)): verb for how in ("do", "does", "did")})
+    return found

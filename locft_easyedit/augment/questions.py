@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
+from .canonical import plain_question
 from .english import (
     BE,
     NAMED,
@@ -17,24 +18,14 @@ from .english import (
     participle,
     small,
 )
+from .question_relations import same_questions
+from .question_words import NAMED_NOUNS, NEED_IN, NEED_OTHERS, PLACE, TIME
 from .statements import possessive_forms, possessive_questions
 
 _X = rf"(?P<x>{NAMED})"
 _WH = "(?P<wh>Who|Whom|What|Which)"
 _DO = "(?:(?P<be>is|was|are|were)|(?P<do>do|does|did))"
 _N = f"(?P<n>{NOUN})"
-_TIME = ("year", "date", "day", "time", "month")
-_PLACE = (
-    "city", "continent", "country", "location", "place", "planet", "state", "town", "constellation",
-    "language",
-)  # fmt: skip
-# Happen somewhere or some day: "in" is missing where a question leaves it out.
-_NEED_IN = (
-    "located", "born", "found", "founded", "formed", "established", "created", "discovered", "made",
-    "written", "opened", "launched", "commissioned", "incepted", "dissolved", "released", "die",
-    "end", "live", "dissolve", "originate", "launch", "expire", "occur", "begin", "start", "exist",
-)  # fmt: skip
-
 _VERBS = {"is", "was", "are", "were", "do", "does", "did", "has", "had", "that", "the"}
 
 Rule = Callable[[re.Match[str]], Iterator[str]]
@@ -46,12 +37,25 @@ def questions(masked: str) -> list[str]:
     Args:
         masked: The question, with `english.SLOT` where its subject stands (once), single spaces.
     """
-    found: dict[str, None] = {}
-    for pattern, rule in _RULES:
-        if match := pattern.fullmatch(masked):
-            found.update((other, None) for other in rule(match))
+    found = dict.fromkeys([*_by_grammar(masked), *same_questions(masked)])
+    if (plain := plain_question(masked)) and plain != masked:
+        others = _by_grammar(plain)
+        if not plain.rstrip("?").endswith(NEED_IN):
+            others.append(plain)
+        found.update(dict.fromkeys(others))
     found.pop(masked, None)
-    return list(found)
+    # "Which" and "what" are no news beside each other.
+    unlike = {text.casefold().replace("which", "what"): text for text in reversed(found)}
+    return list(unlike.values())
+
+
+def _by_grammar(masked: str) -> list[str]:
+    return [
+        other
+        for pattern, rule in _RULES
+        if (match := pattern.fullmatch(masked))
+        for other in rule(match)
+    ]
 
 
 def _of(match: re.Match[str]) -> Iterator[str]:
@@ -60,11 +64,13 @@ def _of(match: re.Match[str]) -> Iterator[str]:
     if re.search(r"\b(?:that|which|who|where|when|called)\b", noun):
         return
     short = re.sub(r"^names? of (?:the )?|(?:'s)? name$", "", noun)
+    if " of the " in short:  # "the date of the opening"
+        yield f"The {short} of {x} {be}"
+        return
     if short != noun and not noun.endswith("'s name"):
         yield f"The {noun} of {x} {be}"
-    yield from possessive_forms(short, x, be)
-    yield from (asked := possessive_questions(short, x, be))
-    yield f"The {short} of {x} {be} {asked[0].split()[0].lower()}?"
+    yield from possessive_forms(short, x, be)[:-1]
+    yield from possessive_questions(short, x, be)
 
 
 def _noun_phrase(match: re.Match[str]) -> Iterator[str]:
@@ -78,14 +84,13 @@ def _noun_phrase(match: re.Match[str]) -> Iterator[str]:
         wh = "Who" if person or asks_who(each) else "What"
         yield f"{capital(each)} {be}"
         yield f"{wh} {be} {small(each)}?"
-        yield f"{capital(each)} {be} {wh.lower()}?"
 
 
 def _ends_with_wh(match: re.Match[str]) -> Iterator[str]:
     """The film X was directed by who? The star X is part of what constellation?"""
     body, prep, n = match["body"], match["prep"], match["n"]
     yield f"{body} {prep}"
-    if n and n.split()[-1] not in _TIME:
+    if n and n.split()[-1] not in TIME:
         yield f"{body} {prep} the {n}"
     if parts := re.fullmatch(rf"{_X} (?P<be>{BE})(?P<rest>.*)", body):
         wh = f"What {n}" if n else "Who" if match["wh"].startswith("who") else "What"
@@ -102,15 +107,15 @@ def _asks_for_noun(match: re.Match[str]) -> Iterator[str]:
         # "In what city was X born in?"
         rest, prep = rest[: twice.start()], twice[1]
     words, head = rest.split(), n.split()[-1] if n else ""
-    if not prep and words and words[-1] in _NEED_IN and head in (*_TIME, *_PLACE):
+    if not prep and words and words[-1] in NEED_IN and head in (*TIME, *PLACE):
         prep = "on" if head in ("date", "day") else "in"
-    elif rest == "belong" and not prep:
-        prep = "to"
-    elif n and not prep and head in (*_TIME, *_PLACE) and " when " in rest:
+    elif not prep and rest in NEED_OTHERS:
+        prep = NEED_OTHERS[rest]
+    elif n and not prep and head in (*TIME, *PLACE) and " when " in rest:
         yield f"In {wh.lower()} {n} {match['be'] or match['do']} {small(x)} {rest}?"
         return
     verb = match["be"] or finite(match["do"], words[0] if words else "")
-    if verb is None or (match["do"] and " or " in rest):
+    if verb is None or (match["do"] and " or " in rest) or (words and words[0] in _VERBS):
         return
     auxiliary = match["be"] or match["do"]
     told = f"{verb} {rest}" if match["be"] else " ".join([verb, *words[1:]])
@@ -123,7 +128,9 @@ def _asks_for_noun(match: re.Match[str]) -> Iterator[str]:
         yield f"Who {auxiliary} {small(x)} {rest} {prep}?"
     if prep:
         yield f"{capital(x)} {told} {prep}"
-        if n and head not in _TIME and not vague:
+        if head in TIME and n == head:
+            yield f"When {auxiliary} {small(x)} {rest}?"
+        if n and head not in TIME and not vague:
             yield f"{capital(x)} {told} {prep} the {n}"
         if (n and match["be"] is None) or rest:
             yield from _relative(n, f"{small(x)} {told}", prep, verb)
@@ -132,7 +139,7 @@ def _asks_for_noun(match: re.Match[str]) -> Iterator[str]:
             yield f"{capital(x)} {told} the {n}"
         yield from _relative(n, f"{small(x)} {told}", "", verb)
     elif n and not rest and head in ("type", "nationality", "gender", "sex"):
-        yield from possessive_forms(n, x, verb)
+        yield from possessive_forms(n, x, verb)[:-1]
         yield from possessive_questions(n, x, verb)
     if not n and prep == "by" and len(words) == 1 and rest.endswith("ed"):
         yield f"Who {rest} {small(x)}?"
@@ -141,7 +148,7 @@ def _asks_for_noun(match: re.Match[str]) -> Iterator[str]:
 def _stranded(asked: str, n: str, prep: str, wh: str) -> Iterator[str]:
     if prep:
         yield f"{capital(prep)} {wh.lower()} {n} {asked}?"
-        if n.split()[-1] in _TIME:
+        if n.split()[-1] in TIME:
             yield from (f"{each} {n} {asked}?" for each in ("What", "Which"))
         else:
             yield f"{wh} {n} {asked} {prep}?"
@@ -153,10 +160,14 @@ def _relative(n: str | None, told: str, prep: str, verb: str) -> Iterator[str]:
     be = "is" if verb in ("is", "are") or (verb.endswith("s") and verb != "was") else "was"
     if n is None:
         return
-    if prep and n.split()[-1] in (*_TIME, *_PLACE):
+    if prep and n.split()[-1] in (*TIME, *PLACE):
         yield f"The {n} {prep} which {told} {be}"
+        if n.split()[-1] in NAMED_NOUNS:
+            yield f"What {be} the name of the {n} that {told} {prep}?"
     elif not n.startswith(("kind", "type")):
-        yield f"The {n} that {told} {prep}".strip() + f" {be}"
+        yield (clause := f"The {n} that {told} {prep}".strip()) + f" {be}"
+        if n.split()[-1] in NAMED_NOUNS:
+            yield f"What {be} the name of {small(clause)}?"
 
 
 def _where(match: re.Match[str]) -> Iterator[str]:
@@ -267,7 +278,7 @@ def _rules() -> list[tuple[str, Rule]]:
         (rf"(?:Who|(?:What|Which) {_N}) (?P<verb>[a-z]+) {_X}\?", _agent),
         (
             rf"(?:Who|(?:What|Which) {_N}) (?P<predicate>(?P<be>{BE}|has|had) "
-            rf"(?!the [a-z]*|{NAMED})[a-z][^?]*{SLOT}[^?]*)\?",
+            rf"(?!it\b|where\b|the [a-z]*|{NAMED})[a-z][^?]*{SLOT}[^?]*)\?",
             _subject,
         ),
         (rf"(?P<wh>What|Which) (?P<rest>(?!(?:{BE}|do|does|did)\b|[a-z]+ed\b)[^?]*)\?", _which),
