@@ -5,12 +5,14 @@
         --n 100 --seeds 0 1 2 --output generalization
 
 A variant is a few changes of the hyper-parameters: `published` none, the others a remedy or several
-together; `--set higher:lr=4e-3,num_steps=10` adds one. Each seed draws edits of its own from one
-half of a file, `choose` (the first) or `report` (the second), so that what was chosen on one half
-can be reported on the other; where half a file is not enough, edits come from all of it, and what
-is measured stays the half's. Reliability and generalization are generated answers that match
-exactly; portability and locality are EasyEdit's, by tokens. On the locality prompts the next token
-is looked at besides: how often the first choice stayed, and how far the distribution moved (KL).
+together; `--set higher:lr=4e-3,num_steps=10` adds one. `--variants ROME MEMIT AlphaEdit` lets
+EasyEdit's own code make the same edits, in float32, which takes minutes to hours. Each seed draws
+edits of its own from one half of a file, `choose` (the first) or `report` (the second), so that
+what was chosen on one half can be reported on the other; where half a file is not enough, edits
+come from all of it, and what is measured stays the half's. Reliability and generalization are
+generated answers that match exactly; portability and locality are EasyEdit's, by tokens. On the
+locality prompts the next token is looked at besides: how often the first choice stayed, and how far
+the distribution moved (KL).
 
 Each run is a line of OUTPUT/runs.jsonl as soon as it is made, and is not made again. Table, verdict
 and picture are made of all lines there; `--draw-only` makes no more than these.
@@ -25,7 +27,8 @@ import re
 import sys
 from pathlib import Path
 
-import generalization_report as report  # beside this file, as is what makes a run
+import generalization_peers as peers  # beside this file, as is what makes a run
+import generalization_report as report
 from generalization_bench import Bench
 from tqdm import tqdm
 
@@ -73,10 +76,12 @@ def arguments():
     parser.add_argument("--n", type=int, nargs="+", default=[100], help="edits together")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS),
-                        help=f"of {', '.join(VARIANTS)} (all)")  # fmt: skip
+                        help=f"of {', '.join(VARIANTS)} (all of these), "
+                        f"{', '.join(peers.METHODS)}")  # fmt: skip
     parser.add_argument("--half", default="report", help="report or choose")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME:KEY=VALUE",
                         help="a variant more; several keys have commas between them")  # fmt: skip
+    parser.add_argument("--stats-dir", default="data/stats", help="key covariances, as EasyEdit's")
     parser.add_argument("--output", required=True, help="folder for runs, tables and the picture")
     parser.add_argument("--draw-only", action="store_true", help="of the runs that are there")
     return parser.parse_args()
@@ -146,7 +151,8 @@ def planned(options):
     plan = Plan({}, base, variants, files, {}, [])
     if read is not None:
         for variant in variants:
-            tried(plan.hparams, variant, (options.seeds or [0])[0])
+            if variant not in peers.METHODS:
+                tried(plan.hparams, variant, (options.seeds or [0])[0])
     if not problems:
         for data, requests in files.items():
             # A file with fewer edits gives all of them, once.
@@ -169,20 +175,21 @@ def planned(options):
 
 def variants_of(names, set_, problems):
     """Name -> changes of the hyper-parameters; what is wrong with them is added to `problems`."""
+    known = VARIANTS | {method: {"alg_name": method} for method in peers.METHODS}
     problems += [
-        f"`--variants {name}` is none of {', '.join(VARIANTS)}. Choose among them, or give its "
+        f"`--variants {name}` is none of {', '.join(known)}. Choose among them, or give its "
         f"changes: `--set {name}:key=value`."
         for name in names
-        if name not in VARIANTS
+        if name not in known
     ]
-    variants = {name: VARIANTS[name] for name in names if name in VARIANTS}
+    variants = {name: known[name] for name in names if name in known}
     for text in set_:
         parts = SET.fullmatch(text)
         if parts is None:
             problems.append(f"`--set {text}` must have the form NAME:key=value,key=value.")
             continue
         name, changes = parts[1], {}
-        if name in VARIANTS or name in variants:
+        if name in known or name in variants:
             problems.append(f"`--set {text}`: there is a variant {name}. Choose another name.")
             continue
         for pair in BETWEEN_KEYS.split(parts[2]):
@@ -231,20 +238,26 @@ def make_runs(options):
     open_runs = [run for run in plan.runs if not is_there(folder, plan, run)]
     if not open_runs:
         return
-    model, tokenizer = load_model(plan.hparams(open_runs[0][3], open_runs[0][2]))
     versions = {package: version_of(package) for package in PACKAGES}
-    versions |= {"python": platform.python_version(), "dtype": str(model.dtype),
-                 "device": str(model.device)}  # fmt: skip
-    bench, of = None, None
+    versions |= {"python": platform.python_version()}
+    model, bench, of = None, None, None
     for run in tqdm(open_runs, desc="runs", unit="run"):
         data, n, seed, variant = run
         if is_there(folder, plan, run):  # by now: another process may work on the same folder
             continue
+        edits, measured = sample(plan.files[data], data, n, seed, options.half)
+        if variant in peers.METHODS:
+            values = plan.base | {"seed": seed}
+            found = peers.run_apart(variant, values, edits, measured, options.stats_dir)
+            report.append(folder, {**plan.line(*run), "versions": versions, **found})
+            continue
         hparams = plan.hparams(variant, seed)
+        if model is None:
+            model, tokenizer = load_model(hparams)
+            own = {"dtype": str(model.dtype), "device": str(model.device)}
         if of != run[:3]:
-            edits, measured = sample(plan.files[data], data, n, seed, options.half)
             bench, of = Bench(model, tokenizer, edits, measured, hparams), run[:3]
-        report.append(folder, {**plan.line(*run), "versions": versions, **bench.run(hparams)})
+        report.append(folder, {**plan.line(*run), "versions": versions | own, **bench.run(hparams)})
 
 
 def is_there(folder, plan, run):

@@ -48,16 +48,13 @@ class Bench:
         self.figures_before = self.shares("before", self.before)
 
     def run(self, hparams):
-        """Makes the edits, measures, and takes them back."""
-        line = {"edits": len(self.edits), "measured": len(self.measured)}
+        """Makes the edits with our method, measures, and takes them back."""
         try:
             result = edit_model(self.model, self.tokenizer, self.edits, hparams)
         except NonFiniteLossError as error:
-            return {**line, "diverged": str(error), "figures": {}}
+            return self.line({}, diverged=str(error))
         try:
-            figures = self.shares("after", self.by_token.measure("after"))
-            if self.next is not None:
-                figures |= self.next.measure()
+            figures = self.after()
         finally:
             result.restore_(self.model)
         if result.health is not None and result.health.perplexity_ratio is not None:
@@ -65,12 +62,21 @@ class Bench:
         figures |= {"epochs": len(result.losses), "seconds": sum(result.timings.values())}
         phases = ("train", "preserve")
         figures |= {f"{p}_seconds": result.timings[p] for p in phases if p in result.timings}
+        return self.line(figures, trained=result.n_trained, seconds=result.timings,
+                         updates=result.n_updates, converged=result.converged)  # fmt: skip
+
+    def after(self):
+        """The figures of the model as it is now."""
+        figures = self.shares("after", self.by_token.measure("after"))
+        return figures if self.next is None else figures | self.next.measure()
+
+    def line(self, figures, diverged=None, **more):
+        """What a run's line says: its figures, as far as they are numbers, and `more`."""
         finite = {key: value for key, value in figures.items() if math.isfinite(value)}
         return {
-            **line, "diverged": None, "trained": result.n_trained, "figures": finite,
-            "not_finite": sorted(figures.keys() - finite.keys()), "before": self.figures_before,
-            "seconds": result.timings, "updates": result.n_updates,
-            "converged": result.converged,
+            "edits": len(self.edits), "measured": len(self.measured), "diverged": diverged,
+            "figures": finite, "not_finite": sorted(figures.keys() - finite.keys()),
+            "before": self.figures_before, **more,
         }  # fmt: skip
 
     def shares(self, when, by_token):
