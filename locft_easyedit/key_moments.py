@@ -21,8 +21,9 @@ BATCH_TOKENS = 4096
 # Up to this width sums are kept in float64, at 128 MiB a module.
 WIDEST_FLOAT64 = 4096
 
-# Gets a module's name, the keys of a batch's tokens, [tokens, D], and their documents, [tokens].
-Taker = Callable[[str, torch.Tensor, torch.Tensor], None]
+# Gets a module's name, keys of a batch's tokens, [tokens, D] float32, their documents, [tokens],
+# and which of them are a document's last one, [tokens].
+Taker = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 class _AllSeen(Exception):
@@ -109,16 +110,44 @@ def second_moments(
     """
     sums: dict[str, torch.Tensor] = {}
 
-    def add(name: str, keys: torch.Tensor, _: torch.Tensor) -> None:
-        moment = keys.T @ keys
-        if name not in sums:
-            wide = moment.shape[0] > WIDEST_FLOAT64 or moment.device.type == "mps"
-            sums[name] = torch.zeros_like(moment, dtype=torch.float32 if wide else torch.float64)
-        sums[name] += moment
+    def add(name: str, keys: torch.Tensor, _: torch.Tensor, ends: torch.Tensor) -> None:
+        add_moment_(sums, name, keys[ends] if last_only else keys)
 
-    _run(model, documents, modules, add, last_only, batch_tokens, description, progress)
+    _run(model, documents, modules, add, batch_tokens, description, progress)
     n_tokens = len(documents) if last_only else sum(map(len, documents))
     return sums, n_tokens
+
+
+def add_moment_(sums: dict[str, torch.Tensor], name: str, keys: torch.Tensor) -> None:
+    """Adds the sum of k k^T over keys, [T, D] float32, to that of a module, in place."""
+    moment = keys.T @ keys
+    if name not in sums:
+        wide = moment.shape[0] > WIDEST_FLOAT64 or moment.device.type == "mps"
+        sums[name] = torch.zeros_like(moment, dtype=torch.float32 if wide else torch.float64)
+    sums[name] += moment
+
+
+def end_moments(
+    model: Any,
+    documents: Sequence[list[int]],
+    modules: Sequence[str],
+    *,
+    description: str,
+    progress: bool,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Returns the sums of k k^T, [D, D] by module, over last tokens, and over those before them.
+
+    Arguments, precision and errors as for `second_moments`.
+    """
+    last: dict[str, torch.Tensor] = {}
+    before: dict[str, torch.Tensor] = {}
+
+    def add(name: str, keys: torch.Tensor, _: torch.Tensor, ends: torch.Tensor) -> None:
+        add_moment_(last, name, keys[ends])
+        add_moment_(before, name, keys[~ends])
+
+    _run(model, documents, modules, add, BATCH_TOKENS, description, progress)
+    return last, before
 
 
 def keys_of(
@@ -127,6 +156,7 @@ def keys_of(
     modules: Sequence[str],
     *,
     last_only: bool = False,
+    before: dict[str, torch.Tensor] | None = None,
     description: str,
     progress: bool,
 ) -> dict[str, torch.Tensor]:
@@ -137,6 +167,7 @@ def keys_of(
         documents: Token sequences within the model's context, none of them empty.
         modules: Full names of linear modules.
         last_only: Only the last token of each document counts, so that T is their number.
+        before: Sums of k k^T by module, to which the tokens before the last ones are added.
         description: What the progress bar says.
         progress: Show a progress bar.
 
@@ -147,7 +178,11 @@ def keys_of(
     starts = counts.cumsum(0) - counts
     keys: dict[str, torch.Tensor] = {}
 
-    def put(name: str, found: torch.Tensor, owners: torch.Tensor) -> None:
+    def put(name: str, found: torch.Tensor, owners: torch.Tensor, ends: torch.Tensor) -> None:
+        if before is not None:
+            add_moment_(before, name, found[~ends])
+        if last_only:
+            found, owners = found[ends], owners[ends.cpu()]
         if name not in keys:
             keys[name] = torch.empty(int(counts.sum()), found.shape[1])
         # Within a batch a document's tokens are neighbours.
@@ -156,7 +191,7 @@ def keys_of(
         within = torch.arange(len(owners)) - firsts[changes.cumsum(0) - 1]
         keys[name][starts[owners] + within] = found.cpu()
 
-    _run(model, documents, modules, put, last_only, BATCH_TOKENS, description, progress)
+    _run(model, documents, modules, put, BATCH_TOKENS, description, progress)
     return keys
 
 
@@ -165,7 +200,6 @@ def _run(
     documents: Sequence[list[int]],
     modules: Sequence[str],
     take: Taker,
-    last_only: bool,
     batch_tokens: int,
     description: str,
     progress: bool,
@@ -184,9 +218,9 @@ def _run(
                 row[: len(document)] = torch.tensor(document)
             places = torch.arange(ids.shape[1])
             real = places < lengths[:, None]  # [B, T]
-            counted = places == lengths[:, None] - 1 if last_only else real
-            owners = torch.tensor(numbers)[:, None].expand_as(counted)[counted]  # [tokens]
-            with _listening(model, modules, counted, owners, take):
+            owners = torch.tensor(numbers)[:, None].expand_as(real)[real]  # [tokens]
+            ends = (places == lengths[:, None] - 1)[real]  # [tokens]
+            with _listening(model, modules, real, owners, ends, take):
                 model(
                     input_ids=ids.to(device),
                     attention_mask=real.long().to(device),
@@ -208,15 +242,21 @@ def _batches(
 
 @contextmanager
 def _listening(
-    model: Any, modules: Sequence[str], counted: torch.Tensor, owners: torch.Tensor, take: Taker
+    model: Any,
+    modules: Sequence[str],
+    real: torch.Tensor,
+    owners: torch.Tensor,
+    ends: torch.Tensor,
+    take: Taker,
 ) -> Iterator[None]:
     """Within, a forward pass gives each module's keys to `take`, and ends after the last.
 
     Args:
         model: The model.
         modules: Names of modules.
-        counted: Which tokens count, [B, T].
+        real: Which tokens are no padding, [B, T].
         owners: Their documents, [tokens].
+        ends: Which of them end one, [tokens].
         take: What gets the keys.
 
     Raises:
@@ -228,7 +268,8 @@ def _listening(
         def listen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
             flat = inputs.reshape(-1, inputs.shape[-1])  # [B * T, D]; some models flatten before
-            take(name, flat[counted.reshape(-1).to(flat.device)].float(), owners)
+            keys = flat[real.reshape(-1).to(flat.device)].float()
+            take(name, keys, owners, ends.to(flat.device))
             seen.add(name)
             if len(seen) == len(modules):
                 raise _AllSeen

@@ -122,7 +122,8 @@ def test_the_preset_is_a_method_of_easyedit(easyedit, tmp_path):
     result = editor.last_result
     assert len(metrics) == 4
     assert result.augmented["rewordings"] > 4
-    assert set(result.preserved["sources"]) == {"sampled", "neighbours", "rewordings"}
+    sources = {"sampled", "neighbours", "rewordings", "context"}
+    assert set(result.preserved["sources"]) == sources
     assert result.preserved["sources"]["neighbours"]["prompts"] > 4
     assert result.losses[-1] < result.losses[0]
     # What was measured of the model is found again.

@@ -243,26 +243,31 @@ def test_memory_of_preparing_by_hand():
     a = TRAINED / WIDTH**2  # of W's numbers in those of S
     stays = 4 + 2 + 10 * a
     plan = plus(n=1000)
-    # Three moments where the matrix is, their sum, and 48 bytes a number of the decomposition.
-    assert preparing(plan, "gpu") == pytest.approx(3 * 4 + 4 + 48 - stays)
-    # Both kinds of sampled text, their mean, and both of one matrix.
-    assert preparing(plan, "host") == pytest.approx(2 * 4 + 4 + 2 * 4)
-    assert preparing(plus(n=1000, machine=NODE), "host") == pytest.approx(8 * 20)
-    alone = confined(n=1000, preserve=["sampled"])
-    assert preparing(alone, "host") == preparing(plan, "host")
-    assert preparing(alone, "gpu") == pytest.approx(4 + 4 + 48 - stays)
-    assert preparing(confined(preserve=["a.txt"]), "host") == pytest.approx(4 + 4 + 4)
-    # Other sources' moments are held when rewordings are summed up.
+    # Five moments where the matrix is (sampled text, the prompts in it, neighbours, rewordings and
+    # what leads up to ends), their sum, and 48 bytes a number of the decomposition.
+    assert preparing(plan, "gpu") == pytest.approx(5 * 4 + 4 + 48 - stays)
+    # The first three are held when rewordings are summed up.
     keys = 2 * 4 * 256 * (1 + MOST) / WIDTH
+    assert preparing(plan, "host") == pytest.approx(3 * 4 + 4 + 4 + keys)
+    assert preparing(plus(n=1000, machine=NODE), "host") == pytest.approx(8 * (20 + keys))
+    # Both kinds of sampled text, their mean, and both of one matrix.
+    alone = confined(n=1000, preserve=["sampled"])
+    assert preparing(alone, "host") == pytest.approx(2 * 4 + 4 + 2 * 4)
+    assert preparing(alone, "gpu") == pytest.approx(2 * 4 + 4 + 48 - stays)
+    assert preparing(confined(preserve=["a.txt"]), "host") == pytest.approx(4 + 4 + 4)
     others = plus(preserve=["a.txt", "neighbours", "b.txt"], n=1000)
     assert preparing(others, "host") == pytest.approx(3 * 4 + 4 + 4 + keys)
-    assert preparing(others, "gpu") == pytest.approx(4 * 4 + 4 + 48 - stays)
+    assert preparing(others, "gpu") == pytest.approx(5 * 4 + 4 + 48 - stays)
+    # Without rewordings the own prompts are run for what leads up to their ends.
+    near = confined(preserve=["a.txt", "neighbours"], n=1000)
+    keys = 2 * 4 * 256 / WIDTH
+    assert preparing(near, "host") == pytest.approx(2 * 4 + 4 + 4 + keys)
     # Prompts that are kept exactly have no moments.
     exact = confined(preserve=["folder/a.jsonl"])
     assert preparing(exact, "gpu") == pytest.approx(24 - stays)
     assert preparing(exact, "host") == 0
     on_cpu = confined(machine=CPU, preserve=["sampled", "neighbours"], dtype="float32")
-    assert preparing(on_cpu, "host") == pytest.approx(2 * 4 + 4 + 48 - (4 + 12 * a))
+    assert preparing(on_cpu, "host") == pytest.approx(4 * 4 + 4 + 48 - (4 + 12 * a))
 
 
 def test_sums_of_narrow_matrices_are_in_float64():
@@ -272,7 +277,9 @@ def test_sums_of_narrow_matrices_are_in_float64():
     [part] = [p for p in plan.chosen.parts if p.name == "measuring what is preserved"]
     [passing] = {p.bytes for p in plan.chosen.parts if p.name == "activations without gradients"}
     batch = 4096 * (passing / plan.work.cells(64) + 4 * width)
-    expected = 4 * width**2 + 8 * width**2 + 4 * width**2 + batch - (4 * width**2 + 12 * n)
+    # Three moments are held when the last two are summed up, and a product is added.
+    sums = 3 * 4 * width**2 + 2 * 8 * width**2 + 4 * width**2
+    expected = sums + batch - (4 * width**2 + 12 * n)
     assert part.bytes == pytest.approx(expected)
 
 

@@ -19,7 +19,7 @@ from locft_easyedit.editing import EditSession, edit_model
 from locft_easyedit.errors import PlaceError, PreserveError
 from locft_easyedit.place import select_place
 from locft_easyedit.preserve.neighbours import neighbours_of
-from locft_easyedit.preserve.prepare import Filters, cache_folder
+from locft_easyedit.preserve.prepare import Filters, adam_of, cache_folder
 from locft_easyedit.preserve.spectral import mixed, span, spectral_filter
 
 # Measured over 12 steps with rates of 1e-2: the matrices differ by 2e-6 to 1.2e-5 of the change,
@@ -89,8 +89,7 @@ def reference_change(model, requests, hparams, filters):
         requests,
         [x.a for x in sums.values()],
         hparams,
-        betas=(0.9, 0.98),
-        weight_decay=hparams.weight_decay + 0.1 / len(requests),
+        **adam_of(len(requests), hparams),
     )
     return {
         name: (one.a @ one.s).T.detach() if one.transposed else (one.a @ one.s).detach()
@@ -188,7 +187,7 @@ def test_the_filter_is_a_power_of_the_moments_by_its_definition():
     keys *= torch.logspace(0, 2, 12)
     c = (keys.T @ keys / len(keys)).double()
     s = spectral_filter(c, strength=2.0).double()
-    wanted = torch.linalg.inv(torch.eye(12).double() + c * (2.0 / (0.3 * c.trace() / 12)))
+    wanted = torch.linalg.inv(torch.eye(12).double() + c * (2.0 / (0.6 * c.trace() / 12)))
     wanted, found = wanted @ wanted @ wanted, s @ s @ s @ s  # s is a power of -3/4
     assert (found / found.trace() - wanted / wanted.trace()).abs().max() < 1e-6
     assert float(s.square().sum(1).mean().sqrt()) == pytest.approx(5.0, rel=1e-5)

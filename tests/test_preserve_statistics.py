@@ -77,7 +77,8 @@ def small(monkeypatch):
     """Sampling of a few short documents."""
     for name, value in {"DOCUMENTS": 6, "BATCH": 4, "DOCUMENT_TOKENS": 12}.items():
         monkeypatch.setattr(sampled, f"_{name}", value)
-    monkeypatch.setattr(sampled, "_OPENED_TOKENS", 5)
+    for name, value in {"OPENED_TOKENS": 5, "ASKED_EACH": 1, "ASKED_TOKENS": 5}.items():
+        monkeypatch.setattr(sampled, f"_{name}", value)
 
 
 @pytest.fixture
@@ -215,7 +216,7 @@ def test_more_tokens_are_the_same_text_and_more(small, tmp_path):
     assert many == sampled_text(model, tokenizer, 500, cache=None, progress=False)
 
 
-@pytest.mark.parametrize("after", [0, 1, 3])
+@pytest.mark.parametrize("after", [0, 2, 4])
 def test_interrupted_sampling_goes_on(small, tmp_path, monkeypatch, after):
     """Stopped within a round: whole rounds are kept, and nothing else is sampled again."""
     expected = measured(source=SAMPLED)
@@ -231,12 +232,12 @@ def test_interrupted_sampling_goes_on(small, tmp_path, monkeypatch, after):
     with pytest.raises(KeyboardInterrupt, match=r"^stop$"):
         measured(source=SAMPLED, cache=tmp_path)
     kept = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
-    assert kept == [f"{number:05}.json" for number in range(after // 2)]
+    assert kept == [f"{number:05}.json" for number in range(after // 3)]
     again = []
     monkeypatch.setattr(sampled, "continuations", lambda *a, **o: again.append(a) or draw(*a, **o))
     assert same(measured(source=SAMPLED, cache=tmp_path), expected)
     rounds = len(list(tmp_path.rglob("0*.json")))
-    assert len(again) == 2 * (rounds - after // 2)
+    assert len(again) == 3 * (rounds - after // 3)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,8 @@ def _summing(confined: ConfinedShapes, widest: float, setting: Setting) -> float
     sums = sum(
         (8 if width <= WIDEST_FLOAT64 else 4) * width**2 for width in confined.inputs.values()
     )
+    if NEIGHBOURS in confined.kinds:  # of their ends, and of what leads up to these
+        sums *= 2
     cast = setting.itemsize if setting.itemsize < 4 else 0  # keys as they are, and in float32
     keys = max(confined.inputs.values()) * (4 + cast)
     return sums + 4 * _largest(confined) + BATCH_TOKENS * (widest + keys)
@@ -82,11 +84,11 @@ def _statistics(confined: ConfinedShapes, work: Workload) -> float:
     one, largest = 4 * confined.squares, 4 * _largest(confined)
     held = most = 0.0
     for kind in _measured(confined, work):
-        if kind == "rewordings":
-            texts = min(work.n, EDITS_AT_ONCE) * (1 + MOST)
+        if kind == "rewordings" or (kind == "context" and not work.rewordings):
+            texts = min(work.n, EDITS_AT_ONCE) * (1 + MOST if work.rewordings else 1)
             keys = 4 * texts * sum(confined.inputs.values())
             most = max(most, held + 2 * keys + one + largest)  # and as they are around their mean
-        elif kind == NEIGHBOURS:
+        elif kind in (NEIGHBOURS, "context"):
             most = max(most, held + one)
         else:
             # Sampled text is of two kinds; the mean of both is taken for one matrix at a time.
@@ -97,9 +99,15 @@ def _statistics(confined: ConfinedShapes, work: Workload) -> float:
 
 
 def _measured(confined: ConfinedShapes, work: Workload) -> list[str]:
-    """Returns what has second moments of its own."""
-    found = [kind for kind in confined.kinds if kind != PROMPTS]
-    return [*found, "rewordings"] if found and work.rewordings else found
+    """Returns what has second moments of its own, in the order of the measuring."""
+    found = []
+    for kind in confined.kinds:
+        if kind != PROMPTS:
+            found += [kind, "asked"] if kind == SAMPLED else [kind]
+    near = NEIGHBOURS in found
+    if found and work.rewordings:
+        found.append("rewordings")
+    return [*found, "context"] if near else found
 
 
 def _largest(confined: ConfinedShapes) -> int:

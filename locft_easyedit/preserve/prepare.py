@@ -14,30 +14,28 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..devices import context_length
 from ..errors import PreserveError
 from ..hashes import hash_of
 from ..hparams import LocFTBFHyperParams
 from ..hparams_rules import NEIGHBOURS, SAMPLED
-from ..key_moments import check_finite, input_width, keys_of
+from ..key_moments import add_moment_, check_finite, end_moments, input_width, keys_of
 from ..place import Place
-from ..tokens import ids_of
 from ..training_texts import TrainingTexts
 from .neighbours import neighbours_of
 from .sources import PROMPTS, TEXT, Source
 from .spectral import mixed, spectral_filter
-from .statistics import check_few, moments_of, prompt_keys, text_moments
+from .statistics import asked_moments, check_few, prompt_ids, prompt_keys, text_moments
 
 logger = logging.getLogger(__name__)
 
 # What counts beside all text together, which counts 1.
-_WEIGHTS = {"neighbours": 0.6, "rewordings": 0.5}
+_WEIGHTS = {"asked": 1.0, "neighbours": 0.6, "rewordings": 0.5, "context": 0.1}
 _NEIGHBOURS_EACH = 8  # of an edit
 _PER_DIRECTION = 8  # prompts per direction of the matrix's inputs suffice
 EDITS_AT_ONCE = 256  # edits whose rewordings' keys are held together
 # Adam's L2 penalty on A, and so on what D = A S does where much is carried: what does nothing for
 # the edits goes. Losses are averaged over edits and so is this: a fact costs what it does alone.
-_PULL = 0.1
+_PULL = 0.03
 # The second moment forgets within an epoch or two. With PyTorch's 0.999 it would remember the large
 # gradients of the beginning to the end, and nothing would come to rest.
 _BETAS = (0.9, 0.98)
@@ -95,9 +93,7 @@ def filters_for(
         else:
             measured.add_text(source, n_texts)
     if measured.moments:
-        # What one prompt's wordings differ in says nothing of the fact. A change that does not
-        # answer to it answers alike to wordings that it was not trained on.
-        measured.add_rewordings(texts.wordings)
+        measured.add_wordings(texts.wordings)
     of = {name: measured.filter(module, name) for module, name in names.items()}
     summary = {"strength": hparams.preserve_strength, "sources": measured.figures}
     return Filters(of, summary, hash_of(measured.digests), bool(measured.moments))
@@ -117,6 +113,8 @@ class _Measured:
     exact: list[dict[str, torch.Tensor]] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     digests: list[str] = field(default_factory=list)
+    # Sums of k k^T over what leads up to the ends of prompts, once there are neighbours.
+    context: dict[str, torch.Tensor] | None = None
 
     @property
     def _most_prompts(self) -> int:
@@ -134,17 +132,20 @@ class _Measured:
         self._note(source, prompts=len(source.texts), tokens=n_tokens)
 
     def add_text(self, source: Source, n_texts: int) -> None:
-        found = text_moments(
-            self.model,
-            self.tokenizer,
-            self.modules,
-            source,
-            cache=cache_folder(self.hparams.preserve_dir),
-            progress=self.progress,
-        )
+        where: dict[str, Any] = {
+            "cache": cache_folder(self.hparams.preserve_dir),
+            "progress": self.progress,
+        }
+        found = text_moments(self.model, self.tokenizer, self.modules, source, **where)
         self._add(source.name, found.second, 1 / n_texts)
         self.digests.append(found.digest)
         self._note(source, tokens=found.n_tokens)
+        if source.kind == SAMPLED:
+            asked = asked_moments(self.model, self.tokenizer, self.modules, **where)
+            if asked is not None:
+                self._add("asked", asked.second, _WEIGHTS["asked"])
+                self.digests.append(asked.digest)
+                self._note(source, prompts=asked.n_tokens)
 
     def add_neighbours(self, source: Source, texts: TrainingTexts) -> None:
         near = neighbours_of(
@@ -161,46 +162,59 @@ class _Measured:
                 "nothing is known of them. Give the requests a `subject`."
             )
             return
-        found = moments_of(
+        last, self.context = end_moments(
             self.model,
-            self._ids(near.prompts),
+            prompt_ids(self.model, self.tokenizer, near.prompts),
             self.modules,
-            last_only=True,
             description="neighbours",
             progress=self.progress,
         )
-        self._add(source.name, found.second, _WEIGHTS["neighbours"])
+        self._add(source.name, last, _WEIGHTS["neighbours"])
 
-    def add_rewordings(self, prompts: Sequence[Sequence[str]]) -> None:
-        """Adds what the wordings of one prompt differ in, where there are any."""
-        groups = [own for own in prompts if len(own) > 1]
+    def add_wordings(self, wordings: Sequence[Sequence[str]]) -> None:
+        """Adds what the wordings of one prompt differ in, and what leads up to their ends.
+
+        What they differ in says nothing of the fact: a change that does not answer to it answers
+        alike to wordings that it was not trained on. What leads up to the end of a prompt is much
+        the same in its neighbours, and above the change the ends attend to it: most of what an edit
+        moves there comes by this way.
+
+        Args:
+            wordings: Of each edit its own prompt, and its rewordings after it.
+        """
+        groups = [own for own in wordings if len(own) > 1 or self.context is not None]
         if not groups:
             return
         each = -(-sum(map(len, groups)) // len(groups))
         n_groups = min(len(groups), max(1, self._most_prompts // each))
         groups = random.Random(self.hparams.seed).sample(groups, n_groups)
-        sums: dict[str, torch.Tensor] = {}
+        differences: dict[str, torch.Tensor] = {}
         starts = range(0, len(groups), EDITS_AT_ONCE)
         several = self.progress and len(starts) > 1
         for start in tqdm(starts, desc="rewordings", disable=not several):
             some = groups[start : start + EDITS_AT_ONCE]
             keys = keys_of(
                 self.model,
-                self._ids([prompt for own in some for prompt in own]),
+                prompt_ids(self.model, self.tokenizer, [prompt for own in some for prompt in own]),
                 self.modules,
                 last_only=True,
+                before=self.context,
                 description="rewordings",
                 progress=self.progress and not several,
             )
             for module, found in keys.items():
                 here = found.to(self._device(module))
                 around = torch.cat([own - own.mean(0) for own in here.split([*map(len, some)])])
-                check_finite(around, module)
-                scatter = around.T @ around
-                sums[module] = sums[module] + scatter if module in sums else scatter
-        if all(float(total.trace()) > 0 for total in sums.values()):
-            self._add("rewordings", sums, _WEIGHTS["rewordings"])
-            self.figures["rewordings"] = {"prompts": sum(map(len, groups))}
+                add_moment_(differences, module, around)
+        n_prompts = sum(map(len, groups))
+        for name, sums in (("rewordings", differences), ("context", self.context or {})):
+            for module, total in sums.items():
+                check_finite(total, module)
+            # Of edits with one wording each there are no differences, of prompts of one token no
+            # context.
+            if sums and all(float(total.trace()) > 0 for total in sums.values()):
+                self._add(name, sums, _WEIGHTS[name])
+                self.figures[name] = {"prompts": n_prompts}
 
     def filter(self, module: str, name: str) -> torch.Tensor:
         """Returns S of one matrix, where the matrix is."""
@@ -221,20 +235,14 @@ class _Measured:
         assert isinstance(weight, torch.Tensor)
         return weight.device
 
-    def _ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Returns the prompts as tokens up to the last one of their own, whose answer is asked."""
-        context, eos = context_length(self.model), self.tokenizer.eos_token_id
-        found = []
-        for ids in ids_of(self.tokenizer, prompts):
-            own = ids[:-1] if ids[-1:] == [eos] else ids  # some tokenizers add one by themselves
-            found.append(own if context is None else own[-context:])
-        return found
-
     def _add(self, name: str, second: dict[str, torch.Tensor], weight: float) -> None:
-        self.moments[name], self.weights[name] = second, weight
+        # They have been summed where the matrices are, which have other uses for the room.
+        self.moments[name] = {m: moment.to("cpu", torch.float32) for m, moment in second.items()}
+        self.weights[name] = weight
 
     def _note(self, source: Source, **figures: int) -> None:
-        self.figures[source.name] = {"kind": source.kind, **figures}
+        noted = self.figures.setdefault(source.name, {"kind": source.kind})
+        noted.update(figures)
 
 
 def adam_of(n_edits: int, hparams: LocFTBFHyperParams) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ from ..files import output_errors, write_atomically
 from ..hashes import hash_of, model_fingerprint
 from ..sampling import continuations, first_token, seeded
 from ..tokens import ids_of
+from .asked import BEGINNINGS
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,8 @@ OPENINGS = (
 _DOCUMENTS = 128  # of each kind, at least
 _BATCH = 32
 _DOCUMENT_TOKENS, _OPENED_TOKENS = 128, 32
-_FORMAT = 1
+_ASKED_EACH, _ASKED_TOKENS = 7, 24  # of each beginning of `asked`, in a round
+_FORMAT = 2
 # A model that ends nearly every text at once would otherwise be sampled without end.
 _MOST_ROUNDS = 10  # times what is expected
 
@@ -43,10 +46,12 @@ class SampledText:
     Attributes:
         documents: Begun with BOS, at most 128 tokens.
         opened: Begun with `OPENINGS` in turn, which go on with at most 32 tokens.
+        asked: Begun with each of `asked.BEGINNINGS` 7 times a round, with at most 24 tokens more.
     """
 
     documents: list[str]
     opened: list[str]
+    asked: list[str]
 
 
 def sampled_text(
@@ -58,16 +63,16 @@ def sampled_text(
     seed: int = 0,
     progress: bool,
 ) -> SampledText:
-    """Returns text sampled from the model: at least 128 documents of each kind, and `n_tokens`.
+    """Returns text sampled from the model: at least 128 documents and as many opened ones.
 
-    Round by round, a batch of each kind. A round depends on the seed and its number alone, so that
-    asking for more tokens gives the same text and more, and what was interrupted goes on where it
-    stopped. Random states are left as they were.
+    Round by round, a batch of each kind, until documents and opened ones have `n_tokens`. A round
+    depends on the seed and its number alone, so that asking for more tokens gives the same text and
+    more, and what was interrupted goes on where it stopped. Random states are left as they were.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        n_tokens: Tokens of all text at least.
+        n_tokens: Tokens of documents and opened ones at least.
         cache: A folder where each round is kept; `None` keeps nothing.
         seed: Seed of the sampling.
         progress: Show a progress bar.
@@ -77,7 +82,7 @@ def sampled_text(
         OutputError: A round cannot be kept.
     """
     rounds = _Rounds(model, tokenizer, cache, seed)
-    text = SampledText([], [])
+    text = SampledText([], [], [])
     found = 0
     expected = max(_DOCUMENTS, -(-n_tokens // (_DOCUMENT_TOKENS + _OPENED_TOKENS)))
     most = _MOST_ROUNDS * -(-expected // _BATCH)
@@ -87,6 +92,7 @@ def sampled_text(
             new = rounds.get(number)
             text.documents.extend(new.documents)
             text.opened.extend(new.opened)
+            text.asked.extend(new.asked)
             found += sum(map(len, ids_of(tokenizer, [*new.documents, *new.opened])))
             bar.total = max(2 * expected, len(text.documents) + len(text.opened))
             bar.update(len(new.documents) + len(new.opened))
@@ -107,10 +113,13 @@ class _Rounds:
     ) -> None:
         self._model, self._tokenizer, self._seed = model, tokenizer, seed
         self._starts = [[first_token(tokenizer)]] * _BATCH
-        self._openings = _opening_ids(tokenizer)
-        sizes = [_BATCH, _DOCUMENT_TOKENS, _OPENED_TOKENS]
+        self._openings = _opening_ids(tokenizer, OPENINGS)
+        self._asked = _opening_ids(tokenizer, BEGINNINGS) * _ASKED_EACH
+        sizes = [_BATCH, _DOCUMENT_TOKENS, _OPENED_TOKENS, _ASKED_TOKENS]
         words = [len(tokenizer), self._starts[0], tokenizer.eos_token_id, self._openings]
-        self._key = hash_of([_FORMAT, model_fingerprint(model), seed, sizes, OPENINGS, words])
+        words.append(self._asked)
+        texts = [OPENINGS, BEGINNINGS]
+        self._key = hash_of([_FORMAT, model_fingerprint(model), seed, sizes, texts, words])
         self._folder = None if cache is None else cache / f"sampled-{self._key[:10]}"
 
     def get(self, number: int) -> SampledText:
@@ -123,7 +132,8 @@ class _Rounds:
         turns = [(number * _BATCH + i) % len(OPENINGS) for i in range(_BATCH)]
         begun = [self._openings[i] for i in turns]
         opened = self._draw("opened", number, begun, _OPENED_TOKENS)
-        text = SampledText([document for document in drawn if document.strip()], opened)
+        asked = self._draw("asked", number, self._asked, _ASKED_TOKENS)
+        text = SampledText([document for document in drawn if document.strip()], opened, asked)
         if file is not None:
             with output_errors(file):
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +157,7 @@ class _Rounds:
             )
 
     def _content(self, number: int, text: SampledText) -> dict[str, Any]:
-        texts = {"documents": text.documents, "opened": text.opened}
+        texts = dataclasses.asdict(text)
         return {"of": self._key, "round": number, **texts, "sha256": hash_of(texts)}
 
     def _read(self, file: Path, number: int) -> SampledText | None:
@@ -156,8 +166,8 @@ class _Rounds:
             return None
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            text = SampledText(content["documents"], content["opened"])
-            texts = [*text.documents, *text.opened]
+            text = SampledText(*(content[field.name] for field in dataclasses.fields(SampledText)))
+            texts = [*text.documents, *text.opened, *text.asked]
             if content == self._content(number, text) and all(isinstance(t, str) for t in texts):
                 return text
             other = content["of"] != self._key or content["round"] != number
@@ -168,9 +178,9 @@ class _Rounds:
         return None
 
 
-def _opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _opening_ids(tokenizer: PreTrainedTokenizerBase, openings: Sequence[str]) -> list[list[int]]:
     """Returns the ids of each opening, without an EOS that the tokenizer puts after every text."""
     end = tokenizer.eos_token_id
     return [
-        ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in ids_of(tokenizer, OPENINGS)
+        ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in ids_of(tokenizer, openings)
     ]

@@ -22,7 +22,7 @@ from ..errors import PreserveError
 
 logger = logging.getLogger(__name__)
 
-_FLOOR = 0.3  # alpha: what a direction may carry, of the mean, before it is damped much
+_FLOOR = 0.6  # alpha: what a direction may carry, of the mean, before it is damped much
 _POWER = 0.75  # p
 # Adam's steps in A are steps in A S for the matrix. What is left to a damped change has to go
 # further to the same end: so a rate that suits the matrix itself suits A.

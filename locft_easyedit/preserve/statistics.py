@@ -6,7 +6,7 @@ the mean of k k^T over the tokens of a text, says how much of the text lies in w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..devices import context_length
 from ..errors import PreserveError
 from ..hashes import hash_of, model_fingerprint
 from ..hparams_rules import SAMPLED
@@ -28,6 +29,7 @@ from ..key_moments import (
 )
 from ..reading import pieces_of
 from ..tokens import ids_of
+from .asked import asked_prompts
 from .sampled import sampled_text
 from .sources import Source
 from .stored import Origin, read_moments, write_moments
@@ -86,19 +88,114 @@ def text_moments(
         OutputError: Something cannot be kept.
     """
     modules = list(dict.fromkeys(modules))
-    check_modules(model, modules, _TITLE)
-    widths = {module: input_width(model.get_submodule(module)) for module in modules}
+    widths = _widths(model, modules)
     widest = max(modules, key=widths.__getitem__)
     parts = _parts(model, tokenizer, source, widths[widest], cache, seed, progress)
     n_tokens = sum(len(sequence) for part in parts for sequence in part)
     _check_enough(source, n_tokens, widths[widest], widest)
-    origin = Origin(model_fingerprint(model), hash_of(parts), n_tokens)
+    return _kept(model, widths, parts, cache, last_only=False, title=source.name, progress=progress)
+
+
+def asked_moments(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    modules: Sequence[str],
+    *,
+    cache: Path | None,
+    seed: int = 0,
+    progress: bool,
+) -> Moments | None:
+    """Returns the second moments of the modules' inputs where a model's own prompts end.
+
+    The prompts are those of the sampled text that `text_moments` measures (see `asked_prompts`);
+    what is asked for their last tokens alone. Computed once and kept, as that is.
+
+    Args:
+        model: A causal language model, as it is before an edit.
+        tokenizer: Its tokenizer.
+        modules: Full names of linear modules.
+        cache: As for `text_moments`, whose sampled text is read there.
+        seed: Seed of the sampling.
+        progress: Show progress bars.
+
+    Returns:
+        The moments; `None` if the model has asked itself nothing.
+
+    Raises:
+        LocFTError: As for `text_moments`.
+    """
+    modules = list(dict.fromkeys(modules))
+    widths = _widths(model, modules)
+    n_tokens = _SAMPLED_FACTOR * max(widths.values())
+    text = sampled_text(model, tokenizer, n_tokens, cache=cache, seed=seed, progress=progress)
+    parts = [prompt_ids(model, tokenizer, asked_prompts(text.asked))]
+    if not parts[0]:
+        return None
+    return _kept(
+        model, widths, parts, cache, last_only=True, title="sampled prompts", progress=progress
+    )
+
+
+def prompt_ids(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
+) -> list[list[int]]:
+    """Returns prompts as tokens up to the last one of their own, whose answer is asked.
+
+    Of a prompt beyond the model's context the end is kept.
+    """
+    context, eos = context_length(model), tokenizer.eos_token_id
+    found = []
+    for ids in ids_of(tokenizer, prompts):
+        own = ids[:-1] if ids[-1:] == [eos] else ids  # some tokenizers add one by themselves
+        found.append(own if context is None else own[-context:])
+    return found
+
+
+def _widths(model: Any, modules: Sequence[str]) -> dict[str, int]:
+    """Returns each module's D.
+
+    Raises:
+        ModelError: A module does not exist or is not linear.
+    """
+    check_modules(model, modules, _TITLE)
+    return {module: input_width(model.get_submodule(module)) for module in modules}
+
+
+def _kept(
+    model: Any,
+    widths: Mapping[str, int],
+    parts: Sequence[list[list[int]]],
+    cache: Path | None,
+    *,
+    last_only: bool,
+    title: str,
+    progress: bool,
+) -> Moments:
+    """Returns the mean of the parts' moments; what is not in the cache yet is computed and kept.
+
+    Args:
+        model: The model.
+        widths: Each module's D.
+        parts: Token sequences of each part.
+        cache: The folder; `None` keeps nothing.
+        last_only: Only the last token of each sequence counts.
+        title: What is measured, for the progress bar.
+        progress: Show a progress bar.
+    """
+    n_tokens = sum(1 if last_only else len(sequence) for part in parts for sequence in part)
+    text = hash_of(["last tokens", parts] if last_only else parts)
+    origin = Origin(model_fingerprint(model), text, n_tokens)
     second = {} if cache is None else read_moments(cache, widths, origin)
-    missing = [module for module in modules if module not in second]
+    missing = [module for module in widths if module not in second]
     if missing:
         measured = [
             moments_of(
-                model, part, missing, description=f"keys of {source.name}", progress=progress
+                model,
+                part,
+                missing,
+                last_only=last_only,
+                description=f"keys of {title}",
+                progress=progress,
             )
             for part in parts
         ]
@@ -107,7 +204,7 @@ def text_moments(
             second[module] = mean
             if cache is not None:
                 write_moments(cache, module, mean, origin)
-    return Moments({module: second[module] for module in modules}, n_tokens, origin.text)
+    return Moments({module: second[module] for module in widths}, n_tokens, origin.text)
 
 
 def moments_of(

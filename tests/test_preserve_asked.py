@@ -1,0 +1,149 @@
+"""What a model asks itself, and what leads up to the ends of prompts: against naive sums."""
+
+import pytest
+import torch
+from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
+
+from locft_easyedit.editing import EditSession
+from locft_easyedit.key_moments import end_moments, keys_of
+from locft_easyedit.preserve import prepare, sampled, statistics
+from locft_easyedit.preserve.asked import BEGINNINGS, asked_prompts
+from locft_easyedit.preserve.sampled import SampledText
+from locft_easyedit.preserve.statistics import asked_moments, prompt_ids
+
+DOWN = DOWN_PROJECTION["llama"].removesuffix(".weight")
+MODULES = [DOWN.format(2), DOWN.format(1)]
+# Sums of some hundred products in float32, in another order: measured at most 3e-7 of the largest.
+TOLERANCE = 3e-6
+
+
+def keys(model, module, documents):
+    """Each document's keys in float64, [T, D], one document at a time."""
+    found = []
+    handle = model.get_submodule(module).register_forward_hook(
+        lambda _, inputs, __: found.append(inputs[0][0].double())
+    )
+    with torch.no_grad():
+        for document in documents:
+            model(torch.tensor([document]))
+    handle.remove()
+    return found
+
+
+def moment(rows):
+    return sum((k.T @ k for k in rows), torch.zeros(64, 64).double())
+
+
+def close(found, expected):
+    return (found.double() - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@pytest.fixture
+def asking(monkeypatch):
+    """Lets a model ask itself what a toy's tokenizer knows."""
+    text = SampledText(
+        ["The dog ran home."] * 8,
+        ["Who"] * 8,
+        ["Question: Where is the dog?", "The home of Paris is in", "Question: Who ran"],
+    )
+    monkeypatch.setattr(statistics, "sampled_text", lambda *_, **__: text)
+    return ["Where is the dog?", "Question: Where is the dog?\nAnswer:", "where is the dog",
+            "The home of Paris is"]  # fmt: skip
+
+
+# Prompts
+
+
+def test_a_question_comes_in_three_forms_and_a_statement_ends_where_an_answer_may_follow():
+    texts = [
+        "Question: Who was the first king of Norway? He was Harald.",
+        "The capital of the old kingdom was moved to Bergen in the year",
+        "Question: How old",
+        "It is.",
+        "The author of the book said nothing to anybody",
+        "Question: Who was the first king of Norway!",
+    ]
+    question = "Who was the first king of Norway"
+    assert asked_prompts(texts) == [
+        f"{question}?",
+        f"Question: {question}?\nAnswer:",
+        question.lower(),
+        "The capital of the old kingdom was moved to Bergen in",
+    ]
+
+
+@pytest.mark.parametrize("begun", BEGINNINGS)
+def test_every_beginning_can_lead_to_a_prompt(begun):
+    [*prompts] = asked_prompts([f"{begun} old and famous Lake Garda is in Italy"])
+    assert prompts
+    assert all("italy" not in p.lower() or begun.startswith("Question") for p in prompts)
+
+
+# Moments
+
+
+def test_moments_of_what_is_asked_are_those_of_last_tokens_and_computed_once(
+    asking, tmp_path, monkeypatch
+):
+    model, tokenizer = toy_model(), toy_tokenizer()
+    found = asked_moments(model, tokenizer, MODULES, cache=tmp_path, progress=False)
+    documents = prompt_ids(model, tokenizer, asking)
+    assert found.n_tokens == len(asking)
+    for module in MODULES:
+        last = [k[-1:] for k in keys(model, module, documents)]
+        assert close(found.second[module], moment(last) / len(asking))
+    monkeypatch.setattr(statistics, "second_moments", None)  # they are kept
+    again = asked_moments(model, tokenizer, MODULES, cache=tmp_path, progress=False)
+    assert all(torch.equal(again.second[m], found.second[m]) for m in MODULES)
+    assert again.digest == found.digest
+
+
+def test_a_model_that_asks_itself_nothing_has_no_such_moments(monkeypatch):
+    text = SampledText(["The dog ran home."], ["Who"], ["Question: Who", "The"])
+    monkeypatch.setattr(statistics, "sampled_text", lambda *_, **__: text)
+    assert asked_moments(toy_model(), toy_tokenizer(), MODULES, cache=None, progress=False) is None
+
+
+def test_sums_over_ends_and_over_what_is_before_them():
+    model, tokenizer = toy_model(), toy_tokenizer()
+    documents = prompt_ids(model, tokenizer, [r["prompt"] for r in toy_requests(9)])
+    last, before = end_moments(model, documents, MODULES, description="", progress=False)
+    rest = {}
+    ends = keys_of(
+        model, documents, MODULES, last_only=True, before=rest, description="", progress=False
+    )
+    for module in MODULES:
+        naive = keys(model, module, documents)
+        assert close(last[module], moment([k[-1:] for k in naive]))
+        assert close(before[module], moment([k[:-1] for k in naive]))
+        assert close(rest[module], moment([k[:-1] for k in naive]))
+        assert close(ends[module], torch.cat([k[-1:] for k in naive]))
+
+
+def test_all_that_is_measured_for_the_preset_counts_by_its_weight(asking, monkeypatch, tmp_path):
+    for name in ("DOCUMENTS", "BATCH"):
+        monkeypatch.setattr(sampled, f"_{name}", 8)
+    seen = []
+    compute = prepare.mixed
+    monkeypatch.setattr(
+        prepare, "mixed", lambda m, w: seen.append((dict(m), dict(w))) or compute(m, w)
+    )
+    monkeypatch.setattr(statistics, "_check_enough", lambda *_: None)
+    requests = [r | {"subject": r["prompt"].split()[0]} for r in toy_requests(6)]
+    hparams = toy_hparams(
+        alg_name="LocFT-BF+", preserve_dir=str(tmp_path), rewrite_module_tmp=f"{DOWN}.weight"
+    )
+    model, tokenizer = toy_model(), toy_tokenizer()
+    with EditSession(model, tokenizer, requests, hparams, progress=False) as session:
+        wordings, subjects = session.training_texts.wordings, session.training_texts.subjects
+        sources = session._filters.summary["sources"]
+    [(moments, weights)] = seen
+    assert weights == {"sampled": 1.0, **prepare._WEIGHTS}
+    assert moments.keys() == weights.keys()
+    near = prepare.neighbours_of(wordings, subjects, each=8, most=8 * 64, seed=hparams.seed).prompts
+    own = [prompt for each in wordings for prompt in each]
+    module = DOWN.format(hparams.layers[0])
+    before = [k[:-1] for k in keys(model, module, prompt_ids(model, tokenizer, [*near, *own]))]
+    assert close(moments["context"], moment(before))
+    assert sources["context"]["prompts"] == len(own)
+    assert sources["sampled"]["prompts"] == len(asking)
