@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -84,17 +85,57 @@ def _narrow(rows: Rows, narrowed: bool) -> Callable[[torch.Tensor], torch.Tensor
     return lambda hidden: hidden if narrowed else _scored(hidden, rows).unsqueeze(0)
 
 
-def run_next(model: PreTrainedModel, **inputs: Any) -> tuple[torch.Tensor, Any]:
-    """Returns the logits after the last column, [B, V], and the cache, `None` if there is none.
+def run_next(model: PreTrainedModel, cache: Any, **inputs: Any) -> tuple[torch.Tensor, Any]:
+    """Returns the logits after the last column, [B, V], and the cache, as `run_cached` does.
 
     Args:
         model: A causal language model.
-        **inputs: Its `input_ids`, [B, L], padded on the left, `attention_mask`, `position_ids` and
-            `past_key_values`.
+        cache: As for `run_cached`.
+        **inputs: As for `run_cached`.
     """
     with _head_sees(model, lambda hidden: hidden[:, -1:]):
-        output = model(**inputs, use_cache=True)
-    return output.logits[:, -1], getattr(output, "past_key_values", None)
+        output, cache = run_cached(model, cache, **inputs)
+    return output.logits[:, -1], cache
+
+
+def run_cached(model: PreTrainedModel, cache: Any, **inputs: Any) -> tuple[Any, Any]:
+    """Returns the model's output, and its cache: with `None`, the next call needs all tokens again.
+
+    Args:
+        model: A causal language model.
+        cache: What the last call gave; `None` for the first.
+        **inputs: The model's `input_ids`, [B, L]: those that the cache does not hold. Where they
+            are padded on the left, `attention_mask` and `position_ids` as well.
+    """
+    name = _cache_argument(model)
+    if name is None:
+        return model(**inputs, use_cache=False), None
+    output = model(**inputs, **{name: cache}, use_cache=True)
+    cache = getattr(output, name, None)
+    return output, cache if _counts_tokens(cache) else None
+
+
+def _cache_argument(model: PreTrainedModel) -> str | None:
+    """Returns what the model calls its cache; `None` if it takes none under a name known here.
+
+    transformers renamed it in 5.24, models with code of their own keep the former name, and a
+    model may swallow a name that it does not know.
+    """
+    own = getattr(model, "get_base_model", lambda: model)()  # what peft wraps
+    known = inspect.signature(own.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in known), None)
+
+
+def _counts_tokens(cache: Any) -> bool:
+    """Returns whether it is a cache of attention, which knows how many tokens it holds.
+
+    Models like Mamba keep states alone. They take masks of the new tokens, not of all.
+    """
+    try:
+        cache.get_seq_length()
+    except (AttributeError, ValueError):
+        return False
+    return True
 
 
 @contextmanager

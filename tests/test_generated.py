@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from toys import CONTEXT, toy_model, toy_requests, toy_tokenizer
+from toys import CONTEXT, TOY_KINDS, toy_model, toy_requests, toy_tokenizer
 from transformers import GenerationConfig
 
 from locft_easyedit.evaluate.choices import HowToRun
 from locft_easyedit.evaluate.decoding import GreedyDecoder
+from locft_easyedit.evaluate.fluency import fluency_of
 from locft_easyedit.evaluate.generated import (
     finish_generated_,
     generate_answers,
@@ -292,8 +293,47 @@ def test_half_precision_does_not_depend_on_the_batch(factor):
     assert one == many
 
 
+@pytest.mark.parametrize("kind", TOY_KINDS)
+def test_the_cache_goes_by_the_name_that_the_model_knows(kind, recwarn, caplog):
+    """After the prompt each token is read once, and transformers has nothing to object to."""
+    model, widths = toy_model(kind), []
+    model.register_forward_pre_hook(
+        lambda _, args, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    tokenizer = toy_tokenizer()
+    generate_answers(model, tokenizer, PROMPTS, max_new_tokens=4)
+    assert widths.count(1) >= 3
+    widths.clear()
+    fluency_of(model, tokenizer, toy_requests(1), words=str.split)
+    assert set(widths[1:]) == {1}
+    assert "deprecated" not in caplog.text
+    assert not any("deprecated" in str(warning.message) for warning in recwarn)
+
+
+class Wrapper(nn.Module):
+    """Hands on whatever it is given, as some editing methods do around the model they edit."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.dtype = model, model.dtype
+        self.get_input_embeddings = model.get_input_embeddings
+
+    def forward(self, **inputs):
+        return self.model(**inputs)
+
+
+def test_models_within_others():
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = toy_model(), toy_tokenizer()
+    expected = [naive_greedy(model, tokenizer, prompt, 6) for prompt in PROMPTS]
+    adapted = get_peft_model(model, LoraConfig(target_modules=["down_proj"])).eval()
+    for outer in (Wrapper(model), adapted):
+        assert generate_answers(outer, tokenizer, PROMPTS, max_new_tokens=6) == expected
+
+
 def test_models_without_an_ordinary_cache():
-    """Linear attention keeps states of another kind; mamba gives no cache under that name."""
+    """Linear attention keeps states of another kind; mamba keeps those alone."""
     from transformers import Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausalLM
 
     tokenizer = toy_tokenizer()
@@ -315,6 +355,11 @@ def test_models_without_an_ordinary_cache():
         assert len(set(expected)) > 3
         answers = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=6)
         assert answers == expected
+        draws = []
+        for read in (model, Wrapper(model)):  # the second is always read from the beginning
+            torch.manual_seed(1)
+            draws.append(fluency_of(read, tokenizer, toy_requests(1), words=str.split))
+        assert draws[0] == draws[1]
 
 
 # Metrics

@@ -83,11 +83,7 @@ def _decode_batch(
     cache: Any = None
     while True:
         logits, cache = run_next(
-            model,
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
+            model, cache, input_ids=ids, attention_mask=mask, position_ids=positions
         )
         tokens = pick(logits, texts[rows], [grown[i] for i in rows]).to(device)  # [B]
         for member, token in zip(rows, tokens.tolist(), strict=True):
@@ -97,7 +93,7 @@ def _decode_batch(
             return
         new, next_position = tokens[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        if cache is None:  # a model without a cache of this kind reads all of it again
+        if cache is None:  # the model reads all of it again
             new, next_position = torch.cat([ids, new], 1), torch.cat([positions, next_position], 1)
         ids, positions = new, next_position
         if not going.all():

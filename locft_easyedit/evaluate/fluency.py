@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..devices import input_device
 from ..errors import MissingDependencyError
+from ..forward import run_cached
 from ..modes import evaluation_mode
 from .decoding import decode_
 
@@ -154,12 +155,12 @@ def _sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: 
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=input_device(model))
     new, cache = ids, None
     while ids.shape[1] < _TOTAL_TOKENS:
-        output = model(input_ids=new, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output, cache = run_cached(model, cache, input_ids=new)
         top = torch.softmax(output.logits[:, -1, :], dim=1).topk(_TOP_K, dim=1)
         drawn = torch.multinomial(top.values / top.values.sum(1, keepdim=True), 1)
         new = top.indices.gather(1, drawn).to(ids.device)
         ids = torch.cat([ids, new], dim=1)
+        new = ids if cache is None else new
     return _text(tokenizer, ids[0].tolist())
 
 
