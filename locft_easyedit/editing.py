@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .change import Change
@@ -25,17 +23,18 @@ from .identity import Identity, check_agreed
 from .loop import breadth_first_
 from .lora import check_low_rank, low_rank_of
 from .modes import only_trainable, with_gradients
+from .phases import timed
 from .place import Place, select_place
 from .prefix import Recorded
 from .prepare import prepare_runner
-from .preserve.confined import Confined, check_confinable
-from .preserve.prepare import Filters, adam_of, filters_for
+from .preserve.confined import Confined
+from .preserve.protection import Protection, check_protectable, check_resident
 from .preserve.sources import Source, read_sources
 from .progress import Progress
 from .requests import EditSet, distinct_edits
 from .result import EditResult
 from .runner import TextRunner
-from .sharding import lockstep, sharded_layers
+from .sharding import lockstep
 from .share import Share
 from .shortcuts import Shortcuts, find_shortcuts
 from .store import Budget
@@ -125,8 +124,7 @@ class EditSession:
     stream: FrozenStream | None = field(init=False, default=None)
     checkpoints: Checkpoints | None = field(init=False, default=None)
     choice: Choice | None = field(init=False, default=None)
-    _confined: Confined | None = field(init=False, default=None)
-    _filters: Filters | None = field(init=False, default=None)
+    _protection: Protection | None = field(init=False, default=None)
     _health: HealthCheck | None = field(init=False, default=None)
     _runner: TextRunner | None = field(init=False, default=None)
     _cleanup: ExitStack = field(init=False, default_factory=ExitStack)
@@ -196,12 +194,7 @@ class EditSession:
         if h.tuning == "lora":
             check_low_rank(self.model, self.place.parameters, h.lora_rank)
         if self.sources:
-            check_confinable(self.model, self.place.parameters)
-            if sharded_layers(self.model) is not None:
-                raise ModelError(
-                    "`preserve` needs the whole model in each process, and `shard_frozen` shares "
-                    "its layers out. Set `shard_frozen: false`, or `preserve: []`."
-                )
+            check_protectable(self.model, self.place.parameters)
 
     @property
     def _texts(self) -> TokenizedTexts:
@@ -279,7 +272,8 @@ class EditSession:
                     replaced = h.tuning == "lora" or bool(self.sources)
                     apart = self.place.parameters.values() if replaced else ()
                     self._cleanup.enter_context(compiled(self.place.stack, first, apart))
-                self._confine()
+                if self.sources:
+                    self._protection = self._protected()
                 if self.checkpoints is None or not self.checkpoints.finished:
                     self._runner = self._prepared()
                 if h.health_check:
@@ -318,8 +312,8 @@ class EditSession:
     def _prepared(self) -> TextRunner:
         """Returns what runs the edits, with their prefix recorded."""
         h, shortcuts = self.hparams, self.shortcuts
-        if self._confined is not None:
-            shortcuts = replace(shortcuts, cuts=tuple(map(self._confined.folded, shortcuts.cuts)))
+        if self._protection is not None:
+            shortcuts = self._protection.folded(shortcuts)
         noted = None if self.checkpoints is None else self.checkpoints.noted("cut")
         runner = prepare_runner(
             self.model,
@@ -386,7 +380,7 @@ class EditSession:
                     health = self._health.after(
                         changed.original, new, lr=self.hparams.lr, perplexity=only is None
                     )
-            notes = self._how_it_ran(checkpoints)
+            notes, protection = self._how_it_ran(checkpoints), self._protection
             return EditResult(
                 losses=done.losses,
                 step_losses=done.step_losses,
@@ -403,7 +397,7 @@ class EditSession:
                 health=health,
                 choice=self.choice,
                 augmented=self.training_texts.summary,
-                preserved=None if self._filters is None else self._filters.summary,
+                preserved=None if protection is None else protection.filters.summary,
             )
         except BaseException as error:
             # Ctrl-C as well: a half-trained model is of no use to anybody.
@@ -413,50 +407,33 @@ class EditSession:
                 checkpoints.discard()  # it leads there again
             raise
 
-    def _confine(self) -> None:
+    def _protected(self) -> Protection:
         """Measures what is to be preserved, from the model as it is now."""
-        if not self.sources:
-            return
-        if self.stream is not None:
-            raise ModelError(
-                "`preserve` measures what enters the trained matrix, and `stream_frozen` leaves "
-                "the layers below it on disk. Set `stream_frozen: false`, on a device that holds "
-                "the model, or `preserve: []`."
-            )
-        # Whoever fails here must not leave the others waiting for the exchange below.
-        with self._timed("preserve"), self.world.together():
-            self._filters = found = filters_for(
-                self.model,
-                self.tokenizer,
-                self.place,
-                self.sources,
-                self.training_texts,
-                self.hparams,
-                progress=self.progress,
-            )
-        # Unlike GPUs may have rounded differently.
-        self.world.broadcast_(found.of.values())
+        check_resident(self.stream)
+        found = Protection.measured(
+            self.model,
+            self.tokenizer,
+            self.place,
+            self.sources,
+            self.training_texts,
+            self.hparams,
+            world=self.world,
+            timings=self.timings,
+            progress=self.progress,
+        )
         if self.checkpoints is not None:
-            self.checkpoints.check_preserved(found.digest)
-        self._confined = Confined(self.model, self.place.parameters, found.of)
-
-    @property
-    def _damps(self) -> bool:
-        return self._filters is not None and self._filters.damps
+            self.checkpoints.check_preserved(found.filters.digest)
+        return found
 
     def _ready_confined(self) -> Confined | None:
         """Returns the confined change, at its beginning, on top of the present weights."""
-        if self._confined is None:
+        if self._protection is None:
             return None
-        if self._confined.holds_for(self.place.parameters):
-            self._confined.reset_()
-        else:
-            # The weights that it was added to are part of what was recorded.
-            self._confined = self._confined.on_top()
+        if not self._protection.begin_():
             if self._runner is not None and self._runner.prefix is not None:
                 self._runner.prefix.close()
             self._runner = None
-        return self._confined
+        return self._protection.change
 
     def _ready_runner(self) -> TextRunner:
         """Returns what runs the edits, with their prefix complete."""
@@ -487,6 +464,7 @@ class EditSession:
         progress: bool,
     ) -> Progress:
         """Trains `weights`, from the beginning or from a checkpoint."""
+        protection = self._protection
         with self._timed("train"), runner.ready(), with_gradients():
             done = breadth_first_(
                 runner,
@@ -495,7 +473,7 @@ class EditSession:
                 self.hparams,
                 share=self._share,
                 variants=self.training_texts.variants,
-                adam=adam_of(len(indices), self.hparams) if self._damps else None,
+                adam=None if protection is None else protection.adam(len(indices), self.hparams),
                 describe=self._describe,
                 progress=progress,
                 checkpoints=checkpoints,
@@ -516,13 +494,5 @@ class EditSession:
         edit = self.edits.edits[index]
         return f"request {edit.request}: {edit.prompt!r} -> {edit.target!r}"
 
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start, before = time.perf_counter(), sum(self.timings.values())
-        yield
-        for device in {parameter.device for parameter in self.model.parameters()}:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)  # once a phase: launched work belongs to the phase
-        # A phase within this one counts by itself.
-        within = sum(self.timings.values()) - before
-        self.timings[phase] = time.perf_counter() - start - within
+    def _timed(self, phase: str) -> AbstractContextManager[None]:
+        return timed(self.timings, phase, self.model)
