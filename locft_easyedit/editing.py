@@ -209,27 +209,20 @@ class EditSession:
         return [(s.strip() or None) if isinstance(s, str) else None for s in found]
 
     def _chosen(self) -> Choice:
-        """Returns the place for these edits, which rank 0 chooses for all."""
-        return self.world.from_first(self._choose)
-
-    def _choose(self) -> Choice:
-        """Chooses the place for these edits; an interrupted run does not choose twice."""
+        """Returns the place for these edits; an interrupted run does not choose twice."""
         # They train with sessions of their own.
-        from .locate.auto import choose_place
-        from .locate.choice import keep_choice, kept_choice
+        from .locate.once import choose_once
 
-        h, folder, identity = self.hparams, self._checkpoint_dir, None
-        if folder is not None:
-            identity = Identity.of(self.model, Place({}, None, None), self._texts, h)
-            kept = kept_choice(folder, identity)
-            if kept is not None:
-                return kept
-        choice = choose_place(
-            self.model, self.tokenizer, self.edits.edits, h, progress=self.progress
+        return choose_once(
+            self.model,
+            self.tokenizer,
+            self.edits.edits,
+            self._texts,
+            self.hparams,
+            self._checkpoint_dir,
+            world=self.world,
+            progress=self.progress,
         )
-        if folder is not None and identity is not None:
-            keep_choice(folder, identity, choice)
-        return choice
 
     def __enter__(self) -> EditSession:
         if not hasattr(self, "training_texts"):
