@@ -40,7 +40,7 @@ from .shortcuts import Shortcuts, find_shortcuts
 from .store import Budget
 from .stream import FrozenStream, stream_of
 from .tokens import TokenizedTexts
-from .training_texts import TrainingTexts
+from .training_texts import TrainingTexts, subjects_of
 from .weights import TrainedWeights
 from .world import ALONE, World, here
 
@@ -151,7 +151,7 @@ class EditSession:
             self.training_texts = TrainingTexts.of(
                 self.tokenizer,
                 self.edits.edits,
-                self._subjects,
+                subjects_of(self.requests, self.edits.edits, h),
                 h,
                 max_positions=context_length(self.model),
             )
@@ -199,14 +199,6 @@ class EditSession:
     @property
     def _texts(self) -> TokenizedTexts:
         return self.training_texts.texts
-
-    @property
-    def _subjects(self) -> list[str | None]:
-        """The subject of each edit; `None` where the request gives none, or none is needed."""
-        if not (self.hparams.rewordings or self.hparams.preserved):
-            return [None] * len(self.edits.edits)
-        found = (self.requests[edit.request].get("subject") for edit in self.edits.edits)
-        return [(s.strip() or None) if isinstance(s, str) else None for s in found]
 
     def _chosen(self) -> Choice:
         """Returns the place for these edits; an interrupted run does not choose twice."""
