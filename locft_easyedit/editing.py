@@ -19,7 +19,6 @@ from .errors import ModelError, NonFiniteLossError
 from .files import locked
 from .health import HealthCheck
 from .hparams import LocFTBFHyperParams
-from .identity import Identity, check_agreed
 from .loop import breadth_first_
 from .lora import check_low_rank, low_rank_of
 from .modes import only_trainable, with_gradients
@@ -33,6 +32,7 @@ from .preserve.sources import Source, read_sources
 from .progress import Progress
 from .requests import EditSet, distinct_edits
 from .result import EditResult
+from .resuming import agreed_checkpoints
 from .runner import TextRunner
 from .sharding import lockstep
 from .share import Share
@@ -161,25 +161,15 @@ class EditSession:
             self.hparams = h = self.choice.applied(h)
             self._select()
         self._share = Share.in_world(self.world, self._texts.input_lengths)
-        folder = self._checkpoint_dir
-        if folder is None and not self.world.several:
-            return
-        identity = Identity.of(
+        self.checkpoints = agreed_checkpoints(
             self.model,
             self.place,
-            self._texts,
+            self.training_texts,
             h,
-            self.world.size,
             self.sources,
-            [*self.training_texts.wordings, self.training_texts.subjects],
+            self._checkpoint_dir,
+            self.world,
         )
-        check_agreed(self.world.gather(identity))
-        if folder is not None and h.checkpoint_minutes is not None:
-            self.checkpoints = Checkpoints(folder, h.checkpoint_minutes, identity, self.world)
-            self.world.advise(
-                f"{self.checkpoints.path} has the last checkpoint, if one was due; the same edit "
-                "goes on there, with any number of processes."
-            )
 
     @property
     def _checkpoint_dir(self) -> str | None:
