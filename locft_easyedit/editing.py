@@ -13,9 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .change import Change
 from .checkpoint import Checkpoints
-from .compiling import compiled
 from .devices import context_length
-from .errors import ModelError, NonFiniteLossError
+from .errors import NonFiniteLossError
 from .files import locked
 from .health import HealthCheck
 from .hparams import LocFTBFHyperParams
@@ -30,15 +29,16 @@ from .preserve.confined import Confined
 from .preserve.protection import Protection, check_protectable, check_resident
 from .preserve.sources import Source, read_sources
 from .progress import Progress
+from .readied import readied
 from .requests import EditSet, distinct_edits
 from .result import EditResult
 from .resuming import agreed_checkpoints
 from .runner import TextRunner
 from .sharding import lockstep
 from .share import Share
-from .shortcuts import Shortcuts, find_shortcuts
+from .shortcuts import Shortcuts
 from .store import Budget
-from .stream import FrozenStream, stream_of
+from .stream import FrozenStream
 from .tokens import TokenizedTexts
 from .training_texts import TrainingTexts, subjects_of
 from .weights import TrainedWeights
@@ -223,30 +223,15 @@ class EditSession:
                     h.prefix_dir,
                     self.world.local_size,
                 )
-                stream = stream_of(self.model, self.place.first_layer, progress=self.progress)
-                if stream is not None:
-                    self._cleanup.enter_context(stream)
-                shortened = stream.shortened() if stream is not None else nullcontext()
-                with shortened, lockstep(self.model):
-                    self.shortcuts = find_shortcuts(
-                        self.model,
-                        self._texts,
-                        self.place,
-                        packing=h.packing,
-                        frozen_prefix=h.frozen_prefix or stream is not None,
-                    )
-                if stream is not None and not self.shortcuts.cuts:
-                    raise ModelError(
-                        "`stream_frozen` does not suit this model: its layers cannot be split (see "
-                        "the warning). Set `stream_frozen: false`, on a device that holds it whole."
-                    )
-                self.stream = stream
-                if h.compile and self.place.stack is not None:
-                    first = self.place.first_layer or 0
-                    # A graph would go on computing with a change that is no longer there.
-                    replaced = h.tuning == "lora" or bool(self.sources)
-                    apart = self.place.parameters.values() if replaced else ()
-                    self._cleanup.enter_context(compiled(self.place.stack, first, apart))
+                ready = readied(
+                    self.model,
+                    self._texts,
+                    self.place,
+                    h,
+                    replaced=h.tuning == "lora" or bool(self.sources),
+                    progress=self.progress,
+                )
+                self.shortcuts, self.stream = self._cleanup.enter_context(ready)
                 if self.sources:
                     self._protection = self._protected()
                 if self.checkpoints is None or not self.checkpoints.finished:
@@ -259,8 +244,8 @@ class EditSession:
                             self.shortcuts,
                             row_tokens=h.row_tokens,
                             # In memory it is sooner computed than found again.
-                            kept=None if stream is None else self._kept,
-                            stream=stream,
+                            kept=None if self.stream is None else self._kept,
+                            stream=self.stream,
                         )
                     )
             self._cleanup = self._cleanup.pop_all()  # all went well: clean up on exit, not now
