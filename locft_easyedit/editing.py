@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .change import Change
 from .checkpoint import Checkpoints
 from .devices import context_length
+from .edit_runner import EditRunner
 from .errors import NonFiniteLossError
 from .files import locked
 from .health import HealthCheck
@@ -24,8 +24,7 @@ from .modes import only_trainable, with_gradients
 from .phases import timed
 from .place import Place, select_place
 from .prefix import Recorded
-from .prepare import prepare_runner
-from .preserve.confined import Confined
+from .prepare import kept_in
 from .preserve.protection import Protection, check_protectable, check_resident
 from .preserve.sources import Source, read_sources
 from .progress import Progress
@@ -126,7 +125,7 @@ class EditSession:
     choice: Choice | None = field(init=False, default=None)
     _protection: Protection | None = field(init=False, default=None)
     _health: HealthCheck | None = field(init=False, default=None)
-    _runner: TextRunner | None = field(init=False, default=None)
+    _edit_runner: EditRunner | None = field(init=False, default=None)
     _cleanup: ExitStack = field(init=False, default_factory=ExitStack)
 
     def check(self) -> None:
@@ -234,8 +233,21 @@ class EditSession:
                 self.shortcuts, self.stream = self._cleanup.enter_context(ready)
                 if self.sources:
                     self._protection = self._protected()
+                kept = kept_in(h.prefix_dir, self.place.parameters, self.world)
+                self._edit_runner = EditRunner(
+                    self.model,
+                    self._texts.subset(self._share.own) if self.world.several else self._texts,
+                    h,
+                    self.shortcuts,
+                    self.budget,
+                    protection=self._protection,
+                    kept=kept,
+                    stream=self.stream,
+                    states=self.shared_states,
+                    progress=self.progress,
+                )
                 if self.checkpoints is None or not self.checkpoints.finished:
-                    self._runner = self._prepared()
+                    self._edit_runner.prepare(self.checkpoints)
                 if h.health_check:
                     self._health = self._cleanup.enter_context(
                         HealthCheck(
@@ -244,7 +256,7 @@ class EditSession:
                             self.shortcuts,
                             row_tokens=h.row_tokens,
                             # In memory it is sooner computed than found again.
-                            kept=None if self.stream is None else self._kept,
+                            kept=None if self.stream is None else kept,
                             stream=self.stream,
                         )
                     )
@@ -255,45 +267,14 @@ class EditSession:
         self._cleanup.close()
 
     @property
-    def _kept(self) -> tuple[str, Mapping[str, Any]] | None:
-        """Where prefixes stay for a later run, and what they do not depend on."""
-        folder = self.hparams.prefix_dir
-        if folder and self.world.several:
-            # The health check's text is the same on all ranks, and so would be its file.
-            folder = str(Path(folder, f"rank-{self.world.rank}-of-{self.world.size}"))
-        return (folder, self.place.parameters) if folder else None
+    def _runner(self) -> TextRunner | None:
+        return None if self._edit_runner is None else self._edit_runner.runner
 
     @property
     def shared_states(self) -> Recorded | None:
         """The states of frozen layers that this place can begin with; once entered."""
         usable = self.stream is None and self.shortcuts.from_layer
         return self.states if usable else None
-
-    def _prepared(self) -> TextRunner:
-        """Returns what runs the edits, with their prefix recorded."""
-        h, shortcuts = self.hparams, self.shortcuts
-        if self._protection is not None:
-            shortcuts = self._protection.folded(shortcuts)
-        noted = None if self.checkpoints is None else self.checkpoints.noted("cut")
-        runner = prepare_runner(
-            self.model,
-            self._texts.subset(self._share.own) if self.world.several else self._texts,
-            shortcuts,
-            row_tokens=h.row_tokens,
-            batch_size=h.eval_batch_size,
-            budget=self.budget,
-            # The budget's choice may be another one by now, and move the last bits.
-            cut=noted or h.prefix_cut,
-            kept=self._kept,
-            stream=self.stream,
-            states=self.shared_states,
-            progress=self.progress,
-        )
-        if self.checkpoints is not None:
-            prefix = runner.prefix
-            self.checkpoints.notes["cut"] = None if prefix is None else prefix.cut.kind
-            self.checkpoints.notes["packed"] = runner.packed
-        return runner
 
     def train_(
         self, only: Sequence[int] | None = None, *, progress: bool | None = None
@@ -308,29 +289,30 @@ class EditSession:
             NonFiniteLossError: Training diverged; the weights are as they were before the call.
             EditInterrupted: Ctrl-C or SIGTERM, after a checkpoint; the weights likewise.
         """
-        indices = np.arange(len(self.edits.edits))
-        if only is not None:
-            chosen = {self.edits.edit_of_request[i] for i in only}
-            indices = np.array(sorted(i for i in chosen if i is not None))
+        indices = np.array(self.edits.indices_of(only))
         # The file holds one training: that of all edits, from the weights that were checked.
         checkpoints = self.checkpoints if only is None else None
         self.checkpoints = None
+        edit_runner = self._edit_runner
+        assert edit_runner is not None
         lora = low_rank_of(self.model, self.place.parameters, self.hparams)
-        change: Change | None = lora or self._ready_confined()
+        change: Change | None = lora or edit_runner.confined_()
         weights = TrainedWeights(self.place.parameters) if change is None else change.weights
         changed = weights if change is None else change
         try:
             finished = checkpoints is not None and checkpoints.finished
-            runner = None if finished else self._ready_runner()
+            runner = None if finished else edit_runner.ready(self.world, self.timings)
             if self._health is not None and only is None:
                 with lockstep(self.model):
                     self._health.before()
-            done = self._finished_(weights, checkpoints)
+            done = None if checkpoints is None or not finished else checkpoints.resume_(weights)
             if done is None:
                 assert runner is not None
                 shown = self.progress if progress is None else progress
                 with nullcontext() if change is None else change.in_force():
                     done = self._trained_(runner, weights, indices, checkpoints, shown)
+            if checkpoints is not None:
+                self.timings["train"] = done.seconds  # with what earlier processes spent on it
             if change is not None:
                 change.merge_()
             new, health = changed.values(), None
@@ -340,7 +322,7 @@ class EditSession:
                     health = self._health.after(
                         changed.original, new, lr=self.hparams.lr, perplexity=only is None
                     )
-            notes, protection = self._how_it_ran(checkpoints), self._protection
+            notes, protection = edit_runner.how_it_ran(checkpoints), self._protection
             return EditResult(
                 losses=done.losses,
                 step_losses=done.step_losses,
@@ -385,36 +367,6 @@ class EditSession:
             self.checkpoints.check_preserved(found.filters.digest)
         return found
 
-    def _ready_confined(self) -> Confined | None:
-        """Returns the confined change, at its beginning, on top of the present weights."""
-        if self._protection is None:
-            return None
-        if not self._protection.begin_():
-            if self._runner is not None and self._runner.prefix is not None:
-                self._runner.prefix.close()
-            self._runner = None
-        return self._protection.change
-
-    def _ready_runner(self) -> TextRunner:
-        """Returns what runs the edits, with their prefix complete."""
-        if self._runner is None:  # a checkpoint had made it needless
-            self._runner = self._prepared()
-        if self._runner.prefix is not None and not self._runner.replays:
-            with self.world.together(), self._timed("prefix"):
-                self._runner.prefix.ensure()
-        return self._runner
-
-    def _finished_(
-        self, weights: TrainedWeights, checkpoints: Checkpoints | None
-    ) -> Progress | None:
-        """Takes the weights of a training that was finished; `None` if there is none."""
-        if checkpoints is None or not checkpoints.finished:
-            return None
-        done = checkpoints.resume_(weights)
-        assert done is not None
-        self.timings["train"] = done.seconds
-        return done
-
     def _trained_(
         self,
         runner: TextRunner,
@@ -426,7 +378,7 @@ class EditSession:
         """Trains `weights`, from the beginning or from a checkpoint."""
         protection = self._protection
         with self._timed("train"), runner.ready(), with_gradients():
-            done = breadth_first_(
+            return breadth_first_(
                 runner,
                 weights,
                 indices,
@@ -438,17 +390,6 @@ class EditSession:
                 progress=progress,
                 checkpoints=checkpoints,
             )
-        if checkpoints is not None:
-            self.timings["train"] = done.seconds  # with what earlier processes spent on it
-        return done
-
-    def _how_it_ran(self, checkpoints: Checkpoints | None) -> Mapping[str, Any]:
-        """Returns where the prefix ended, and whether rows were packed."""
-        if self._runner is None:
-            assert checkpoints is not None
-            return checkpoints.notes
-        cut = None if self._runner.prefix is None else self._runner.prefix.cut.kind
-        return {"cut": cut, "packed": self._runner.packed}
 
     def _describe(self, index: int) -> str:
         edit = self.edits.edits[index]
