@@ -2,46 +2,44 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .change import Change
 from .checkpoint import Checkpoints
-from .compiling import compiled
 from .devices import context_length
-from .errors import ModelError, NonFiniteLossError
+from .edit_runner import EditRunner
+from .errors import NonFiniteLossError
 from .files import locked
 from .health import HealthCheck
 from .hparams import LocFTBFHyperParams
-from .identity import Identity, check_agreed
 from .loop import breadth_first_
 from .lora import check_low_rank, low_rank_of
 from .modes import only_trainable, with_gradients
+from .phases import timed
 from .place import Place, select_place
 from .prefix import Recorded
-from .prepare import prepare_runner
-from .preserve.confined import Confined, check_confinable
-from .preserve.prepare import Filters, adam_of, filters_for
+from .prepare import kept_in
+from .preserve.protection import Protection, check_protectable, check_resident
 from .preserve.sources import Source, read_sources
 from .progress import Progress
+from .readied import readied
 from .requests import EditSet, distinct_edits
 from .result import EditResult
+from .resuming import agreed_checkpoints
 from .runner import TextRunner
-from .sharding import lockstep, sharded_layers
+from .sharding import lockstep
 from .share import Share
-from .shortcuts import Shortcuts, find_shortcuts
+from .shortcuts import Shortcuts
 from .store import Budget
-from .stream import FrozenStream, stream_of
+from .stream import FrozenStream
 from .tokens import TokenizedTexts
-from .training_texts import TrainingTexts
+from .training_texts import TrainingTexts, subjects_of
 from .weights import TrainedWeights
 from .world import ALONE, World, here
 
@@ -125,10 +123,9 @@ class EditSession:
     stream: FrozenStream | None = field(init=False, default=None)
     checkpoints: Checkpoints | None = field(init=False, default=None)
     choice: Choice | None = field(init=False, default=None)
-    _confined: Confined | None = field(init=False, default=None)
-    _filters: Filters | None = field(init=False, default=None)
+    _protection: Protection | None = field(init=False, default=None)
     _health: HealthCheck | None = field(init=False, default=None)
-    _runner: TextRunner | None = field(init=False, default=None)
+    _edit_runner: EditRunner | None = field(init=False, default=None)
     _cleanup: ExitStack = field(init=False, default_factory=ExitStack)
 
     def check(self) -> None:
@@ -153,7 +150,7 @@ class EditSession:
             self.training_texts = TrainingTexts.of(
                 self.tokenizer,
                 self.edits.edits,
-                self._subjects,
+                subjects_of(self.requests, self.edits.edits, h),
                 h,
                 max_positions=context_length(self.model),
             )
@@ -163,25 +160,15 @@ class EditSession:
             self.hparams = h = self.choice.applied(h)
             self._select()
         self._share = Share.in_world(self.world, self._texts.input_lengths)
-        folder = self._checkpoint_dir
-        if folder is None and not self.world.several:
-            return
-        identity = Identity.of(
+        self.checkpoints = agreed_checkpoints(
             self.model,
             self.place,
-            self._texts,
+            self.training_texts,
             h,
-            self.world.size,
             self.sources,
-            [*self.training_texts.wordings, self.training_texts.subjects],
+            self._checkpoint_dir,
+            self.world,
         )
-        check_agreed(self.world.gather(identity))
-        if folder is not None and h.checkpoint_minutes is not None:
-            self.checkpoints = Checkpoints(folder, h.checkpoint_minutes, identity, self.world)
-            self.world.advise(
-                f"{self.checkpoints.path} has the last checkpoint, if one was due; the same edit "
-                "goes on there, with any number of processes."
-            )
 
     @property
     def _checkpoint_dir(self) -> str | None:
@@ -196,47 +183,27 @@ class EditSession:
         if h.tuning == "lora":
             check_low_rank(self.model, self.place.parameters, h.lora_rank)
         if self.sources:
-            check_confinable(self.model, self.place.parameters)
-            if sharded_layers(self.model) is not None:
-                raise ModelError(
-                    "`preserve` needs the whole model in each process, and `shard_frozen` shares "
-                    "its layers out. Set `shard_frozen: false`, or `preserve: []`."
-                )
+            check_protectable(self.model, self.place.parameters)
 
     @property
     def _texts(self) -> TokenizedTexts:
         return self.training_texts.texts
 
-    @property
-    def _subjects(self) -> list[str | None]:
-        """The subject of each edit; `None` where the request gives none, or none is needed."""
-        if not (self.hparams.rewordings or self.hparams.preserved):
-            return [None] * len(self.edits.edits)
-        found = (self.requests[edit.request].get("subject") for edit in self.edits.edits)
-        return [(s.strip() or None) if isinstance(s, str) else None for s in found]
-
     def _chosen(self) -> Choice:
-        """Returns the place for these edits, which rank 0 chooses for all."""
-        return self.world.from_first(self._choose)
-
-    def _choose(self) -> Choice:
-        """Chooses the place for these edits; an interrupted run does not choose twice."""
+        """Returns the place for these edits; an interrupted run does not choose twice."""
         # They train with sessions of their own.
-        from .locate.auto import choose_place
-        from .locate.choice import keep_choice, kept_choice
+        from .locate.once import choose_once
 
-        h, folder, identity = self.hparams, self._checkpoint_dir, None
-        if folder is not None:
-            identity = Identity.of(self.model, Place({}, None, None), self._texts, h)
-            kept = kept_choice(folder, identity)
-            if kept is not None:
-                return kept
-        choice = choose_place(
-            self.model, self.tokenizer, self.edits.edits, h, progress=self.progress
+        return choose_once(
+            self.model,
+            self.tokenizer,
+            self.edits.edits,
+            self._texts,
+            self.hparams,
+            self._checkpoint_dir,
+            world=self.world,
+            progress=self.progress,
         )
-        if folder is not None and identity is not None:
-            keep_choice(folder, identity, choice)
-        return choice
 
     def __enter__(self) -> EditSession:
         if not hasattr(self, "training_texts"):
@@ -255,33 +222,32 @@ class EditSession:
                     h.prefix_dir,
                     self.world.local_size,
                 )
-                stream = stream_of(self.model, self.place.first_layer, progress=self.progress)
-                if stream is not None:
-                    self._cleanup.enter_context(stream)
-                shortened = stream.shortened() if stream is not None else nullcontext()
-                with shortened, lockstep(self.model):
-                    self.shortcuts = find_shortcuts(
-                        self.model,
-                        self._texts,
-                        self.place,
-                        packing=h.packing,
-                        frozen_prefix=h.frozen_prefix or stream is not None,
-                    )
-                if stream is not None and not self.shortcuts.cuts:
-                    raise ModelError(
-                        "`stream_frozen` does not suit this model: its layers cannot be split (see "
-                        "the warning). Set `stream_frozen: false`, on a device that holds it whole."
-                    )
-                self.stream = stream
-                if h.compile and self.place.stack is not None:
-                    first = self.place.first_layer or 0
-                    # A graph would go on computing with a change that is no longer there.
-                    replaced = h.tuning == "lora" or bool(self.sources)
-                    apart = self.place.parameters.values() if replaced else ()
-                    self._cleanup.enter_context(compiled(self.place.stack, first, apart))
-                self._confine()
+                ready = readied(
+                    self.model,
+                    self._texts,
+                    self.place,
+                    h,
+                    replaced=h.tuning == "lora" or bool(self.sources),
+                    progress=self.progress,
+                )
+                self.shortcuts, self.stream = self._cleanup.enter_context(ready)
+                if self.sources:
+                    self._protection = self._protected()
+                kept = kept_in(h.prefix_dir, self.place.parameters, self.world)
+                self._edit_runner = EditRunner(
+                    self.model,
+                    self._texts.subset(self._share.own) if self.world.several else self._texts,
+                    h,
+                    self.shortcuts,
+                    self.budget,
+                    protection=self._protection,
+                    kept=kept,
+                    stream=self.stream,
+                    states=self.shared_states,
+                    progress=self.progress,
+                )
                 if self.checkpoints is None or not self.checkpoints.finished:
-                    self._runner = self._prepared()
+                    self._edit_runner.prepare(self.checkpoints)
                 if h.health_check:
                     self._health = self._cleanup.enter_context(
                         HealthCheck(
@@ -290,8 +256,8 @@ class EditSession:
                             self.shortcuts,
                             row_tokens=h.row_tokens,
                             # In memory it is sooner computed than found again.
-                            kept=None if stream is None else self._kept,
-                            stream=stream,
+                            kept=None if self.stream is None else kept,
+                            stream=self.stream,
                         )
                     )
             self._cleanup = self._cleanup.pop_all()  # all went well: clean up on exit, not now
@@ -301,45 +267,14 @@ class EditSession:
         self._cleanup.close()
 
     @property
-    def _kept(self) -> tuple[str, Mapping[str, Any]] | None:
-        """Where prefixes stay for a later run, and what they do not depend on."""
-        folder = self.hparams.prefix_dir
-        if folder and self.world.several:
-            # The health check's text is the same on all ranks, and so would be its file.
-            folder = str(Path(folder, f"rank-{self.world.rank}-of-{self.world.size}"))
-        return (folder, self.place.parameters) if folder else None
+    def _runner(self) -> TextRunner | None:
+        return None if self._edit_runner is None else self._edit_runner.runner
 
     @property
     def shared_states(self) -> Recorded | None:
         """The states of frozen layers that this place can begin with; once entered."""
         usable = self.stream is None and self.shortcuts.from_layer
         return self.states if usable else None
-
-    def _prepared(self) -> TextRunner:
-        """Returns what runs the edits, with their prefix recorded."""
-        h, shortcuts = self.hparams, self.shortcuts
-        if self._confined is not None:
-            shortcuts = replace(shortcuts, cuts=tuple(map(self._confined.folded, shortcuts.cuts)))
-        noted = None if self.checkpoints is None else self.checkpoints.noted("cut")
-        runner = prepare_runner(
-            self.model,
-            self._texts.subset(self._share.own) if self.world.several else self._texts,
-            shortcuts,
-            row_tokens=h.row_tokens,
-            batch_size=h.eval_batch_size,
-            budget=self.budget,
-            # The budget's choice may be another one by now, and move the last bits.
-            cut=noted or h.prefix_cut,
-            kept=self._kept,
-            stream=self.stream,
-            states=self.shared_states,
-            progress=self.progress,
-        )
-        if self.checkpoints is not None:
-            prefix = runner.prefix
-            self.checkpoints.notes["cut"] = None if prefix is None else prefix.cut.kind
-            self.checkpoints.notes["packed"] = runner.packed
-        return runner
 
     def train_(
         self, only: Sequence[int] | None = None, *, progress: bool | None = None
@@ -354,29 +289,30 @@ class EditSession:
             NonFiniteLossError: Training diverged; the weights are as they were before the call.
             EditInterrupted: Ctrl-C or SIGTERM, after a checkpoint; the weights likewise.
         """
-        indices = np.arange(len(self.edits.edits))
-        if only is not None:
-            chosen = {self.edits.edit_of_request[i] for i in only}
-            indices = np.array(sorted(i for i in chosen if i is not None))
+        indices = np.array(self.edits.indices_of(only))
         # The file holds one training: that of all edits, from the weights that were checked.
         checkpoints = self.checkpoints if only is None else None
         self.checkpoints = None
+        edit_runner = self._edit_runner
+        assert edit_runner is not None
         lora = low_rank_of(self.model, self.place.parameters, self.hparams)
-        change: Change | None = lora or self._ready_confined()
+        change: Change | None = lora or edit_runner.confined_()
         weights = TrainedWeights(self.place.parameters) if change is None else change.weights
         changed = weights if change is None else change
         try:
             finished = checkpoints is not None and checkpoints.finished
-            runner = None if finished else self._ready_runner()
+            runner = None if finished else edit_runner.ready(self.world, self.timings)
             if self._health is not None and only is None:
                 with lockstep(self.model):
                     self._health.before()
-            done = self._finished_(weights, checkpoints)
+            done = None if checkpoints is None or not finished else checkpoints.resume_(weights)
             if done is None:
                 assert runner is not None
                 shown = self.progress if progress is None else progress
                 with nullcontext() if change is None else change.in_force():
                     done = self._trained_(runner, weights, indices, checkpoints, shown)
+            if checkpoints is not None:
+                self.timings["train"] = done.seconds  # with what earlier processes spent on it
             if change is not None:
                 change.merge_()
             new, health = changed.values(), None
@@ -386,7 +322,7 @@ class EditSession:
                     health = self._health.after(
                         changed.original, new, lr=self.hparams.lr, perplexity=only is None
                     )
-            notes = self._how_it_ran(checkpoints)
+            notes, protection = edit_runner.how_it_ran(checkpoints), self._protection
             return EditResult(
                 losses=done.losses,
                 step_losses=done.step_losses,
@@ -403,7 +339,7 @@ class EditSession:
                 health=health,
                 choice=self.choice,
                 augmented=self.training_texts.summary,
-                preserved=None if self._filters is None else self._filters.summary,
+                preserved=None if protection is None else protection.filters.summary,
             )
         except BaseException as error:
             # Ctrl-C as well: a half-trained model is of no use to anybody.
@@ -413,70 +349,23 @@ class EditSession:
                 checkpoints.discard()  # it leads there again
             raise
 
-    def _confine(self) -> None:
+    def _protected(self) -> Protection:
         """Measures what is to be preserved, from the model as it is now."""
-        if not self.sources:
-            return
-        if self.stream is not None:
-            raise ModelError(
-                "`preserve` measures what enters the trained matrix, and `stream_frozen` leaves "
-                "the layers below it on disk. Set `stream_frozen: false`, on a device that holds "
-                "the model, or `preserve: []`."
-            )
-        # Whoever fails here must not leave the others waiting for the exchange below.
-        with self._timed("preserve"), self.world.together():
-            self._filters = found = filters_for(
-                self.model,
-                self.tokenizer,
-                self.place,
-                self.sources,
-                self.training_texts,
-                self.hparams,
-                progress=self.progress,
-            )
-        # Unlike GPUs may have rounded differently.
-        self.world.broadcast_(found.of.values())
+        check_resident(self.stream)
+        found = Protection.measured(
+            self.model,
+            self.tokenizer,
+            self.place,
+            self.sources,
+            self.training_texts,
+            self.hparams,
+            world=self.world,
+            timings=self.timings,
+            progress=self.progress,
+        )
         if self.checkpoints is not None:
-            self.checkpoints.check_preserved(found.digest)
-        self._confined = Confined(self.model, self.place.parameters, found.of)
-
-    @property
-    def _damps(self) -> bool:
-        return self._filters is not None and self._filters.damps
-
-    def _ready_confined(self) -> Confined | None:
-        """Returns the confined change, at its beginning, on top of the present weights."""
-        if self._confined is None:
-            return None
-        if self._confined.holds_for(self.place.parameters):
-            self._confined.reset_()
-        else:
-            # The weights that it was added to are part of what was recorded.
-            self._confined = self._confined.on_top()
-            if self._runner is not None and self._runner.prefix is not None:
-                self._runner.prefix.close()
-            self._runner = None
-        return self._confined
-
-    def _ready_runner(self) -> TextRunner:
-        """Returns what runs the edits, with their prefix complete."""
-        if self._runner is None:  # a checkpoint had made it needless
-            self._runner = self._prepared()
-        if self._runner.prefix is not None and not self._runner.replays:
-            with self.world.together(), self._timed("prefix"):
-                self._runner.prefix.ensure()
-        return self._runner
-
-    def _finished_(
-        self, weights: TrainedWeights, checkpoints: Checkpoints | None
-    ) -> Progress | None:
-        """Takes the weights of a training that was finished; `None` if there is none."""
-        if checkpoints is None or not checkpoints.finished:
-            return None
-        done = checkpoints.resume_(weights)
-        assert done is not None
-        self.timings["train"] = done.seconds
-        return done
+            self.checkpoints.check_preserved(found.filters.digest)
+        return found
 
     def _trained_(
         self,
@@ -487,42 +376,24 @@ class EditSession:
         progress: bool,
     ) -> Progress:
         """Trains `weights`, from the beginning or from a checkpoint."""
+        protection = self._protection
         with self._timed("train"), runner.ready(), with_gradients():
-            done = breadth_first_(
+            return breadth_first_(
                 runner,
                 weights,
                 indices,
                 self.hparams,
                 share=self._share,
                 variants=self.training_texts.variants,
-                adam=adam_of(len(indices), self.hparams) if self._damps else None,
+                adam=None if protection is None else protection.adam(len(indices), self.hparams),
                 describe=self._describe,
                 progress=progress,
                 checkpoints=checkpoints,
             )
-        if checkpoints is not None:
-            self.timings["train"] = done.seconds  # with what earlier processes spent on it
-        return done
-
-    def _how_it_ran(self, checkpoints: Checkpoints | None) -> Mapping[str, Any]:
-        """Returns where the prefix ended, and whether rows were packed."""
-        if self._runner is None:
-            assert checkpoints is not None
-            return checkpoints.notes
-        cut = None if self._runner.prefix is None else self._runner.prefix.cut.kind
-        return {"cut": cut, "packed": self._runner.packed}
 
     def _describe(self, index: int) -> str:
         edit = self.edits.edits[index]
         return f"request {edit.request}: {edit.prompt!r} -> {edit.target!r}"
 
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start, before = time.perf_counter(), sum(self.timings.values())
-        yield
-        for device in {parameter.device for parameter in self.model.parameters()}:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)  # once a phase: launched work belongs to the phase
-        # A phase within this one counts by itself.
-        within = sum(self.timings.values()) - before
-        self.timings[phase] = time.perf_counter() - start - within
+    def _timed(self, phase: str) -> AbstractContextManager[None]:
+        return timed(self.timings, phase, self.model)

@@ -18,6 +18,7 @@ from .shortcuts import Shortcuts
 from .store import Budget
 from .stream import FrozenStream
 from .tokens import TokenizedTexts
+from .world import World
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,22 @@ def prepare_runner(
         tail=shortcuts.tail,
         head=shortcuts.head,
     )
+
+
+def kept_in(
+    folder: str | None, trained: Iterable[str], world: World
+) -> tuple[str, Iterable[str]] | None:
+    """Returns where this process's prefixes stay for a later run, as `prepare_runner` takes it.
+
+    Args:
+        folder: The folder that is given for them; `None` keeps none.
+        trained: The names of what is trained: they do not depend on it.
+        world: The processes that train together.
+    """
+    if folder and world.several:
+        # The health check's text is the same on all ranks, and so would be its file.
+        folder = str(Path(folder, f"rank-{world.rank}-of-{world.size}"))
+    return (folder, trained) if folder else None
 
 
 def kept_file(

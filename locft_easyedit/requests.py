@@ -46,6 +46,13 @@ class EditSet:
     n_conflicts: int = 0
     n_replaced: int = 0
 
+    def indices_of(self, requests: Iterable[int] | None) -> list[int]:
+        """Returns the indices of the edits of these requests, ascending; of all if `None`."""
+        if requests is None:
+            return list(range(len(self.edits)))
+        found = {self.edit_of_request[i] for i in requests}
+        return sorted(i for i in found if i is not None)
+
 
 def make_requests(
     prompts: str | Sequence[str],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,6 +88,22 @@ class TrainingTexts:
             subjects,
             _summary(made, prompts, int((~fits).sum())),
         )
+
+
+def subjects_of(
+    requests: Sequence[Mapping[str, Any]], edits: Sequence[Edit], hparams: LocFTBFHyperParams
+) -> list[str | None]:
+    """Returns the subject of each edit; `None` where the request gives none, or none is needed.
+
+    Args:
+        requests: The request dictionaries; where no subject is needed none is looked for.
+        edits: The edits that were made of them.
+        hparams: `augment`, `preserve`.
+    """
+    if not (hparams.rewordings or hparams.preserved):
+        return [None] * len(edits)
+    found = (requests[edit.request].get("subject") for edit in edits)
+    return [(s.strip() or None) if isinstance(s, str) else None for s in found]
 
 
 def _joined(one: TokenizedTexts, other: TokenizedTexts) -> TokenizedTexts:

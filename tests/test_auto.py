@@ -21,7 +21,7 @@ from locft_easyedit.errors import (
     RequestError,
 )
 from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.locate import auto, trial
+from locft_easyedit.locate import auto, once, trial
 from locft_easyedit.locate.budget import RUN_EPOCHS, Costs
 from locft_easyedit.locate.candidates import diverse
 from locft_easyedit.locate.choice import FILE_NAME, Choice
@@ -333,7 +333,7 @@ def test_a_model_that_does_not_fit_needs_a_layer(monkeypatch):
 def test_a_resumed_run_does_not_choose_again(tmp_path, monkeypatch):
     first = chosen(checkpoint_dir=str(tmp_path))
     with monkeypatch.context() as m:
-        m.setattr(auto, "choose_place", None)
+        m.setattr(once, "choose_place", None)
         again = chosen(checkpoint_dir=str(tmp_path))
     assert again.choice.to_dict() == first.choice.to_dict()
     assert again.hparams == first.hparams
@@ -409,7 +409,7 @@ def test_an_editor_keeps_its_first_choice(easyedit, monkeypatch, caplog):
     place = list(editor.last_result.new)
     assert editor.last_result.choice is not None
     assert "Later calls of this editor keep layer" in caplog.text
-    monkeypatch.setattr(auto, "choose_place", None)
+    monkeypatch.setattr(once, "choose_place", None)
     editor.edit_requests(requests[N : N + 2], sequential_edit=True, verbose=False)
     assert list(editor.last_result.new) == place
     assert editor.hparams.layers != "auto"
@@ -418,7 +418,7 @@ def test_an_editor_keeps_its_first_choice(easyedit, monkeypatch, caplog):
 def test_edits_made_alone_choose_once(easyedit, monkeypatch):
     calls = []
     true = auto.choose_place
-    monkeypatch.setattr(auto, "choose_place", lambda *a, **k: calls.append(1) or true(*a, **k))
+    monkeypatch.setattr(once, "choose_place", lambda *a, **k: calls.append(1) or true(*a, **k))
     editor = easyedit.BaseEditor.from_hparams(loaded_hparams(**ALL_AUTO, num_steps=2))
     editor.edit_requests(toy_requests(8), verbose=False)
     assert len(calls) == 1

@@ -128,7 +128,7 @@ def test_a_finished_training_computes_no_prefix(tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("nothing is left to train")
 
-    monkeypatch.setattr("locft_easyedit.editing.prepare_runner", never)
+    monkeypatch.setattr("locft_easyedit.edit_runner.prepare_runner", never)
     _, again = edit(tmp_path)
     assert_same(again.new, result.new)
     assert (again.packed, again.frozen_prefix) == (result.packed, result.frozen_prefix)

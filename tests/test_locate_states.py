@@ -171,7 +171,7 @@ def test_the_second_place_runs_no_frozen_layer(not_close, monkeypatch):
             calls.clear()  # it runs a few texts with and without each shortcut
             return found
 
-        monkeypatch.setattr("locft_easyedit.editing.find_shortcuts", probing)
+        monkeypatch.setattr("locft_easyedit.readied.find_shortcuts", probing)
         for number, (layer, template) in enumerate(places):
             with session(layer=layer, model=model, states=states, template=template) as one:
                 how = HowToRun.of_session(one, progress=False)

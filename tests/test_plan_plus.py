@@ -55,7 +55,7 @@ def test_the_plan_is_what_a_session_of_the_preset_holds(dtype, tmp_path):
     model = toy_model("llama").to(getattr(torch, dtype))
     with EditSession(model, toy_tokenizer(), toy_requests(12), hparams, progress=False) as session:
         texts, store = session.training_texts, session._runner.prefix.store
-        change = session._confined
+        change = session._protection.change
         assert len(texts.texts) == 12 * (1 + MOST_REWORDINGS)
         assert session.training_texts.variants.most == 2
         own = tokenize_edits(toy_tokenizer(), session.edits.edits, append_eos=True)
@@ -103,7 +103,7 @@ def test_where_the_change_is_folded(kind, tmp_path):
         assert shapes.folds("matrix") == (cut.fold is not None) == ("gemma" not in kind)
     assert not shapes.folds("mlp")
     [width] = shapes.confined.inputs.values()
-    [s] = session._confined._filters.values()
+    [s] = session._protection.change._filters.values()
     assert s.shape == (width, width)
 
 

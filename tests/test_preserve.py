@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
 from transformers.pytorch_utils import Conv1D
 
-import locft_easyedit.editing
+import locft_easyedit.preserve.protection
 from locft_easyedit.editing import EditSession, edit_model
 from locft_easyedit.errors import PlaceError, PreserveError
 from locft_easyedit.place import select_place
@@ -57,7 +57,9 @@ def with_filters(monkeypatch):
 
     def use(filters):
         monkeypatch.setattr(
-            locft_easyedit.editing, "filters_for", lambda *_, **__: Filters(filters, {"given": 1})
+            locft_easyedit.preserve.protection,
+            "filters_for",
+            lambda *_, **__: Filters(filters, {"given": 1}),
         )
 
     return use

@@ -136,7 +136,7 @@ def test_all_that_is_measured_for_the_preset_counts_by_its_weight(asking, monkey
     model, tokenizer = toy_model(), toy_tokenizer()
     with EditSession(model, tokenizer, requests, hparams, progress=False) as session:
         wordings, subjects = session.training_texts.wordings, session.training_texts.subjects
-        sources = session._filters.summary["sources"]
+        sources = session._protection.filters.summary["sources"]
     [(moments, weights)] = seen
     assert weights == {"sampled": 1.0, **prepare._WEIGHTS}
     assert moments.keys() == weights.keys()
