@@ -43,7 +43,7 @@ _NO_RATE = (
     "`lr=auto` does not go with `tuning=lora`: rates are scaled from the size of the weights, and "
     "LoRA's matrices have another. Give a rate."
 )
-MOST_REWORDINGS = 5  # of an edit that are trained
+MOST_REWORDINGS = 8  # of an edit that are trained
 _MOST = 2**31  # of a count: what arrays are indexed with
 
 

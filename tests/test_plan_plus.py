@@ -403,7 +403,7 @@ def test_the_preset_on_the_command_line(capsys, tmp_path, monkeypatch):
     for part in (
         "1,000, 10 a step, 25 epochs, each with 1 rewording ",
         "sampled, neighbours",
-        "97,600 of edits and rewordings, 58,400 of prompts",
+        "147,400 of edits and rewordings, 58,400 of prompts",
         "through a confined change",
         "filters of inputs",
         "measuring what is preserved",

@@ -192,7 +192,7 @@ def test_the_filter_is_a_power_of_the_moments_by_its_definition():
     wanted = torch.linalg.inv(torch.eye(12).double() + c * (2.0 / (0.6 * c.trace() / 12)))
     wanted, found = wanted @ wanted @ wanted, s @ s @ s @ s  # s is a power of -3/4
     assert (found / found.trace() - wanted / wanted.trace()).abs().max() < 1e-6
-    assert float(s.square().sum(1).mean().sqrt()) == pytest.approx(5.0, rel=1e-5)
+    assert float(s.square().sum(1).mean().sqrt()) == pytest.approx(4.0, rel=1e-5)
 
 
 def test_exact_keys_are_taken_to_zero_and_others_are_not():

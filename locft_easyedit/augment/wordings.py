@@ -21,10 +21,10 @@ from .questions import questions
 from .statements import statements
 from .surface import surface_changes
 
-MOST = 8  # rewordings of an edit
+MOST = 12  # rewordings of an edit
 # What a pool is filled with, in this order; then what is left over, in turn. Most are true
 # paraphrases where the rules find as many: the others leave the question's own words as they are.
-_FIRST = ("paraphrase",) * 4 + ("context", "frame", "context")
+_FIRST = ("paraphrase",) * 6 + ("context", "frame")
 _THEN = ("surface", "frame", "paraphrase", "context")
 # A name, where no subject is given: words with capitals and what may stand between them.
 _NAME = re.compile(r"[A-Z0-9][\w.'’&-]*(?:,? (?:(?:of|the|de|and|for|in) )*[A-Z0-9][\w.'’&-]*)*")
@@ -35,7 +35,7 @@ class Wordings:
     """The rewordings of N edits.
 
     Attributes:
-        prompts: For each edit its rewordings: at most 8, distinct, never the prompt itself. An edit
+        prompts: For each edit its rewordings: at most 12, distinct, never the prompt. An edit
             may have none. Those that change most come first.
         n_with_target: Rewordings left out because they hold the target (in any case, as whole
             words) although the prompt does not.
@@ -84,7 +84,7 @@ def reword_edits(
     *,
     seed: int,
 ) -> Wordings:
-    """Returns up to 8 rewordings of each edit's prompt; each still leads to the edit's target.
+    """Returns up to 12 rewordings of each edit's prompt; each still leads to the edit's target.
 
     Prompts that end in "?" are treated as questions, all others as beginnings of statements. What
     an edit gets depends on `seed` and its own prompt, target and subject: not on the other
@@ -193,7 +193,8 @@ def _candidates(prompt: _Prompt, rng: random.Random, contexts: Iterator[str]) ->
     rng.shuffle(frames)
     lowered = prompt.filled(small(prompt.masked))
     # A context says less new than a paraphrase, so half of them stand before one.
-    bodies = [prompt.text, *paraphrases[4:5]]
+    n_alone = _FIRST.count("paraphrase")
+    bodies = [prompt.text, *paraphrases[n_alone : n_alone + 1]]
     rng.shuffle(bodies)
     kinds: dict[str, Iterator[str]] = {
         "paraphrase": iter(paraphrases),

@@ -26,7 +26,7 @@ _FLOOR = 0.6  # alpha: what a direction may carry, of the mean, before it is dam
 _POWER = 0.75  # p
 # Adam's steps in A are steps in A S for the matrix. What is left to a damped change has to go
 # further to the same end: so a rate that suits the matrix itself suits A.
-_REACH = 5.0
+_REACH = 4.0
 _NEGLIGIBLE = 1e-5  # singular values below this part of the largest are rounding
 _MOST_EXACT = 0.5  # of the directions
 
