@@ -11,7 +11,7 @@ NEED_IN = (
     "written", "opened", "launched", "commissioned", "incepted", "dissolved", "released", "die",
     "end", "live", "dissolve", "originate", "launch", "expire", "occur", "begin", "start", "exist",
 )  # fmt: skip
-
+# Verbs that go with another preposition, where it is missing.
 NEED_OTHERS = {"belong": "to", "participate": "in"}
 # Have names, so that one may ask for the name.
 NAMED_NOUNS = {

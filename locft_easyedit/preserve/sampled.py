@@ -116,8 +116,8 @@ class _Rounds:
         self._openings = _opening_ids(tokenizer, OPENINGS)
         self._asked = _opening_ids(tokenizer, BEGINNINGS) * _ASKED_EACH
         sizes = [_BATCH, _DOCUMENT_TOKENS, _OPENED_TOKENS, _ASKED_TOKENS]
-        words = [len(tokenizer), self._starts[0], tokenizer.eos_token_id, self._openings]
-        words.append(self._asked)
+        begun = [self._openings, self._asked]
+        words = [len(tokenizer), self._starts[0], tokenizer.eos_token_id, *begun]
         texts = [OPENINGS, BEGINNINGS]
         self._key = hash_of([_FORMAT, model_fingerprint(model), seed, sizes, texts, words])
         self._folder = None if cache is None else cache / f"sampled-{self._key[:10]}"
