@@ -22,7 +22,7 @@ BATCH_TOKENS = 4096
 WIDEST_FLOAT64 = 4096
 
 # Gets a module's name, keys of a batch's tokens, [tokens, D] float32, their documents, [tokens],
-# and which of them are a document's last one, [tokens].
+# and which of them are among a document's last ones, [tokens].
 Taker = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
@@ -155,7 +155,7 @@ def keys_of(
     documents: Sequence[list[int]],
     modules: Sequence[str],
     *,
-    last_only: bool = False,
+    last: Sequence[int] | None = None,
     before: dict[str, torch.Tensor] | None = None,
     description: str,
     progress: bool,
@@ -166,7 +166,7 @@ def keys_of(
         model: A causal language model.
         documents: Token sequences within the model's context, none of them empty.
         modules: Full names of linear modules.
-        last_only: Only the last token of each document counts, so that T is their number.
+        last: How many of each document's last tokens count, at least 1; `None` counts them all.
         before: Sums of k k^T by module, to which the tokens before the last ones are added.
         description: What the progress bar says.
         progress: Show a progress bar.
@@ -174,14 +174,14 @@ def keys_of(
     Raises:
         ModelError: A module was not run.
     """
-    counts = torch.tensor([1 if last_only else len(document) for document in documents])
+    counts = torch.tensor(last or [len(document) for document in documents])
     starts = counts.cumsum(0) - counts
     keys: dict[str, torch.Tensor] = {}
 
     def put(name: str, found: torch.Tensor, owners: torch.Tensor, ends: torch.Tensor) -> None:
         if before is not None:
             add_moment_(before, name, found[~ends])
-        if last_only:
+        if last is not None:
             found, owners = found[ends], owners[ends.cpu()]
         if name not in keys:
             keys[name] = torch.empty(int(counts.sum()), found.shape[1])
@@ -191,7 +191,7 @@ def keys_of(
         within = torch.arange(len(owners)) - firsts[changes.cumsum(0) - 1]
         keys[name][starts[owners] + within] = found.cpu()
 
-    _run(model, documents, modules, put, BATCH_TOKENS, description, progress)
+    _run(model, documents, modules, put, BATCH_TOKENS, description, progress, last)
     return keys
 
 
@@ -203,8 +203,12 @@ def _run(
     batch_tokens: int,
     description: str,
     progress: bool,
+    last: Sequence[int] | None = None,
 ) -> None:
-    """Runs all documents, the longest first, and gives the keys of each batch to `take`."""
+    """Runs all documents, the longest first, and gives the keys of each batch to `take`.
+
+    Its last arguments say which tokens are a document's last ones: so many of each, or one.
+    """
     device = input_device(model)
     order = sorted(range(len(documents)), key=lambda i: len(documents[i]), reverse=True)
     bar = tqdm(total=len(documents), desc=description, unit="document", disable=not progress)
@@ -219,7 +223,8 @@ def _run(
             places = torch.arange(ids.shape[1])
             real = places < lengths[:, None]  # [B, T]
             owners = torch.tensor(numbers)[:, None].expand_as(real)[real]  # [tokens]
-            ends = (places == lengths[:, None] - 1)[real]  # [tokens]
+            n_last = torch.tensor([1 if last is None else last[i] for i in numbers])
+            ends = (places >= (lengths - n_last)[:, None])[real]  # [tokens]
             with _listening(model, modules, real, owners, ends, take):
                 model(
                     input_ids=ids.to(device),
@@ -256,7 +261,7 @@ def _listening(
         modules: Names of modules.
         real: Which tokens are no padding, [B, T].
         owners: Their documents, [tokens].
-        ends: Which of them end one, [tokens].
+        ends: Which of them are among its last ones, [tokens].
         take: What gets the keys.
 
     Raises:

@@ -107,6 +107,14 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
     return found
 
 
+def unended_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Returns the ids of texts that something is to follow: as `ids_of`, with no EOS at the end."""
+    eos = tokenizer.eos_token_id
+    return [
+        ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids for ids in ids_of(tokenizer, texts)
+    ]
+
+
 def tokenize_edits(
     tokenizer: PreTrainedTokenizerBase,
     edits: Sequence[Edit],

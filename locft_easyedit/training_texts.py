@@ -26,6 +26,7 @@ class TrainingTexts:
         variants: Which stand for an edit in an epoch.
         prompts: Of each edit its own prompt, and after it the rewordings that are trained.
         wordings: The same with all rewordings: what is to be preserved is measured with these.
+        targets: What each edit is to answer.
         subjects: The subject of each edit; `None` where it is not known.
         summary: Figures of the rewordings for JSON; `None` without `augment`.
     """
@@ -34,6 +35,7 @@ class TrainingTexts:
     variants: Variants
     prompts: list[list[str]]
     wordings: list[list[str]]
+    targets: list[str]
     subjects: Sequence[str | None]
     summary: dict[str, Any] | None = None
 
@@ -60,9 +62,10 @@ class TrainingTexts:
         """
         eos = hparams.append_eos
         prompts = [[edit.prompt] for edit in edits]
+        targets = [edit.target for edit in edits]
         own = tokenize_edits(tokenizer, edits, append_eos=eos, max_positions=max_positions)
         if not hparams.rewordings:
-            return cls(own, Variants.alone(len(own)), prompts, prompts, subjects)
+            return cls(own, Variants.alone(len(own)), prompts, prompts, targets, subjects)
         made = reword_edits(edits, subjects, seed=hparams.seed)
         wordings = [[edit.prompt, *more] for edit, more in zip(edits, made.prompts, strict=True)]
         # More to learn is more to change: what is left out is mostly the prompt in a frame.
@@ -85,6 +88,7 @@ class TrainingTexts:
             variants,
             prompts,
             wordings,
+            targets,
             subjects,
             _summary(made, prompts, int((~fits).sum())),
         )

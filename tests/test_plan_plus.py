@@ -247,7 +247,8 @@ def test_memory_of_preparing_by_hand():
     # what leads up to ends), their sum, and 48 bytes a number of the decomposition.
     assert preparing(plan, "gpu") == pytest.approx(5 * 4 + 4 + 48 - stays)
     # The first three are held when rewordings are summed up.
-    keys = 2 * 4 * 256 * (1 + MOST) / WIDTH
+    answered = 64 * plan.work.targets  # tokens where a target is predicted, of 64 edits
+    keys = 3 * 4 * answered * (1 + MOST) / WIDTH
     assert preparing(plan, "host") == pytest.approx(3 * 4 + 4 + 4 + keys)
     assert preparing(plus(n=1000, machine=NODE), "host") == pytest.approx(8 * (20 + keys))
     # Both kinds of sampled text, their mean, and both of one matrix.
@@ -260,7 +261,7 @@ def test_memory_of_preparing_by_hand():
     assert preparing(others, "gpu") == pytest.approx(5 * 4 + 4 + 48 - stays)
     # Without rewordings the own prompts are run for what leads up to their ends.
     near = confined(preserve=["a.txt", "neighbours"], n=1000)
-    keys = 2 * 4 * 256 / WIDTH
+    keys = 3 * 4 * answered / WIDTH
     assert preparing(near, "host") == pytest.approx(2 * 4 + 4 + 4 + keys)
     # Prompts that are kept exactly have no moments.
     exact = confined(preserve=["folder/a.jsonl"])

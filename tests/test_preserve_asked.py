@@ -109,15 +109,17 @@ def test_sums_over_ends_and_over_what_is_before_them():
     documents = prompt_ids(model, tokenizer, [r["prompt"] for r in toy_requests(9)])
     last, before = end_moments(model, documents, MODULES, description="", progress=False)
     rest = {}
+    counts = [1 + i % 2 for i in range(len(documents))]
     ends = keys_of(
-        model, documents, MODULES, last_only=True, before=rest, description="", progress=False
+        model, documents, MODULES, last=counts, before=rest, description="", progress=False
     )
     for module in MODULES:
         naive = keys(model, module, documents)
         assert close(last[module], moment([k[-1:] for k in naive]))
         assert close(before[module], moment([k[:-1] for k in naive]))
-        assert close(rest[module], moment([k[:-1] for k in naive]))
-        assert close(ends[module], torch.cat([k[-1:] for k in naive]))
+        counted = list(zip(naive, counts, strict=True))
+        assert close(rest[module], moment([k[:-n] for k, n in counted]))
+        assert close(ends[module], torch.cat([k[-n:] for k, n in counted]))
 
 
 def test_all_that_is_measured_for_the_preset_counts_by_its_weight(asking, monkeypatch, tmp_path):

@@ -86,8 +86,8 @@ def _statistics(confined: ConfinedShapes, work: Workload) -> float:
     for kind in _measured(confined, work):
         if kind == "rewordings" or (kind == "context" and not work.rewordings):
             texts = min(work.n, EDITS_AT_ONCE) * (1 + MOST if work.rewordings else 1)
-            keys = 4 * texts * sum(confined.inputs.values())
-            most = max(most, held + 2 * keys + one + largest)  # and as they are around their mean
+            keys = 4 * texts * work.targets * sum(confined.inputs.values())
+            most = max(most, held + 3 * keys + one + largest)  # and their means, and less these
         elif kind in (NEIGHBOURS, "context"):
             most = max(most, held + one)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,19 @@ from ..hparams import LocFTBFHyperParams
 from ..hparams_rules import NEIGHBOURS, SAMPLED
 from ..key_moments import add_moment_, check_finite, end_moments, input_width, keys_of
 from ..place import Place
+from ..requests import Edit
 from ..training_texts import TrainingTexts
 from .neighbours import neighbours_of
 from .sources import PROMPTS, TEXT, Source
 from .spectral import mixed, spectral_filter
-from .statistics import asked_moments, check_few, prompt_ids, prompt_keys, text_moments
+from .statistics import (
+    answered_ids,
+    asked_moments,
+    check_few,
+    prompt_ids,
+    prompt_keys,
+    text_moments,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +40,7 @@ logger = logging.getLogger(__name__)
 _WEIGHTS = {"asked": 1.0, "neighbours": 0.6, "rewordings": 0.5, "context": 0.25}
 _NEIGHBOURS_EACH = 8  # of an edit
 _PER_DIRECTION = 8  # prompts per direction of the matrix's inputs suffice
-EDITS_AT_ONCE = 256  # edits whose rewordings' keys are held together
+EDITS_AT_ONCE = 64  # edits whose rewordings' keys are held together
 # Adam's L2 penalty on A, and so on what D = A S does where much is carried: what does nothing for
 # the edits goes. Losses are averaged over edits and so is this: a fact costs what it does alone.
 _PULL = 0.06
@@ -93,7 +101,7 @@ def filters_for(
         else:
             measured.add_text(source, n_texts)
     if measured.moments:
-        measured.add_wordings(texts.wordings)
+        measured.add_wordings(texts.wordings, texts.targets)
     of = {name: measured.filter(module, name) for module, name in names.items()}
     summary = {"strength": hparams.preserve_strength, "sources": measured.figures}
     return Filters(of, summary, hash_of(measured.digests), bool(measured.moments))
@@ -171,18 +179,23 @@ class _Measured:
         )
         self._add(source.name, last, _WEIGHTS["neighbours"])
 
-    def add_wordings(self, wordings: Sequence[Sequence[str]]) -> None:
+    def add_wordings(self, wordings: Sequence[Sequence[str]], targets: Sequence[str]) -> None:
         """Adds what the wordings of one prompt differ in, and what leads up to their ends.
 
         What they differ in says nothing of the fact: a change that does not answer to it answers
-        alike to wordings that it was not trained on. What leads up to the end of a prompt is much
-        the same in its neighbours, and above the change the ends attend to it: most of what an edit
-        moves there comes by this way.
+        alike to wordings that it was not trained on. It is taken where each token of the target is
+        predicted. What leads up to the end of a prompt is much the same in its neighbours, and
+        above the change the ends attend to it: most of what an edit moves there comes by this way.
 
         Args:
             wordings: Of each edit its own prompt, and its rewordings after it.
+            targets: What each edit is to answer.
         """
-        groups = [own for own in wordings if len(own) > 1 or self.context is not None]
+        groups = [
+            [Edit(prompt, target, i) for prompt in own]
+            for i, (own, target) in enumerate(zip(wordings, targets, strict=True))
+            if len(own) > 1 or self.context is not None
+        ]
         if not groups:
             return
         each = -(-sum(map(len, groups)) // len(groups))
@@ -192,20 +205,8 @@ class _Measured:
         starts = range(0, len(groups), EDITS_AT_ONCE)
         several = self.progress and len(starts) > 1
         for start in tqdm(starts, desc="rewordings", disable=not several):
-            some = groups[start : start + EDITS_AT_ONCE]
-            keys = keys_of(
-                self.model,
-                prompt_ids(self.model, self.tokenizer, [prompt for own in some for prompt in own]),
-                self.modules,
-                last_only=True,
-                before=self.context,
-                description="rewordings",
-                progress=self.progress and not several,
-            )
-            for module, found in keys.items():
-                here = found.to(self._device(module))
-                around = torch.cat([own - own.mean(0) for own in here.split([*map(len, some)])])
-                add_moment_(differences, module, around)
+            some = [edit for own in groups[start : start + EDITS_AT_ONCE] for edit in own]
+            self._add_differences_(differences, some, progress=self.progress and not several)
         n_prompts = sum(map(len, groups))
         for name, sums in (("rewordings", differences), ("context", self.context or {})):
             for module, total in sums.items():
@@ -215,6 +216,35 @@ class _Measured:
             if sums and all(float(total.trace()) > 0 for total in sums.values()):
                 self._add(name, sums, _WEIGHTS[name])
                 self.figures[name] = {"prompts": n_prompts}
+
+    def _add_differences_(
+        self, sums: dict[str, torch.Tensor], wordings: Sequence[Edit], *, progress: bool
+    ) -> None:
+        """Adds what wordings of one request differ in to `sums`, and their beginnings to `context`.
+
+        Args:
+            sums: Sums of k k^T by module, of keys less their mean over the request's wordings.
+            wordings: Prompts and their target.
+            progress: Show a progress bar.
+        """
+        answered = answered_ids(self.model, self.tokenizer, wordings)
+        keys = keys_of(
+            self.model,
+            [ids for ids, _ in answered],
+            self.modules,
+            last=[n_tokens for _, n_tokens in answered],
+            before=self.context,
+            description="rewordings",
+            progress=progress,
+        )
+        which = _numbered(
+            (wording.request, token)
+            for wording, (_, n_tokens) in zip(wordings, answered, strict=True)
+            for token in range(n_tokens)
+        )
+        for module, found in keys.items():
+            around = _around_means(found.to(self._device(module)), which)
+            add_moment_(sums, module, around)
 
     def filter(self, module: str, name: str) -> torch.Tensor:
         """Returns S of one matrix, where the matrix is."""
@@ -243,6 +273,20 @@ class _Measured:
     def _note(self, source: Source, **figures: int) -> None:
         noted = self.figures.setdefault(source.name, {"kind": source.kind})
         noted.update(figures)
+
+
+def _numbered(names: Iterable[Hashable]) -> torch.Tensor:
+    """Returns which of the distinct names each one is, [number of names]."""
+    numbers: dict[Hashable, int] = {}
+    return torch.tensor([numbers.setdefault(name, len(numbers)) for name in names])
+
+
+def _around_means(keys: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """Returns keys, [T, D], less the mean of those of the same group, [T]."""
+    group = group.to(keys.device)
+    n_keys = group.bincount()  # [number of groups]
+    sums = keys.new_zeros(len(n_keys), keys.shape[1]).index_add_(0, group, keys)
+    return keys - (sums / n_keys[:, None])[group]
 
 
 def adam_of(n_edits: int, hparams: LocFTBFHyperParams) -> dict[str, Any]:

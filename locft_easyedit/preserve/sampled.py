@@ -20,7 +20,7 @@ from ..errors import ModelError
 from ..files import output_errors, write_atomically
 from ..hashes import hash_of, model_fingerprint
 from ..sampling import continuations, first_token, seeded
-from ..tokens import ids_of
+from ..tokens import ids_of, unended_ids
 from .asked import BEGINNINGS
 
 logger = logging.getLogger(__name__)
@@ -113,8 +113,8 @@ class _Rounds:
     ) -> None:
         self._model, self._tokenizer, self._seed = model, tokenizer, seed
         self._starts = [[first_token(tokenizer)]] * _BATCH
-        self._openings = _opening_ids(tokenizer, OPENINGS)
-        self._asked = _opening_ids(tokenizer, BEGINNINGS) * _ASKED_EACH
+        self._openings = unended_ids(tokenizer, OPENINGS)
+        self._asked = unended_ids(tokenizer, BEGINNINGS) * _ASKED_EACH
         sizes = [_BATCH, _DOCUMENT_TOKENS, _OPENED_TOKENS, _ASKED_TOKENS]
         begun = [self._openings, self._asked]
         words = [len(tokenizer), self._starts[0], tokenizer.eos_token_id, *begun]
@@ -176,11 +176,3 @@ class _Rounds:
         what = "is of another model or sampling" if other else "is damaged"
         logger.warning("%s %s and is made anew.", file, what)
         return None
-
-
-def _opening_ids(tokenizer: PreTrainedTokenizerBase, openings: Sequence[str]) -> list[list[int]]:
-    """Returns the ids of each opening, without an EOS that the tokenizer puts after every text."""
-    end = tokenizer.eos_token_id
-    return [
-        ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in ids_of(tokenizer, openings)
-    ]

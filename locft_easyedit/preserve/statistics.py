@@ -28,7 +28,8 @@ from ..key_moments import (
     within_context,
 )
 from ..reading import pieces_of
-from ..tokens import ids_of
+from ..requests import Edit
+from ..tokens import ids_of, tokenize_edits, unended_ids
 from .asked import asked_prompts
 from .sampled import sampled_text
 from .sources import Source
@@ -143,11 +144,25 @@ def prompt_ids(
 
     Of a prompt beyond the model's context the end is kept.
     """
-    context, eos = context_length(model), tokenizer.eos_token_id
+    context = context_length(model) or 0
+    return [ids[-context:] for ids in unended_ids(tokenizer, prompts)]
+
+
+def answered_ids(
+    model: Any, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit]
+) -> list[tuple[list[int], int]]:
+    """Returns each edit up to the token that its target's last one follows.
+
+    With it, how many of its last tokens predict one of the target. Of what is beyond the model's
+    context the end is kept.
+    """
+    context = context_length(model) or 0
+    texts = tokenize_edits(tokenizer, edits, append_eos=False)
     found = []
-    for ids in ids_of(tokenizer, prompts):
-        own = ids[:-1] if ids[-1:] == [eos] else ids  # some tokenizers add one by themselves
-        found.append(own if context is None else own[-context:])
+    for i, n_tokens in enumerate(texts.lengths - texts.target_start):
+        start, end = texts.offsets[i : i + 2]
+        ids = texts.ids[start : end - 1].tolist()[-context:]
+        found.append((ids, min(int(n_tokens), len(ids))))
     return found
 
 
