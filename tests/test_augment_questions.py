@@ -49,6 +49,23 @@ def what(text):
         ("What city was X born?", ["Where was X born?", "What was the city of birth of X?"]),
         ("On what date did X flow?", ["When did X flow?"]),
         ("What is the language X is written in?", ["What language is X written in?"]),
+        ("Who is listed as X father?", ["Who fathered X?", "X's father is"]),
+        ("What was the name of X mother?", ["Who gave birth to X?"]),
+        (
+            "The star X is part of the constellation known as what?",
+            ["Which constellation is the star X in?"],
+        ),
+        ("What is the constellation that is made with X?", ["What constellation is X in?"]),
+        ("In which year X ceased to exist?", ["When did X cease to exist?"]),
+        ("Player X played for which team?", ["What club did player X play for?"]),
+        ("What was the launch date of X?", ["When was X launched?"]),
+        ("The X's architect was who?", ["Who designed the X?"]),
+        ("What is the company which distributed X?", ["Who was X distributed by?"]),
+        ("In what living being can X be found?", ["In what organism is X found?", "X is found in"]),
+        ("Due to which disease did X die?", ["What disease killed X?"]),
+        ("The death of X occured on what date?", ["On what date did X die?"]),
+        ("What military branch did X serve in?", ["X served in the"]),
+        ("What is the religion of X?", ["What religion does X follow?", "X is a follower of"]),
     ],
 )
 def test_other_words_for_the_same_question(question, others):
@@ -78,6 +95,10 @@ def test_other_words_for_the_same_question(question, others):
         ("Who is the mother of X?", "As for| is who"),
         ("Which species has the X gene?", "[Tt]he the|(?<![Tt]he )X gene"),
         ("The X was named for whom?", "[Tt]he the|(?<![Tt]he )X"),
+        ("What is the constellation that is made with X?", "is the is|The is"),
+        ("The star X is part of the constellation known as what?", "known as\\?"),
+        ("When is the date of birth of X?", "date of the date"),
+        ("In what living being can X be found?", "was"),
     ],
 )
 def test_never_another_question(question, never):
@@ -130,6 +151,13 @@ def test_forms_have_a_subject_and_no_marks():
 def test_one_form_for_many(question, key, is_past):
     found = canonical(question.replace("X", SLOT))
     assert (found.key.replace(SLOT, "X"), found.is_past) == (key, is_past)
+
+
+def test_what_tells_a_name_from_others_stays_with_it():
+    edit = Edit("In which war did USS Bermuda (1861) fight?", "World War I", 0)
+    [texts] = reword_edits([edit], ["USS Bermuda"], seed=0).prompts
+    assert any("USS Bermuda (1861) fought in" in text for text in texts)
+    assert all("USS Bermuda (1861)" in text for text in texts)
 
 
 def test_subjects_stay_and_targets_stay_out():

@@ -12,8 +12,8 @@ _KINDS = (
     "film|movie|song|album|song or album|single|show|episode|series|book|novel|band|star|genus|"
     "species|character|ship|battle|person|company|river|painting|opera"
 )
-_NAMED = re.compile(rf"(?:\b[Tt]he (?:(?:{_KINDS}) )?)?{SLOT}")
-_PRESENT = re.compile(r"\b(?:is|are|do|does|has|have)\b")
+_NAMED = re.compile(rf"(?:\b[Tt]he (?:(?:{_KINDS}) )?|\b[Pp]layer )?{SLOT}")
+_PRESENT = re.compile(r"\b(?:is|are|do|does|has|have|can)\b")
 _PAST = re.compile(r"\b(?:was|were|did|had)\b")
 _WORDS = {
     "which": "what", "whom": "who", "was": "is", "are": "is", "were": "is", "did": "does",
@@ -25,6 +25,13 @@ _ALL = PREPOSITIONS + "|into|upon"
 _IN_FRONT = re.compile(rf"(?P<prep>{_ALL}) (?P<rest>(?:what|who)\b.*)")
 _OF = re.compile(rf"(?:what|who) is (?:the|an?) (?P<n>{_N}) (?:of|for) {SLOT}")
 _POSSESSIVE = re.compile(rf"(?:what|who) is (?:the name of )?{SLOT}'s (?P<n>{_N})(?:'s name)?")
+# "Who is listed as X father?"
+_NO_APOSTROPHE = re.compile(rf"(?:what|who) is (?:the name of|listed as) {SLOT}(?:'s)? (?P<n>{_N})")
+_POSSESSED = re.compile(rf"{SLOT}'s (?P<n>{_N}) is (?:what|who)")
+_KNOWN_AS = re.compile(rf"({SLOT} .*) the ({_N}) (?:known as|named|called) what")
+_AGENT = re.compile(rf"(?:what|who) is the (?P<n>{_N}) (?:that|what|who) (?P<rest>[a-z ]+ {SLOT})")
+# "In which year X ceased to exist?"
+_NOT_INVERTED = re.compile(rf"(?P<asked>what {_TIME}) {SLOT} (?P<verb>[a-z]+)(?P<rest>.*)")
 _PHRASE = re.compile(rf"(?P<phrase>the [^?]*{SLOT}.*?)(?: is)?(?: (?:what|who|when|where))?")
 _LAST = re.compile(
     rf"{SLOT} (?:originally )?(?P<verb>[a-z]+)(?P<rest>.*?) (?P<prep>{_ALL}) (?:a )?"
@@ -90,6 +97,7 @@ def _evened(text: str) -> str:
     if match := _IN_FRONT.fullmatch(text):
         prep, rest = match["prep"], match["rest"]
         text = rest if rest.endswith(f" {prep}") or _ends_in_preposition(rest) else f"{rest} {prep}"
+    text = _KNOWN_AS.sub(r"\1 what \2", text)
     if match := _PHRASE.fullmatch(text):
         text = f"what is {match['phrase']}"
     elif match := _LAST.fullmatch(text):
@@ -97,7 +105,7 @@ def _evened(text: str) -> str:
         text = f"{match['wh']}{match['n'] or ''} {asked} {match['prep']}" if asked else text
     if match := _IT.fullmatch(text):
         text = f"what {match['n']} is {SLOT} {match['rest']}"
-    elif match := _POSSESSIVE.fullmatch(text) or _OF.fullmatch(text):
+    elif match := _of_it(text):
         return f"what is the {match['n']} of {SLOT}"
     elif match := _CLAUSE.fullmatch(text):
         asked = _inverted(match["verb"], match["rest"])
@@ -105,9 +113,19 @@ def _evened(text: str) -> str:
         if match["where"]:
             end = "to" if match["verb"] in ("went", "goes") else "in"
         text = f"what {match['n']} {asked} {end}".rstrip() if asked else text
+    elif match := _AGENT.fullmatch(text):
+        text = f"what {match['n']} {match['rest']}"
+    elif match := _NOT_INVERTED.fullmatch(text):
+        asked = _inverted(match["verb"], match["rest"])
+        text = f"{match['asked']} {asked}" if asked else text
     if match := _TIMED.fullmatch(text):
         text = match["asked"]
     return text
+
+
+def _of_it(text: str) -> re.Match[str] | None:
+    patterns = (_POSSESSIVE, _OF, _NO_APOSTROPHE, _POSSESSED)
+    return next((match for each in patterns if (match := each.fullmatch(text))), None)
 
 
 def _ends_in_preposition(text: str) -> bool:

@@ -38,7 +38,7 @@ _PAST = {
 }  # fmt: skip
 _REGULAR = frozenset(
     {
-        "affect", "air", "appear", "associate", "attend", "base", "belong", "celebrate",
+        "affect", "air", "appear", "associate", "attend", "base", "belong", "cease", "celebrate",
         "compete", "compose", "connect", "contract", "create", "cross", "design", "develop",
         "die", "direct", "discontinue", "discover", "dissolve", "drain", "employ", "end", "enter",
         "establish", "exist", "expire", "feature", "flow", "form", "found", "graduate", "hail",

@@ -31,6 +31,8 @@ premiered, debuted, >was first shown | premiere, debut
 first aired, was first broadcast, >was first shown |
 started, began, >got under way | start, beginning
 expired |
+came into use, >was first used, >was put into use |
+was found or made, was discovered or made |
 was discontinued, >was brought to an end | discontinuation
 """  # noqa: E501 - an event is one line
 _INFINITIVES = {
@@ -56,15 +58,39 @@ def event_families() -> Iterator[list[str]]:
         yield list(_when(events, named))
         yield list(_on_date(events, named))
         yield list(_in_year(events, named))
+    yield ["<@point in time", "<What date is associated with X?", ">@date", ">When did X happen?",
+           ">When did X take place?", ">When did X occur?", ">On what date was X?"]  # fmt: skip
     yield ["@date", ">When did X happen?", ">When did X take place?", ">When did X occur?"]
-    yield ["@final year", "@last year", ">In what year did X end?", ">In what year was X over?"]
+    yield [
+        "@final year",
+        "@last year",
+        "<@ending year",
+        "<@end year",
+        ">In what year did X end?",
+        ">In what year was X over?",
+    ]
     for date in ("date of birth", "birth date", "birthday"):
-        yield [f"<@{date}", ">When was X born?", ">The date when X was born is"]
+        yield [
+            f"<@{date}",
+            f"<When was the {date} of X?",
+            ">When was X born?",
+            ">The date when X was born is",
+        ]
         yield [f"<@{date}", ">@date of birth", ">@birth date", ">When was X's birth?"]
     for date in ("date of death", "death date"):
-        yield [f"<@{date}", ">When did X die?", ">When did X pass away?", ">@date of death"]
+        yield [
+            f"<@{date}",
+            f"<When was the {date} of X?",
+            ">When did X die?",
+            ">When did X pass away?",
+            ">@date of death",
+        ]
         yield [f"<@{date}", ">When was X's death?", ">@day of death", ">The date X died was"]
     yield ["<When did X die?", ">@date of death"]
+    yield [f"<The death of X {occurred} on what date?" for occurred in ("occurred", "occured")] + [
+        ">When did X die?", ">On what date did X die?", ">When did X pass away?",
+        ">What was the date of X's death?", ">@date of death", ">The date X died was",
+    ]  # fmt: skip
     yield ["<When was X born?", ">@date of birth", ">@birth date"]
     yield from _places()
 
@@ -82,6 +108,7 @@ def _when(events: list[tuple[bool, str]], nouns: list[tuple[bool, str]]) -> Iter
         yield f"{mark}What was the date of X's {noun}?"
         yield f"{mark}What was the date of the {noun} of X?"
         yield f">The date of X's {noun} was"
+        yield from (f"<@{noun} date", f"<@date of {noun}")
 
 
 def _on_date(events: list[tuple[bool, str]], nouns: list[tuple[bool, str]]) -> Iterator[str]:
@@ -105,6 +132,8 @@ def _in_year(events: list[tuple[bool, str]], nouns: list[tuple[bool, str]]) -> I
         mark = "<" * (i > 0)  # one of them is enough among the many forms
         yield f"{mark}What was the year of X's {noun}?"
         yield f"<What was the year of the {noun} of X?"
+        yield f"<@{noun} year"
+        yield f"<What year was the {noun} of X?"
         yield f"<What year witnessed the {noun} of X?"
         yield f"<What is the official year for the {noun} of X?"
         yield f"{'<' * (i > 0) or '>'}The year of X's {noun} was"

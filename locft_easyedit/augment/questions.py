@@ -90,6 +90,8 @@ def _ends_with_wh(match: re.Match[str]) -> Iterator[str]:
     """The film X was directed by who? The star X is part of what constellation?"""
     body, prep, n = match["body"], match["prep"], match["n"]
     yield f"{body} {prep}"
+    if prep == "as":  # "The star X is part of the constellation known as what?"
+        return
     if n and n.split()[-1] not in TIME:
         yield f"{body} {prep} the {n}"
     if parts := re.fullmatch(rf"{_X} (?P<be>{BE})(?P<rest>.*)", body):
@@ -203,6 +205,8 @@ def _when(match: re.Match[str]) -> Iterator[str]:
 
 
 def _when_noun(match: re.Match[str]) -> Iterator[str]:
+    if "date" in match["phrase"]:
+        return
     yield f"The date of {match['phrase']} {match['be']}"
     yield f"What {match['be']} the date of {match['phrase']}?"
 
@@ -228,6 +232,8 @@ def _subject(match: re.Match[str]) -> Iterator[str]:
     be = "is" if match["be"] in ("is", "has") else "was"
     be = "are" if match["be"] == "are" else be
     n, predicate = match["n"], match["predicate"]
+    if _VERBS.intersection((n or "").split()):
+        return
     if n is None:
         yield f"The one who {predicate} {be}"
         return

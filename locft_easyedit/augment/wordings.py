@@ -169,7 +169,7 @@ def _taken_apart(prompt: str, subject: str) -> _Prompt:
     if subject and start < 0 and len(text.lower()) == len(text):
         start = text.lower().find(subject.lower())
     if subject and start >= 0:
-        name = text[start : start + len(subject)]
+        name = _with_parentheses(text, start, start + len(subject))
         if text.count(name) > 1:
             alone = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", SLOT, text)
             return _Prompt(text, alone if SLOT in alone else text.replace(name, SLOT), name)
@@ -180,6 +180,12 @@ def _taken_apart(prompt: str, subject: str) -> _Prompt:
             masked = text[: match.start()] + SLOT + text[match.start() + len(name) :]
             return _Prompt(text, masked, name)
     return _Prompt(text, text, "")
+
+
+def _with_parentheses(text: str, start: int, end: int) -> str:
+    """Returns a name and what tells it from others of that name: "USS Bermuda (1861)"."""
+    apart = re.compile(r" \([^()]*\)").match(text, end)
+    return text[start : apart.end() if apart else end]
 
 
 def _candidates(prompt: _Prompt, rng: random.Random, contexts: Iterator[str]) -> Iterator[str]:
