@@ -25,7 +25,7 @@ ROUNDING = 1e-6
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY / "examples" / "benchmarks")
     names = ("generalization", "generalization_bench", "generalization_report")
-    names += ("generalization_picture",)
+    names += ("generalization_picture", "generalization_peers")
     return {name.removeprefix("generalization").strip("_"): importlib.import_module(name)
             for name in names}  # fmt: skip
 
@@ -106,6 +106,41 @@ def test_each_variant_gives_what_an_edit_of_a_fresh_model_gives(run):
     assert faster["changes"] == {"lr": "6e-2", "num_steps": 40}
     assert (faster["edits"], faster["measured"], faster["half"]) == (3, 3, "report")
     assert faster["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+def test_a_method_of_easyedit_is_measured_as_ours_are(run, scripts, monkeypatch):
+    peers, edited = scripts["peers"], []
+    monkeypatch.setattr(peers, "run_apart", peers.run)  # in this process, where its model is seen
+
+    class Seen(peers.Bench):
+        def after(self):
+            edited.append(self.model)
+            return super().after()
+
+    monkeypatch.setattr(peers, "Bench", Seen)
+    run("--n", 3, "--seeds", 1, "--variants", "published", "ROME")
+    published, rome = lines()
+    assert (rome["variant"], rome["edits"], rome["trained"]) == ("ROME", 3, 3)
+    assert rome["before"] == published["before"]
+    changed = [name for (name, now), then in zip(
+        edited[0].named_parameters(), toy_model("llama").parameters(), strict=True
+    ) if not torch.equal(now, then)]  # fmt: skip
+    [layer] = rome["method"]["hparams"]["layers"]
+    assert changed == [f"model.layers.{layer}.mlp.down_proj.weight"]
+    requests, tokenizer = read_requests("edits.json")[3:], toy_tokenizer(pad_is_eos=True)
+    metrics = Evaluation(edited[0], tokenizer, requests).measure()
+    found = summarize([{"post": one} for one in metrics])["post"]
+    assert rome["figures"]["portability"] == found["portability"]["one_hop_acc"]
+    assert rome["figures"]["reliability"] == found["generated"]["reliability"]
+    moved = []
+    for prompt in (p for r in requests for p in r["locality"]["neighborhood"]["prompt"]):
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        with torch.no_grad():
+            a, b = (model(input_ids=ids).logits[0, -1].double().log_softmax(-1)
+                    for model in (toy_model("llama"), edited[0]))  # fmt: skip
+        moved.append(float((a.exp() * (a - b)).sum()))
+    assert rome["figures"]["kl"] == pytest.approx(np.mean(moved), abs=ROUNDING)
+    assert rome["figures"]["kl"] > 100 * ROUNDING
 
 
 def test_what_is_there_is_not_made_again(run, scripts, monkeypatch):
