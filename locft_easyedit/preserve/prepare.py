@@ -37,13 +37,13 @@ from .statistics import (
 logger = logging.getLogger(__name__)
 
 # What counts beside all text together, which counts 1.
-_WEIGHTS = {"asked": 1.0, "neighbours": 0.6, "rewordings": 0.5, "context": 0.25}
+_WEIGHTS = {"asked": 1.0, "neighbours": 0.75, "rewordings": 0.5, "context": 0.25}
 _NEIGHBOURS_EACH = 8  # of an edit
 _PER_DIRECTION = 8  # prompts per direction of the matrix's inputs suffice
 EDITS_AT_ONCE = 64  # edits whose rewordings' keys are held together
 # Adam's L2 penalty on A, and so on what D = A S does where much is carried: what does nothing for
 # the edits goes. Losses are averaged over edits and so is this: a fact costs what it does alone.
-_PULL = 0.06
+_PULL = 0.045
 # The second moment forgets within an epoch or two. With PyTorch's 0.999 it would remember the large
 # gradients of the beginning to the end, and nothing would come to rest.
 _BETAS = (0.9, 0.98)
