@@ -9,7 +9,8 @@ from locft_easyedit.key_moments import end_moments, keys_of
 from locft_easyedit.preserve import prepare, sampled, statistics
 from locft_easyedit.preserve.asked import BEGINNINGS, asked_prompts
 from locft_easyedit.preserve.sampled import SampledText
-from locft_easyedit.preserve.statistics import asked_moments, prompt_ids
+from locft_easyedit.preserve.statistics import answered_ids, asked_moments, prompt_ids
+from locft_easyedit.requests import Edit
 
 DOWN = DOWN_PROJECTION["llama"].removesuffix(".weight")
 MODULES = [DOWN.format(2), DOWN.format(1)]
@@ -122,6 +123,32 @@ def test_sums_over_ends_and_over_what_is_before_them():
         assert close(ends[module], torch.cat([k[-n:] for k, n in counted]))
 
 
+def differences(model, tokenizer, module, requests, wordings):
+    """Keys where tokens of the target are predicted, less their mean over an edit's wordings."""
+    found = []
+    for request, own in zip(requests, wordings, strict=True):
+        target = tokenizer(" " + request["target_new"])["input_ids"]
+        assert len(target) > 1
+        documents = [tokenizer(prompt)["input_ids"] + target[:-1] for prompt in own]
+        ends = torch.stack([k[-len(target) :] for k in keys(model, module, documents)])
+        found.extend(ends - ends.mean(dim=0))
+    return found
+
+
+def test_what_is_answered_is_cut_to_the_end_of_the_context(monkeypatch):
+    model, tokenizer = toy_model(), toy_tokenizer()
+    edit = Edit("The dog ran home to", "Paris in the north", 0)
+    [(whole, n_tokens)] = answered_ids(model, tokenizer, [edit])
+    target = tokenizer(" " + edit.target)["input_ids"]
+    assert whole == [*tokenizer(edit.prompt)["input_ids"], *target[:-1]]
+    assert n_tokens == len(target) > 2
+    for context in (len(whole) + 1, len(whole), 4, 2, 1):
+        monkeypatch.setattr(model.config, "max_position_embeddings", context)
+        [(ids, n_left)] = answered_ids(model, tokenizer, [edit])
+        assert ids == whole[-context:]
+        assert n_left == min(n_tokens, context)
+
+
 def test_all_that_is_measured_for_the_preset_counts_by_its_weight(asking, monkeypatch, tmp_path):
     for name in ("DOCUMENTS", "BATCH"):
         monkeypatch.setattr(sampled, f"_{name}", 8)
@@ -147,5 +174,8 @@ def test_all_that_is_measured_for_the_preset_counts_by_its_weight(asking, monkey
     module = DOWN.format(hparams.layers[0])
     before = [k[:-1] for k in keys(model, module, prompt_ids(model, tokenizer, [*near, *own]))]
     assert close(moments["context"], moment(before))
+    assert close(
+        moments["rewordings"], moment(differences(model, tokenizer, module, requests, wordings))
+    )
     assert sources["context"]["prompts"] == len(own)
     assert sources["sampled"]["prompts"] == len(asking)
