@@ -207,7 +207,7 @@ def _run(
 ) -> None:
     """Runs all documents, the longest first, and gives the keys of each batch to `take`.
 
-    Its last arguments say which tokens are a document's last ones: so many of each, or one.
+    `last` says how many tokens of each document count as its last ones; `None`: one of each.
     """
     device = input_device(model)
     order = sorted(range(len(documents)), key=lambda i: len(documents[i]), reverse=True)

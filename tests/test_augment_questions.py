@@ -99,10 +99,29 @@ def test_other_words_for_the_same_question(question, others):
         ("The star X is part of the constellation known as what?", "known as\\?"),
         ("When is the date of birth of X?", "date of the date"),
         ("In what living being can X be found?", "was"),
+        ("The death of X occurred on what date?", "death of did|death of that"),
+        ("The death of X was caused by what?", "by the death"),
+        # What may be asked of other things than of those that a line is about.
+        ("Who shot X?", "cinematographer"),
+        ("What order does X belong to?", "religious"),
+        ("Who drafted X?", "club|team"),
+        ("What rank did X have?", "military"),
+        ("What was the point in time of X?", "[Oo]n (?:what|which) date"),
     ],
 )
 def test_never_another_question(question, never):
     assert not [text for text in reworded(question) if re.search(never, text)]
+
+
+@pytest.mark.parametrize(
+    "noun",
+    ["killer", "murderer", "successor", "predecessor", "coach", "screenwriter", "cinematographer",
+     "director", "child"],
+)  # fmt: skip
+def test_one_asks_who_a_person_is(noun):
+    others = reworded(f"X's {noun} was who?") | reworded(f"Who was the {noun} of X?")
+    assert others
+    assert not [text for text in others if re.match(rf"Wh(?:at|ich) (?:is|was) the {noun}", text)]
 
 
 def test_forms_of_a_family_lead_to_each_other():
@@ -151,6 +170,12 @@ def test_forms_have_a_subject_and_no_marks():
 def test_one_form_for_many(question, key, is_past):
     found = canonical(question.replace("X", SLOT))
     assert (found.key.replace(SLOT, "X"), found.is_past) == (key, is_past)
+
+
+def test_a_question_in_parentheses_is_no_part_of_a_name():
+    edit = Edit("Who wrote Dune (and in which year)?", "Ann Smith in 1999", 0)
+    [texts] = reword_edits([edit], ["Dune"], seed=0).prompts
+    assert not [text for text in texts if "(and in which year) was" in text]
 
 
 def test_what_tells_a_name_from_others_stays_with_it():

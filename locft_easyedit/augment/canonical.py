@@ -10,7 +10,7 @@ from .english import BE, PREPOSITIONS, SLOT, infinitive, is_past_form
 # What may stand before a subject and does not change what is asked of it.
 _KINDS = (
     "film|movie|song|album|song or album|single|show|episode|series|book|novel|band|star|genus|"
-    "species|character|ship|battle|person|company|river|painting|opera"
+    "species|character|ship|battle|person|company|river|painting|opera|player"
 )
 _NAMED = re.compile(rf"(?:\b[Tt]he (?:(?:{_KINDS}) )?|\b[Pp]layer )?{SLOT}")
 _PRESENT = re.compile(r"\b(?:is|are|do|does|has|have|can)\b")
@@ -107,7 +107,7 @@ def _evened(text: str) -> str:
         text = f"what {match['n']} is {SLOT} {match['rest']}"
     elif match := _of_it(text):
         return f"what is the {match['n']} of {SLOT}"
-    elif match := _CLAUSE.fullmatch(text):
+    elif (match := _CLAUSE.fullmatch(text)) and not _ends_in_preposition(f" {match['n']}"):
         asked = _inverted(match["verb"], match["rest"])
         end = match["prep"] or ""
         if match["where"]:

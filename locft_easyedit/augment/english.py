@@ -20,6 +20,8 @@ SMALL_WORDS = frozenset(
 )  # fmt: skip
 PREPOSITIONS = "out of|by|in|on|at|of|for|from|to|with|after|upon|near|over|as|under"
 BE = "is|was|are|were"
+# What tells a name from others: "USS Bermuda (1861)", "Dune (film)"; not "Dune (and when)".
+IN_PARENTHESES = r" \((?:[A-Z0-9][^()]*|\w+)\)"
 # A noun phrase without a name in it, and the subject with what may stand before it ("the film X").
 NOUN = r"[a-z][a-z -]*?"
 _NOT_IN_NAMED = rf"(?!(?:that|which|where|when|who|whose|has|had|{BE}|{PREPOSITIONS})\b)"
@@ -57,11 +59,12 @@ _PARTICIPLE = {
 }  # fmt: skip
 _PERSONS = frozenset(
     {
-        "architect", "artist", "author", "brother", "child", "composer", "creator", "dad",
-        "daughter", "designer", "developer", "director", "discoverer", "doctor", "editor",
-        "father", "founder", "husband", "illustrator", "inventor", "mom", "mother", "owner",
-        "painter", "parent", "partner", "performer", "producer", "sibling", "singer", "sister",
-        "son", "spouse", "star", "wife", "writer",
+        "architect", "artist", "assassin", "author", "brother", "child", "cinematographer", "coach",
+        "composer", "creator", "dad", "daughter", "designer", "developer", "director",
+        "discoverer", "doctor", "editor", "father", "founder", "husband", "illustrator",
+        "inventor", "killer", "mom", "mother", "murderer", "owner", "painter", "parent", "partner",
+        "performer", "predecessor", "producer", "screenwriter", "scriptwriter", "sibling",
+        "singer", "sister", "son", "spouse", "star", "successor", "wife", "writer",
     }
 )  # fmt: skip
 

@@ -43,8 +43,8 @@ What company built X? | @builder | X was built by | Which company was X built by
 What company produced X? | X was produced by | Which company was X produced by? | What company was behind the production of X? | X is a product of | The company that produced X was
 What corporation created X? | X was created by | Which company created X? | X was made by | Which corporation made X? | Which corporation was behind the creation of X? | Which corporation was X created by? | X is a creation of
 What is the product made by X? | What product does X make? | What does X make? | X makes | The product of X is | What does X produce? | Which product comes from X?
-@publisher | Who published X? | X was published by | Which publisher brought out X? | What company published X? | Which publishing house published X? | X came out with the publisher | <What publisher published X? | <What is the publisher that published X?
-@distributor | Who distributed X? | X was distributed by | Which company distributed X? | Which distributor handled X? | Who was X distributed by? | Who handled the distribution of X? | <What company distributed X?
+@publisher | Who published X? | X was published by | Which publisher brought out X? | What company published X? | Which publishing house published X? | X came out with the publisher | <What publisher published X?
+@distributor | Who distributed X? | X was distributed by | Which company distributed X? | Which distributor handled X? | Who was X distributed by? | Who handled the distribution of X?
 What studio produced X? | X was produced by the studio | Which studio made X? | Which film studio was behind X? | At which studio was X made? | The studio behind X was | What studio was responsible for X? | <@studio
 @production company | What production company was involved in X? | Which production company made X? | >What company produced X? | X was produced by | Which production company was behind X? | X is a production of | <What production company is involved with X? | <What production company is X from?
 @record label | What label is~ X on? | What record label is~ X with? | X is~ on the record label | Which record company is~ X with? | X's label is~ | What label do~ X belong to? | @label
@@ -146,33 +146,33 @@ What chromosome is X on? | What chromosome is X located on? | What chromosome ca
 In what living being can X be found? | In what living being is X found? | In what organism is X found? | In what organism can X be found? | In what species is X found? | In what species can X be found? | Which organism has X? | X is found in | X can be found in | X occurs in the organism | What living thing has X?
 Who directed or edited X? | Who was X directed or edited by? | @director or editor | X was directed or edited by | Which person directed or edited X? | Who was the one that directed or edited X?
 @screenwriter | Who wrote the screenplay for X? | Who wrote the script for X? | Which screenwriter wrote X? | X was written by the screenwriter | Whose screenplay was X filmed from? | The script for X is by | Who is the scriptwriter of X?
-@cinematographer | @director of photography | Who was behind the camera for X? | Who did the cinematography of X? | X was shot by | Which cinematographer shot X? | Who shot X?
+@cinematographer | @director of photography | Who was behind the camera for X? | Who did the cinematography of X? | X was shot by the cinematographer | Which cinematographer shot X?
 @film editor | Who did the editing of X? | Which editor cut X? | X was edited by the film editor | Who was the one that cut X? | Who was in charge of the editing of X?
-Who sang X? | @singer | Which singer recorded X? | X was sung by | Who was X sung by? | Which singer performed X? | Whose voice is heard on X?
+Who sang X? | >@singer | Which singer recorded X? | X was sung by | Who was X sung by? | Which singer performed X? | Whose voice is heard on X?
 What genre is X? | @genre | X is in the genre of | What genre does X belong to? | Which genre is X in? | X belongs to the genre of | X's genre is | In which genre is X? | Under which genre does X fall?
 What license is X under? | @license | X is released under the | What license does X have? | Under which license is X distributed? | X has the license | Which license does X use? | Which license covers X? | What license applies to X?
-What operating system does X run on? | X runs on | Which operating system is X for? | @operating system | X works on the operating system | What platform does X run on? | For which operating system was X made?
-@headquarters | Where is X headquartered? | Where is X based? | X is headquartered in | X is based in | In what city is X headquartered? | In which place does X have its headquarters? | X has its headquarters in | Where are the headquarters of X? | Where is the head office of X? | X's head office is in
-Y=stock exchange: What Y is X listed on? | What Y is X traded on? | On which Y is X traded? | X is listed on the | X is traded on the | Which Y lists X? | On which exchange are X shares traded? | Which Y trades X?
+What operating system does X run on? | X runs on | Which operating system is X for? | @operating system | X works on the operating system | For which operating system was X made?
+@headquarters | Where is X headquartered? | Where is X based? | X is headquartered in | X is based in | In which place does X have its headquarters? | X has its headquarters in | Where is the head office of X? | X's head office is in
+What stock exchange is X listed on? | What stock exchange is X traded on? | X is~ listed on the | X is~ traded on the | Which stock exchange lists X? | Which stock exchange trades X? | >@stock exchange
 What mountain range is X in? | What mountain range is X a part of? | What mountain range does X belong to? | What range is X part of? | X is in the mountain range | X is part of the | X belongs to the | Which mountain range includes X? | In which mountains is X? | Which mountains is X in?
 What military branch did X serve in? | What branch of the military did X serve in? | What branch did X serve in? | X served in the | In which branch of the armed forces was X? | What military force did X serve in? | Which military branch was X in? | @military branch | X was a member of the | <What armed force did X serve in?
-@military rank | What military rank did X have? | What rank did X hold? | What rank did X have? | X held the rank of | X had the military rank of | To which rank did X rise? | What was the highest rank of X? | <@rank
+@military rank | What military rank did X have? | What military rank did X hold? | >What rank did X hold? | >What rank did X have? | X held the rank of | X had the military rank of | >To which rank did X rise?
 What political party is X a member of? | What party does X belong to? | What political party does X belong to? | What party is X a member of? | X is~ a member of the | X belong~ to the party | @political party | Which political party is X with? | Which party is~ X affiliated with? | X is~ a politician of the | @party
-@religion | What religion does X follow? | What religion does X belong to? | What religion is X? | X's faith is~ | What faith does X have? | Which religion is~ X a follower of? | X is~ a follower of | What religion does X practise? | @faith
-What religious order is X a member of? | What order does X belong to? | What religious order does X belong to? | @religious order | X belong~ to the order | X is~ a member of the religious order | Which order is~ X a member of? | Which religious order is~ X in?
+@religion | What religion does X follow? | What religion does X belong to? | X's faith is~ | What faith does X have? | Which religion is~ X a follower of? | X is~ a follower of | What religion does X practise? | @faith
+What religious order is X a member of? | What religious order does X belong to? | @religious order | X belong~ to the religious order | X is~ a member of the religious order | Which religious order is~ X in? | Of which religious order is~ X a member?
 Where was X buried? | Where is X buried? | @burial place | @place of burial | X was buried in | Where was X laid to rest? | Where is the grave of X? | X was laid to rest in | In what place is X buried? | X's grave is in | <In what cemetery is X buried?
 What architectural style is X in? | What style of architecture is X? | @architectural style | What style is X built in? | X was built in the style of | Which style of architecture does X have? | In which architectural style is X? | Which architectural style does X have? | <What type of architecture is X?
-What team drafted X? | Which team was X drafted by? | X was drafted by | Who drafted X? | Which club picked X in the draft? | By which team was X picked? | X was picked in the draft by
+What team drafted X? | Which team was X drafted by? | X was drafted by | Which club picked X in the draft? | Which team picked X in the draft? | By which team was X picked? | X was picked in the draft by
 What crime was X convicted of? | What was X convicted of? | Of which crime was X found guilty? | X was convicted of | X was found guilty of | What was X found guilty of? | For which crime was X convicted? | What offense did X commit?
 Who is a character in X? | What character is in X? | Which character appears in X? | X has a character called | Who appears as a character in X? | Among the characters of X is | Which character does X feature?
 What is X famous for? | What is X known for? | For what is X famous? | For what is X known? | X is~ known for | X is~ famous for | What did X become known for?
 Who killed X? | @killer | X was killed by | X was murdered by | Who murdered X? | Who was X killed by? | At whose hands did X die? | @murderer | By whom was X murdered? | @assassin
-Who succeeded X? | X was succeeded by | @successor | Who came after X? | Who followed X? | Who was X succeeded by? | Who took over from X?
-Who preceded X? | X was preceded by | @predecessor | Who came before X? | Who was X preceded by? | Whose successor was X?
-Who coached X? | @coach | @head coach | X was coached by | Who was X coached by? | Who is in charge of X as coach? | Under which coach did X play?
+Who succeeded X? | X was succeeded by | @successor | >Who came after X? | Who was X succeeded by? | Who took over from X?
+Who preceded X? | X was preceded by | @predecessor | >Who came before X? | Who was X preceded by? | Whose successor was X?
+@coach | @head coach | Who coaches X? | X is~ coached by | Who is~ X coached by? | Who is~ in charge of X as coach? | Which coach do~ X have?
 What engine does X have? | What engine powers X? | X is powered by | @engine | What engine is X powered by? | Which engine is used in X? | What engine drives X? | X has the engine
 Who commissioned X? | X was commissioned by | Who was X commissioned by? | Who ordered X to be made? | At whose request was X made? | Who gave the commission for X?
-What collection is X in? | @collection | What collection is X a part of? | X is in the collection of | What museum is X in? | X belongs to the collection of | Which museum has X? | Where is X kept?
+What collection is X in? | What collection is X a part of? | X is in the collection of | What museum is X in? | X belongs to the collection of | Which museum has X?
 What is X a part of? | X is part of | What does X belong to? | X belongs to | Of what is X a part? | What includes X? | What is X included in?
 """  # noqa: E501 - a family is one line
 

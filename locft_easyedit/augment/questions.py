@@ -90,7 +90,7 @@ def _ends_with_wh(match: re.Match[str]) -> Iterator[str]:
     """The film X was directed by who? The star X is part of what constellation?"""
     body, prep, n = match["body"], match["prep"], match["n"]
     yield f"{body} {prep}"
-    if prep == "as":  # "The star X is part of the constellation known as what?"
+    if re.search(r" the [a-z ]+ known$", body):  # "X is part of the constellation known as what?"
         return
     if n and n.split()[-1] not in TIME:
         yield f"{body} {prep} the {n}"
@@ -205,7 +205,7 @@ def _when(match: re.Match[str]) -> Iterator[str]:
 
 
 def _when_noun(match: re.Match[str]) -> Iterator[str]:
-    if "date" in match["phrase"]:
+    if re.search(r"\bdate\b", match["phrase"]):  # "When is the date of birth of X?"
         return
     yield f"The date of {match['phrase']} {match['be']}"
     yield f"What {match['be']} the date of {match['phrase']}?"

@@ -15,7 +15,7 @@ from hashlib import blake2b
 from typing import Any
 
 from ..requests import Edit
-from .english import SLOT, SMALL_WORDS, small, tidy
+from .english import IN_PARENTHESES, SLOT, SMALL_WORDS, small, tidy
 from .frames import CLAUSE_FRAMES, CONTEXTS, QUESTION_FRAMES, STATEMENT_FRAMES
 from .questions import questions
 from .statements import statements
@@ -67,7 +67,8 @@ class _Prompt:
     Attributes:
         text: The prompt without blanks around it.
         masked: The same, with `SLOT` in place of the name.
-        name: The subject as the prompt writes it, or what looks like a name, or "".
+        name: The subject as the prompt writes it, with what is in parentheses after it; or what
+            looks like a name, or "".
     """
 
     text: str
@@ -183,8 +184,8 @@ def _taken_apart(prompt: str, subject: str) -> _Prompt:
 
 
 def _with_parentheses(text: str, start: int, end: int) -> str:
-    """Returns a name and what tells it from others of that name: "USS Bermuda (1861)"."""
-    apart = re.compile(r" \([^()]*\)").match(text, end)
+    """Returns a name and what is in parentheses after it."""
+    apart = re.compile(IN_PARENTHESES).match(text, end)
     return text[start : apart.end() if apart else end]
 
 

@@ -11,6 +11,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..augment.english import IN_PARENTHESES
+
 # Stand in where the edits have too few subjects of their own, or each has the same prompt.
 _OTHERS = (
     "Paris",
@@ -98,4 +100,4 @@ def _put(other: str, word: re.Pattern[str], prompt: str) -> str:
 def _as_word(subject: str | None) -> re.Pattern[str] | None:
     """Returns what finds a subject where it is not a part of another word."""
     name = (subject or "").strip()
-    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)") if name else None
+    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)(?:{IN_PARENTHESES})?") if name else None

@@ -243,8 +243,7 @@ class _Measured:
             for token in range(n_tokens)
         )
         for module, found in keys.items():
-            around = _around_means(found.to(self._device(module)), which)
-            add_moment_(sums, module, around)
+            add_moment_(sums, module, _less_means_(found.to(self._device(module)), which))
 
     def filter(self, module: str, name: str) -> torch.Tensor:
         """Returns S of one matrix, where the matrix is."""
@@ -281,12 +280,12 @@ def _numbered(names: Iterable[Hashable]) -> torch.Tensor:
     return torch.tensor([numbers.setdefault(name, len(numbers)) for name in names])
 
 
-def _around_means(keys: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """Returns keys, [T, D], less the mean of those of the same group, [T]."""
+def _less_means_(keys: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """Takes from keys, [T, D], the mean of those of the same group, [T]; returns them."""
     group = group.to(keys.device)
     n_keys = group.bincount()  # [number of groups]
-    sums = keys.new_zeros(len(n_keys), keys.shape[1]).index_add_(0, group, keys)
-    return keys - (sums / n_keys[:, None])[group]
+    means = keys.new_zeros(len(n_keys), keys.shape[1]).index_add_(0, group, keys)
+    return keys.sub_(means.div_(n_keys[:, None])[group])
 
 
 def adam_of(n_edits: int, hparams: LocFTBFHyperParams) -> dict[str, Any]:

@@ -156,13 +156,15 @@ def answered_ids(
     With it, how many of its last tokens predict one of the target. Of what is beyond the model's
     context the end is kept.
     """
-    context = context_length(model) or 0
+    context, eos = context_length(model) or 0, tokenizer.eos_token_id
     texts = tokenize_edits(tokenizer, edits, append_eos=False)
     found = []
-    for i, n_tokens in enumerate(texts.lengths - texts.target_start):
-        start, end = texts.offsets[i : i + 2]
-        ids = texts.ids[start : end - 1].tolist()[-context:]
-        found.append((ids, min(int(n_tokens), len(ids))))
+    for i, target_start in enumerate(texts.target_start.tolist()):
+        ids = texts.ids[texts.offsets[i] : texts.offsets[i + 1]].tolist()
+        if ids[-1] == eos:  # some tokenizers add one by themselves
+            ids.pop()
+        read = ids[:-1][-context:]
+        found.append((read, min(len(ids) - target_start, len(read))))
     return found
 
 
