@@ -24,9 +24,10 @@ _N = "[a-z][a-z -]*?"
 _ALL = PREPOSITIONS + "|into|upon"
 _IN_FRONT = re.compile(rf"(?P<prep>{_ALL}) (?P<rest>(?:what|who)\b.*)")
 _OF = re.compile(rf"(?:what|who) is (?:the|an?) (?P<n>{_N}) (?:of|for) {SLOT}")
-_POSSESSIVE = re.compile(rf"(?:what|who) is (?:the name of )?{SLOT}'s (?P<n>{_N})(?:'s name)?")
-# "Who is listed as X father?"
-_NO_APOSTROPHE = re.compile(rf"(?:what|who) is (?:the name of|listed as) {SLOT}(?:'s)? (?P<n>{_N})")
+# "What is X's home city?", "Who is listed as X father?"
+_POSSESSIVE = re.compile(
+    rf"(?:what|who) is (?:{SLOT}'s|(?:the name of|listed as) {SLOT}(?:'s)?) (?P<n>{_N})(?:'s name)?"
+)
 _POSSESSED = re.compile(rf"{SLOT}'s (?P<n>{_N}) is (?:what|who)")
 _KNOWN_AS = re.compile(rf"({SLOT} .*) the ({_N}) (?:known as|named|called) what")
 _AGENT = re.compile(rf"(?:what|who) is the (?P<n>{_N}) (?:that|what|who) (?P<rest>[a-z ]+ {SLOT})")
@@ -124,7 +125,7 @@ def _evened(text: str) -> str:
 
 
 def _of_it(text: str) -> re.Match[str] | None:
-    patterns = (_POSSESSIVE, _OF, _NO_APOSTROPHE, _POSSESSED)
+    patterns = (_POSSESSIVE, _OF, _POSSESSED)
     return next((match for each in patterns if (match := each.fullmatch(text))), None)
 
 

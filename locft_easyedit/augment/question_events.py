@@ -58,9 +58,8 @@ def event_families() -> Iterator[list[str]]:
         yield list(_when(events, named))
         yield list(_on_date(events, named))
         yield list(_in_year(events, named))
-    yield ["<@point in time", "<What date is associated with X?", ">@date", ">When did X happen?",
+    yield ["@date", "<@point in time", "<What date is associated with X?", ">When did X happen?",
            ">When did X take place?", ">When did X occur?"]  # fmt: skip
-    yield ["@date", ">When did X happen?", ">When did X take place?", ">When did X occur?"]
     yield [
         "@final year",
         "@last year",

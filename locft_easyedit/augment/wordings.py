@@ -26,6 +26,7 @@ MOST = 12  # rewordings of an edit
 # paraphrases where the rules find as many: the others leave the question's own words as they are.
 _FIRST = ("paraphrase",) * 6 + ("context", "frame")
 _THEN = ("surface", "frame", "paraphrase", "context")
+_APART = re.compile(IN_PARENTHESES)
 # A name, where no subject is given: words with capitals and what may stand between them.
 _NAME = re.compile(r"[A-Z0-9][\w.'’&-]*(?:,? (?:(?:of|the|de|and|for|in) )*[A-Z0-9][\w.'’&-]*)*")
 
@@ -185,7 +186,7 @@ def _taken_apart(prompt: str, subject: str) -> _Prompt:
 
 def _with_parentheses(text: str, start: int, end: int) -> str:
     """Returns a name and what is in parentheses after it."""
-    apart = re.compile(IN_PARENTHESES).match(text, end)
+    apart = _APART.match(text, end)
     return text[start : apart.end() if apart else end]
 
 

@@ -191,16 +191,13 @@ class _Measured:
             wordings: Of each edit its own prompt, and its rewordings after it.
             targets: What each edit is to answer.
         """
-        groups = [
-            [Edit(prompt, target, i) for prompt in own]
-            for i, (own, target) in enumerate(zip(wordings, targets, strict=True))
-            if len(own) > 1 or self.context is not None
-        ]
-        if not groups:
+        usable = [i for i, own in enumerate(wordings) if len(own) > 1 or self.context is not None]
+        if not usable:
             return
-        each = -(-sum(map(len, groups)) // len(groups))
-        n_groups = min(len(groups), max(1, self._most_prompts // each))
-        groups = random.Random(self.hparams.seed).sample(groups, n_groups)
+        each = -(-sum(len(wordings[i]) for i in usable) // len(usable))
+        n_groups = min(len(usable), max(1, self._most_prompts // each))
+        chosen = random.Random(self.hparams.seed).sample(usable, n_groups)
+        groups = [[Edit(prompt, targets[i], i) for prompt in wordings[i]] for i in chosen]
         differences: dict[str, torch.Tensor] = {}
         starts = range(0, len(groups), EDITS_AT_ONCE)
         several = self.progress and len(starts) > 1
