@@ -32,7 +32,7 @@ def run_rows(
         inputs_embeds: Instead of ids, [R, L, D].
         narrowed: The model's last layer gives the scored cells alone already.
     """
-    with _head_sees(model, _narrow(rows, narrowed)) as seen:  # [1, S, D]
+    with head_sees(model, _narrow(rows, narrowed)) as seen:  # [1, S, D]
         output = _run(model, rows, input_ids, inputs_embeds)
     logits: torch.Tensor = output.logits  # [1, S, V], or [R, L, V] without a head to hook
     return logits[0] if seen or narrowed else _scored(logits, rows)
@@ -61,7 +61,7 @@ def run_to_head(
         hidden.append(_narrow(rows, narrowed)(given))
         raise Stop
 
-    with _head_sees(model, leave), suppress(Stop):
+    with head_sees(model, leave), suppress(Stop):
         _run(model, rows, input_ids, inputs_embeds)
     return hidden[0][0]
 
@@ -93,7 +93,7 @@ def run_next(model: PreTrainedModel, cache: Any, **inputs: Any) -> tuple[torch.T
         cache: As for `run_cached`.
         **inputs: As for `run_cached`.
     """
-    with _head_sees(model, lambda hidden: hidden[:, -1:]):
+    with head_sees(model, lambda hidden: hidden[:, -1:]):
         output, cache = run_cached(model, cache, **inputs)
     return output.logits[:, -1], cache
 
@@ -139,19 +139,24 @@ def _counts_tokens(cache: Any) -> bool:
 
 
 @contextmanager
-def _head_sees(
+def head_sees(
     model: PreTrainedModel, select: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[list[bool]]:
     """Within, the output embedding gets `select(hidden states)`; yields a list, filled if it did.
 
     The output embedding is the largest matrix of many models, and most positions' logits are not
-    asked for.
+    asked for. What it gets is contiguous: by a slice of [B, L, D], and a weight without gradients,
+    PyTorch multiplies on a CPU as if each of the B rows had a matrix of its own, and copies it.
+
+    Args:
+        model: A causal language model.
+        select: Makes what the output embedding gets of what it was to get, [B, L, D].
     """
     seen: list[bool] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         seen.append(True)
-        return (select(args[0]), *args[1:])
+        return (select(args[0]).contiguous(), *args[1:])
 
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     handle = head.register_forward_pre_hook(hook) if head is not None else None

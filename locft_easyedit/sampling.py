@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .devices import input_device
 from .errors import ModelError
+from .forward import head_sees
 from .modes import evaluation_mode
 
 
@@ -68,17 +69,18 @@ def continuations(
     """
     end = tokenizer.eos_token_id
     end = first_token(tokenizer) if end is None else end
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=n_tokens,
-        eos_token_id=end,
-        pad_token_id=end,
-    )
+    with head_sees(model, lambda hidden: hidden):  # of a prompt's last column, a slice
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=n_tokens,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
     start = 0 if whole else ids.shape[1]
     drawn: list[str] = tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)
     return drawn
