@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import numpy as np
 import torch
@@ -30,10 +30,10 @@ PUBLISHED = "published algorithm"
 # Each variant takes one more thing away from ours, down to a full padded forward pass.
 OURS = {
     "ours": {},
-    "- cut at the layer": {"cut": "layer"},
-    "- whole last layer": {"cut": "layer", "tail": False},
-    "- logits not in chunks": {"cut": "layer", "tail": False, "head": False},
-    "- padded": {"cut": "layer", "tail": False, "head": False, "packing": False},
+    "- cut at the layer": {"prefix_cut": "layer"},
+    "- whole last layer": {"prefix_cut": "layer", "tail": False},
+    "- logits not in chunks": {"prefix_cut": "layer", "tail": False, "head": False},
+    "- padded": {"prefix_cut": "layer", "tail": False, "head": False, "packing": False},
     "- no frozen prefix": {"frozen_prefix": False, "tail": False, "head": False, "packing": False},
 }
 
@@ -71,9 +71,9 @@ def one_layer(options, layer):
         for dtype in options.dtype:
             model, tokenizer = models[dtype]
             for name, changes in variants.items():
-                made = stack.enter_context(
-                    Ours(model, tokenizer, requests, layer, options, changes)
-                )
+                hparams = one_step(options, layer, changes)
+                without = [part for part in ("tail", "head") if not changes.get(part, True)]
+                made = stack.enter_context(Ours(model, tokenizer, requests, hparams, without))
                 steps[f"{name}, {dtype}"] = made.step
         seconds = {name: [] for name in steps}
         losses, rates = {}, dict.fromkeys(options.dtype, 0.0)
@@ -103,38 +103,51 @@ def one_layer(options, layer):
     return rows
 
 
-class Ours:
-    """A step of the training loop itself, on all edits; the weights stay as they are."""
+def one_step(options, layer, changes):
+    """Hyper-parameters of a training that is one step on all edits, and hardly moves a weight."""
+    changes = {key: value for key, value in changes.items() if key not in ("tail", "head")}
+    return LocFTBFHyperParams(
+        layers=[layer], rewrite_module_tmp=options.template, lr=1e-9, num_steps=1,
+        batch_size=options.n, row_tokens=options.row_tokens, batch_loss_threshold=0.0, **changes,
+    )  # fmt: skip
 
-    def __init__(self, model, tokenizer, requests, layer, options, changes):
-        keys = {k: v for k, v in changes.items() if k in ("packing", "frozen_prefix")}
-        hparams = LocFTBFHyperParams(
-            layers=[layer], rewrite_module_tmp=options.template, lr=1e-9, num_steps=1,
-            batch_size=options.n, row_tokens=options.row_tokens, prefix_cut=changes.get("cut"),
-            batch_loss_threshold=0.0, **keys,
-        )  # fmt: skip
+
+class Ours:
+    """A step of the training loop itself, on all edits; the weights stay as they are.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        requests: The edits.
+        hparams: See `one_step`.
+        without: Parts of a fast forward pass that are left out: `tail`, `head`.
+    """
+
+    def __init__(self, model, tokenizer, requests, hparams, without=()):
         self.session = EditSession(model, tokenizer, requests, hparams, progress=False)
-        self.changes = changes
+        self.without = without
 
     def __enter__(self):
-        self.session.__enter__()
-        runner = self.session._runner
-        for name in ("tail", "head"):
-            if not self.changes.get(name, True):
-                setattr(runner, name, None)
-        self.weights = TrainedWeights(self.session.place.parameters)
-        share = self.session._share
-        variants = self.session.training_texts.variants
-        self.loop_step = _Step(
-            runner, self.weights, self.session.hparams, share, variants, adam=None
+        session = self.session.__enter__()
+        for name in self.without:
+            setattr(session._runner, name, None)
+        edits, protection = np.arange(len(session.edits.edits)), session._protection
+        self.change = session._edit_runner.confined_()
+        self.weights = (
+            TrainedWeights(session.place.parameters) if self.change is None else self.change.weights
         )
+        variants = session.training_texts.variants
+        self.texts = variants.texts(edits, epoch=0)
+        self.loop_step = _Step(
+            session._runner, self.weights, session.hparams, session._share, variants,
+            adam=None if protection is None else protection.adam(len(edits), session.hparams),
+        )  # fmt: skip
         return self
 
     def step(self):
-        runner = self.session._runner
-        batch = np.arange(len(runner.texts))
-        with runner.ready():
-            loss, _ = self.loop_step.take_(self.loop_step._parts(batch), len(batch))
+        in_force = nullcontext() if self.change is None else self.change.in_force()
+        with in_force, self.session._runner.ready():
+            loss, _ = self.loop_step.take_(self.loop_step._parts(self.texts), len(self.texts))
         value = loss.item()
         self.weights.clear_gradients_()
         return value

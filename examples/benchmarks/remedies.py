@@ -1,0 +1,106 @@
+"""What rewordings and a confined change cost: a step with each, and what goes before the first.
+
+    python examples/benchmarks/remedies.py --data zsre_1k.json --layer 24 --n 100
+
+All edits are one mini-batch. The variants are those of generalization.py; their steps are
+interleaved, and ratios are to the published method's. Before a change is trained it is nothing: a
+variant whose loss is not that of the other variants with the same texts is said to be wrong.
+Seconds are of one run on one machine: read the ratios.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from contextlib import ExitStack
+
+from generalization import VARIANTS  # beside this file, as is what makes a step
+from rich.table import Column, Table
+from step import Ours, one_step, synchronize
+
+from locft_easyedit.data import read_requests
+from locft_easyedit.demo.run import FACTS
+from locft_easyedit.models import load_causal_lm
+from locft_easyedit.report import show
+
+PLAIN = "published"
+# Of a loss near 8: filtered inputs are products of their own, and add zeros to others' rounding.
+SAME_LOSS = {"float32": 1e-4, "bfloat16": 5e-2}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
+    parser.add_argument("--template", default="model.layers.{}.mlp.down_proj.weight")
+    parser.add_argument("--layer", type=int, default=24)
+    parser.add_argument("--data", default=str(FACTS), help="JSON file with edits")
+    parser.add_argument("--n", type=int, default=100, help="edits, all in one mini-batch")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--row-tokens", type=int, default=64)
+    parser.add_argument("--device")
+    parser.add_argument("--dtype", choices=SAME_LOSS, default="bfloat16")
+    parser.add_argument("--preserve-dir", help="what is measured for LocFT-BF+ once")
+    parser.add_argument("--json", help="also write the figures to this file")
+    options = parser.parse_args()
+    rows = measured(options)
+    table = Table(Column("", no_wrap=True), "step s", "× published", "texts", "loss",
+                  "preserve s", "prefix s", "both, ms an edit",
+                  title=f"{options.n} edits in one mini-batch, layer {options.layer}")  # fmt: skip
+    for row in rows:
+        table.add_row(row["variant"], f"{row['step_seconds']:.3f}", f"{row['ratio']:.2f}",
+                      str(row["texts"]), f"{row['loss']:.4f}", f"{row['preserve_seconds']:.1f}",
+                      f"{row['prefix_seconds']:.1f}", f"{row['ms_an_edit']:.0f}")  # fmt: skip
+    show(table)
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump({"figures": rows, **vars(options)}, file, indent=2)
+    wrong = unlike(rows, SAME_LOSS[options.dtype])
+    if wrong:
+        sys.exit(f"These begin with another loss than variants with the same texts: {wrong}.")
+
+
+def measured(options):
+    """A row of figures for each variant."""
+    model, tokenizer = load_causal_lm(options.model, device=options.device, dtype=options.dtype)
+    requests = read_requests(options.data, options.n)
+    with ExitStack() as stack:
+        made = {}
+        for name, changes in VARIANTS.items():
+            hparams = one_step(options, options.layer, changes)
+            hparams.preserve_dir = options.preserve_dir
+            made[name] = stack.enter_context(Ours(model, tokenizer, requests, hparams))
+        seconds, losses = {name: [] for name in made}, {}
+        for repeat in range(options.repeats + 1):  # the first round only warms up
+            for name, ours in made.items():
+                start = time.perf_counter()
+                loss = ours.step()
+                synchronize(model.device)
+                if repeat:
+                    seconds[name].append(time.perf_counter() - start)
+                losses.setdefault(name, loss)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    return [
+        {"variant": name, "step_seconds": median[name], "ratio": median[name] / median[PLAIN],
+         "texts": len(ours.texts), "loss": losses[name], **before(ours.session)}
+        for name, ours in made.items()
+    ]  # fmt: skip
+
+
+def before(session):
+    """What goes before the first step, in seconds and by edit."""
+    found = {f"{p}_seconds": session.timings.get(p, 0.0) for p in ("preserve", "prefix")}
+    return found | {"ms_an_edit": 1000 * sum(found.values()) / len(session.edits.edits)}
+
+
+def unlike(rows, tolerance):
+    """The variants that begin with another loss than the first one with as many texts."""
+    first = {}
+    return [row["variant"] for row in rows
+            if not math.isclose(first.setdefault(row["texts"], row["loss"]), row["loss"],
+                                rel_tol=0, abs_tol=tolerance)]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
