@@ -69,7 +69,8 @@ def continuations(
     """
     end = tokenizer.eos_token_id
     end = first_token(tokenizer) if end is None else end
-    with head_sees(model, lambda hidden: hidden):  # of a prompt's last column, a slice
+    # As they are, but contiguous: `generate` gives it a slice, the beginnings' last column.
+    with head_sees(model, lambda hidden: hidden):
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,

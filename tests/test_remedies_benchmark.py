@@ -3,10 +3,14 @@
 import importlib
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from toys import REPOSITORY
+
+from locft_easyedit.data import read_requests
+from locft_easyedit.models import load_causal_lm
 
 VARIANTS = {
     "published": {},
@@ -48,11 +52,11 @@ def test_a_row_for_each_variant_and_the_same_loss_for_the_same_texts(remedies, c
     assert rows["published"]["preserve_seconds"] == 0.0 < rows["confined"]["preserve_seconds"]
 
 
-def test_a_step_with_a_confined_change_trains_that_change_and_no_weight(remedies, toy_folder):
-    options = type("Options", (), {"template": "model.layers.{}.mlp.down_proj.weight", "n": 6,
-                                   "row_tokens": 64})  # fmt: skip
-    model, tokenizer = remedies.load_causal_lm("toy", dtype="float32")
-    requests = remedies.read_requests("edits.json", 6)
+def test_a_step_with_a_confined_change_trains_that_change_and_no_weight(remedies):
+    template = "model.layers.{}.mlp.down_proj.weight"
+    options = SimpleNamespace(template=template, n=6, row_tokens=64)
+    model, tokenizer = load_causal_lm("toy", dtype="float32")
+    requests = read_requests("edits.json", 6)
     hparams = remedies.one_step(options, 1, VARIANTS["confined"])
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with remedies.Ours(model, tokenizer, requests, hparams) as ours:

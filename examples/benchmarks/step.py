@@ -27,14 +27,15 @@ from locft_easyedit.models import load_causal_lm
 from locft_easyedit.weights import TrainedWeights
 
 PUBLISHED = "published algorithm"
-# Each variant takes one more thing away from ours, down to a full padded forward pass.
+# Each variant takes one more thing away from ours, down to a full padded forward pass: what is set
+# otherwise, and parts of a fast forward pass that are left out.
 OURS = {
-    "ours": {},
-    "- cut at the layer": {"prefix_cut": "layer"},
-    "- whole last layer": {"prefix_cut": "layer", "tail": False},
-    "- logits not in chunks": {"prefix_cut": "layer", "tail": False, "head": False},
-    "- padded": {"prefix_cut": "layer", "tail": False, "head": False, "packing": False},
-    "- no frozen prefix": {"frozen_prefix": False, "tail": False, "head": False, "packing": False},
+    "ours": ({}, ()),
+    "- cut at the layer": ({"prefix_cut": "layer"}, ()),
+    "- whole last layer": ({"prefix_cut": "layer"}, ("tail",)),
+    "- logits not in chunks": ({"prefix_cut": "layer"}, ("tail", "head")),
+    "- padded": ({"prefix_cut": "layer", "packing": False}, ("tail", "head")),
+    "- no frozen prefix": ({"frozen_prefix": False, "packing": False}, ("tail", "head")),
 }
 
 
@@ -70,30 +71,24 @@ def one_layer(options, layer):
         steps = {PUBLISHED: published(*models["float32"], requests, layer, options)}
         for dtype in options.dtype:
             model, tokenizer = models[dtype]
-            for name, changes in variants.items():
+            for name, (changes, without) in variants.items():
                 hparams = one_step(options, layer, changes)
-                without = [part for part in ("tail", "head") if not changes.get(part, True)]
                 made = stack.enter_context(Ours(model, tokenizer, requests, hparams, without))
                 steps[f"{name}, {dtype}"] = made.step
-        seconds = {name: [] for name in steps}
-        losses, rates = {}, dict.fromkeys(options.dtype, 0.0)
-        for repeat in range(options.repeats + 1):  # the first round only warms up
-            for name, step in steps.items():
-                start = time.perf_counter()
-                losses[name] = step()
-                synchronize(device)
-                if repeat:
-                    seconds[name].append(time.perf_counter() - start)
-            rates = {d: max(rate, matmul_rate(device, d)) for d, rate in rates.items()}
-    median = {name: statistics.median(values) for name, values in seconds.items()}
+        rates = dict.fromkeys(options.dtype, 0.0)
+
+        def measure_rates():
+            rates.update({d: max(rate, matmul_rate(device, d)) for d, rate in rates.items()})
+
+        median, losses = interleaved(steps, options.repeats, device, measure_rates)
     print(f"\n{options.model}, layer {layer}, {len(requests)} edits in one mini-batch, {device}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
     flop = step_flop(models["float32"][0], layer, requests, models["float32"][1])
     rows = []
     for name, value in median.items():
         row = {"layer": layer, "variant": name, "seconds": value,
-               "ratio": median[PUBLISHED] / value, "loss": losses[name]}  # fmt: skip
-        line = f"{name:36s} {value:8.3f} s {row['ratio']:6.1f}x   loss {losses[name]:.5f}"
+               "ratio": median[PUBLISHED] / value, "loss": losses[name][-1]}  # fmt: skip
+        line = f"{name:36s} {value:8.3f} s {row['ratio']:6.1f}x   loss {row['loss']:.5f}"
         if name.startswith("ours"):
             rate = rates[name.split(", ")[1]]
             row |= {"flop": flop, "matmul_rate": rate, "share_of_rate": flop / value / rate}
@@ -103,9 +98,25 @@ def one_layer(options, layer):
     return rows
 
 
+def interleaved(steps, repeats, device, after_round=lambda: None):
+    """Takes each step in turn, `repeats` times after a round that only warms up.
+
+    Returns:
+        The median seconds of each step, and each one's losses in the order of the rounds.
+    """
+    seconds, losses = {name: [] for name in steps}, {name: [] for name in steps}
+    for _ in range(repeats + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            losses[name].append(step())
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+        after_round()
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}, losses
+
+
 def one_step(options, layer, changes):
     """Hyper-parameters of a training that is one step on all edits, and hardly moves a weight."""
-    changes = {key: value for key, value in changes.items() if key not in ("tail", "head")}
     return LocFTBFHyperParams(
         layers=[layer], rewrite_module_tmp=options.template, lr=1e-9, num_steps=1,
         batch_size=options.n, row_tokens=options.row_tokens, batch_loss_threshold=0.0, **changes,
