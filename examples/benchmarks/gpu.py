@@ -16,7 +16,6 @@ float32 and in bfloat16. `--streamed` first writes a checkpoint of random weight
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from contextlib import ExitStack
@@ -26,7 +25,7 @@ from types import SimpleNamespace
 import torch
 from growth import random_requests, word_tokenizer
 from safetensors.torch import save_file
-from step import Ours, matmul_rate, published, step_flop, synchronize
+from step import Ours, interleaved, matmul_rate, one_step, published, step_flop, synchronize
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from locft_easyedit.compare.memory import peak_memory
@@ -169,28 +168,20 @@ def against_published(options, model, tokenizer, requests, device):
         steps = {}
         for dtype, one in models.items():
             steps[f"published, {dtype}"] = published(one, tokenizer, batch, options.layer, options)
-            ours = stack.enter_context(Ours(one, tokenizer, batch, options.layer, options, {}))
-            steps[f"ours, {dtype}"] = ours.step
-        seconds, losses = {name: [] for name in steps}, {}
-        for repeat in range(options.steps + 1):  # the first round only warms up
-            for name, step in steps.items():
-                synchronize(device)
-                start = time.perf_counter()
-                losses[name] = step()
-                synchronize(device)
-                if repeat:
-                    seconds[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
+            hparams = one_step(options, options.layer, {})
+            steps[f"ours, {dtype}"] = stack.enter_context(Ours(one, tokenizer, batch, hparams)).step
+        median, losses = interleaved(steps, options.steps, device)
     slowest = f"published, {next(iter(models))}"
     rows = []
     for name, value in median.items():
+        loss = losses[name][-1]
         same = median[f"published, {name.split(', ')[1]}"]
         rows.append({
-            "step": name, "seconds": value, "loss": losses[name],
+            "step": name, "seconds": value, "loss": loss,
             "ratio": median[slowest] / value, "ratio_same_dtype": same / value,
         })  # fmt: skip
         print(f"{name:24} {value * 1e3:9.1f} ms {median[slowest] / value:7.1f}x of {slowest}, "
-              f"{same / value:5.1f}x in its own precision; loss {losses[name]:.4f}")  # fmt: skip
+              f"{same / value:5.1f}x in its own precision; loss {loss:.4f}")  # fmt: skip
     return rows
 
 
