@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -45,6 +46,8 @@ from .world import ALONE, World, here
 
 if TYPE_CHECKING:
     from .locate.choice import Choice
+
+logger = logging.getLogger(__name__)
 
 
 def edit_model(
@@ -150,7 +153,7 @@ class EditSession:
             self.training_texts = TrainingTexts.of(
                 self.tokenizer,
                 self.edits.edits,
-                subjects_of(self.requests, self.edits.edits, h),
+                subjects_of(self.requests, self.edits, h),
                 h,
                 max_positions=context_length(self.model),
             )
@@ -182,6 +185,12 @@ class EditSession:
         self.place = select_place(self.model, h.layers, h.templates)
         if h.tuning == "lora":
             check_low_rank(self.model, self.place.parameters, h.lora_rank)
+            if h.cannot_preserve and self.world.first:
+                logger.warning(
+                    "`alg_name: %s` with `tuning: lora` only adds rewordings: a low-rank change is "
+                    "not confined, and nothing is preserved. Set `tuning: full` to preserve.",
+                    h.alg_name,
+                )
         if self.sources:
             check_protectable(self.model, self.place.parameters)
 

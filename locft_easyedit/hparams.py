@@ -137,7 +137,7 @@ class LocFTBFHyperParams:
         preserve: What the edit is to leave as it is: `sampled` (text sampled from the model
             itself), `neighbours` (the edits' prompts with other subjects), and paths of `.txt`
             files (text) and of `.json` or `.jsonl` files (prompts, which are kept exactly). `None`
-            is nothing, with LocFT-BF+ `[sampled, neighbours]`.
+            is nothing, with LocFT-BF+ `[sampled, neighbours]` unless `tuning` is `lora`.
         preserve_strength: How strongly; more keeps more and learns less.
         preserve_dir: Folder for what is measured for it once per model and place; `None` is
             `locft_easyedit` in the user's cache folder.
@@ -239,8 +239,12 @@ class LocFTBFHyperParams:
         """What is preserved: `preserve`, or what `alg_name` stands for."""
         if self.preserve is not None:
             return list(self.preserve)
-        # A low-rank change is confined already.
-        return list(_PLUS_PRESERVE) if self._plus and self.tuning != "lora" else []
+        return [] if self.cannot_preserve else list(_PLUS_PRESERVE) if self._plus else []
+
+    @property
+    def cannot_preserve(self) -> bool:
+        """Whether the preset preserves nothing, since a low-rank change cannot be confined."""
+        return self._plus and self.preserve is None and self.tuning == "lora"
 
     @property
     def _plus(self) -> bool:

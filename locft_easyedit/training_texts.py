@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from .augment.wordings import Wordings, reword_edits
 from .hparams import LocFTBFHyperParams
 from .hparams_rules import MOST_REWORDINGS
-from .requests import Edit
+from .requests import Edit, EditSet
 from .tokens import TokenizedTexts, tokenize_edits
 from .variants import Variants
 
@@ -95,7 +95,7 @@ class TrainingTexts:
 
 
 def subjects_of(
-    requests: Sequence[Mapping[str, Any]], edits: Sequence[Edit], hparams: LocFTBFHyperParams
+    requests: Sequence[Mapping[str, Any]], edits: EditSet, hparams: LocFTBFHyperParams
 ) -> list[str | None]:
     """Returns the subject of each edit; `None` where the request gives none, or none is needed.
 
@@ -104,10 +104,15 @@ def subjects_of(
         edits: The edits that were made of them.
         hparams: `augment`, `preserve`.
     """
-    if not (hparams.rewordings or hparams.preserved):
-        return [None] * len(edits)
-    found = (requests[edit.request].get("subject") for edit in edits)
-    return [(s.strip() or None) if isinstance(s, str) else None for s in found]
+    found: list[str | None] = [None] * len(edits.edits)
+    if hparams.rewordings or hparams.preserved:
+        for request, i in zip(requests, edits.edit_of_request, strict=True):
+            if i is None or found[i] is not None:
+                continue  # of requests that repeat an edit, the first that has a subject counts
+            subject = request.get("subject")
+            if isinstance(subject, str):
+                found[i] = subject.strip() or None
+    return found
 
 
 def _joined(one: TokenizedTexts, other: TokenizedTexts) -> TokenizedTexts:

@@ -14,13 +14,16 @@ from torch.nn.utils import parametrize
 from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
 from transformers.pytorch_utils import Conv1D
 
+import locft_easyedit.preserve.prepare
 import locft_easyedit.preserve.protection
 from locft_easyedit.editing import EditSession, edit_model
 from locft_easyedit.errors import PlaceError, PreserveError
 from locft_easyedit.place import select_place
 from locft_easyedit.preserve.neighbours import neighbours_of
 from locft_easyedit.preserve.prepare import Filters, adam_of, cache_folder
-from locft_easyedit.preserve.spectral import mixed, span, spectral_filter
+from locft_easyedit.preserve.spectral import basis_of, mixed, ordinary_trace, spectral_filter
+from locft_easyedit.requests import distinct_edits
+from locft_easyedit.training_texts import subjects_of
 
 # Measured over 12 steps with rates of 1e-2: the matrices differ by 2e-6 to 1.2e-5 of the change,
 # by rounding: W + A S is one matrix in the plain code and W x + A (S x) here.
@@ -198,21 +201,31 @@ def test_the_filter_is_a_power_of_the_moments_by_its_definition():
 def test_exact_keys_are_taken_to_zero_and_others_are_not():
     draw = torch.Generator().manual_seed(0)
     exact, c = torch.randn(5, 16, generator=draw), torch.diag(torch.rand(16, generator=draw))
-    s = spectral_filter(c, exact)
+    s = spectral_filter(c, basis_of(exact))
     assert float((exact @ s.T).norm() / exact.norm()) < 1e-5
     other = torch.randn(1, 16, generator=draw)
     assert float((other @ s.T).norm() / other.norm()) > 0.1
-    assert span(torch.cat([exact, exact])).shape == (16, 5)
+    assert basis_of(torch.cat([exact, exact])).shape == (16, 5)
+
+
+def test_keys_beside_one_of_a_million_times_their_size_are_kept_as_well():
+    exact = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    exact[0] *= 1e6
+    s = spectral_filter(None, basis_of(exact))
+    assert float(((exact @ s.T).norm(dim=1) / exact.norm(dim=1)).max()) < 1e-5
+    exact[3] = 0
+    assert basis_of(exact).shape == (16, 5)
+    assert basis_of(torch.zeros(3, 16)).shape == (16, 0)
 
 
 def test_without_moments_the_size_of_a_step_is_that_of_the_matrix():
-    s = spectral_filter(None, torch.eye(6)[:2])
+    s = spectral_filter(None, basis_of(torch.eye(6)[:2]))
     assert torch.allclose(s, torch.diag(torch.tensor([0.0, 0, 1, 1, 1, 1])), atol=1e-6)
 
 
 def test_exact_keys_that_take_too_much_are_refused():
     with pytest.raises(PreserveError, match=r"take 9 of the 16 directions .* may take 8"):
-        spectral_filter(None, torch.randn(9, 16, generator=torch.Generator().manual_seed(0)))
+        basis_of(torch.randn(9, 16, generator=torch.Generator().manual_seed(0)))
 
 
 def test_moments_that_are_not_finite_are_refused():
@@ -223,6 +236,39 @@ def test_moments_that_are_not_finite_are_refused():
 def test_sources_count_by_their_weights_and_not_by_their_size():
     total = mixed({"a": torch.eye(4), "b": 100 * torch.eye(4)}, {"a": 1.0, "b": 0.5})
     assert torch.allclose(total, torch.eye(4) * (1 + 0.5) / 4)
+
+
+@pytest.mark.parametrize("outlier", [0.0, 2.0, 12.0, 500.0])
+def test_in_an_ordinary_trace_one_direction_counts_at_most_as_all_others_do(outlier):
+    keys = torch.randn(800, 16, generator=torch.Generator().manual_seed(0))
+    keys[::40, 3] += outlier * 4  # of a few tokens, as massive activations are
+    c = keys.T @ keys / len(keys)
+    carried = torch.linalg.eigvalsh(c.double())
+    wanted = min(float(carried.sum()), 2 * float(carried[:-1].sum()))
+    assert float(ordinary_trace(c)) == pytest.approx(wanted, rel=1e-3)
+
+
+def test_the_ordinary_trace_of_one_direction_is_no_zero():
+    key = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    found = float(ordinary_trace(torch.outer(key, key)) / key.square().sum())
+    assert 0 < found < 1e-4
+
+
+def test_beside_massive_activations_ordinary_directions_are_damped_as_well():
+    keys = torch.randn(800, 16, generator=torch.Generator().manual_seed(0))
+    keys[:, 5] *= 4  # what ordinary text uses most
+    plain = spectral_filter(keys.T @ keys)
+    keys[::40, 3] += 500
+    c = mixed({"text": keys.T @ keys}, {"text": 1.0}, {"text"})
+    s = spectral_filter(c, mean=1.0 / 16)
+
+    def damped(one):  # the busy direction beside a quiet one
+        return float(one[5].norm() / one[7].norm())
+
+    assert damped(s) < 1.5 * damped(plain) < 0.6
+    assert float(s[3].norm()) < 0.05 * float(s[5].norm())
+    # In units of the whole trace nothing but the one direction would be.
+    assert damped(spectral_filter(mixed({"text": keys.T @ keys}, {"text": 1.0}))) > 0.9
 
 
 # Neighbours
@@ -259,6 +305,47 @@ def test_a_subject_is_replaced_where_it_is_a_word():
     assert (blank.prompts, blank.n_without_subject) == ([], 2)
 
 
+@pytest.mark.parametrize(
+    ("subject", "prompt", "rest"),
+    [
+        ("法国", "法国的首都是", "的首都是"),
+        ("東京", "次は東京です", "です"),
+        ("서울", "서울은 어디에", "은 어디에"),
+        ("ไทย", "ประเทศไทยมีเมืองหลวง", "มีเมืองหลวง"),
+        ("Apple", "Appleの本社は", "の本社は"),
+        ("C++", "C++ is a", " is a"),
+    ],
+)
+def test_scripts_without_spaces_between_words_have_neighbours(subject, prompt, rest):
+    near = neighbours_of([[prompt]], [subject], each=8, most=99, seed=0)
+    assert near.n_without_subject == 0
+    assert len(near.prompts) >= 2
+    assert all(text.endswith(rest) and subject not in text for text in near.prompts)
+
+
+def test_no_word_is_found_within_another():
+    for subject, prompt in (("Art", "Artの家"), ("pple", "Appleの"), ("C", "C4 is"), ("é", "été")):
+        found = neighbours_of([[prompt]], [subject], each=8, most=99, seed=0)
+        assert found.n_without_subject == (subject != "Art")
+
+
+def test_neighbours_that_nobody_has_are_a_warning(tmp_path, caplog):
+    hparams = confined_hparams(preserve=["neighbours"], preserve_dir=str(tmp_path))
+    requests = [request | {"subject": "Nobody"} for request in toy_requests(4)]
+    edit_model(toy_model(), toy_tokenizer(), requests, hparams, progress=False)
+    assert "Give each request the `subject` that its prompt names" in caplog.text
+
+
+def test_a_subject_that_only_a_repeated_request_gives_is_known():
+    requests = toy_requests(3)
+    requests.append(dict(requests[1]))
+    del requests[1]["subject"]
+    edits = distinct_edits(requests)
+    wanted = [requests[0]["subject"], requests[3]["subject"], requests[2]["subject"]]
+    assert subjects_of(requests, edits, confined_hparams()) == wanted
+    assert subjects_of(requests, edits, toy_hparams()) == [None] * 3
+
+
 def test_of_many_edits_as_many_neighbours_are_drawn_as_suffice():
     prompts = [[f"S{i} is {i}"] for i in range(100)]
     near = neighbours_of(prompts, [f"S{i}" for i in range(100)], each=4, most=40, seed=0)
@@ -284,9 +371,39 @@ def test_prompts_that_are_too_many_are_refused_before_they_are_run(tmp_path):
         edit_model(model, toy_tokenizer(), toy_requests(4), hparams, progress=False)
 
 
+def test_prompts_that_take_too_much_are_refused_before_text_is_sampled(tmp_path, monkeypatch):
+    file = tmp_path / "keep.json"
+    words = ["Paris", "is", "the", "dog", "ran"]
+    file.write_text(json.dumps([" ".join(p) for p in itertools.permutations(words, 2)]))
+
+    def sampled(*_, **__):
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr(locft_easyedit.preserve.prepare, "text_moments", sampled)
+    hparams = confined_hparams(preserve=["sampled", str(file)], preserve_dir=str(tmp_path))
+    with pytest.raises(PreserveError, match=r"take \d+ of the 64 directions .*layers\.2\.mlp"):
+        edit_model(toy_model(), toy_tokenizer(), toy_requests(4), hparams, progress=False)
+
+
 def test_without_a_home_there_is_an_error_that_names_the_folder(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    with pytest.raises(PreserveError, match="Set `preserve_dir`"):
+    with pytest.raises(PreserveError, match=r"in no home folder.* Set `preserve_dir`"):
+        cache_folder(None)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    with pytest.raises(PreserveError, match=r"'relative' is no absolute path.* Set `preserve_dir`"):
         cache_folder(None)
     assert cache_folder("here") == Path("here")
+
+
+def test_the_preset_says_that_it_preserves_nothing_with_lora(caplog):
+    hparams = toy_hparams(alg_name="LocFT-BF+", tuning="lora", lora_rank=2)
+    result = edit_model(toy_model(), toy_tokenizer(), toy_requests(4), hparams, progress=False)
+    assert result.preserved is None
+    assert result.augmented is not None
+    assert caplog.text.count("nothing is preserved") == 1
+    with caplog.at_level("WARNING"):
+        caplog.clear()
+        hparams.preserve = []
+        edit_model(toy_model(), toy_tokenizer(), toy_requests(4), hparams, progress=False)
+    assert "nothing is preserved" not in caplog.text

@@ -1,5 +1,7 @@
 """What a model asks itself, and what leads up to the ends of prompts: against naive sums."""
 
+from copy import copy
+
 import pytest
 import torch
 from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
@@ -155,7 +157,7 @@ def test_all_that_is_measured_for_the_preset_counts_by_its_weight(asking, monkey
     seen = []
     compute = prepare.mixed
     monkeypatch.setattr(
-        prepare, "mixed", lambda m, w: seen.append((dict(m), dict(w))) or compute(m, w)
+        prepare, "mixed", lambda m, *of: seen.append((dict(m), *map(copy, of))) or compute(m, *of)
     )
     monkeypatch.setattr(statistics, "_check_enough", lambda *_: None)
     requests = [r | {"subject": r["prompt"].split()[0]} for r in toy_requests(6)]
@@ -166,7 +168,8 @@ def test_all_that_is_measured_for_the_preset_counts_by_its_weight(asking, monkey
     with EditSession(model, tokenizer, requests, hparams, progress=False) as session:
         wordings, subjects = session.training_texts.wordings, session.training_texts.subjects
         sources = session._protection.filters.summary["sources"]
-    [(moments, weights)] = seen
+    [(moments, weights, with_first)] = seen
+    assert with_first == {"sampled", "context"}
     assert weights == {"sampled": 1.0, **prepare._WEIGHTS}
     assert moments.keys() == weights.keys()
     near = prepare.neighbours_of(wordings, subjects, each=8, most=8 * 64, seed=hparams.seed).prompts

@@ -14,6 +14,7 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
+from ..names import as_word
 from ..requests import Edit
 from .english import IN_PARENTHESES, SLOT, SMALL_WORDS, small, tidy
 from .frames import CLAUSE_FRAMES, CONTEXTS, QUESTION_FRAMES, STATEMENT_FRAMES
@@ -173,7 +174,7 @@ def _taken_apart(prompt: str, subject: str) -> _Prompt:
     if subject and start >= 0:
         name = _with_parentheses(text, start, start + len(subject))
         if text.count(name) > 1:
-            alone = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", SLOT, text)
+            alone = re.sub(as_word(name), SLOT, text)
             return _Prompt(text, alone if SLOT in alone else text.replace(name, SLOT), name)
         return _Prompt(text, text.replace(name, SLOT), name)
     for match in _NAME.finditer(text):

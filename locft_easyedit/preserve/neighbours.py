@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..augment.english import IN_PARENTHESES
+from ..names import as_word
 
 # Stand in where the edits have too few subjects of their own, or each has the same prompt.
 _OTHERS = (
@@ -69,10 +70,10 @@ def neighbours_of(
     if len(pool) < _FEWEST:
         pool += [other for other in _OTHERS if other not in pool]
     draw = random.Random(seed)
-    as_word = [_as_word(subject) for subject in subjects]
+    words = [_word(subject) for subject in subjects]
     usable = [
         i
-        for i, (own, word) in enumerate(zip(prompts, as_word, strict=True))
+        for i, (own, word) in enumerate(zip(prompts, words, strict=True))
         if word is not None and word.search(own[0])
     ]
     n_without = len(prompts) - len(usable)
@@ -81,7 +82,7 @@ def neighbours_of(
     known = {prompt for own in prompts for prompt in own}
     found: dict[str, None] = {}
     for i in usable:
-        word = as_word[i]
+        word = words[i]
         assert word is not None
         reworded = [prompt for prompt in prompts[i][1:] if word.search(prompt)]
         for k in range(each):
@@ -97,7 +98,7 @@ def _put(other: str, word: re.Pattern[str], prompt: str) -> str:
     return word.sub(lambda _: other, prompt)
 
 
-def _as_word(subject: str | None) -> re.Pattern[str] | None:
+def _word(subject: str | None) -> re.Pattern[str] | None:
     """Returns what finds a subject where it is not a part of another word."""
     name = (subject or "").strip()
-    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)(?:{IN_PARENTHESES})?") if name else None
+    return re.compile(f"{as_word(name)}(?:{IN_PARENTHESES})?") if name else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ..requests import Edit
 from ..training_texts import TrainingTexts
 from .neighbours import neighbours_of
 from .sources import PROMPTS, TEXT, Source
-from .spectral import mixed, spectral_filter
+from .spectral import basis_of, mixed, spectral_filter
 from .statistics import (
     answered_ids,
     asked_moments,
@@ -93,12 +93,12 @@ def filters_for(
     names = {name.rpartition(".")[0]: name for name in place.parameters}  # by module
     measured = _Measured(model, tokenizer, list(names), hparams, progress)
     n_texts = sum(source.kind in (SAMPLED, TEXT) for source in sources)
+    # What takes too much is refused before minutes of sampling.
+    measured.keep_exactly([source for source in sources if source.kind == PROMPTS], names)
     for source in sources:
-        if source.kind == PROMPTS:
-            measured.keep_exactly(source)
-        elif source.kind == NEIGHBOURS:
+        if source.kind == NEIGHBOURS:
             measured.add_neighbours(source, texts)
-        else:
+        elif source.kind != PROMPTS:
             measured.add_text(source, n_texts)
     if measured.moments:
         measured.add_wordings(texts.wordings, texts.targets)
@@ -109,7 +109,7 @@ def filters_for(
 
 @dataclass
 class _Measured:
-    """What enters the modules, by source: second moments, or keys that are kept exactly."""
+    """What enters the modules: second moments by source, and what is kept exactly."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -118,7 +118,8 @@ class _Measured:
     progress: bool
     moments: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
-    exact: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    with_first: set[str] = field(default_factory=lambda: {"context"})
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)  # orthonormal bases, [in, r]
     figures: dict[str, Any] = field(default_factory=dict)
     digests: list[str] = field(default_factory=list)
     # Sums of k k^T over what leads up to the ends of prompts, once there are neighbours.
@@ -129,15 +130,28 @@ class _Measured:
         widths = [input_width(self.model.get_submodule(module)) for module in self.modules]
         return _PER_DIRECTION * max(widths)
 
-    def keep_exactly(self, source: Source) -> None:
-        prompts = list(dict.fromkeys(source.texts))
-        check_few(self.model, self.tokenizer, self.modules, prompts)
-        keys = prompt_keys(
-            self.model, self.tokenizer, self.modules, prompts, progress=self.progress
-        )
-        self.exact.append(keys)
-        n_tokens = len(next(iter(keys.values())))
-        self._note(source, prompts=len(source.texts), tokens=n_tokens)
+    def keep_exactly(self, sources: Sequence[Source], names: Mapping[str, str]) -> None:
+        """Finds what may not be touched at all.
+
+        Args:
+            sources: Prompts; there may be none.
+            names: Of the matrices by module, for errors.
+        """
+        found = []
+        for source in sources:
+            prompts = list(dict.fromkeys(source.texts))
+            check_few(self.model, self.tokenizer, self.modules, prompts)
+            found.append(
+                prompt_keys(
+                    self.model, self.tokenizer, self.modules, prompts, progress=self.progress
+                )
+            )
+            n_tokens = len(next(iter(found[-1].values())))
+            self._note(source, prompts=len(source.texts), tokens=n_tokens)
+        for module in self.modules if found else ():
+            keys = torch.cat([own[module] for own in found]).to(self._device(module))
+            # The matrices' device has other uses for the room.
+            self.kept[module] = basis_of(keys, names[module]).cpu()
 
     def add_text(self, source: Source, n_texts: int) -> None:
         where: dict[str, Any] = {
@@ -146,6 +160,7 @@ class _Measured:
         }
         found = text_moments(self.model, self.tokenizer, self.modules, source, **where)
         self._add(source.name, found.second, 1 / n_texts)
+        self.with_first.add(source.name)
         self.digests.append(found.digest)
         self._note(source, tokens=found.n_tokens)
         if source.kind == SAMPLED:
@@ -166,8 +181,8 @@ class _Measured:
         self._note(source, prompts=len(near.prompts), edits_without_subject=near.n_without_subject)
         if not near.prompts:
             logger.warning(
-                "`preserve` names neighbours, and no edit has a `subject` that is in its prompt: "
-                "nothing is known of them. Give the requests a `subject`."
+                "`preserve` names neighbours, and no edit has a `subject` that its prompt holds as "
+                "a word: there are none. Give each request the `subject` that its prompt names."
             )
             return
         last, self.context = end_moments(
@@ -244,15 +259,16 @@ class _Measured:
 
     def filter(self, module: str, name: str) -> torch.Tensor:
         """Returns S of one matrix, where the matrix is."""
-        device = self._device(module)
+        device, width = self._device(module), input_width(self.model.get_submodule(module))
         here = {s: second[module].to(device) for s, second in self.moments.items()}
-        exact = [keys[module].to(device) for keys in self.exact]
-        if not here and not exact:
-            return torch.eye(input_width(self.model.get_submodule(module)), device=device)
+        kept = self.kept.get(module)
+        if not here and kept is None:
+            return torch.eye(width, device=device)
         return spectral_filter(
-            mixed(here, self.weights) if here else None,
-            torch.cat(exact) if exact else None,
+            mixed(here, self.weights, self.with_first) if here else None,
+            None if kept is None else kept.to(device),
             strength=self.hparams.preserve_strength,
+            mean=sum(self.weights.values()) / width if here else None,
             name=name,
         )
 
@@ -262,7 +278,7 @@ class _Measured:
         return weight.device
 
     def _add(self, name: str, second: dict[str, torch.Tensor], weight: float) -> None:
-        # They have been summed where the matrices are, which have other uses for the room.
+        # They have been summed on the matrices' device, which has other uses for the room.
         self.moments[name] = {m: moment.to("cpu", torch.float32) for m, moment in second.items()}
         self.weights[name] = weight
 
@@ -302,11 +318,12 @@ def cache_folder(folder: str | None) -> Path:
         PreserveError: There is no such folder.
     """
     if folder is not None:
-        return Path(folder).expanduser()
+        return Path(os.path.expanduser(folder))
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not Path(base).is_absolute():
+        why = "no absolute path" if os.environ.get("XDG_CACHE_HOME") else "in no home folder"
         raise PreserveError(
-            f"What `preserve` measures is kept in the user's cache folder, and {base!r} is none: "
-            "there is no home folder. Set `preserve_dir` to a folder."
+            f"What `preserve` measures is kept in the user's cache folder, and {base!r} is {why}. "
+            "Set `preserve_dir` to a folder."
         )
     return Path(base) / "locft_easyedit"

@@ -3,7 +3,7 @@
 With C = mean of k k^T over the inputs k of a matrix on what is to be preserved, a change D of the
 matrix moves its outputs there by tr(D C D^T) in the mean square. D = A S with
 
-    S = (I + C / (alpha m))^(-p),  m = tr(C) / in,
+    S = (I + C / (alpha m))^(-p),  m: what a direction carries in the mean,
 
 scaled to rows of one norm in the mean, damps directions by how much of C they carry. With p = 1/2 a
 change of the same size in A costs the preserved texts about the same in every direction; a larger p
@@ -14,7 +14,7 @@ projected out besides (the null space of AlphaEdit, arXiv 2410.02355, holds for 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -28,42 +28,70 @@ _POWER = 0.75  # p
 # further to the same end: so a rate that suits the matrix itself suits A.
 _REACH = 4.0
 _NEGLIGIBLE = 1e-5  # singular values below this part of the largest are rounding
+_MOST_POWERS = 32
 _MOST_EXACT = 0.5  # of the directions
 
 
-def mixed(moments: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
+def mixed(
+    moments: Mapping[str, torch.Tensor],
+    weights: Mapping[str, float],
+    with_first: Collection[str] = (),
+) -> torch.Tensor:
     """Returns the weighted sum of second moments, each divided by its trace, [in, in].
 
     Args:
         moments: Mean of k k^T by source, [in, in] each.
         weights: What each source counts.
+        with_first: Sources whose texts' first tokens count; divided by their `ordinary_trace`.
     """
     total = torch.zeros_like(next(iter(moments.values())))
     for name, moment in moments.items():
-        total += weights[name] * moment / moment.trace()
+        scale = ordinary_trace(moment) if name in with_first else moment.trace()
+        total += weights[name] * moment / scale
     return total
+
+
+def ordinary_trace(moment: torch.Tensor) -> torch.Tensor:
+    """Returns a second moment's trace, in which no direction counts for more than all others do.
+
+    At some layers the first token's key is hundreds of times as long as others and always the same
+    (massive activations, arXiv 2402.17762). In units of the whole trace nothing else would carry
+    anything, and nothing else be damped.
+
+    Args:
+        moment: Of more than one direction, [in, in].
+    """
+    trace = moment.trace()
+    # Where one direction holds half of the trace, powers of the matrix soon leave it alone.
+    direction = moment[moment.diagonal().argmax()]
+    for _ in range(_MOST_POWERS):
+        direction = moment @ (direction / torch.linalg.vector_norm(direction))
+    others = trace - torch.linalg.vector_norm(direction)
+    return torch.minimum(trace, 2 * others.clamp(min=_NEGLIGIBLE * trace))
 
 
 def spectral_filter(
     moment: torch.Tensor | None,
-    exact: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
     *,
     strength: float = 1.0,
+    mean: float | None = None,
     name: str = "the matrix",
 ) -> torch.Tensor:
     """Returns S, [in, in] float32.
 
     Args:
         moment: C, [in, in]; `None` damps nothing.
-        exact: Inputs that S takes to 0, [T, in]; `None` for none.
+        kept: An orthonormal basis of what S takes to 0, [in, r] (see `basis_of`); `None` for
+            nothing.
         strength: 1 / alpha, in units of the usual one.
+        mean: m, what a direction carries in the mean; that of C if `None`.
         name: Of the matrix, for errors.
 
     Raises:
-        PreserveError: `exact` spans so much that next to nothing could be changed, or C is not
-            finite.
+        PreserveError: C is not finite.
     """
-    some = moment if moment is not None else exact
+    some = moment if moment is not None else None if kept is None else kept.T
     assert some is not None
     n = some.shape[1]
     if moment is None:
@@ -75,20 +103,13 @@ def spectral_filter(
                 "another precision."
             )
         carried, directions = _decomposed(moment)
-        mean = carried.clamp(min=0).mean().clamp(min=torch.finfo(torch.float32).tiny)
-        damped = (1 + carried.clamp(min=0) * (strength / (_FLOOR * mean))) ** -_POWER
+        carried = carried.clamp(min=0)
+        usual = carried.mean().clamp(min=torch.finfo(torch.float32).tiny) if mean is None else mean
+        damped = (1 + carried * (strength / (_FLOOR * usual))) ** -_POWER
         # A row's norm stays 1 in the mean, whatever the strength: so does the size of a step.
         s = (directions * (damped / damped.square().mean().sqrt())) @ directions.T
-    if exact is not None:
-        basis = span(exact.double())  # [in, r]
-        if basis.shape[1] > _MOST_EXACT * n:
-            raise PreserveError(
-                f"The prompts of `preserve` take {basis.shape[1]} of the {n} directions of the "
-                f"inputs of {name}; exactly kept prompts may take {int(_MOST_EXACT * n)}, or too "
-                "little is left to edit with. Give fewer or shorter prompts, or the same as a .txt "
-                "file, which is kept nearly."
-            )
-        s = s - (s @ basis) @ basis.T
+    if kept is not None:
+        s = s - (s @ kept) @ kept.T
     return (s if moment is None else _REACH * s).float()
 
 
@@ -107,8 +128,29 @@ def _decomposed(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return carried.to(moment.device), directions.to(moment.device)
 
 
-def span(keys: torch.Tensor) -> torch.Tensor:
-    """Returns an orthonormal basis of what keys [T, in] span, [in, r]."""
+def basis_of(keys: torch.Tensor, name: str = "the matrix") -> torch.Tensor:
+    """Returns an orthonormal basis of what keys [T, in] span, [in, r] float64.
+
+    Args:
+        keys: Inputs of a matrix that must not be touched.
+        name: Of the matrix, for errors.
+
+    Raises:
+        PreserveError: They span so much that next to nothing could be changed.
+    """
+    n, keys = keys.shape[1], keys.double()
+    tiny = torch.finfo(keys.dtype).tiny
+    # The first token's key may be hundreds of times as long as others (massive activations, arXiv
+    # 2402.17762), beside which all that these differ in would pass for rounding.
+    lengths = torch.linalg.vector_norm(keys, dim=1, keepdim=True)
+    keys = keys / lengths.clamp(min=tiny).clamp(min=_NEGLIGIBLE * lengths.median())
     _, sizes, directions = torch.linalg.svd(keys, full_matrices=False)
-    kept = sizes > _NEGLIGIBLE * sizes[:1].clamp(min=torch.finfo(keys.dtype).tiny)
-    return directions[kept].T
+    basis = directions[sizes > _NEGLIGIBLE * sizes[:1].clamp(min=tiny)].T
+    if basis.shape[1] > _MOST_EXACT * n:
+        raise PreserveError(
+            f"The prompts of `preserve` take {basis.shape[1]} of the {n} directions of the inputs "
+            f"of {name}; exactly kept prompts may take {int(_MOST_EXACT * n)}, or too little is "
+            "left to edit with. Give fewer or shorter prompts, or the same as a .txt file, which "
+            "is kept nearly."
+        )
+    return basis
