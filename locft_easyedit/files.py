@@ -111,8 +111,14 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def output_errors(path: str | Path) -> Iterator[None]:
+def output_errors(
+    path: str | Path, otherwise: str = "choose another place that you may write to"
+) -> Iterator[None]:
     """Within, an error of the disk is one that tells a user what to do about `path`.
+
+    Args:
+        path: What is written.
+        otherwise: What to do besides freeing space.
 
     Raises:
         OutputError: Something could not be written.
@@ -123,8 +129,7 @@ def output_errors(path: str | Path) -> Iterator[None]:
         # The system's reason alone: its full text names the temporary file.
         reason = getattr(error, "strerror", None) or error
         raise OutputError(
-            f"{path} cannot be written: {reason}. Free some space, or choose another place that "
-            "you may write to."
+            f"{path} cannot be written: {reason}. Free some space, or {otherwise}."
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, List  # noqa: UP035
 
@@ -44,6 +45,7 @@ _NO_RATE = (
     "LoRA's matrices have another. Give a rate."
 )
 MOST_REWORDINGS = 8  # of an edit that are trained
+_MOST_STRENGTH = 1e6  # beyond it nothing is left of the directions that text uses
 _MOST = 2**31  # of a count: what arrays are indexed with
 
 
@@ -80,8 +82,13 @@ def broken_rules(values: Mapping[str, Any]) -> list[str]:
         ),
         (
             "preserve_strength",
-            lambda v: math.isfinite(v) and v > 0,
-            "must be above 0 and finite; `preserve: []` turns it off",
+            lambda v: 0 < v <= _MOST_STRENGTH,
+            f"must be above 0 and at most {_MOST_STRENGTH:g}; `preserve: []` turns it off",
+        ),
+        (
+            "preserve_dir",
+            lambda v: v is None or (v.strip() and not os.path.expanduser(v).startswith("~")),
+            "must be a folder (a ~ in front stands for a home folder that there is), or null",
         ),
         (
             "preserve",

@@ -106,7 +106,7 @@ def second_moments(
         progress: Show a progress bar.
 
     Raises:
-        ModelError: A module was not run.
+        ModelError: A module was not run, or not on all tokens.
     """
     sums: dict[str, torch.Tensor] = {}
 
@@ -172,7 +172,7 @@ def keys_of(
         progress: Show a progress bar.
 
     Raises:
-        ModelError: A module was not run.
+        ModelError: A module was not run, or not on all tokens.
     """
     counts = torch.tensor(last or [len(document) for document in documents])
     starts = counts.cumsum(0) - counts
@@ -265,7 +265,7 @@ def _listening(
         take: What gets the keys.
 
     Raises:
-        ModelError: A module was not run.
+        ModelError: A module was not run, or not on all tokens.
     """
     seen: set[str] = set()
 
@@ -273,6 +273,11 @@ def _listening(
         def listen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
             flat = inputs.reshape(-1, inputs.shape[-1])  # [B * T, D]; some models flatten before
+            if len(flat) != real.numel():
+                raise ModelError(
+                    f"`{name}` gets {len(flat)} of {real.numel()} tokens (is it one of several "
+                    "experts?), and which they are is not known. Name a module that gets all."
+                )
             keys = flat[real.reshape(-1).to(flat.device)].float()
             take(name, keys, owners, ends.to(flat.device))
             seen.add(name)

@@ -7,6 +7,7 @@ stand for gigabytes) are refused, and `${...}` is text to the one who calls.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .errors import LocFTError
 # What parsers raise besides their own errors: numbers of thousands of digits, dates that are none,
 # a tag with a value that it does not suit, nesting deeper than the interpreter's stack.
 _BAD_VALUES = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
+_NO_SPACE = re.compile(r"\S")
 
 
 class ParseError(ValueError):
@@ -143,16 +145,16 @@ def pieces_of(text: str, limit: int) -> list[str]:
         text: The text.
         limit: Characters of a piece at most.
     """
-    pieces = []
-    while text := text.strip():
-        end = len(text)
-        if end > limit:
+    pieces, length, end = [], len(text.rstrip()), 0
+    # By places in the text: what is left of megabytes is not copied for each piece.
+    while begun := _NO_SPACE.search(text, end):
+        start, end = begun.start(), length
+        if length - start > limit:
             # A space or line end just behind the limit still divides there.
-            window = text[: limit + 1]
-            end = max(window.rfind("\n"), window.rfind(" "))
-            end = end if end > 0 else limit
-        pieces.append(text[:end].rstrip())
-        text = text[end:]
+            window = start, start + limit + 1
+            end = max(text.rfind("\n", *window), text.rfind(" ", *window))
+            end = end if end > start else start + limit
+        pieces.append(text[start:end].rstrip())
     return pieces
 
 

@@ -40,7 +40,10 @@ def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if first is None:
-        raise ModelError("The tokenizer has neither BOS nor EOS to begin with. Set `bos_token`.")
+        raise ModelError(
+            "The tokenizer has neither BOS nor EOS for the model to begin text of its own with. "
+            "Set `bos_token`, or give text in place of what the model would sample."
+        )
     return int(first)
 
 

@@ -188,7 +188,7 @@ def test_tokenizer_without_bos_begins_with_eos():
     assert sample(model, tokenizer) == expected
     assert starts == [([tokenizer.eos_token_id], tokenizer.eos_token_id)] * 2
     tokenizer.eos_token = None
-    with pytest.raises(ModelError, match="neither BOS nor EOS to begin with"):
+    with pytest.raises(ModelError, match=r"neither BOS nor EOS .* Set `bos_token`"):
         sample(tokenizer=tokenizer)
 
 

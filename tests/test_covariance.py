@@ -341,6 +341,19 @@ def test_modules_that_cannot_be_measured(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_module_that_gets_some_tokens_only(tmp_path):
+    model = toy_model()
+    model.expert = torch.nn.Linear(model.config.hidden_size, 3)
+
+    def routed(_, __, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        model.expert(hidden.reshape(-1, hidden.shape[-1])[::2])
+
+    model.model.layers[0].register_forward_hook(routed)
+    with pytest.raises(ModelError, match=r"`expert` gets \d+ of \d+ tokens .*experts\?"):
+        write(model, ["expert"], tmp_path)
+
+
 def test_a_module_that_is_never_run(tmp_path):
     model = toy_model()
     model.aside = torch.nn.Linear(3, 3)

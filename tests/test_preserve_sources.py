@@ -39,6 +39,14 @@ def test_words_and_files_in_their_order(tmp_path):
     assert read_sources([]) == []
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "a.txt", "one")
+    assert read_sources(["~/a.txt"]) == [Source("text", "~/a.txt", ("one",))]
+    with pytest.raises(DataError, match="given twice"):
+        read_sources(["~/a.txt", str(tmp_path / "a.txt")])
+
+
 def test_digest_is_that_of_kind_and_texts():
     sources = [
         Source("text", "a.txt", ("ab", "c")),

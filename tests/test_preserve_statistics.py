@@ -8,6 +8,7 @@ from toys import CONTEXT, toy_model, toy_requests, toy_tokenizer
 
 from locft_easyedit.errors import DataError, ModelError, OutputError, PreserveError
 from locft_easyedit.preserve import sampled, statistics
+from locft_easyedit.preserve.asked import BEGINNINGS
 from locft_easyedit.preserve.sampled import OPENINGS, sampled_text
 from locft_easyedit.preserve.sources import Source
 from locft_easyedit.preserve.statistics import moments_of, prompt_keys, text_moments
@@ -130,6 +131,25 @@ def test_long_passages_are_divided_not_cut():
     assert len(pieces[0]) == 4
     found = " ".join(toy_tokenizer().decode(piece) for piece in pieces[0])
     assert found.split() == words
+
+
+def test_pieces_that_are_longer_than_the_context_are_divided_not_cut():
+    words = [f"word{i}" for i in range(100)]
+    source = Source("text", "long.txt", (" ".join(words),))
+    [pieces] = statistics._parts(
+        toy_model(max_position_embeddings=7), toy_tokenizer(), source, 1, None, 0, False
+    )
+    [whole] = ids([" ".join(words)])
+    assert [token for piece in pieces for token in piece] == whole
+    assert max(map(len, pieces)) == 7
+
+
+def test_text_is_sampled_within_a_short_context(small, monkeypatch):
+    longest = max(map(len, ids([*OPENINGS, *BEGINNINGS])))
+    model = toy_model("gpt2", n_positions=longest + 2)
+    monkeypatch.setattr(sampled, "_DOCUMENT_TOKENS", longest + 9)
+    text = sampled_text(model, toy_tokenizer(), 1, cache=None, progress=False)
+    assert all(map(len, (text.documents, text.opened, text.asked)))
 
 
 def test_sampled_text_is_the_mean_of_two_kinds(small):
@@ -381,8 +401,15 @@ def test_damaged_files_are_one_warning(tmp_path, caplog, passes, damage):
 
 def test_what_cannot_be_kept(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OutputError, match=r"safetensors cannot be written: "):
+    told = r"cannot be written: .* set `preserve_dir` to a folder that you may write to"
+    with pytest.raises(OutputError, match=rf"safetensors {told}"):
         measured(cache=tmp_path / "file")
+    # Where not even that there is nothing can be found out.
+    nowhere = tmp_path / ("x" * 300)
+    with pytest.raises(OutputError, match=told):
+        measured(cache=nowhere)
+    with pytest.raises(OutputError, match=told):
+        sampled_text(toy_model(), toy_tokenizer(), 1, cache=nowhere, progress=False)
 
 
 # What is refused

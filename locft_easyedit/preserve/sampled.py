@@ -15,13 +15,15 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..devices import input_device
+from ..devices import context_length, input_device
 from ..errors import ModelError
-from ..files import output_errors, write_atomically
+from ..files import write_atomically
 from ..hashes import hash_of, model_fingerprint
+from ..reading import is_file
 from ..sampling import continuations, first_token, seeded
 from ..tokens import ids_of, unended_ids
 from .asked import BEGINNINGS
+from .stored import cache_errors
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +137,7 @@ class _Rounds:
         asked = self._draw("asked", number, self._asked, _ASKED_TOKENS)
         text = SampledText([document for document in drawn if document.strip()], opened, asked)
         if file is not None:
-            with output_errors(file):
+            with cache_errors(file):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(file, json.dumps(self._content(number, text)).encode())
         return text
@@ -150,6 +152,9 @@ class _Rounds:
         for row, real, start in zip(ids, mask, begun, strict=True):
             row[width - len(start) :] = torch.tensor(start)
             real[width - len(start) :] = 1
+        context = context_length(self._model)
+        if context is not None:
+            n_tokens = max(1, min(n_tokens, context - width))
         name = f"{self._seed} {kind} {number}".encode()
         with seeded(self._model, int.from_bytes(hashlib.sha256(name).digest()[:7], "little")):
             return continuations(
@@ -162,7 +167,7 @@ class _Rounds:
 
     def _read(self, file: Path, number: int) -> SampledText | None:
         """Returns the round in a file; one that is of no use is reported."""
-        if not file.is_file():
+        if not is_file(file):
             return None
         try:
             content = json.loads(file.read_text(encoding="utf-8"))

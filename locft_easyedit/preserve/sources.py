@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ class _Unusable(Exception):
 def _identity(name: str) -> str:
     """Returns what two spellings of a path have in common."""
     try:
-        return str(Path(name).resolve())
+        return str(Path(os.path.expanduser(name)).resolve())
     except (OSError, ValueError, RuntimeError):  # NUL in it, or links in a circle
         return name
 
@@ -107,7 +108,7 @@ def kind_of(name: str) -> str:
 
 
 def _source(name: str) -> Source:
-    kind, path = kind_of(name), Path(name)
+    kind, path = kind_of(name), Path(os.path.expanduser(name))
     if kind in (SAMPLED, NEIGHBOURS):
         return Source(kind, name)
     if not is_file(path):

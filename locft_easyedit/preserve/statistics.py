@@ -39,7 +39,7 @@ _TITLE = "What enters the trained matrices cannot be measured:"
 # Fewer keys than directions say nothing of some directions; twice as many is the least to go by.
 _LEAST_FACTOR = 2
 _SAMPLED_FACTOR = 4
-# Of a text: a longer passage is divided, so that none of it is lost to the model's context.
+# Of a text: a longer passage is divided where a line or a word ends.
 _PIECE_CHARS = 2000
 
 
@@ -317,9 +317,12 @@ def _parts(
             model, tokenizer, _SAMPLED_FACTOR * width, cache=cache, seed=seed, progress=progress
         )
         kinds = [text.documents, text.opened]
-    else:
-        kinds = [[piece for passage in source.texts for piece in pieces_of(passage, _PIECE_CHARS)]]
-    return [within_context(model, ids_of(tokenizer, texts)) for texts in kinds if texts]
+        return [within_context(model, ids_of(tokenizer, texts)) for texts in kinds if texts]
+    pieces = [piece for passage in source.texts for piece in pieces_of(passage, _PIECE_CHARS)]
+    sequences = ids_of(tokenizer, pieces)
+    context = context_length(model) or max(map(len, sequences), default=1)
+    # Of scripts with several tokens a letter a piece may be longer than the context.
+    return [[ids[i : i + context] for ids in sequences for i in range(0, len(ids), context)]]
 
 
 def check_few(

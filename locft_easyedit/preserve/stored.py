@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from ..errors import one_message
 from ..files import output_errors, replacing
 from ..hashes import digest, hash_of
+from ..reading import is_file
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,15 @@ class Origin:
         }
 
 
+def cache_errors(file: Path) -> AbstractContextManager[None]:
+    """Within, an error of the disk is one that says how to keep measurements elsewhere.
+
+    Raises:
+        OutputError: Something could not be written.
+    """
+    return output_errors(file, "set `preserve_dir` to a folder that you may write to")
+
+
 def moments_file(cache: Path, module: str, origin: Origin) -> Path:
     """Returns where the moments of a module are kept."""
     return cache / f"{module}-{hash_of(origin.of(module))[:16]}.safetensors"
@@ -72,7 +83,7 @@ def read_moments(cache: Path, widths: Mapping[str, int], origin: Origin) -> dict
     found, problems = {}, []
     for module, width in widths.items():
         file = moments_file(cache, module, origin)
-        if not file.is_file():
+        if not is_file(file):
             continue
         second, problem = _read(file, origin.of(module), width)
         if second is None:
@@ -92,7 +103,7 @@ def write_moments(cache: Path, module: str, second: torch.Tensor, origin: Origin
     """
     file = moments_file(cache, module, origin)
     about = origin.of(module) | {"sha256": digest(second)}
-    with output_errors(file):
+    with cache_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as temporary:
             save_file({_TENSOR: second.contiguous()}, temporary, {_KEY: json.dumps(about)})
