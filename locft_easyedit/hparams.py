@@ -239,7 +239,7 @@ class LocFTBFHyperParams:
         """What is preserved: `preserve`, or what `alg_name` stands for."""
         if self.preserve is not None:
             return list(self.preserve)
-        return [] if self.cannot_preserve else list(_PLUS_PRESERVE) if self._plus else []
+        return list(_PLUS_PRESERVE) if self._plus and not self.cannot_preserve else []
 
     @property
     def cannot_preserve(self) -> bool:

@@ -45,6 +45,8 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     assert read_sources(["~/a.txt"]) == [Source("text", "~/a.txt", ("one",))]
     with pytest.raises(DataError, match="given twice"):
         read_sources(["~/a.txt", str(tmp_path / "a.txt")])
+    with pytest.raises(DataError, match="is not a file"):
+        read_sources(["~\0/a.txt"])
 
 
 def test_digest_is_that_of_kind_and_texts():

@@ -319,9 +319,10 @@ def cache_folder(folder: str | None) -> Path:
     """
     if folder is not None:
         return Path(os.path.expanduser(folder))
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    named = os.environ.get("XDG_CACHE_HOME")
+    base = named or os.path.expanduser("~/.cache")
     if not Path(base).is_absolute():
-        why = "no absolute path" if os.environ.get("XDG_CACHE_HOME") else "in no home folder"
+        why = "no absolute path" if named else "in no home folder"
         raise PreserveError(
             f"What `preserve` measures is kept in the user's cache folder, and {base!r} is {why}. "
             "Set `preserve_dir` to a folder."

@@ -87,10 +87,18 @@ class _Unusable(Exception):
         self.problems = problems
 
 
+def _path_of(name: str) -> Path:
+    """Returns a path, in which a ~ in front is a home folder; what is none stays as it is."""
+    try:
+        return Path(os.path.expanduser(name))
+    except ValueError:  # NUL in it
+        return Path(name)
+
+
 def _identity(name: str) -> str:
     """Returns what two spellings of a path have in common."""
     try:
-        return str(Path(os.path.expanduser(name)).resolve())
+        return str(_path_of(name).resolve())
     except (OSError, ValueError, RuntimeError):  # NUL in it, or links in a circle
         return name
 
@@ -108,7 +116,7 @@ def kind_of(name: str) -> str:
 
 
 def _source(name: str) -> Source:
-    kind, path = kind_of(name), Path(os.path.expanduser(name))
+    kind, path = kind_of(name), _path_of(name)
     if kind in (SAMPLED, NEIGHBOURS):
         return Source(kind, name)
     if not is_file(path):

@@ -91,11 +91,9 @@ def spectral_filter(
     Raises:
         PreserveError: C is not finite.
     """
-    some = moment if moment is not None else None if kept is None else kept.T
-    assert some is not None
-    n = some.shape[1]
     if moment is None:
-        s = torch.eye(n, dtype=torch.float64, device=some.device)
+        assert kept is not None
+        s = torch.eye(len(kept), dtype=torch.float64, device=kept.device)
     else:
         if not torch.isfinite(moment).all():
             raise PreserveError(
@@ -143,7 +141,7 @@ def basis_of(keys: torch.Tensor, name: str = "the matrix") -> torch.Tensor:
     # The first token's key may be hundreds of times as long as others (massive activations, arXiv
     # 2402.17762), beside which all that these differ in would pass for rounding.
     lengths = torch.linalg.vector_norm(keys, dim=1, keepdim=True)
-    keys = keys / lengths.clamp(min=tiny).clamp(min=_NEGLIGIBLE * lengths.median())
+    keys = keys / lengths.clamp(min=(_NEGLIGIBLE * lengths.median()).clamp(min=tiny))
     _, sizes, directions = torch.linalg.svd(keys, full_matrices=False)
     basis = directions[sizes > _NEGLIGIBLE * sizes[:1].clamp(min=tiny)].T
     if basis.shape[1] > _MOST_EXACT * n:
