@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from .delta.folder import apply_to_folder, revert_in_folder, verify_folder
     from .delta.verify import verify_delta
     from .easyedit import register, unregister
-    from .editing import EditSession, edit_model
+    from .editing import EditSession
     from .errors import LocFTError
     from .evaluate.evaluation import Evaluation
     from .evaluate.summary import summarize
     from .hparams import LocFTBFHyperParams
+    from .pipeline import edit_model, open_session
     from .requests import make_requests
     from .result import EditResult
 
@@ -42,12 +43,13 @@ _HOMES = {
     "apply_delta": "delta.apply",
     "apply_deltas": "delta.apply",
     "apply_to_folder": "delta.folder",
-    "edit_model": "editing",
+    "edit_model": "pipeline",
     "export_adapter": "delta.export",
     "export_lora": "delta.export",
     "export_model": "delta.export",
     "load_delta": "delta.file",
     "make_requests": "requests",
+    "open_session": "pipeline",
     "read_requests": "data",
     "register": "easyedit",
     "revert_delta": "delta.apply",
@@ -77,6 +79,7 @@ __all__ = [
     "export_model",
     "load_delta",
     "make_requests",
+    "open_session",
     "read_requests",
     "register",
     "revert_delta",

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .change import Change
 from .checkpoint import Checkpoints
 from .devices import context_length
 from .edit_runner import EditRunner
-from .errors import NonFiniteLossError
+from .errors import HyperParamsError, NonFiniteLossError
 from .files import locked
 from .health import HealthCheck
 from .hparams import LocFTBFHyperParams
-from .loop import breadth_first_
+from .loop import shuffled_batches, train_breadth_first
 from .lora import check_low_rank, low_rank_of
 from .modes import only_trainable, with_gradients
 from .phases import timed
@@ -28,7 +30,7 @@ from .prefix import Recorded
 from .prepare import kept_in
 from .preserve.protection import Protection, check_protectable, check_resident
 from .preserve.sources import Source, read_sources
-from .progress import Progress
+from .progress import LossNotFiniteError, Progress
 from .readied import readied
 from .requests import EditSet, distinct_edits
 from .result import EditResult
@@ -37,6 +39,7 @@ from .runner import TextRunner
 from .sharding import lockstep
 from .share import Share
 from .shortcuts import Shortcuts
+from .step import TrainingStep
 from .store import Budget
 from .stream import FrozenStream
 from .tokens import TokenizedTexts
@@ -50,34 +53,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def edit_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[Mapping[str, Any]],
-    hparams: LocFTBFHyperParams,
-    *,
-    progress: bool = True,
-) -> EditResult:
-    """Edits a causal language model in place, with LocFT-BF.
-
-    All requests are trained together. The model keeps its vocabulary, its training mode and its
-    `requires_grad` flags. If anything fails, or Ctrl-C interrupts, its weights are as before.
-
-    Args:
-        model: A causal language model of transformers, loaded.
-        tokenizer: Its tokenizer.
-        requests: Dictionaries with `prompt` and `target_new` (see `make_requests`).
-        hparams: The hyper-parameters; `model_name`, `device` and `dtype` play no part here.
-        progress: Show progress bars.
-
-    Raises:
-        LocFTError: The requests, the place or the model cannot be used; nothing was changed.
-        NonFiniteLossError: Training diverged; the weights are restored.
-    """
-    with EditSession(model, tokenizer, requests, hparams, progress=progress) as session:
-        return session.train_()
-
-
 @dataclass
 class EditSession:
     """A model, requests and a place, checked and prepared: the prefix serves every training.
@@ -89,12 +64,14 @@ class EditSession:
         model: The model.
         tokenizer: Its tokenizer.
         requests: EasyEdit's request dictionaries.
-        hparams: The hyper-parameters; once checked, with the place and rate that were chosen.
+        hparams: The hyper-parameters, with a place and a rate.
         progress: Show progress bars.
         alone: Requests will be trained one at a time, so that no two of them are in conflict.
             Processes that a launcher has started then do the same, each for itself.
         world: The processes that train together: those of the launcher. Each has to enter a
             session of the same model, edits and hyper-parameters.
+        choice: What `layers: auto` has chosen, and among what, where that is how the place of
+            `hparams` came about (see `open_session`).
         states: States of frozen layers that several sessions share (see `LayerStates`).
         shortcuts: What leaves this model's logits as they are; once entered.
         budget: Where recorded states may lie; once entered.
@@ -103,8 +80,6 @@ class EditSession:
             `None` without `checkpoint_dir`.
         training_texts: The edits and their rewordings as tokens; once checked.
         sources: What is to be preserved; once checked.
-        choice: What `layers: auto` has chosen, and among what; once checked. `None` where the
-            place is given.
     """
 
     model: PreTrainedModel
@@ -115,6 +90,7 @@ class EditSession:
     alone: bool = False
     states: Recorded | None = None
     world: World = field(default_factory=here)
+    choice: Choice | None = None
     edits: EditSet = field(init=False)
     place: Place = field(init=False)
     timings: dict[str, float] = field(init=False, default_factory=dict)
@@ -125,7 +101,6 @@ class EditSession:
     budget: Budget = field(init=False)
     stream: FrozenStream | None = field(init=False, default=None)
     checkpoints: Checkpoints | None = field(init=False, default=None)
-    choice: Choice | None = field(init=False, default=None)
     _protection: Protection | None = field(init=False, default=None)
     _health: HealthCheck | None = field(init=False, default=None)
     _edit_runner: EditRunner | None = field(init=False, default=None)
@@ -133,8 +108,6 @@ class EditSession:
 
     def check(self) -> None:
         """Checks everything and tokenizes; entering does it too. The model is as before.
-
-        Here `layers: auto` is resolved, which trains and takes back.
 
         Raises:
             LocFTError: The hyper-parameters, the requests, the place or the checkpoint that is
@@ -146,10 +119,15 @@ class EditSession:
         self.progress = self.progress and self.world.first
         with self.world.together(), self._timed("prepare"):
             h.check()
+            if h.chooses:
+                raise HyperParamsError(
+                    f"`layers={h.layers}`, `rewrite_module_tmp={h.rewrite_module_tmp}`, "
+                    f"`lr={h.lr}`: a session trains at a place and a rate that are given. Open it "
+                    "with `open_session`, which chooses them first."
+                )
             self.sources = read_sources(h.preserved)
             self.edits = distinct_edits(self.requests, None if self.alone else h.on_conflict)
-            if not h.chooses:
-                self._select()
+            self._select()
             self.training_texts = TrainingTexts.of(
                 self.tokenizer,
                 self.edits.edits,
@@ -157,11 +135,6 @@ class EditSession:
                 h,
                 max_positions=context_length(self.model),
             )
-        if h.chooses:
-            with self._timed("place"):
-                self.choice = self._chosen()
-            self.hparams = h = self.choice.applied(h)
-            self._select()
         self._share = Share.in_world(self.world, self._texts.input_lengths)
         self.checkpoints = agreed_checkpoints(
             self.model,
@@ -169,15 +142,9 @@ class EditSession:
             self.training_texts,
             h,
             self.sources,
-            self._checkpoint_dir,
+            None if self.alone else h.checkpoint_folder,
             self.world,
         )
-
-    @property
-    def _checkpoint_dir(self) -> str | None:
-        """Where an interrupted training leaves what the same edit goes on from, if it does."""
-        h = self.hparams
-        return None if h.checkpoint_minutes is None or self.alone else h.checkpoint_dir
 
     def _select(self) -> None:
         """Finds the place's parameters."""
@@ -197,22 +164,6 @@ class EditSession:
     @property
     def _texts(self) -> TokenizedTexts:
         return self.training_texts.texts
-
-    def _chosen(self) -> Choice:
-        """Returns the place for these edits; an interrupted run does not choose twice."""
-        # They train with sessions of their own.
-        from .locate.once import choose_once
-
-        return choose_once(
-            self.model,
-            self.tokenizer,
-            self.edits.edits,
-            self._texts,
-            self.hparams,
-            self._checkpoint_dir,
-            world=self.world,
-            progress=self.progress,
-        )
 
     def __enter__(self) -> EditSession:
         if not hasattr(self, "training_texts"):
@@ -384,21 +335,65 @@ class EditSession:
         checkpoints: Checkpoints | None,
         progress: bool,
     ) -> Progress:
-        """Trains `weights`, from the beginning or from a checkpoint."""
-        protection = self._protection
-        with self._timed("train"), runner.ready(), with_gradients():
-            return breadth_first_(
-                runner,
-                weights,
-                indices,
-                self.hparams,
-                share=self._share,
-                variants=self.training_texts.variants,
-                adam=None if protection is None else protection.adam(len(indices), self.hparams),
-                describe=self._describe,
-                progress=progress,
-                checkpoints=checkpoints,
+        """Trains `weights`, from the beginning or from a checkpoint: shows, saves and stops."""
+        h, protection, variants = self.hparams, self._protection, self.training_texts.variants
+        step = TrainingStep(
+            runner,
+            weights,
+            h,
+            self._share,
+            texts_per_edit=variants.most,
+            adam=None if protection is None else protection.adam(len(indices), h),
+        )
+        n_batches = math.ceil(len(indices) / h.batch_size)
+        done = Progress.start(h.seed, step.micro_batch.size)
+        if checkpoints is not None:
+            checkpoints.check_room(weights)
+            done = checkpoints.resume_(weights, step.optimizer, n_batches) or done
+            step.micro_batch.size = done.micro_batch_size
+        with ExitStack() as stack:
+            stack.enter_context(self._timed("train"))
+            stack.enter_context(runner.ready())
+            stack.enter_context(with_gradients())
+            if checkpoints is not None:
+                stack.enter_context(checkpoints.watching(done))
+            bar = stack.enter_context(
+                tqdm(
+                    total=h.num_steps * n_batches,
+                    initial=done.epoch * n_batches + done.step,
+                    desc="breadth-first",
+                    unit="step",
+                    disable=not progress,
+                )
             )
+            # Closed also where the training ends early: its prefetching thread ends with it.
+            steps = stack.enter_context(
+                closing(train_breadth_first(step, indices, h, done, variants))
+            )
+            try:
+                for _ in steps:
+                    bar.update()
+                    _show_loss(bar, done)
+                    if checkpoints is not None and checkpoints.due():
+                        done.settle()
+                        checkpoints.save(done, weights, step.optimizer)
+            except LossNotFiniteError as error:
+                raise NonFiniteLossError(self._explained(error, indices, done)) from None
+            _show_loss(bar, done)
+            if checkpoints is not None:
+                checkpoints.finish(done, weights)
+        return done
+
+    def _explained(self, error: Exception, indices: np.ndarray, done: Progress) -> str:
+        """Returns what an error of a mini-batch says, and of which requests."""
+        batches, _ = shuffled_batches(indices, self.hparams.batch_size, done.shuffling)
+        batch = batches[done.step]
+        shown = "; ".join(self._describe(int(i)) for i in batch[:3])
+        more = f"; and {len(batch) - 3} more" if len(batch) > 3 else ""
+        return (
+            f"{error} ({shown}{more}). The weights are as they were before the edit. "
+            f"Lower `lr={self.hparams.lr}`, or use `dtype: float32` if it is float16."
+        )
 
     def _describe(self, index: int) -> str:
         edit = self.edits.edits[index]
@@ -406,3 +401,8 @@ class EditSession:
 
     def _timed(self, phase: str) -> AbstractContextManager[None]:
         return timed(self.timings, phase, self.model)
+
+
+def _show_loss(bar: tqdm, done: Progress) -> None:
+    if done.losses:
+        bar.set_postfix(epoch=done.epoch, loss=f"{done.losses[-1]:.4f}", refresh=False)

@@ -228,6 +228,11 @@ class LocFTBFHyperParams:
         return bool(self.layers == AUTO)
 
     @property
+    def checkpoint_folder(self) -> str | None:
+        """Where checkpoints are made; `None` if none are."""
+        return None if self.checkpoint_minutes is None else self.checkpoint_dir
+
+    @property
     def rewordings(self) -> int:
         """Rewordings of each edit in an epoch: `augment`, or what `alg_name` stands for."""
         if self.augment is not None:

@@ -1,4 +1,4 @@
-"""A whole run without EasyEdit: measure, edit, measure again, and write what there is to see."""
+"""Editing a model, and a whole run: measure, edit, measure again, write what there is to see."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from .delta.checkpoint import read_checkpoint
 from .delta.delta import Delta
 from .delta.file import save_delta
 from .delta.folder import apply_to_folder
+from .devices import context_length
 from .editing import EditSession
 from .errors import ModelError, OutputError
 from .evaluate.choices import HowToRun
@@ -24,9 +27,16 @@ from .evaluate.summary import summarize
 from .files import new_folder, output_errors
 from .hparams import LocFTBFHyperParams
 from .identity import digest
+from .locate.choice import Choice
+from .locate.once import choose_once
+from .phases import timed
+from .preserve.sources import read_sources
 from .report import prepare_folder, write_json, write_loss_curve
+from .requests import distinct_edits
 from .result import EditResult
 from .sharding import sharded_layers
+from .tokens import tokenize_edits
+from .world import ALONE, here
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +72,111 @@ class Stopwatch:
         self._last = now
 
 
+def edit_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Mapping[str, Any]],
+    hparams: LocFTBFHyperParams,
+    *,
+    progress: bool = True,
+) -> EditResult:
+    """Edits a causal language model in place, with LocFT-BF.
+
+    All requests are trained together. The model keeps its vocabulary, its training mode and its
+    `requires_grad` flags. If anything fails, or Ctrl-C interrupts, its weights are as before.
+
+    Args:
+        model: A causal language model of transformers, loaded.
+        tokenizer: Its tokenizer.
+        requests: Dictionaries with `prompt` and `target_new` (see `make_requests`).
+        hparams: The hyper-parameters; `model_name`, `device` and `dtype` play no part here.
+        progress: Show progress bars.
+
+    Raises:
+        LocFTError: The requests, the place or the model cannot be used; nothing was changed.
+        NonFiniteLossError: Training diverged; the weights are restored.
+    """
+    with open_session(model, tokenizer, requests, hparams, progress=progress) as session:
+        return session.train_()
+
+
+def open_session(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Mapping[str, Any]],
+    hparams: LocFTBFHyperParams,
+    *,
+    progress: bool = True,
+    alone: bool = False,
+) -> EditSession:
+    """Returns a session for these edits, at the place that `layers: auto` chooses where it is set.
+
+    Args:
+        model: A causal language model of transformers, loaded.
+        tokenizer: Its tokenizer.
+        requests: EasyEdit's request dictionaries.
+        hparams: The hyper-parameters.
+        progress: Show progress bars.
+        alone: Requests will be trained one at a time (see `EditSession`).
+
+    Raises:
+        LocFTError: As for `choose_place_for`, where a place is to be chosen.
+    """
+    choice, timings = None, dict[str, float]()
+    if hparams.chooses:
+        with timed(timings, "place", model):
+            choice = choose_place_for(
+                model, tokenizer, requests, hparams, progress=progress, alone=alone
+            )
+        hparams = choice.applied(hparams)
+    session = EditSession(
+        model, tokenizer, requests, hparams, progress=progress, alone=alone, choice=choice
+    )
+    session.timings.update(timings)
+    return session
+
+
+def choose_place_for(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Mapping[str, Any]],
+    hparams: LocFTBFHyperParams,
+    *,
+    progress: bool = True,
+    alone: bool = False,
+) -> Choice:
+    """Returns the place that `layers: auto` means for these edits; the model is as before.
+
+    Rank 0 chooses for all; a run that was interrupted finds its choice in `checkpoint_dir`.
+    Arguments are those of `open_session`.
+
+    Raises:
+        LocFTError: The hyper-parameters or the requests cannot be used, or no place can be chosen
+            (see `choose_place`).
+    """
+    world = ALONE if alone else here()
+    with world.together():
+        hparams.check()
+        read_sources(hparams.preserved)
+        edits = distinct_edits(requests, None if alone else hparams.on_conflict).edits
+        texts = tokenize_edits(
+            tokenizer,
+            edits,
+            append_eos=hparams.append_eos,
+            max_positions=context_length(model),
+        )
+    return choose_once(
+        model,
+        tokenizer,
+        edits,
+        texts,
+        hparams,
+        None if alone else hparams.checkpoint_folder,
+        world=world,
+        progress=progress and world.first,
+    )
+
+
 def edit_and_measure(
     model: Any,
     tokenizer: Any,
@@ -86,7 +201,7 @@ def edit_and_measure(
     """
     watch = Stopwatch()
 
-    with EditSession(model, tokenizer, requests, hparams, progress=progress) as session:
+    with open_session(model, tokenizer, requests, hparams, progress=progress) as session:
         watch.lap("checks and frozen prefix")
         how = HowToRun.of_session(session, progress=session.progress)
         evaluation = shared_evaluation(session.world, model, tokenizer, requests, how)

@@ -94,8 +94,8 @@ class TextRunner:
         return self.prefix is not None and self.prefix.complete
 
     @property
-    def waits(self) -> bool:
-        """Whether preparing a batch waits for a GPU or a disk."""
+    def prefetch_in_thread(self) -> bool:
+        """Whether preparing a batch waits for a GPU or a disk, so that a thread pays."""
         on_disk = self.prefix is not None and self.replays and self.prefix.store.file is not None
         return self.device.type == "cuda" or on_disk
 

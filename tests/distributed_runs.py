@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit.editing import edit_model
 from locft_easyedit.errors import LocFTError
-from locft_easyedit.pipeline import edit_and_measure
+from locft_easyedit.pipeline import edit_and_measure, edit_model
 from locft_easyedit.world import here
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -95,10 +94,11 @@ def waits_while_another_dies():
 
 def dies_once(folder, n_steps):
     """Dies in the middle of the first training; a restart by the launcher goes on from there."""
-    from locft_easyedit import loop
+
+    from locft_easyedit.step import TrainingStep
 
     first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
-    take, taken = loop._Step.take_, []
+    take, taken = TrainingStep.take_, []
 
     def dying(self, *args):
         taken.append(1)
@@ -106,7 +106,7 @@ def dies_once(folder, n_steps):
             os._exit(9)
         return take(self, *args)
 
-    loop._Step.take_ = dying
+    TrainingStep.take_ = dying
     _, result = edited(checkpoint_dir=folder, checkpoint_minutes=0)
     return [len(taken), result.losses]
 
@@ -130,10 +130,11 @@ def editor(path, n):
 
 def interrupted_while_the_disk_is_slow(folder):
     """A signal in training, and a checkpoint that takes longer than others wait for a lost rank."""
-    from locft_easyedit import checkpoint, loop
+    from locft_easyedit import checkpoint
     from locft_easyedit.errors import EditInterrupted
+    from locft_easyedit.step import TrainingStep
 
-    write, take, taken = checkpoint.write_checkpoint, loop._Step.take_, []
+    write, take, taken = checkpoint.write_checkpoint, TrainingStep.take_, []
 
     def slowly(*args):
         time.sleep(7)
@@ -145,7 +146,7 @@ def interrupted_while_the_disk_is_slow(folder):
             os.kill(os.getpid(), signal.SIGTERM)
         return take(self, *args)
 
-    checkpoint.write_checkpoint, loop._Step.take_ = slowly, signalled
+    checkpoint.write_checkpoint, TrainingStep.take_ = slowly, signalled
     try:
         edited(checkpoint_dir=folder, checkpoint_minutes=60, num_steps=500)
     except EditInterrupted as interrupted:

@@ -9,11 +9,10 @@ from safetensors.torch import save_file
 from toys import DOWN_PROJECTION, toy_hparams, toy_requests
 
 from locft_easyedit.delta.delta import frozen_samples
-from locft_easyedit.editing import edit_model
 from locft_easyedit.evaluate.shared import Shared
 from locft_easyedit.models import load_model
 from locft_easyedit.offload import left_on_disk
-from locft_easyedit.pipeline import edit_and_measure
+from locft_easyedit.pipeline import edit_and_measure, edit_model
 from locft_easyedit.place import find_layers
 from locft_easyedit.sharding import sharded_layers
 from locft_easyedit.world import here
@@ -154,10 +153,10 @@ def shares(folder, changes):
 
 def interrupted(out, run, step):
     """Edits until a signal comes at a step; returns what was said. The checkpoint is left."""
-    from locft_easyedit import loop
     from locft_easyedit.errors import EditInterrupted
+    from locft_easyedit.step import TrainingStep
 
-    take, taken = loop._Step.take_, []
+    take, taken = TrainingStep.take_, []
 
     def signalled(self, *args):
         taken.append(1)
@@ -165,7 +164,7 @@ def interrupted(out, run, step):
             os.kill(os.getpid(), signal.SIGTERM)
         return take(self, *args)
 
-    loop._Step.take_ = signalled
+    TrainingStep.take_ = signalled
     try:
         _run(here(), out, **run)
     except EditInterrupted as stopped:

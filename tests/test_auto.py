@@ -11,7 +11,6 @@ from toys import loaded_hparams, toy_hparams, toy_model, toy_requests, toy_token
 from locft_easyedit import offload
 from locft_easyedit.cli import edit
 from locft_easyedit.delta.file import load_delta
-from locft_easyedit.editing import EditSession, edit_model
 from locft_easyedit.errors import (
     CheckpointError,
     HyperParamsError,
@@ -27,7 +26,7 @@ from locft_easyedit.locate.candidates import diverse
 from locft_easyedit.locate.choice import FILE_NAME, Choice
 from locft_easyedit.locate.places import Location
 from locft_easyedit.locate.sensitivity import Sensitivity, sensitivities
-from locft_easyedit.pipeline import edit_and_measure, write_run
+from locft_easyedit.pipeline import edit_and_measure, edit_model, open_session, write_run
 from locft_easyedit.place import find_layers
 from locft_easyedit.requests import distinct_edits
 from locft_easyedit.tokens import TokenizedTexts, tokenize_edits
@@ -57,7 +56,7 @@ def auto_hparams(**changes):
 
 def chosen(requests=None, *, model=None, **changes):
     """Returns the session that has chosen."""
-    session = EditSession(
+    session = open_session(
         model or toy_model("llama"),
         toy_tokenizer(pad_is_eos=True),
         requests or toy_requests(N),

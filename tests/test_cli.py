@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from locft_easyedit.__main__ import main
 from locft_easyedit.delta.file import load_delta
 from locft_easyedit.delta.verify import verify_delta
-from locft_easyedit.editing import edit_model
 from locft_easyedit.hparams import LocFTBFHyperParams
+from locft_easyedit.pipeline import edit_model
 
 
 def run(*arguments):

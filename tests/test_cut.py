@@ -18,7 +18,8 @@ from toys import (
 )
 
 from locft_easyedit.anatomy import tracing
-from locft_easyedit.editing import EditSession, edit_model
+from locft_easyedit.editing import EditSession
+from locft_easyedit.pipeline import edit_model
 
 # As in test_loop_reference: float32 rounding.
 TOLERANCE = 5e-6

@@ -11,8 +11,8 @@ from locft_easyedit.delta.apply import applied, apply_delta, revert_delta
 from locft_easyedit.delta.delta import Delta, requests_hash
 from locft_easyedit.delta.file import load_delta, save_delta
 from locft_easyedit.delta.verify import verify_delta
-from locft_easyedit.editing import edit_model
 from locft_easyedit.errors import DeltaError
+from locft_easyedit.pipeline import edit_model
 
 PLACE = DOWN_PROJECTION["llama"].format(2)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -24,9 +24,9 @@ from locft_easyedit.delta.export import export_adapter, export_lora, export_mode
 from locft_easyedit.delta.file import load_delta, save_delta
 from locft_easyedit.delta.low_rank import LowRankChange
 from locft_easyedit.delta.ranks import RankFigure, RankMeter, smallest_rank
-from locft_easyedit.editing import edit_model
 from locft_easyedit.errors import DeltaError, HyperParamsError, OutputError
 from locft_easyedit.evaluate.generated import generated_metrics
+from locft_easyedit.pipeline import edit_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDS = torch.arange(3, 63).view(3, 20)

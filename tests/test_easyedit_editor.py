@@ -11,9 +11,7 @@ import torch
 from toys import loaded_hparams, toy_model, toy_requests, toy_tokenizer
 
 import locft_easyedit
-from locft_easyedit import loop
 from locft_easyedit.easyedit import chat, editor_class
-from locft_easyedit.editing import edit_model
 from locft_easyedit.errors import (
     EditInterrupted,
     HyperParamsError,
@@ -24,6 +22,8 @@ from locft_easyedit.errors import (
 )
 from locft_easyedit.evaluate.teacher_forced import score_records
 from locft_easyedit.hparams import LocFTBFHyperParams
+from locft_easyedit.pipeline import edit_model
+from locft_easyedit.step import TrainingStep
 
 YAML = """
 alg_name: LocFT-BF
@@ -219,7 +219,7 @@ def test_an_interrupted_call_goes_on_where_it_was(editor, tmp_path, monkeypatch)
     plain = toy_model("llama")
     edit_model(plain, editor.tok, requests, editor.hparams, progress=False)
     editor.hparams.checkpoint_dir = str(tmp_path)
-    steps, take_ = [], loop._Step.take_
+    steps, take_ = [], TrainingStep.take_
 
     def interrupted(self, *args):
         steps.append(1)
@@ -227,7 +227,7 @@ def test_an_interrupted_call_goes_on_where_it_was(editor, tmp_path, monkeypatch)
             os.kill(os.getpid(), signal.SIGTERM)
         return take_(self, *args)
 
-    monkeypatch.setattr(loop._Step, "take_", interrupted)
+    monkeypatch.setattr(TrainingStep, "take_", interrupted)
     with pytest.raises(EditInterrupted, match="epoch 2, after 1 of its mini-batches"):
         editor.batch_edit(**columns(requests), verbose=False)
     assert same(weights(editor.model), before)

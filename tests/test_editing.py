@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit.editing import EditSession, edit_model
+from locft_easyedit.editing import EditSession
 from locft_easyedit.errors import (
     LocFTError,
     ModelError,
@@ -16,6 +16,7 @@ from locft_easyedit.errors import (
     PlaceError,
     RequestError,
 )
+from locft_easyedit.pipeline import edit_model
 from locft_easyedit.prefix import FrozenPrefix
 
 

@@ -20,9 +20,10 @@ from toys import (
 
 from locft_easyedit import health
 from locft_easyedit.devices import context_length
-from locft_easyedit.editing import EditSession, edit_model
+from locft_easyedit.editing import EditSession
 from locft_easyedit.health import HealthReport, change_of, damages, health_texts, spectral_norm
 from locft_easyedit.models import load_model
+from locft_easyedit.pipeline import edit_model
 from locft_easyedit.prefix import FrozenPrefix
 from locft_easyedit.report import health_table, write_json
 from locft_easyedit.runner import TextRunner

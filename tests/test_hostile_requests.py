@@ -97,7 +97,7 @@ def test_what_was_given_comes_back(prompts, target):
 def test_requests_are_refused_before_the_model_is_touched():
     from toys import toy_hparams
 
-    from locft_easyedit.editing import edit_model
+    from locft_easyedit.pipeline import edit_model
 
     model = toy_model()
     before = [p.clone() for p in model.parameters()]

@@ -5,8 +5,9 @@ import pytest
 import torch
 from toys import toy_hparams, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit import loop
-from locft_easyedit.editing import edit_model
+from locft_easyedit import editing
+from locft_easyedit.pipeline import edit_model
+from locft_easyedit.step import MicroBatch, TrainingStep
 
 
 def run(**changes):
@@ -23,12 +24,12 @@ def test_a_threshold_on_the_device_gives_what_one_on_the_host_gives(changes, mon
     on_host = run(**settings)
     assert 0 < on_host.n_updates < len(on_host.step_losses)
 
-    class OnDevice(loop._Step):
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.waits = False
+    class OnDevice(TrainingStep):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.host_may_sync = False
 
-    monkeypatch.setattr(loop, "_Step", OnDevice)
+    monkeypatch.setattr(editing, "TrainingStep", OnDevice)
     on_device = run(**settings)
     assert on_device.step_losses == on_host.step_losses
     assert on_device.n_updates == on_host.n_updates
@@ -40,7 +41,7 @@ def test_micro_batches_are_whole_and_even(size):
     random = np.random.default_rng(size)
     batch = random.permutation(23)
     lengths = random.integers(2, 60, size=23)
-    parts = loop._MicroBatch(size).split(batch, lengths)
+    parts = MicroBatch(size).split(batch, lengths)
     assert sorted(np.concatenate(parts).tolist()) == list(range(23))
     assert max(map(len, parts)) <= size
     assert len(parts) == -(-23 // size)
@@ -53,5 +54,5 @@ def test_micro_batches_are_whole_and_even(size):
 
 def test_one_micro_batch_is_the_batch_itself():
     batch = np.array([5, 2, 9])
-    [part] = loop._MicroBatch(3).split(batch, np.array([4, 40, 10]))
+    [part] = MicroBatch(3).split(batch, np.array([4, 40, 10]))
     assert part.tolist() == [5, 2, 9]

@@ -13,10 +13,11 @@ from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_toke
 
 import locft_easyedit.lora
 import locft_easyedit.models
-from locft_easyedit.editing import EditSession, edit_model
+from locft_easyedit.editing import EditSession
 from locft_easyedit.errors import NonFiniteLossError, PlaceError
 from locft_easyedit.lora import LowRank, low_rank_of
 from locft_easyedit.models import load_model
+from locft_easyedit.pipeline import edit_model
 from locft_easyedit.place import select_place
 
 # Measured over 20 steps: losses differ by 2.9e-6 at most, the change by 5.2e-6 of its norm and A

@@ -20,12 +20,13 @@ from locft_easyedit.delta.apply import apply_delta, revert_delta
 from locft_easyedit.delta.delta import Delta
 from locft_easyedit.devices import module_device
 from locft_easyedit.easyedit import chat
-from locft_easyedit.editing import EditSession, edit_model
+from locft_easyedit.editing import EditSession
 from locft_easyedit.errors import PlaceError
 from locft_easyedit.evaluate.choices import HowToRun
 from locft_easyedit.evaluate.evaluation import Evaluation
 from locft_easyedit.locate.sensitivity import sensitivities
 from locft_easyedit.locate.states import LayerStates
+from locft_easyedit.pipeline import edit_model
 from locft_easyedit.place import find_layers
 from locft_easyedit.requests import distinct_edits
 from locft_easyedit.tokens import tokenize_edits

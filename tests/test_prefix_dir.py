@@ -9,11 +9,10 @@ import torch
 from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
 from locft_easyedit.cut import layer_cut
-from locft_easyedit.editing import edit_model
 from locft_easyedit.errors import MemoryBudgetError, OutputError
 from locft_easyedit.fingerprint import checksum, prefix_fingerprint
 from locft_easyedit.models import load_model
-from locft_easyedit.pipeline import edit_and_measure
+from locft_easyedit.pipeline import edit_and_measure, edit_model
 from locft_easyedit.place import find_layers
 from locft_easyedit.prefix import FrozenPrefix
 from locft_easyedit.statefile import StateFile

@@ -16,8 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 import locft_easyedit.preserve.prepare
 import locft_easyedit.preserve.protection
-from locft_easyedit.editing import EditSession, edit_model
+from locft_easyedit.editing import EditSession
 from locft_easyedit.errors import PlaceError, PreserveError
+from locft_easyedit.pipeline import edit_model
 from locft_easyedit.place import select_place
 from locft_easyedit.preserve.neighbours import neighbours_of
 from locft_easyedit.preserve.prepare import Filters, adam_of, cache_folder

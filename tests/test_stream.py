@@ -10,12 +10,12 @@ import torch
 from toys import DOWN_PROJECTION, TOY_KINDS, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
 from locft_easyedit import offload
-from locft_easyedit.editing import EditSession, edit_model
+from locft_easyedit.editing import EditSession
 from locft_easyedit.errors import HyperParamsError, MemoryBudgetError, ModelError
 from locft_easyedit.evaluate.choices import HowToRun
 from locft_easyedit.evaluate.evaluation import Evaluation
 from locft_easyedit.models import load_model
-from locft_easyedit.pipeline import edit_and_measure
+from locft_easyedit.pipeline import edit_and_measure, edit_model
 from locft_easyedit.prefix import FrozenPrefix
 from locft_easyedit.stream import FrozenStream, stream_of
 

@@ -6,7 +6,8 @@ import torch
 from reference import naive_edit_loss
 from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit.editing import EditSession, edit_model
+from locft_easyedit.editing import EditSession
+from locft_easyedit.pipeline import edit_model
 from locft_easyedit.requests import distinct_edits
 from locft_easyedit.training_texts import TrainingTexts
 from locft_easyedit.variants import Variants

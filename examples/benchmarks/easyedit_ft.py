@@ -27,12 +27,12 @@ from locft_easyedit.compare.job import Job
 from locft_easyedit.demo.run import FACTS
 from locft_easyedit.easyedit.loading import load_easyedit
 from locft_easyedit.easyedit.peer import describe
-from locft_easyedit.editing import edit_model
 from locft_easyedit.evaluate.evaluation import Evaluation
 from locft_easyedit.evaluate.summary import summarize
 from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.hparams_files import hparams_folder
 from locft_easyedit.models import load_causal_lm
+from locft_easyedit.pipeline import edit_model
 
 
 def main():

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 from locft_easyedit.augment.wordings import reword_edits
-from locft_easyedit.editing import edit_model
 from locft_easyedit.errors import NonFiniteLossError
 from locft_easyedit.evaluate.choices import HowToRun
 from locft_easyedit.evaluate.evaluation import Evaluation, Joined
 from locft_easyedit.evaluate.summary import summarize
 from locft_easyedit.modes import evaluation_mode
+from locft_easyedit.pipeline import edit_model
 from locft_easyedit.requests import Edit
 from locft_easyedit.runner import TextRunner
 from locft_easyedit.tokens import TokenizedTexts, ids_of

@@ -22,8 +22,8 @@ from locft_easyedit.data import read_requests
 from locft_easyedit.demo.run import FACTS
 from locft_easyedit.editing import EditSession
 from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.loop import _Step
 from locft_easyedit.models import load_causal_lm
+from locft_easyedit.step import TrainingStep
 from locft_easyedit.weights import TrainedWeights
 
 PUBLISHED = "published algorithm"
@@ -149,8 +149,9 @@ class Ours:
         )
         variants = session.training_texts.variants
         self.texts = variants.texts(edits, epoch=0)
-        self.loop_step = _Step(
-            session._runner, self.weights, session.hparams, session._share, variants,
+        self.loop_step = TrainingStep(
+            session._runner, self.weights, session.hparams, session._share,
+            texts_per_edit=variants.most,
             adam=None if protection is None else protection.adam(len(edits), session.hparams),
         )  # fmt: skip
         return self
@@ -158,7 +159,9 @@ class Ours:
     def step(self):
         in_force = nullcontext() if self.change is None else self.change.in_force()
         with in_force, self.session._runner.ready():
-            loss, _ = self.loop_step.take_(self.loop_step._parts(self.texts), len(self.texts))
+            loss, _ = self.loop_step.take_(
+                self.loop_step.micro_batches(self.texts), len(self.texts)
+            )
         value = loss.item()
         self.weights.clear_gradients_()
         return value

@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from locft_easyedit.change import owner
 from locft_easyedit.data import read_requests
-from locft_easyedit.editing import edit_model
 from locft_easyedit.errors import LocFTError
 from locft_easyedit.hparams import LocFTBFHyperParams, read_mapping
 from locft_easyedit.hparams_rules import ALG_NAMES
 from locft_easyedit.models import load_model
 from locft_easyedit.modes import evaluation_mode
+from locft_easyedit.pipeline import edit_model
 from locft_easyedit.tokens import ids_of
 
 PLACES = {"at all tokens": slice(None), "at the last": slice(-1, None), "before it": slice(0, -1)}

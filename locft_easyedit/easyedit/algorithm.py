@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..editing import edit_model
 from ..hparams import LocFTBFHyperParams
+from ..pipeline import edit_model
 
 
 def apply_locft_bf_to_model(

@@ -21,6 +21,7 @@ from ..evaluate.summary import summarize
 from ..files import output_errors, replacing
 from ..hparams import ALG_NAME, LocFTBFHyperParams
 from ..models import load_model
+from ..pipeline import open_session
 from ..requests import make_requests
 from ..result import EditResult
 from ..sharding import sharded_layers
@@ -195,10 +196,7 @@ class LocFTBFMethods:
         self, prompts: list[str], target_new: list[str], sequential_edit: bool = False
     ) -> Returned:
         """Edits with all requests together and measures nothing: returns `None` for metrics."""
-        session = EditSession(
-            self.model, self.tok, make_requests(prompts, target_new), self.hparams
-        )
-        self._check(session)
+        session = self._opened(make_requests(prompts, target_new))
         self._begin()
         with session:
             self._done(session.train_(), sequential_edit)
@@ -306,11 +304,8 @@ class LocFTBFMethods:
         pre_file: str | None,
     ) -> list[dict[str, Any]]:
         """Measures, edits and measures again; returns an entry with `pre` and `post` a request."""
-        session = EditSession(
-            self.model, self.tok, requests, self.hparams, progress=measures.progress, alone=alone
-        )
         # All that can be wrong shows before any weight changes, the last call's edits included.
-        self._check(session)
+        session = self._opened(requests, progress=measures.progress, alone=alone)
         measures.check(requests, pre_edit)
         self._begin()
         with session:
@@ -376,14 +371,19 @@ class LocFTBFMethods:
             progress=verbose and here().first,
         )
 
-    def _check(self, session: EditSession) -> None:
-        """Checks what is to be done; the place that `layers: auto` chooses is this editor's."""
-        if session.alone and sharded_layers(self.model) is not None:
+    def _opened(
+        self, requests: Sequence[Request], *, progress: bool = True, alone: bool = False
+    ) -> EditSession:
+        """Returns a session that is checked; the place that `layers: auto` chooses stays."""
+        if alone and sharded_layers(self.model) is not None:
             raise LocFTError(
                 "Without `sequential_edit` every process makes each edit by itself, and the layers "
                 "that `shard_frozen` shares out run in all of them together. Use batch_edit or "
                 "sequential_edit=True, or set `shard_frozen: false`."
             )
+        session = open_session(
+            self.model, self.tok, requests, self.hparams, progress=progress, alone=alone
+        )
         session.check()
         if session.choice is not None:
             self.hparams = session.hparams
@@ -392,6 +392,7 @@ class LocFTBFMethods:
                 session.choice.cell.location,
                 session.hparams.lr,
             )
+        return session
 
     def _begin(self) -> None:
         """Gives the model the weights that the next edit starts from."""
