@@ -12,12 +12,12 @@ from typing import Any
 
 import yaml
 
-from ..compare.escape import one_line
 from ..compare.outcome_fields import Kind, decoded, encoded, is_number, problems_of
 from ..errors import DataError, PlaceError, one_message
 from ..files import output_errors, write_atomically
 from ..hparams import REQUIRED_IN_FILE, LocFTBFHyperParams
 from ..reading import is_file, json_of, text_of
+from ..tables import one_line
 from .outcome import FIGURES, OK, STATES, Cell, CellOutcome, StudyOutcome
 from .places import MODULES
 from .table import figure_text, progress_text, study_name

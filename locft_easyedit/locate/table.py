@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from ..compare.escape import markdown_text, one_line
+from ..tables import markdown_text, one_line
 from .outcome import LESS_IS_BETTER, STATES, CellOutcome, StudyOutcome
 from .places import MODULES
 
