@@ -15,8 +15,8 @@ from locft_easyedit.compare.outcome import (
     accuracies,
     checked,
     headline,
-    write_comparison,
 )
+from locft_easyedit.compare.outcome_fields import write_dataclass
 from locft_easyedit.errors import DataError, OutputError
 
 FIGURES = {
@@ -77,7 +77,7 @@ def test_an_outcome_becomes_json_and_back(figure):
 
 def test_the_file_holds_every_field_and_what_is_no_number(tmp_path):
     made = comparison(outcome(), outcome(seconds_per_edit=math.nan), versions={"torch": "2.13"})
-    write_comparison(tmp_path / "comparison.json", made)
+    write_dataclass(tmp_path / "comparison.json", made)
     value = json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))
     first, second = value.pop("outcomes")
     assert Outcome(**first) == made.outcomes[0]
@@ -88,7 +88,7 @@ def test_the_file_holds_every_field_and_what_is_no_number(tmp_path):
 def test_file_holds_any_text(tmp_path):
     reason = "lone \udcff, é, 日本, \x1b[31m"
     made = comparison(outcome(status="failed", reason=reason), n=3)
-    write_comparison(tmp_path / "comparison.json", made)
+    write_dataclass(tmp_path / "comparison.json", made)
     text = (tmp_path / "comparison.json").read_text(encoding="utf-8")
     assert json.loads(text)["outcomes"][0]["reason"] == reason
     assert "日本" in text
@@ -121,7 +121,7 @@ def test_a_result_of_another_version_is_refused():
 
 def test_a_file_that_cannot_be_written(tmp_path):
     with pytest.raises(OutputError, match="cannot be written"):
-        write_comparison(tmp_path / "none" / "c.json", comparison())
+        write_dataclass(tmp_path / "none" / "c.json", comparison())
 
 
 def test_headline():

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..files import output_errors, write_atomically
-from .outcome_fields import encoded, plain
+from .outcome_fields import plain
 
 
 @dataclass
@@ -115,19 +112,6 @@ class Comparison:
     def before_editing(self) -> Outcome:
         """The model before any edit, as if that were a method."""
         return Outcome("before", after_all=self.before, capability=self.capability_before)
-
-
-def write_comparison(path: str | Path, comparison: Comparison) -> None:
-    """Writes the comparison as JSON; NaN and infinity become `{"not finite": "nan"}`.
-
-    Raises:
-        OutputError: The file cannot be written.
-    """
-    values = encoded(asdict(comparison))
-    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with output_errors(path):
-        # A lone surrogate in somebody's error message becomes the JSON escape that it came from.
-        write_atomically(path, text.encode("utf-8", "backslashreplace"))
 
 
 def headline(outcome: Outcome) -> dict[str, float | None]:

@@ -1,11 +1,19 @@
-"""Values of any library as the plain ones that JSON has."""
+"""Dataclasses as JSON files: values of any library as the plain ones that JSON has."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from numbers import Real
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import output_errors, write_atomically
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 def plain(value: Any) -> Any:
@@ -32,3 +40,15 @@ def encoded(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: encoded(entry) for key, entry in value.items()}
     return [encoded(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def write_dataclass(path: str | Path, record: DataclassInstance) -> None:
+    """Writes a dataclass as JSON, every field under its name; see `encoded`.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    text = json.dumps(encoded(asdict(record)), indent=2, ensure_ascii=False, allow_nan=False)
+    with output_errors(path):
+        # A lone surrogate in somebody's error message becomes the JSON escape that it came from.
+        write_atomically(path, f"{text}\n".encode("utf-8", "backslashreplace"))
