@@ -13,6 +13,7 @@ from rich.console import Console, RenderableType
 
 from .errors import OutputError
 from .files import output_errors, replacing
+from .plotting import GREY, new_figure, open_axes
 from .tables import Row, number_text, terminal_table
 
 if TYPE_CHECKING:  # matplotlib is slow to import
@@ -186,21 +187,17 @@ def write_loss_curve(path: Path, losses: Sequence[float], threshold: float) -> N
     Raises:
         OutputError: The file cannot be written.
     """
-    from matplotlib.figure import Figure  # slow to import, and needed only here
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator  # slow to import, and needed only here
 
-    figure = Figure(figsize=(6, 3.6), dpi=150, layout="constrained")
+    figure = new_figure(6, 3.6, ["LocFT-BF training loss"])
     axes = figure.subplots()
-    epochs = range(1, len(losses) + 1)
-    axes.plot(epochs, losses, marker="o", markersize=4, label="mean loss")
+    axes.plot(range(1, len(losses) + 1), losses, marker="o", markersize=4, label="mean loss")
     if threshold > 0:
-        axes.axhline(threshold, color="gray", linestyle="--", linewidth=1, label="stops below")
+        axes.axhline(threshold, color=GREY, linestyle="--", linewidth=1, label="stops below")
     if min(losses) > 0:
         axes.set_yscale("log")
-    axes.set(
-        xlabel="epoch", ylabel="cross-entropy of target tokens", title="LocFT-BF training loss"
-    )
+    axes.set(xlabel="epoch", ylabel="cross-entropy of target tokens")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
+    open_axes(axes)
     axes.legend()
     write_picture(path, figure)

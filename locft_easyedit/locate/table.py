@@ -124,10 +124,14 @@ def progress_text(outcome: StudyOutcome) -> str:
     return ", ".join([text, *(f"{states[state]} {state}" for state in STATES if states[state])])
 
 
-def _title(outcome: StudyOutcome) -> list[str]:
+def chosen_text(outcome: StudyOutcome) -> str:
+    """Returns which cell is chosen, in one line."""
     chosen = outcome.chosen()
-    choice = "no cell has figures" if chosen is None else f"chosen: {chosen.cell}"
-    return [f"Where to edit {study_name(outcome)}", progress_text(outcome), choice]
+    return "no cell has figures" if chosen is None else f"chosen: {chosen.cell}"
+
+
+def _title(outcome: StudyOutcome) -> list[str]:
+    return [f"Where to edit {study_name(outcome)}", progress_text(outcome), chosen_text(outcome)]
 
 
 def _keys(outcome: StudyOutcome) -> list[str]:
