@@ -70,13 +70,8 @@ def points(axes, hollow):
 
 
 def labels(axes):
-    return [artist for artist in axes.texts if artist.arrow_patch is not None]
-
-
-def boxes(figure):
-    renderer = figure.canvas.get_renderer()
-    artists = labels(figure.axes[-1])
-    return [matplotlib.text.Text.get_window_extent(label, renderer) for label in artists]
+    """What the legend beside the costs says."""
+    return [text.get_text() for text in axes.get_legend().get_texts()] if axes.get_legend() else []
 
 
 def test_what_is_drawn():
@@ -91,7 +86,7 @@ def test_what_is_drawn():
     assert "SmolLM2-135M on ZsRE, 100 edits\nCPU (float32), EasyEdit: current source" in found
     rows = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert rows == ["LocFT-BF", "FT"]
-    assert [label.get_text() for label in labels(figure.axes[-1])] == [
+    assert labels(figure.axes[-1]) == [
         "LocFT-BF\n8.0 GiB", "FT\n4.0 GiB",
     ]  # fmt: skip
     assert points(figure.axes[0], hollow=False) == [(0.97, 0.0), (0.61, 1.0)]
@@ -168,24 +163,28 @@ def test_teacher_forced_figures_stand_in():
 def test_memory_of_two_kinds_is_told_apart():
     figure = drawn(comparison(row("A"), row("B", 0.1, peak_memory_of="process")))
     assert titles(figure)[-1] == "cost"
-    assert [label.get_text() for label in labels(figure.axes[-1])] == [
+    assert labels(figure.axes[-1]) == [
         "A\n4.0 GiB (GPU)", "B\n4.0 GiB (process)",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("n", [1, 4, 8])
-def test_labels_do_not_overlap(n):
+def test_every_method_has_a_point_and_a_look_of_its_own(n):
     draw = random.Random(n)
-    crowded = [row(name, 0.5 + 0.02 * draw.random(), 3 + draw.random()) for name in NAMES[:n]]
-    spread = [row(name, draw.random(), 10 ** draw.uniform(-2, 3)) for name in NAMES[:n]]
-    same = [row(name, 1.0) for name in NAMES[:n]]
-    for outcomes in (crowded, spread, same):
-        figure = drawn(comparison(*outcomes))
-        found, frame = boxes(figure), figure.axes[-1].get_window_extent()
-        assert len(found) == n
-        assert not any(a.overlaps(b) for a, b in itertools.combinations(found, 2))
-        assert all(frame.x0 < box.x0 and box.x1 < frame.x1 for box in found)
-        assert all(frame.y0 < box.y0 and box.y1 < frame.y1 for box in found)
+    outcomes = [row(name, draw.random(), 10 ** draw.uniform(-2, 3)) for name in NAMES[:n]]
+    figure = drawn(comparison(*outcomes))
+    axes = figure.axes[-1]
+    assert [label.split("\n")[0] for label in labels(axes)] == list(NAMES[:n])
+    assert len({(line.get_color(), line.get_marker()) for line in axes.lines}) == n
+    # A method looks the same in all panels, and the legend stays within the picture.
+    for i, line in enumerate(axes.lines):
+        [same] = [other for other in figure.axes[0].lines
+                  if list(other.get_ydata()) == [i] and not other.is_dashed()]  # fmt: skip
+        assert (same.get_color(), same.get_marker()) == (line.get_color(), line.get_marker())
+    box = axes.get_legend().get_window_extent()
+    assert box.x0 > axes.get_window_extent().x1
+    assert box.x1 <= figure.bbox.x1
+    assert box.y0 >= 0
 
 
 @pytest.mark.parametrize("n", [1, 8])

@@ -4,21 +4,18 @@ import io
 import math
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from rich.console import Console
+from test_tables import NASTY
 
-from locft_easyedit.compare.escape import markdown_code, markdown_text, one_line
 from locft_easyedit.compare.outcome import Comparison, Outcome
 from locft_easyedit.compare.table import comparison_markdown, comparison_table
+from locft_easyedit.tables import one_line
 
 HEADS = [
     "reliability ↑", "generalization ↑", "portability ↑", "locality ↑", "rewrite_acc ↑",
     "rephrase_acc ↑", "capability ↑", "s per edit ↓", "peak GiB ↓",
 ]  # fmt: skip
-# What a reason, a name or an answer can hold, and each table has a meaning for.
-NASTY = "[bold red]x[/] | a\n`b` *c* _d_ <b>e</b> $f$ ~~g~~ \\| &amp; \x1b[31mh\x1b[0m [i](j)"
 
 
 def means(reliability, rewrite=0.5, locality=0.25):
@@ -262,7 +259,7 @@ def test_no_figure_is_truncated(width):
 
 def test_terminal_bold():
     made = comparison(row("A", 0.25), row("B", 0.75), row("C", 0.75))
-    rows = [line for line in printed(made, color="standard").splitlines() if line[:1] in "ABC"]
+    rows = [line for line in printed(made, color="standard").splitlines() if line[:1] in set("ABC")]
     assert len(rows) == 3
     # Right-justified: the space before the figure has its style.
     assert ["\x1b[1m 0.75\x1b[0m" in line for line in rows] == [False, True, True]
@@ -315,46 +312,6 @@ def test_nasty_text_stays_in_its_cell():
     assert rows[2][0] == one_line(NASTY)
     assert rows[3][:2] == ["B", f"failed: {one_line(NASTY)}"]
     assert {len(cells) for cells in rows} == {10}
-
-
-def inline(markdown):
-    """The text that a Markdown parser finds in one line, and the kinds of its parts."""
-    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(f"x{markdown}x")
-    assert [token.type for token in tokens] == ["paragraph_open", "inline", "paragraph_close"]
-    parts = tokens[1].children
-    return "".join(part.content for part in parts)[1:-1], {part.type for part in parts}
-
-
-def test_one_line():
-    assert (
-        one_line(" a\r\n\x1b[1;31mb\x1b[0m\tc\x1b]0;title\x07 \udc80d\u2028e\x9b ") == "a b c d e"
-    )
-
-
-characters = st.text(st.sampled_from("ab _*`\\|[]()<>#~$&;!:-\n\r\x1b\x00é日\ud800\u2028"))
-
-
-@settings(max_examples=300, deadline=None)
-@given(characters)
-def test_markdown_text_says_what_it_was_given(text):
-    found, kinds = inline(markdown_text(text))
-    assert found == one_line(text)
-    assert kinds <= {"text", "text_special"}
-    assert not one_line(text).isspace()
-    assert one_line(text).isprintable()
-
-
-@settings(max_examples=300, deadline=None)
-@given(characters)
-def test_markdown_code_says_what_it_was_given(text):
-    if one_line(text):
-        found, kinds = inline(" " + markdown_code(text) + " ")
-        assert found.strip() == one_line(text)
-        assert "code_inline" in kinds
-
-
-def test_words_with_underscores_stay_readable():
-    assert markdown_text("rewrite_acc of __init__") == r"rewrite_acc of \_\_init\_\_"
 
 
 @pytest.mark.parametrize(

@@ -168,11 +168,6 @@ def test_what_is_not_measured_yet_is_grey_and_what_is_not_there_is_blank():
     assert "not measured yet" in legend_texts(figure)
 
 
-def test_without_a_plan_all_that_an_unfinished_study_lacks_is_grey():
-    unfinished = drawn(heat_figure, small(n_cells=9))
-    assert set(rectangles(panels(unfinished)["score"])) == {(2, 0)}
-
-
 def test_nothing_measured_and_nothing_left_are_drawn_too():
     for found in (study(n_cells=3), study(marked(0, DIVERGED), marked(1, DIVERGED))):
         assert list(panels(drawn(heat_figure, found))) == ["score"]
@@ -218,9 +213,6 @@ def test_the_columns_are_the_layers_that_were_visited():
     assert values(axes).shape == (2, 3)
     assert values(axes)[1].tolist()[:2] == [0.2, 0.9]
     assert frames(axes) == {(1, 1)}
-    # Which layers an unfinished study without a plan will visit, nobody knows.
-    holes = panels(drawn(heat_figure, dataclasses.replace(found, n_cells=9)))["score"]
-    assert values(holes).shape == (2, 30)
 
 
 def test_figures_are_written_into_the_fields_of_few_layers():

@@ -1,9 +1,7 @@
 """The picture of generalization.py: edits known in other words against what else they moved."""
 
-import math
-
-from locft_easyedit.compare.escape import one_line
-from locft_easyedit.compare.picture import Point, look, place_labels
+from locft_easyedit.plotting import legend_below, look, new_figure, open_axes, plain_log_ticks
+from locft_easyedit.tables import one_line
 
 LEAST_KL = 1e-6  # a logarithm needs more than nothing
 
@@ -18,9 +16,6 @@ def picture(cases, model):
             gives them.
         model: The model's name.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     # One look for each variant, in all panels.
     names = dict.fromkeys(row["variant"] for rows in cases.values() for row in rows)
     looks = {name: look(i) for i, name in enumerate(names)}
@@ -28,45 +23,32 @@ def picture(cases, model):
     for (data, half, n), rows in cases.items():
         columns.setdefault((data, half), []).append((n, rows))
     most = max(map(len, columns.values()))
-    size = (max(5.4 * len(columns), 7), 0.9 + 4.1 * most)
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    title = f"{one_line(model)}: edits known in other words, and what else they move"
+    figure = new_figure(max(5.4 * len(columns), 7), 1.3 + 4.1 * most, [title])
     every = figure.subplots(most, len(columns), squeeze=False)
-    labels = []
     for column, ((data, half), panels) in enumerate(columns.items()):
         for axes in every[len(panels) :, column]:
             axes.set_visible(False)
         for axes, (n, rows) in zip(every[:, column], panels, strict=False):
             axes.set_title(f"{one_line(data)} ({half}), {n:,} edits", fontsize=11, parse_math=False)
-            labels.append((axes, *draw_panel(axes, rows, looks)))
-    title = f"{one_line(model)}: edits known in other words, and what else they move"
-    figure.suptitle(title, fontsize=12, parse_math=False)
-    # Where a label fits is known once everything else has its place.
-    canvas.draw()
-    figure.set_layout_engine("none")
-    renderer = canvas.get_renderer()
-    for axes, points, bars in labels:
-        place_labels(axes, points, renderer, [in_pixels(axes, bar) for bar in bars])
+            draw_panel(axes, rows, looks)
+    markers = {text: item for axes in every.flat
+               for item, text in zip(*axes.get_legend_handles_labels(), strict=True)}  # fmt: skip
+    legend_below(figure, [markers[name] for name in names if name in markers])
     return figure
 
 
 def draw_panel(axes, rows, looks):
-    """Draws the variants of one case.
-
-    Returns:
-        The points to label, and each error bar as left, bottom, right and top.
-    """
+    """Draws the variants of one case, each with the spread over its seeds."""
     axes.set(xlabel="KL of the next token on locality prompts, nats ↓ (log scale)",
-             ylabel="generalization, % of rephrase prompts ↑")  # fmt: skip
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#E6E6E6", linewidth=0.8)
-    axes.set_axisbelow(True)
+             ylabel="generalization, % of rephrase prompts ↑", xscale="log")  # fmt: skip
+    open_axes(axes)
     rows = [row for row in rows if {"kl", "generalization"} <= row["figures"].keys()]
     if not rows:
         axes.set(xticks=[], yticks=[])
         axes.text(0.5, 0.5, "no variant has both figures", ha="center", transform=axes.transAxes)
-        return [], []
-    points, bars = [], []
+        return
+    bars = []
     for row in rows:
         kl, general = row["figures"]["kl"], row["figures"]["generalization"]
         x, y = max(kl["mean"], LEAST_KL), 100 * general["mean"]
@@ -75,37 +57,13 @@ def draw_panel(axes, rows, looks):
         # tenth of the mean.
         left, down, up = min(right, 0.9 * x), min(up, y), min(up, 100 - y)
         colour, marker = looks[row["variant"]]
-        axes.errorbar(x, y, xerr=[[left], [right]], yerr=[[down], [up]], fmt=marker, color=colour,
-                      markersize=8, elinewidth=1.2, capsize=2.5, zorder=4)  # fmt: skip
-        points.append(Point(x, y, row["variant"]))
-        bars += [(x - left, y, x + right, y), (x, y - down, x, y + up)]
-    scale_(axes, bars)
-    return points, bars
-
-
-def scale_(axes, bars):
-    """Makes the x axis logarithmic, with plain numbers, and leaves room for labels."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    lefts, bottoms, rights, tops = zip(*bars, strict=True)
-    low, high = math.log10(min(lefts)), math.log10(max(rights))
-    pad = max(0.2 * (high - low), 0.25)
-    axes.set(xscale="log", xlim=(10 ** (low - pad), 10 ** (high + pad)))
-    wide = high - low + 2 * pad
-    subs = (1.0,) if wide > 3 else (1.0, 3.0) if wide > 1.5 else (1.0, 2.0, 5.0)
-    axes.xaxis.set_major_locator(LogLocator(subs=subs))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+        style = {"fmt": marker, "color": colour, "markersize": 8, "elinewidth": 1.2}
+        axes.errorbar(x, y, xerr=[[left], [right]], yerr=[[down], [up]], label=row["variant"],
+                      capsize=2.5, **style)  # fmt: skip
+        bars.append((x - left, y - down, x + right, y + up))
     # At least ten points: differences that mean nothing shall look like it.
-    bottom, top = min(bottoms), max(tops)
-    room = max(0.12 * (top - bottom), 5 - (top - bottom) / 2, 2)
-    axes.set_ylim(max(bottom - room, -4), min(top + room, 104))
-
-
-def in_pixels(axes, bar):
-    """The box of an error bar on the paper, a little wider than its line."""
-    from matplotlib.transforms import Bbox
-
-    left, bottom, right, top = bar
-    corners = axes.transData.transform([(left, bottom), (right, top)])
-    return Bbox(corners).padded(2)
+    lefts, bottoms, rights, tops = zip(*bars, strict=True)
+    room = max(0.12 * (max(tops) - min(bottoms)), 5 - (max(tops) - min(bottoms)) / 2, 2)
+    axes.set_ylim(max(min(bottoms) - room, -4), min(max(tops) + room, 104))
+    axes.set_xlim(min(lefts) / 1.5, max(rights) * 1.5)
+    plain_log_ticks(axes.xaxis)

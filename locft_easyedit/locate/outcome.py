@@ -116,7 +116,7 @@ class StudyOutcome:
         cells: The cells that are done.
         n_cells: Cells of the whole study.
         before: The model's figures before any edit (`reliability`, `generalization`, ...).
-        planned: All cells of the study, done or not; empty if they are not known.
+        planned: All cells of the study, done or not.
     """
 
     model: str

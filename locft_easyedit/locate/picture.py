@@ -3,41 +3,42 @@
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..plotting import legend_below, new_figure, plain_log_ticks
 from ..report import write_picture
-from .outcome import DIVERGED, FAILED, OUT_OF_MEMORY, CellOutcome, StudyOutcome
+from .outcome import DIVERGED, FAILED, OUT_OF_MEMORY, StudyOutcome
 from .places import MODULES, Location
-from .table import progress_text, study_name
+from .table import chosen_text, progress_text, study_name
 
 if TYPE_CHECKING:  # matplotlib is slow to import
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_PANELS = (
-    ("reliability", "reliability ↑ (the edits' prompts)"),
-    ("generalization", "generalization ↑ (the data's rephrase prompts)"),
-    ("reworded", "reworded ↑ (the prompts within other sentences)"),
-    ("locality", "locality ↑ (same answer as before)"),
-    ("portability", "portability ↑"),
-    ("capability", "capability ↑"),
-    ("drift", "drift ↓ (KL on unrelated text, nats a token; log scale)"),
-    ("score", "score ↑ (harmonic mean of reliability, reworded, exp(-drift)): it chooses"),
-)
-# Both rise evenly in lightness, and colour-blind readers tell their ends apart.
-_SHARES, _DRIFTS = "viridis", "cividis_r"
-_PENDING = "#E4E4E4"
-_MARKS = {DIVERGED: "xxxx", OUT_OF_MEMORY: "////", FAILED: "...."}
-_MARK_EDGE, _MARK_FACE = "#8A1C1C", "#FFFFFF"
+_PANELS = {
+    "reliability": "reliability ↑ (the edits' prompts)",
+    "generalization": "generalization ↑ (the data's rephrase prompts)",
+    "reworded": "reworded ↑ (the prompts within other sentences)",
+    "locality": "locality ↑ (same answer as before)",
+    "portability": "portability ↑",
+    "capability": "capability ↑",
+    "drift": "drift ↓ (KL on unrelated text, nats a token; log scale)",
+    "score": "score ↑ (harmonic mean of reliability, reworded, exp(-drift)): it chooses",
+}
+_MARKED: dict[str, Any] = {"facecolor": "white", "edgecolor": "#8A1C1C", "linewidth": 0}
+_PENDING = "not measured yet"
+_STATES: dict[str, dict[str, Any]] = {
+    DIVERGED: {"hatch": "xxxx", **_MARKED},
+    OUT_OF_MEMORY: {"hatch": "////", **_MARKED},
+    FAILED: {"hatch": "....", **_MARKED},
+    _PENDING: {"facecolor": "#E4E4E4"},
+}
 _LEAST_SPAN = 0.1  # of a colour scale: differences that mean nothing shall look like it
 LEAST_DRIFT = 1e-6  # a logarithm needs more than nothing
 _MOST_WRITTEN = 16  # layers up to which every field has its figure written in it
-_MOST_TITLE_LINES = 3  # of one that is broken
 
 
 def write_heat_maps(path: str | Path, outcome: StudyOutcome) -> None:
@@ -53,195 +54,104 @@ def heat_figure(outcome: StudyOutcome) -> Figure:
     """Returns the figure; each place has the colour of its cell with the best score.
 
     A place without figures is hatched by what happened to it, light grey if it is not measured
-    yet, and blank if the model does not have it. The chosen place has a frame in every panel.
+    yet, and blank if the study does not visit it. The chosen place has a frame in every panel.
     """
-    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
-    panels = [(key, title) for key, title in _PANELS if _is_drawn(key, outcome)]
-    panels = panels or [("score", _PANELS[-1][1])]
-    grid = _Grid(outcome)
-    width = min(max(7.0, 2.6 + 0.27 * len(grid.layers)), 14.0)
-    height = 1.5 + len(panels) * (0.62 + 0.24 * len(grid.modules))
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    every = np.atleast_1d(figure.subplots(len(panels), 1, sharex=True))
-    for axes, (key, title) in zip(every, panels, strict=True):
-        _draw_panel(axes, key, title, grid)
-    every[-1].set_xlabel("layer")
-    _draw_titles(figure, outcome, grid)
+    best = {one.cell.location: one for one in outcome.best_rates()}
+    states = {cell.location: _PENDING for cell in outcome.planned}
+    states |= {one.cell.location: one.state for one in reversed(outcome.marked())}
+    states = {place: state for place, state in states.items() if place not in best}
+    places = [*best, *states]
+    modules = [name for name in MODULES if any(p.module == name for p in places)] or [""]
+    layers = sorted({place.layer for place in places}) or [0]
+    chosen = outcome.chosen()
+    measured = {key for one in outcome.measured for key in one.figures} or {"score"}
+    if "generalization" in measured:  # what the rewordings by template stand in for
+        measured.discard("reworded")
+    panels = [key for key in _PANELS if key in measured]
+    title = [
+        f"Where to edit {study_name(outcome)}",
+        f"{progress_text(outcome)}; each place at the learning rate with the best score",
+        chosen_text(outcome),
+    ]
+    width = min(max(7.0, 2.6 + 0.27 * len(layers)), 14.0)
+    figure = new_figure(width, 1.5 + len(panels) * (0.62 + 0.24 * len(modules)), title)
+    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, key in zip(rows, panels, strict=True):
+        values = np.full((len(modules), len(layers)), math.nan)
+        for place, one in best.items():
+            values[_field(place, modules, layers)] = one.figures.get(key, math.nan)
+        _draw_values(axes, key, np.maximum(values, LEAST_DRIFT) if key == "drift" else values)
+        for place, state in states.items():
+            _add_field(axes, _field(place, modules, layers), **_STATES[state])
+        if chosen is not None:
+            field = _field(chosen.cell.location, modules, layers)
+            # Black around white shows on every colour.
+            for colour, linewidth in (("black", 4.5), ("white", 1.8)):
+                style = {"fill": False, "clip_on": False, "zorder": 5}
+                _add_field(axes, field, edgecolor=colour, linewidth=linewidth, **style)
+        axes.set_yticks(range(len(modules)), modules, fontsize=9)
+        step = 1 if len(layers) <= 40 else 5
+        axes.set_xticks(range(0, len(layers), step), layers[::step], fontsize=8)
+        axes.tick_params(length=0, labelbottom=True)
+    rows[-1].set_xlabel("layer")
+    legend = [Patch(label=state, **style) for state, style in _STATES.items()
+              if state in states.values()]  # fmt: skip
+    if chosen is not None:
+        legend.insert(0, Patch(facecolor="white", edgecolor="black", linewidth=2, label="chosen"))
+    legend_below(figure, legend)
     return figure
 
 
-def _is_drawn(key: str, outcome: StudyOutcome) -> bool:
-    has = {name for one in outcome.measured for name in one.figures}
-    # Rewordings by template are for the choice; they stand in where the data has no rephrases.
-    return key in has and not (key == "reworded" and "generalization" in has)
+def _field(place: Location, modules: list[str], layers: list[int]) -> tuple[int, int]:
+    """Returns the row and the column of a place."""
+    return modules.index(place.module), layers.index(place.layer)
 
 
-class _Grid:
-    """Which place is where in a panel, and what is known of it.
-
-    Attributes:
-        modules: The rows, from the top.
-        layers: The columns: the layers that the study visits.
-        best: Place -> its best cell.
-        marked: Place without figures -> what happened to it.
-        pending: Places that are not measured yet.
-        chosen: The chosen cell.
-    """
-
-    def __init__(self, outcome: StudyOutcome) -> None:
-        self.best = {one.cell.location: one for one in outcome.best_rates()}
-        self.marked: dict[Location, str] = {}
-        for one in outcome.marked():
-            if one.cell.location not in self.best:
-                self.marked.setdefault(one.cell.location, one.state)
-        planned = {cell.location for cell in outcome.planned}
-        places = planned | self.best.keys() | self.marked.keys()
-        self.modules = [name for name in MODULES if any(p.module == name for p in places)] or [""]
-        self.layers = sorted({place.layer for place in places}) or [0]
-        unknown = not planned and len(outcome.cells) < outcome.n_cells
-        if unknown:  # any layer below may still come
-            self.layers = list(range(self.layers[-1] + 1))
-        self.pending = [
-            (layer, module)
-            for layer, module in self._missing()
-            if unknown or any((p.layer, p.module) == (layer, module) for p in planned)
-        ]
-        self.chosen = outcome.chosen()
-
-    def position(self, place: Location) -> tuple[int, int]:
-        """Returns the column and the row of a place."""
-        return self.layers.index(place.layer), self.modules.index(place.module)
-
-    def values(self, key: str) -> np.ndarray:
-        """Returns a figure of all places, [modules, layers]; NaN where there is none."""
-        values = np.full((len(self.modules), len(self.layers)), math.nan)
-        for place, one in self.best.items():
-            column, row = self.position(place)
-            values[row, column] = one.figures.get(key, math.nan)
-        return values
-
-    def _missing(self) -> list[tuple[int, str]]:
-        there = {(p.layer, p.module) for p in (*self.best, *self.marked)}
-        every = ((layer, module) for layer in self.layers for module in self.modules)
-        return [place for place in every if place not in there]
-
-
-def _draw_panel(axes: Axes, key: str, title: str, grid: _Grid) -> None:
+def _add_field(axes: Axes, field: tuple[int, int], **style: Any) -> None:
+    """Draws a rectangle over a field."""
     from matplotlib.patches import Rectangle
 
-    values = grid.values(key)
-    shown = np.ma.masked_invalid(np.maximum(values, LEAST_DRIFT) if key == "drift" else values)
-    image = axes.imshow(shown, aspect="auto", interpolation="nearest", **_scale(key, shown))
-    axes.set_title(title, fontsize=11, loc="left")
-    axes.set_yticks(range(len(grid.modules)), grid.modules, fontsize=9)
-    columns = range(0, len(grid.layers), 1 if len(grid.layers) <= 40 else 5)
-    axes.set_xticks(columns, [str(grid.layers[column]) for column in columns])
-    axes.tick_params(axis="x", labelsize=9 if len(grid.layers) <= 32 else 8, labelbottom=True)
-    axes.tick_params(length=0)
+    row, column = field
+    axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **style))
+
+
+def _draw_values(axes: Axes, key: str, values: np.ndarray) -> None:
+    """Draws a figure of all places, [modules, layers]; NaN where there is none."""
+    from matplotlib.colors import LogNorm
+
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
+    # Both rise evenly in lightness, and colour-blind readers tell their ends apart.
+    scale: dict[str, Any] = {"cmap": "viridis"}
+    if key == "drift":
+        low = max(low, LEAST_DRIFT)
+        scale = {"cmap": "cividis_r", "norm": LogNorm(low, max(high, 2 * low, 1e-5))}
+    else:
+        scale["vmin"] = max(0.0, min(low, high - _LEAST_SPAN))
+        scale["vmax"] = max(high, scale["vmin"] + _LEAST_SPAN)
+    image = axes.imshow(
+        np.ma.masked_invalid(values), aspect="auto", interpolation="nearest", **scale
+    )
+    axes.set_title(_PANELS[key], fontsize=11, loc="left")
     axes.spines[:].set_visible(False)
-    if shown.count():
+    if finite.size:
         bar = axes.figure.colorbar(image, ax=axes, pad=0.01, aspect=12)
         bar.ax.tick_params(labelsize=8)
         bar.outline.set_visible(False)
         if key == "drift":
-            _label_logs(bar, shown)
-    for layer, module in grid.pending:
-        corner = (grid.layers.index(layer) - 0.5, grid.modules.index(module) - 0.5)
-        axes.add_patch(Rectangle(corner, 1, 1, facecolor=_PENDING, edgecolor="none"))
-    for place, state in grid.marked.items():
-        column, row = grid.position(place)
-        style: dict[str, Any] = {"facecolor": _MARK_FACE, "edgecolor": _MARK_EDGE, "linewidth": 0}
-        corner = (column - 0.5, row - 0.5)
-        axes.add_patch(Rectangle(corner, 1, 1, hatch=_MARKS.get(state, "++"), **style))
+            plain_log_ticks(bar.ax.yaxis)
     # White lines between the fields, above their colours and marks.
-    axes.set_xticks(np.arange(0.5, len(grid.layers) - 1), minor=True)
-    axes.set_yticks(np.arange(0.5, len(grid.modules) - 1), minor=True)
+    axes.set_xticks(np.arange(0.5, values.shape[1] - 1), minor=True)
+    axes.set_yticks(np.arange(0.5, values.shape[0] - 1), minor=True)
     axes.grid(which="minor", color="white", linewidth=0.8)
     axes.tick_params(which="minor", length=0)
-    if len(grid.layers) <= _MOST_WRITTEN:
-        _write_figures(axes, key, values, image)
-    if grid.chosen is not None:
-        _frame(axes, *grid.position(grid.chosen.cell.location))
-
-
-def _scale(key: str, shown: np.ma.MaskedArray) -> dict[str, Any]:
-    """Returns the colours of a panel, over what its places have."""
-    from matplotlib.colors import LogNorm
-
-    low, high = (float(shown.min()), float(shown.max())) if shown.count() else (0.0, 1.0)
-    if key == "drift":
-        return {"cmap": _DRIFTS, "norm": LogNorm(max(low, LEAST_DRIFT), max(high, 2 * low, 1e-5))}
-    if high - low < _LEAST_SPAN:
-        low = max(0.0, min((low + high - _LEAST_SPAN) / 2, 1 - _LEAST_SPAN))
-        high = max(high, low + _LEAST_SPAN)
-    return {"cmap": _SHARES, "vmin": low, "vmax": high}
-
-
-def _label_logs(bar: Any, shown: np.ma.MaskedArray) -> None:
-    """Writes plain numbers at the bar of a log scale: every power of ten, more within two."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    decades = math.log10(float(shown.max()) / float(shown.min()))
-    subs = (1.0,) if decades > 2 else (1.0, 2.0, 5.0)
-    bar.ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=6))
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    bar.ax.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _write_figures(axes: Axes, key: str, values: np.ndarray, image: Any) -> None:
+    if values.shape[1] > _MOST_WRITTEN:
+        return
     for row, column in np.argwhere(np.isfinite(values)):
-        value = float(values[row, column])
-        red, green, blue, _ = image.cmap(image.norm(max(value, LEAST_DRIFT)))
-        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+        value = values[row, column]
+        red, green, blue, _ = image.cmap(image.norm(value))
+        colour = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
         text = f"{value:.1g}" if key == "drift" else f"{value:.2f}"
-        style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
-        axes.text(column, row, text, color="white" if dark else "black", **style)
-
-
-def _frame(axes: Axes, column: int, row: int) -> None:
-    """Draws a frame that shows on every colour: black around white."""
-    from matplotlib.patches import Rectangle
-
-    for colour, linewidth in (("black", 4.5), ("white", 1.8)):
-        style: dict[str, Any] = {"edgecolor": colour, "linewidth": linewidth, "zorder": 5}
-        axes.add_patch(
-            Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, clip_on=False, **style)
-        )
-
-
-def draw_title(figure: Figure, lines: Sequence[str]) -> None:
-    """Writes lines above a figure, broken where they are too long; nothing in them is a formula."""
-    # So many characters an inch at this size.
-    most = int(10.5 * min(figure.get_figwidth() - 0.3, 9))
-    broken = [part for line in lines for part in textwrap.wrap(line, most)[:_MOST_TITLE_LINES]]
-    figure.suptitle("\n".join(broken), fontsize=11.5, parse_math=False)
-
-
-def chosen_text(chosen: CellOutcome | None) -> str:
-    """Returns what a picture says of the chosen cell."""
-    return "no cell has figures" if chosen is None else f"chosen: {chosen.cell}"
-
-
-def _draw_titles(figure: Figure, outcome: StudyOutcome, grid: _Grid) -> None:
-    from matplotlib.patches import Patch
-
-    lines = [
-        f"Where to edit {study_name(outcome)}",
-        f"{progress_text(outcome)}; each place at the learning rate with the best score",
-        chosen_text(grid.chosen),
-    ]
-    draw_title(figure, lines)
-    style: dict[str, Any]
-    handles = []
-    if grid.chosen is not None:
-        handles.append(Patch(facecolor="white", edgecolor="black", linewidth=1.8, label="chosen"))
-    for state, hatch in _MARKS.items():
-        if state in grid.marked.values():
-            style = {"facecolor": _MARK_FACE, "edgecolor": _MARK_EDGE}
-            handles.append(Patch(hatch=hatch, linewidth=0, label=state, **style))
-    if grid.pending:
-        handles.append(Patch(facecolor=_PENDING, label="not measured yet"))
-    if handles:
-        style = {"loc": "outside lower center", "ncols": len(handles), "frameon": False}
-        figure.legend(handles=handles, fontsize=9.5, **style)
+        axes.text(column, row, text, color=colour, ha="center", va="center", fontsize=7)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from rich.table import Table
 
+from ..tables import Bold, Row, terminal_table
 from .assumptions import assumptions
 from .flops import step_flop
 from .given import Workload
@@ -17,9 +21,6 @@ from .sizes import bytes_text, flop_text, seconds_text
 def model_table(plan: Plan) -> Table:
     """Returns what is planned for: the model, the place, the machine."""
     shapes, machine, work = plan.shapes, plan.machine, plan.work
-    table = Table(title="What is planned", title_justify="left", show_header=False)
-    table.add_column("what")
-    table.add_column("value", overflow="fold")
     trained = ", ".join(shapes.trained)
     more = f"{len(shapes.trained)} parameters of layer {shapes.first_layer} and above"
     rows = {
@@ -39,9 +40,13 @@ def model_table(plan: Plan) -> Table:
     if machine.world > 1:
         nodes = f" on each of {machine.nodes} nodes" if machine.nodes > 1 else ""
         rows["GPUs"] = f"{machine.gpus}{nodes}; sizes are those of one GPU and of one node"
-    for what, value in rows.items():
-        table.add_row(what, value.replace("[", "\\["))
-    return table
+    return terminal_table(
+        ["what", "value"],
+        [Row(row) for row in rows.items()],
+        title="What is planned",
+        text_columns=2,
+        header=False,
+    )
 
 
 def _reworded(work: Workload) -> str:
@@ -52,27 +57,28 @@ def _reworded(work: Workload) -> str:
 
 def candidates_table(plan: Plan) -> Table:
     """Returns all settings, preferred ones first, each with whether it fits or why not."""
-    table = Table(title="Settings, preferred ones first", title_justify="left")
     several = plan.machine.world > 1
-    for heading in ("dtype", "frozen layers", *(["GPUs"] if several else []), "cut", "micro-batch"):
-        table.add_column(heading)
-    table.add_column("fits?", overflow="fold")
+    headings = ["dtype", "frozen layers", *(["GPUs"] if several else []), "cut", "micro-batch"]
+    rows = []
     for one in plan.candidates:
         setting = one.setting
         verdict = f"no: {one.reason}"
         if one.reason is None:
             where = ", ".join(f"{NAMES[place]} {bytes_text(n)}" for place, n in one.edits.items())
             verdict = f"{'CHOSEN' if one is plan.chosen else 'yes'}: prefix on {where}"
-        table.add_row(
+        cells = [
             setting.dtype,
             "streamed" if setting.streamed else "resident",
             *([_layout(plan, one)] if several else []),
             setting.cut,
             str(setting.micro_batch_size),
             verdict,
-            style="bold" if one is plan.chosen else None,
-        )
-    return table
+        ]
+        rows.append(Row([*map(Bold, cells)] if one is plan.chosen else cells))
+    columns = [*headings, "fits?"]
+    return terminal_table(
+        columns, rows, title="Settings, preferred ones first", text_columns=len(columns)
+    )
 
 
 def _layout(plan: Plan, one: Candidate) -> str:
@@ -88,54 +94,42 @@ def _layout(plan: Plan, one: Candidate) -> str:
 def memory_table(plan: Plan) -> Table:
     """Returns the chosen setting's memory by part and place, with each place's peak."""
     assert plan.chosen is not None
-    table = Table(title="Memory of the chosen settings", title_justify="left")
-    table.add_column("part")
-    table.add_column("while")
     places = [place for place in PLACES if plan.machine.room(place)]
-    for place in places:
-        table.add_column(place, justify="right")
-    rows: dict[tuple[str, tuple[str, ...]], dict[str, float]] = {}
+    sizes: dict[tuple[str, tuple[str, ...]], dict[str, float]] = {}
     for part in plan.chosen.parts:
-        row = rows.setdefault((part.name, part.phases), {})
-        row[part.place] = row.get(part.place, 0.0) + part.bytes
-    for (name, phases), sizes in rows.items():
-        if sum(sizes.values()) > 0:
+        of_part = sizes.setdefault((part.name, part.phases), {})
+        of_part[part.place] = of_part.get(part.place, 0.0) + part.bytes
+    rows = []
+    for (name, phases), by_place in sizes.items():
+        if sum(by_place.values()) > 0:
             when = "always" if phases == PHASES else ", ".join(phases)
-            table.add_row(name, when, *(bytes_text(sizes.get(place, 0)) for place in places))
-    table.add_section()
+            rows.append(Row([name, when, *(bytes_text(by_place.get(p, 0)) for p in places)]))
     peaks = plan.peaks()
-    table.add_row("most at one time", "", *(bytes_text(peaks[place]) for place in places))
-    return table
+    peak_texts = (bytes_text(peaks[place]) for place in places)
+    rows.append(Row(["most at one time", "", *peak_texts], section=True))
+    return terminal_table(
+        ["part", "while", *places], rows, title="Memory of the chosen settings", text_columns=2
+    )
 
 
 def work_table(plan: Plan) -> Table:
     """Returns the work, the bytes and the time of each phase."""
     assert plan.chosen is not None
-    several = plan.machine.world > 1
-    table = Table(title="Work and time", title_justify="left")
-    table.add_column("phase")
-    between = ["between GPUs"] if several else []
-    for heading in ("work", "checkpoint read", "prefix on disk", *between, "time"):
-        table.add_column(heading, justify="right")
-    for one in plan.phases:
-        table.add_row(
-            one.name,
-            flop_text(one.flop) if one.flop else "-",
-            bytes_text(one.checkpoint),
-            bytes_text(one.disk),
-            *([bytes_text(one.sent)] if several else []),
-            seconds_text(one.seconds),
-        )
-    table.add_section()
-    table.add_row(
-        "sum",
-        flop_text(sum(one.flop for one in plan.phases)),
-        bytes_text(sum(one.checkpoint for one in plan.phases)),
-        bytes_text(sum(one.disk for one in plan.phases)),
-        *([bytes_text(sum(one.sent for one in plan.phases))] if several else []),
-        seconds_text(plan.seconds),
-    )
-    return table
+    figures: list[tuple[Any, ...]] = [
+        (one.name, one.flop, one.checkpoint, one.disk, one.sent, one.seconds) for one in plan.phases
+    ]
+    _, *amounts, _ = zip(*figures, strict=True)
+    figures.append(("sum", *map(sum, amounts), plan.seconds))
+    columns = ["phase", "work", "checkpoint read", "prefix on disk", "between GPUs", "time"]
+    rows = []
+    for name, flop, *sizes, seconds in figures:
+        work = flop_text(flop) if flop else "-"
+        rows.append([name, work, *map(bytes_text, sizes), seconds_text(seconds)])
+    if plan.machine.world == 1:
+        for cells in (columns, *rows):
+            cells.pop(4)  # nothing goes between GPUs
+    *phases, total = map(Row, rows)
+    return terminal_table(columns, [*phases, replace(total, section=True)], title="Work and time")
 
 
 def step_table(plan: Plan) -> Table:
@@ -143,10 +137,6 @@ def step_table(plan: Plan) -> Table:
     step = plan.step()
     assert plan.chosen is not None
     assert step is not None
-    table = Table(title="A step", title_justify="left")
-    table.add_column("part")
-    table.add_column("amount", justify="right")
-    table.add_column("time", justify="right")
     amounts = {
         "compute": flop_text(step.flop),
         "weights": bytes_text(step.weight_bytes),
@@ -155,20 +145,27 @@ def step_table(plan: Plan) -> Table:
         "gradient exchange": bytes_text(step.exchanged_bytes),
         "Adam": bytes_text(step.adam_bytes),
     }
-    for part, seconds in step.seconds.items():
-        if seconds > 0:
-            said = "  <- bounds the step" if part == step.bound else ""
-            table.add_row(part + said, amounts[part], seconds_text(seconds))
-    table.add_section()
+    rows = [
+        Row(
+            [
+                part + ("  <- bounds the step" if part == step.bound else ""),
+                amounts[part],
+                seconds_text(seconds),
+            ]
+        )
+        for part, seconds in step.seconds.items()
+        if seconds > 0
+    ]
     whole = step_flop(plan.shapes, plan.chosen.setting, plan.work)
-    table.add_row("a step", flop_text(whole), seconds_text(step.total))
+    rows.append(Row(["a step", flop_text(whole), seconds_text(step.total)], section=True))
+    caption = None
     if step.ranks > 1:
         batch = min(plan.work.batch_size, plan.work.n)
-        table.caption = (
+        caption = (
             f"The largest of {step.ranks} ranks has {step.share:.1f} of {batch} edits; even parts "
             f"would be {batch / step.ranks:.1f}."
         )
-    return table
+    return terminal_table(["part", "amount", "time"], rows, title="A step", caption=caption)
 
 
 def tables(plan: Plan) -> list[Table]:
