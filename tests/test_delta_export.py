@@ -292,7 +292,9 @@ def test_the_command(tmp_path, base, monkeypatch, capsys, form):
     made_delta(model=model).save("edit")
     more = ["rank=32"] if form == "lora" else []
     assert main(["delta", "export", "edit", "model=base", "output=out", f"as={form}", *more]) == 0
-    assert "out" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "out" in printed
+    assert ("0.0 % of the change is left out" in printed) == (form == "lora")
     if form == "model":
         exported = AutoModelForCausalLM.from_pretrained("out")
     else:

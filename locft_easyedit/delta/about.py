@@ -145,7 +145,13 @@ def problems_of(metadata: Any) -> list[str]:
             f"it is of format {shown(number, 50)}; this version reads format {FORMAT}. "
             "Update locft_easyedit."
         ]
-    problems = _problems(metadata, _schema(metadata.get("lora") is not None), "what it says")
+    problems = [
+        f"`{key}` must hold finite numbers and printable texts of at most {_MOST_TEXT} characters, "
+        f"nested at most {_MOST_DEPTH} deep."
+        for key, value in metadata.items()
+        if not _is_plain(value)
+    ]
+    problems = problems or _problems(metadata, _schema(metadata.get("lora") is not None), "")
     if problems:
         return problems
     if not metadata["matrices"]:
@@ -160,6 +166,32 @@ def problems_of(metadata: Any) -> list[str]:
     return problems
 
 
+def _is_plain(value: Any, depth: int = _MOST_DEPTH) -> bool:
+    """Returns whether a value is finite numbers and printable texts, and what is made of these."""
+    if isinstance(value, (dict, list)):
+        parts = value if isinstance(value, list) else [*value, *value.values()]
+        return depth > 0 and all(_is_plain(part, depth - 1) for part in parts)
+    if isinstance(value, str):
+        return len(value) <= _MOST_TEXT and value.isprintable()
+    return value is None or isinstance(value, bool) or _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
+
+
+def _is_count(value: Any, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**48
+
+
+def _is_name(value: str) -> bool:
+    """Returns whether a text can be a parameter's name; it is never used as a path."""
+    spaces = any(c.isspace() for c in value)
+    return 0 < len(value) <= _MOST_NAME and not spaces and not value.startswith(PREFIXES)
+
+
 # The schema: a mapping has the schemas of its keys, `_ByName` one for every value, and whatever is
 # neither is a `_Kind`: what a value must be, in words and as a test.
 _Kind = tuple[str, Callable[[Any], bool]]
@@ -172,98 +204,17 @@ class _ByName:
     values: Any
 
 
-def _problems(value: Any, schema: Any, where: str) -> list[str]:
-    """Returns a line for everything in `value` that is not as `schema` has it."""
-    if isinstance(schema, (dict, _ByName)) and not isinstance(value, dict):
-        return [f"{where} is {shown(value, 50)}, not a mapping."]
-    if isinstance(schema, _ByName):
-        problems = [
-            f"{where} holds {shown(name, 100)}, which is no name that a parameter can have here."
-            for name in value
-            if not _is_name(name)
-        ]
-        return problems or [
-            line
-            for name, part in value.items()
-            for line in _problems(part, schema.values, f"`{name}` in {where}")
-        ]
-    if isinstance(schema, dict):
-        problems = [f"{where} lacks `{key}`." for key in schema if key not in value]
-        problems += [
-            f"{where} has the unknown key {shown(key, 100)}." for key in value if key not in schema
-        ]
-        inner = "" if where == "what it says" else f" of {where}"
-        return problems or [
-            line
-            for key, part in schema.items()
-            for line in _problems(value[key], part, f"`{key}`{inner}")
-        ]
-    what, is_right = schema
-    return [] if is_right(value) else [f"{where} is {shown(value, 50)}, not {what}."]
+def _matching(what: str, pattern: str) -> _Kind:
+    return what, lambda v: isinstance(v, str) and bool(re.fullmatch(pattern, v, re.ASCII))
 
 
-def _is_name(value: Any) -> bool:
-    """Returns whether a value can be a parameter's name; it is never used as a path."""
-    return (
-        isinstance(value, str)
-        and 0 < len(value) <= _MOST_NAME
-        and value.isprintable()
-        and not any(c.isspace() for c in value)
-        and not value.startswith(PREFIXES)
-    )
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= _MOST_TEXT and value.isprintable()
-
-
-def _is_time(value: Any) -> bool:
-    try:
-        return _is_text(value) and bool(datetime.fromisoformat(value))
-    except ValueError:
-        return False
-
-
-def _is_count(value: Any, least: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**48
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
-
-
-def _is_plain(value: Any, depth: int = _MOST_DEPTH) -> bool:
-    if isinstance(value, dict):
-        return depth > 0 and all(
-            _is_text(key) and _is_plain(part, depth - 1) for key, part in value.items()
-        )
-    if isinstance(value, list):
-        return depth > 0 and all(_is_plain(part, depth - 1) for part in value)
-    return value is None or isinstance(value, bool) or _is_number(value) or _is_text(value)
-
-
-def _is_hash(value: Any, length: int = 64) -> bool:
-    return isinstance(value, str) and bool(re.fullmatch(rf"[0-9a-f]{{{length}}}", value))
-
-
-_HASH: _Kind = ("a hash of 64 hexadecimal digits", _is_hash)
-_SAMPLE: _Kind = (
-    f"a hash of {SAMPLE_LENGTH} hexadecimal digits or null",
-    lambda v: v is None or _is_hash(v, SAMPLE_LENGTH),
-)
-_TEXT: _Kind = (f"a text of at most {_MOST_TEXT} printable characters", _is_text)
+_HASH = _matching("a hash of 64 hexadecimal digits", "[0-9a-f]{64}")
+_SAMPLE = _matching(f"a hash of {SAMPLE_LENGTH} hexadecimal digits", f"[0-9a-f]{{{SAMPLE_LENGTH}}}")
 _COUNT: _Kind = ("a whole number, 0 or more", _is_count)
-_PLAIN: _Kind = (
-    f"a mapping of numbers and printable texts, nested at most {_MOST_DEPTH} deep",
-    lambda v: isinstance(v, dict) and _is_plain(v),
-)
+_TEXT: _Kind = ("a text", lambda v: isinstance(v, str))
+_MAPPING: _Kind = ("a mapping", lambda v: isinstance(v, dict))
 _MATRIX: dict[str, _Kind] = {
-    "dtype": (
-        f"one of {', '.join(DTYPES)}",
-        lambda v: isinstance(v, str) and v in DTYPES,
-    ),
+    "dtype": _matching(f"one of {', '.join(DTYPES)}", "|".join(DTYPES)),
     "shape": (
         "a list of 1 to 8 whole numbers above 0",
         lambda v: isinstance(v, list) and 1 <= len(v) <= 8 and all(_is_count(n, 1) for n in v),
@@ -280,23 +231,60 @@ _LORA: dict[str, _Kind] = {
 def _schema(lora: bool) -> dict[str, Any]:
     """Returns the schema of an edit's metadata, trained as LoRA or not."""
     return {
-        "format": ("a number", _is_count),
+        "format": _COUNT,
         "id": _HASH,
         "checksum": _HASH,
         "base_model": _TEXT,
         "matrices": _ByName(_MATRIX | ({"lora_A": _HASH, "lora_B": _HASH} if lora else {})),
-        "frozen": _ByName(_SAMPLE),
+        # A parameter that could not be read has no sample.
+        "frozen": _ByName((f"{_SAMPLE[0]} or null", lambda v: v is None or _SAMPLE[1](v))),
         "lora": _LORA if lora else ("null", lambda v: v is None),
-        "hparams": _PLAIN,
+        "hparams": _MAPPING,
         "requests": {"sha256": _HASH, "count": _COUNT},
-        "metrics": _PLAIN,
+        "metrics": _MAPPING,
         "losses": (
             "a list of numbers",
             lambda v: isinstance(v, list) and all(map(_is_number, v)),
         ),
         "versions": (
             "a mapping of texts",
-            lambda v: isinstance(v, dict) and all(map(_is_text, [*v, *v.values()])),
+            lambda v: isinstance(v, dict) and all(isinstance(text, str) for text in v.values()),
         ),
-        "created": ("a time such as 2030-01-31T12:00:00+00:00", _is_time),
+        "created": _matching(
+            "a time such as 2030-01-31T12:00:00+00:00",
+            r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00",
+        ),
     }
+
+
+def _problems(value: Any, schema: Any, where: str) -> list[str]:
+    """Returns a line for everything in `value` that is not as `schema` has it.
+
+    Args:
+        value: The value.
+        schema: Its schema.
+        where: What it belongs to, for the lines; empty for all of the metadata.
+    """
+    if isinstance(schema, (dict, _ByName)) and not isinstance(value, dict):
+        return [f"{where} is {shown(value, 50)}, not a mapping."]
+    if isinstance(schema, _ByName):
+        problems = [
+            f"{where} holds {shown(name, 100)}, which is no name that a parameter can have here."
+            for name in value
+            if not _is_name(name)
+        ]
+        schema = dict.fromkeys(value, schema.values)
+    elif isinstance(schema, dict):
+        own = where or "what it says"
+        problems = [f"{own} lacks `{key}`." for key in schema if key not in value]
+        problems += [
+            f"{own} has the unknown key {shown(key, 100)}." for key in value if key not in schema
+        ]
+    else:
+        what, is_right = schema
+        return [] if is_right(value) else [f"{where} is {shown(value, 50)}, not {what}."]
+    return problems or [
+        line
+        for key, part in schema.items()
+        for line in _problems(value[key], part, f"`{key}` of {where}" if where else f"`{key}`")
+    ]

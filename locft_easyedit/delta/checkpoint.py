@@ -136,13 +136,8 @@ class CheckpointWeights(Weights):
     """
 
     def __init__(self, checkpoint: Checkpoint, names: Iterable[str] | None = None) -> None:
-        super().__init__(f"`{checkpoint.folder}`")
+        super().__init__(f"`{checkpoint.folder}`", checkpoint.places if names is None else names)
         self._checkpoint = checkpoint
-        self._names = set(checkpoint.places if names is None else names)
-
-    def names(self) -> Iterable[str]:
-        """Returns the names of all parameters."""
-        return self._names
 
     def kind(self, name: str) -> tuple[str, tuple[int, ...]] | str:
         """Returns a parameter's dtype and shape, or why it cannot be read."""

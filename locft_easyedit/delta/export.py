@@ -64,7 +64,8 @@ def write_lora_adapter(
     transposed = _transposed(delta, model, trust_remote_code)
     with output_errors(output), new_folder(output) as folder:
         if rank is None:
-            factors, scale, left_out = delta.lora, _scale(delta), 0.0
+            trained = delta.metadata["lora"]
+            factors, scale, left_out = delta.lora, trained["alpha"] / trained["rank"], 0.0
         else:
             whole = delta if delta.original else delta.with_originals(model)
             stored_in_out = [name for name, is_so in transposed.items() if is_so]
@@ -72,11 +73,6 @@ def write_lora_adapter(
             scale = 1.0
         _write_lora(folder, factors, scale, all(transposed.values()), model)
     return left_out
-
-
-def _scale(delta: Delta) -> float:
-    lora = delta.metadata["lora"]
-    return float(lora["alpha"] / lora["rank"])
 
 
 def _write_lora(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,16 +29,14 @@ class Weights(ABC):
 
     Args:
         label: The model, for messages.
+        names: The names of all its parameters.
     """
 
-    def __init__(self, label: str) -> None:
+    def __init__(self, label: str, names: Iterable[str]) -> None:
         self.label = label
+        self.names = frozenset(names)
         self._digests: dict[str, str] = {}
         self._samples: dict[str, set[str]] = {}
-
-    @abstractmethod
-    def names(self) -> Iterable[str]:
-        """Returns the names of all parameters."""
 
     @abstractmethod
     def kind(self, name: str) -> tuple[str, tuple[int, ...]] | str:
@@ -98,7 +96,7 @@ def compare(delta: Delta, weights: Weights) -> Report:
     """Returns how a model stands to an edit; see `Delta.verify`."""
     found: dict[str, set[str]] = {}
     differences, other_precision = [], set()
-    names = set(weights.names())
+    names = weights.names
     for name, described in delta.matrices.items():
         kind = weights.kind(name) if name in names else "it is not in the model"
         if isinstance(kind, str):
@@ -146,7 +144,7 @@ def _of_matrices(found: Mapping[str, set[str]]) -> list[str]:
     return [f"{_some(edited)}: the edited values; the edit's other matrices hold those before it."]
 
 
-def _other_parameters(delta: Delta, weights: Weights, names: set[str]) -> tuple[list[str], int]:
+def _other_parameters(delta: Delta, weights: Weights, names: Set[str]) -> tuple[list[str], int]:
     """Returns lines on the parameters that the edit leaves alone, and how many went unseen."""
     frozen = delta.metadata["frozen"]
     lacking = sorted(set(frozen) - names)
@@ -190,13 +188,10 @@ class ModelWeights(Weights):
     """
 
     def __init__(self, model: nn.Module, folder: str | Path | None = None) -> None:
-        super().__init__(type(model).__name__ if folder is None else f"`{folder}`")
         self.parameters = dict(model.named_parameters())
+        label = type(model).__name__ if folder is None else f"`{folder}`"
+        super().__init__(label, self.parameters)
         self._tied = tied_names(model)
-
-    def names(self) -> Iterable[str]:
-        """Returns the names of all parameters."""
-        return self.parameters
 
     def kind(self, name: str) -> tuple[str, tuple[int, ...]] | str:
         """Returns a parameter's dtype and shape, or why it cannot be read."""
