@@ -74,11 +74,11 @@ class Delta:
         Raises:
             DeltaError: The matrices cannot be kept: their names, types or numbers.
         """
-        if requests is not None:
+        if requests is None:
+            edits = result.edits.edits
+        else:
             policy = "last" if hparams.on_conflict == "last" else None
             edits = distinct_edits(requests, policy).edits
-        else:
-            edits = result.edits.edits
         metadata = metadata_of(result, model, hparams, edits, metrics or {})
         lora = result.lora
         factors = {} if lora is None else {name: (lora.a[name], lora.b[name]) for name in lora.a}
@@ -290,17 +290,7 @@ class Delta:
         `PeftModel.from_pretrained(base, output)` answers as the edited model, to the bit; within
         `disable_adapter()` it answers as before. The adapter is as large as the matrices.
         Technically it is a LoRA configuration without any low-rank layer, whose `modules_to_save`
-        are the edited modules.
-
-        Args:
-            model: The folder of the model without the edit.
-            output: A folder that does not exist or is empty.
-            trust_remote_code: Allow the model's own code.
-
-        Raises:
-            DeltaError: The edit does not fit the model.
-            ModelError: The model's folder cannot be used.
-            OutputError: `output` holds something or cannot be written.
+        are the edited modules. Args and errors are those of `apply_to_folder`.
         """
         write_exact_adapter(self, model, output, trust_remote_code=trust_remote_code)
 
