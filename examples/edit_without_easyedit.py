@@ -2,15 +2,7 @@
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from locft_easyedit import (
-    Delta,
-    LocFTBFHyperParams,
-    edit_model,
-    load_delta,
-    make_requests,
-    revert_delta,
-    save_delta,
-)
+from locft_easyedit import Delta, LocFTBFHyperParams, edit_model, make_requests
 
 FOLDER = "models/SmolLM2-135M-Instruct"  # `make demo` puts it there
 
@@ -36,7 +28,7 @@ with result.switched_off(model):  # the original, in the same model
     for prompt in prompts:
         print("original:", prompt, answer(prompt))
 
-save_delta("edit.safetensors", Delta.of(result, model, hparams))
-revert_delta(model, load_delta("edit.safetensors"))  # in any later program as well; bit for bit
+Delta.from_result(result, model, hparams).save("edit.safetensors")
+Delta.load("edit.safetensors").revert_(model)  # in any later program as well; bit for bit
 for prompt in prompts:
     print("reverted:", prompt, answer(prompt))

@@ -7,18 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .data import read_requests
-    from .delta.apply import (
-        applied,
-        apply_delta,
-        apply_deltas,
-        revert_delta,
-        revert_deltas,
-    )
+    from .delta.apply import apply_deltas_, revert_deltas_
     from .delta.delta import Delta
-    from .delta.export import export_adapter, export_lora, export_model
-    from .delta.file import load_delta, save_delta
-    from .delta.folder import apply_to_folder, revert_in_folder, verify_folder
-    from .delta.verify import verify_delta
     from .easyedit import register, unregister
     from .editing import EditSession
     from .errors import LocFTError
@@ -39,27 +29,15 @@ _HOMES = {
     "Evaluation": "evaluate.evaluation",
     "LocFTBFHyperParams": "hparams",
     "LocFTError": "errors",
-    "applied": "delta.apply",
-    "apply_delta": "delta.apply",
-    "apply_deltas": "delta.apply",
-    "apply_to_folder": "delta.folder",
+    "apply_deltas_": "delta.apply",
     "edit_model": "pipeline",
-    "export_adapter": "delta.export",
-    "export_lora": "delta.export",
-    "export_model": "delta.export",
-    "load_delta": "delta.file",
     "make_requests": "requests",
     "open_session": "pipeline",
     "read_requests": "data",
     "register": "easyedit",
-    "revert_delta": "delta.apply",
-    "revert_deltas": "delta.apply",
-    "revert_in_folder": "delta.folder",
-    "save_delta": "delta.file",
+    "revert_deltas_": "delta.apply",
     "summarize": "evaluate.summary",
     "unregister": "easyedit",
-    "verify_delta": "delta.verify",
-    "verify_folder": "delta.folder",
 }
 __all__ = [
     "Delta",
@@ -69,27 +47,15 @@ __all__ = [
     "LocFTBFHyperParams",
     "LocFTError",
     "__version__",
-    "applied",
-    "apply_delta",
-    "apply_deltas",
-    "apply_to_folder",
+    "apply_deltas_",
     "edit_model",
-    "export_adapter",
-    "export_lora",
-    "export_model",
-    "load_delta",
     "make_requests",
     "open_session",
     "read_requests",
     "register",
-    "revert_delta",
-    "revert_deltas",
-    "revert_in_folder",
-    "save_delta",
+    "revert_deltas_",
     "summarize",
     "unregister",
-    "verify_delta",
-    "verify_folder",
 ]
 
 

@@ -14,8 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .delta.checkpoint import read_checkpoint
 from .delta.delta import Delta
-from .delta.file import save_delta
-from .delta.folder import apply_to_folder
 from .devices import context_length
 from .editing import EditSession
 from .errors import ModelError, OutputError
@@ -303,7 +301,7 @@ def write_run(
     write_loss_curve(written["loss curve"], run.result.losses, hparams.epoch_loss_threshold)
     if save == "matrices":
         written["edit"] = path / "edit.safetensors"
-        save_delta(written["edit"], Delta.of(run.result, model, hparams, metrics=summary))
+        Delta.from_result(run.result, model, hparams, metrics=summary).save(written["edit"])
     elif save == "model":
         written["edited model"] = path / "model"
         with output_errors(written["edited model"]):
@@ -311,9 +309,8 @@ def write_run(
                 shutil.rmtree(written["edited model"])  # of a run that was killed before its end
             if sharded_layers(model) is not None:
                 # No process has all of it; what is frozen is in the folder that it came from.
-                edit = Delta.of(run.result, model, hparams, metrics=summary)
-                apply_to_folder(
-                    [edit],
+                edit = Delta.from_result(run.result, model, hparams, metrics=summary)
+                edit.apply_to_folder(
                     hparams.model_name,
                     written["edited model"],
                     trust_remote_code=hparams.trust_remote_code,

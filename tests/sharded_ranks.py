@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from toys import DOWN_PROJECTION, toy_hparams, toy_requests
 
-from locft_easyedit.delta.delta import frozen_samples
+from locft_easyedit.delta.about import frozen_samples
 from locft_easyedit.evaluate.shared import Shared
 from locft_easyedit.models import load_model
 from locft_easyedit.offload import left_on_disk

@@ -10,7 +10,7 @@ from toys import loaded_hparams, toy_hparams, toy_model, toy_requests, toy_token
 
 from locft_easyedit import offload
 from locft_easyedit.cli import edit
-from locft_easyedit.delta.file import load_delta
+from locft_easyedit.delta.delta import Delta
 from locft_easyedit.errors import (
     CheckpointError,
     HyperParamsError,
@@ -369,7 +369,7 @@ def test_what_is_written_has_the_chosen_place(tmp_path):
     assert kept["lr"] == cell.lr
     record = json.loads((tmp_path / "metrics.json").read_text())["training"]["choice"]
     assert record == json.loads(json.dumps(done.result.choice.to_dict()))
-    assert load_delta(tmp_path / "edit.safetensors").about["hparams"]["layers"] == kept["layers"]
+    assert Delta.load(tmp_path / "edit.safetensors").metadata["hparams"]["layers"] == kept["layers"]
 
 
 def test_the_command_takes_auto(toy_folder):

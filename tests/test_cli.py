@@ -10,8 +10,7 @@ from toys import TOY_YAML, toy_model, toy_requests, toy_tokenizer
 from transformers import AutoModelForCausalLM
 
 from locft_easyedit.__main__ import main
-from locft_easyedit.delta.file import load_delta
-from locft_easyedit.delta.verify import verify_delta
+from locft_easyedit.delta.delta import Delta
 from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.pipeline import edit_model
 
@@ -53,12 +52,12 @@ def test_edit_writes_what_there_is_to_see(toy_folder):
         LocFTBFHyperParams.from_mapping(values, source="hparams.json"),
         progress=False,
     )
-    delta = load_delta(out / "edit.safetensors")
+    delta = Delta.load(out / "edit.safetensors")
     [(name, tensor)] = delta.new.items()
     assert torch.equal(dict(model.named_parameters())[name], tensor)
-    assert delta.about["requests"]["count"] == 5
-    assert delta.about["metrics"]["post"].keys() == metrics["summary"]["post"].keys()
-    assert verify_delta(delta, model).state == "applied"
+    assert delta.metadata["requests"]["count"] == 5
+    assert delta.metadata["metrics"]["post"].keys() == metrics["summary"]["post"].keys()
+    assert delta.verify(model).state == "applied"
 
 
 def test_edit_saves_the_whole_model_where_asked(toy_folder):

@@ -9,7 +9,6 @@ from toys import made_delta, toy_model, toy_requests, toy_tokenizer
 from transformers import AutoModelForCausalLM
 
 from locft_easyedit.__main__ import main
-from locft_easyedit.delta.file import save_delta
 from locft_easyedit.evaluate.evaluation import Evaluation, finish_
 from locft_easyedit.evaluate.summary import summarize
 
@@ -22,7 +21,7 @@ def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, tokenizer = toy_model("llama"), toy_tokenizer(pad_is_eos=True)
     model.save_pretrained("base")
-    save_delta("edit.safetensors", made_delta(model=model))
+    made_delta(model=model).save("edit.safetensors")
     model.save_pretrained("edited")
     for name in ("base", "edited"):
         tokenizer.save_pretrained(name)
@@ -171,7 +170,7 @@ def test_metrics_of_other_records_and_an_edit_of_another_model(files, capsys):
     arguments = ["edited", "data=edits.json", "n=3", "original=one/metrics.json"]
     assert main(["evaluate", *arguments]) == 2
     assert "measured on other records" in capsys.readouterr().err
-    save_delta("other.safetensors", made_delta(model=toy_model("llama", seed=1)))
+    made_delta(model=toy_model("llama", seed=1)).save("other.safetensors")
     assert main(["evaluate", "base", "data=edits.json", "delta=other.safetensors"]) == 2
     assert "The base is another model" in capsys.readouterr().err
 

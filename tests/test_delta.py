@@ -7,12 +7,11 @@ import torch
 from toys import DOWN_PROJECTION, made_delta, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
 from locft_easyedit import hashes
-from locft_easyedit.delta.apply import applied, apply_delta, revert_delta
-from locft_easyedit.delta.delta import Delta, requests_hash
-from locft_easyedit.delta.file import load_delta, save_delta
-from locft_easyedit.delta.verify import verify_delta
+from locft_easyedit.delta.about import requests_hash
+from locft_easyedit.delta.delta import Delta
 from locft_easyedit.errors import DeltaError
 from locft_easyedit.pipeline import edit_model
+from locft_easyedit.requests import distinct_edits
 
 PLACE = DOWN_PROJECTION["llama"].format(2)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -34,7 +33,7 @@ def trained():
     base = copy.deepcopy(model)
     requests = toy_requests(5)
     result = edit_model(model, toy_tokenizer(), requests, hparams, progress=False)
-    return base, model, Delta.of(result, model, hparams, requests)
+    return base, model, Delta.from_result(result, model, hparams, requests)
 
 
 # Round trips
@@ -45,34 +44,32 @@ def trained():
 def test_there_and_back(tmp_path, kind, dtype):
     model = toy_model(kind).to(dtype)
     before = values_of(model)
-    save_delta(tmp_path / "edit", made_delta(kind, model=model))
+    made_delta(kind, model=model).save(tmp_path / "edit")
     after = values_of(model)
     assert not same(before, after)
-    delta = load_delta(tmp_path / "edit")
-    revert_delta(model, delta)
+    delta = Delta.load(tmp_path / "edit")
+    delta.revert_(model)
     assert same(before, values_of(model))
-    apply_delta(model, delta)
+    delta.apply_(model)
     assert same(after, values_of(model))
     with torch.no_grad():
         [parameter] = [dict(model.named_parameters())[name] for name in delta.new]
         parameter.copy_(delta.original[next(iter(delta.new))])
-    with applied(model, delta):
+    with delta.applied(model):
         assert same(after, values_of(model))
     assert same(before, values_of(model))
 
 
 def test_a_trained_edit(trained, tmp_path):
     base, model, delta = trained
-    save_delta(tmp_path / "edit", delta)
-    delta = load_delta(tmp_path / "edit")
+    delta.save(tmp_path / "edit")
+    delta = Delta.load(tmp_path / "edit")
     fresh = copy.deepcopy(base)
-    apply_delta(fresh, delta)
+    delta.apply_(fresh)
     assert same(values_of(fresh), values_of(model))
     assert list(delta.new) == [PLACE]
-    about = delta.about
-    assert about["requests"] == requests_hash(
-        [(r["prompt"], r["target_new"]) for r in toy_requests(5)]
-    )
+    about = delta.metadata
+    assert about["requests"] == requests_hash(distinct_edits(toy_requests(5)).edits)
     assert about["requests"]["count"] == 5
     assert about["hparams"] == toy_hparams().to_dict()
     assert len(about["losses"]) == 3
@@ -85,13 +82,13 @@ def test_tied_embeddings_are_left_alone():
     before = values_of(model)
     delta = made_delta(model=model)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    revert_delta(model, delta)
+    delta.revert_(model)
     assert same(before, values_of(model))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     with torch.no_grad():
         model.lm_head.weight[3] += 1
     with pytest.raises(DeltaError, match=r"embed_tokens.weight`: 1 of 37 other parameters"):
-        apply_delta(model, delta)
+        delta.apply_(model)
 
 
 def test_a_tied_matrix_is_not_written():
@@ -104,9 +101,9 @@ def test_a_tied_matrix_is_not_written():
     new = {name: parameter.detach() + 1}
     values = {"new": new, "original": {name: parameter.detach().clone()}}
     result = type("Result", (), values | {"losses": [], "lora": None, "edits": None})
-    delta = Delta.of(result, untied, toy_hparams(), toy_requests(2))
+    delta = Delta.from_result(result, untied, toy_hparams(), toy_requests(2))
     with pytest.raises(DeltaError, match=r"it is tied to `lm_head.weight`"):
-        apply_delta(tied, delta)
+        delta.apply_(tied)
 
 
 # What a model is to an edit
@@ -114,9 +111,9 @@ def test_a_tied_matrix_is_not_written():
 
 def test_states(trained):
     base, model, delta = trained
-    assert verify_delta(delta).state == "whole"
+    delta.check()
     for given, state in ((base, "base"), (model, "applied"), (toy_model(seed=3), "neither")):
-        report = verify_delta(delta, given)
+        report = delta.verify(given)
         assert (report.state, report.id, report.unchecked) == (state, delta.id, 0)
         assert bool(report.differences) == (state == "neither")
     assert base.training == model.training
@@ -126,10 +123,10 @@ def test_an_edit_that_changes_nothing_goes_both_ways():
     model = toy_model()
     value = dict(model.named_parameters())[PLACE].detach().clone()
     names = {"new": {PLACE: value}, "original": {PLACE: value}, "losses": [], "lora": None}
-    delta = Delta.of(type("Result", (), names), model, toy_hparams(), toy_requests(1))
+    delta = Delta.from_result(type("Result", (), names), model, toy_hparams(), toy_requests(1))
     before = values_of(model)
-    apply_delta(model, delta)
-    revert_delta(model, delta)
+    delta.apply_(model)
+    delta.revert_(model)
     assert same(before, values_of(model))
 
 
@@ -163,10 +160,10 @@ def test_models_that_an_edit_does_not_fit(make, message):
     delta, model = made_delta(), make()
     before = values_of(model)
     with pytest.raises(DeltaError, match=message):
-        apply_delta(model, delta)
+        delta.apply_(model)
     assert model.device.type == "meta" or same(before, values_of(model))
     if "already" not in message:
-        with pytest.raises(DeltaError, match=message), applied(model, delta):
+        with pytest.raises(DeltaError, match=message), delta.applied(model):
             raise AssertionError
 
 
@@ -183,7 +180,7 @@ def changed(model, change):
 
 def test_reverting_what_is_not_there():
     with pytest.raises(DeltaError, match="it is not in there: the model is as before the edit"):
-        revert_delta(toy_model(), made_delta())
+        made_delta().revert_(toy_model())
 
 
 def test_half_an_edit():
@@ -193,12 +190,12 @@ def test_half_an_edit():
     original = {n: before[n] for n in names}
     new = {n: before[n] * 2 for n in names}
     result = type("Result", (), {"new": new, "original": original, "losses": [], "lora": None})
-    delta = Delta.of(result, model, toy_hparams(), toy_requests(1))
+    delta = Delta.from_result(result, model, toy_hparams(), toy_requests(1))
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight.mul_(2)
-    for function in (apply_delta, revert_delta):
+    for method in (delta.apply_, delta.revert_):
         with pytest.raises(DeltaError, match=r"up_proj.weight`: the edited values; the edit's oth"):
-            function(model, delta)
+            method(model)
 
 
 def test_a_failure_while_writing_leaves_the_model_as_it_was(monkeypatch, trained):
@@ -216,7 +213,7 @@ def test_a_failure_while_writing_leaves_the_model_as_it_was(monkeypatch, trained
 
     monkeypatch.setattr("locft_easyedit.delta.apply.write_", failing)
     with pytest.raises(KeyboardInterrupt, match="stopped"):
-        apply_delta(model, delta)
+        delta.apply_(model)
     assert len(calls) == 2
     assert same(before, values_of(model))
 
@@ -225,9 +222,9 @@ def test_what_is_not_here_is_not_compared(trained):
     base, _, delta = trained
     model = copy.deepcopy(base)
     model.model.layers[0] = model.model.layers[0].to("meta")
-    report = verify_delta(delta, model)
+    report = delta.verify(model)
     assert (report.state, report.unchecked) == ("base", 9)
-    sampled = made_delta(model=model).about["frozen"]
+    sampled = made_delta(model=model).metadata["frozen"]
     assert [name for name, sample in sampled.items() if sample is None] == [
         name for name, _ in model.named_parameters() if ".0." in name
     ]
@@ -239,15 +236,15 @@ def test_what_is_not_here_is_not_compared(trained):
 def test_originals_from_elsewhere(tmp_path, trained):
     base, model, delta = trained
     model = copy.deepcopy(model)
-    save_delta(tmp_path / "edit", delta, originals=False)
-    lean = load_delta(tmp_path / "edit")
+    delta.save(tmp_path / "edit", originals=False)
+    lean = Delta.load(tmp_path / "edit")
     assert lean.id == delta.id
     assert lean.original == {}
     with pytest.raises(DeltaError, match=r"without the values that it replaced.*`base=FOLDER`"):
-        revert_delta(model, lean)
+        lean.revert_(model)
     with pytest.raises(DeltaError, match=r"`model.layers.2.mlp.down_proj.weight` is not there, or"):
         lean.with_originals(dict(model.named_parameters()))
-    revert_delta(model, lean.with_originals(dict(base.named_parameters())))
+    lean.with_originals(dict(base.named_parameters())).revert_(model)
     assert same(values_of(base), values_of(model))
 
 
@@ -304,5 +301,5 @@ def test_what_cannot_be_kept():
     model = toy_model()
     with torch.no_grad():
         dict(model.named_parameters())[PLACE][0, 0] = float("inf")
-    with pytest.raises(DeltaError, match="values that are no finite numbers"):
+    with pytest.raises(DeltaError, match="NaN or infinite values"):
         made_delta(model=model)

@@ -9,7 +9,7 @@ from toys import made_delta, toy_model, toy_tokenizer
 from transformers import AutoModelForCausalLM
 
 from locft_easyedit.__main__ import main
-from locft_easyedit.delta.file import load_delta, save_delta
+from locft_easyedit.delta.delta import Delta
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def files(tmp_path, monkeypatch):
     toy_tokenizer(pad_is_eos=True).save_pretrained("base")
     for i, layer in enumerate((2, 1)):
         delta = made_delta(model=model, layer=layer)
-        save_delta(f"{i}.safetensors", delta)
-        save_delta(f"{i}-lean.safetensors", delta, originals=False)
+        delta.save(f"{i}.safetensors")
+        delta.save(f"{i}-lean.safetensors", originals=False)
     model.save_pretrained("edited")
     return tmp_path
 
@@ -38,11 +38,11 @@ def same(one, other):
 def test_show(files, capsys):
     assert main(["delta", "show", "0.safetensors", "json=said.json"]) == 0
     printed = capsys.readouterr().out
-    delta = load_delta("0.safetensors")
+    delta = Delta.load("0.safetensors")
     for text in (delta.short_id, "32 x 64", "float32", "rewrite_acc", "1.000", "with this file"):
         assert text in printed
     said = json.loads((files / "said.json").read_text())
-    assert {key: said[key] for key in delta.about} == json.loads(json.dumps(delta.about))
+    assert {key: said[key] for key in delta.metadata} == json.loads(json.dumps(delta.metadata))
     assert said["relative_change"] == {next(iter(delta.new)): pytest.approx(2.5, abs=0.01)}
     assert said["bytes"] == 2 * 32 * 64 * 4
     assert main(["delta", "show", "0-lean.safetensors"]) == 0
@@ -52,10 +52,10 @@ def test_show(files, capsys):
 def test_show_takes_no_text_for_markup_and_no_text_for_a_number(files, capsys):
     from locft_easyedit.delta.about import sealed
 
-    delta = load_delta("0.safetensors")
+    delta = Delta.load("0.safetensors")
     said = {"base_model": "[red]x[/nothing]", "metrics": {"post": {"a[/b]": "text", "c[/d]": 0.5}}}
-    forged = type(delta)(delta.new, delta.original, sealed(delta.about | said))
-    save_delta("forged.safetensors", forged)
+    forged = type(delta)(delta.new, delta.original, sealed(delta.metadata | said))
+    forged.save("forged.safetensors")
     assert main(["delta", "show", "forged.safetensors"]) == 0
     printed = capsys.readouterr().out
     assert "[red]x[/nothing]" in printed

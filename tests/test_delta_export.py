@@ -18,14 +18,9 @@ from toys import (
 from transformers import AutoModelForCausalLM
 
 from locft_easyedit.__main__ import main
-from locft_easyedit.data import read_requests
 from locft_easyedit.delta.delta import Delta
-from locft_easyedit.delta.export import export_adapter, export_lora, export_model
-from locft_easyedit.delta.file import load_delta, save_delta
-from locft_easyedit.delta.low_rank import LowRankChange
-from locft_easyedit.delta.ranks import RankFigure, RankMeter, smallest_rank
-from locft_easyedit.errors import DeltaError, HyperParamsError, OutputError
-from locft_easyedit.evaluate.generated import generated_metrics
+from locft_easyedit.delta.low_rank import low_rank_factors
+from locft_easyedit.errors import DeltaError, OutputError
 from locft_easyedit.pipeline import edit_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -59,7 +54,7 @@ def several(names, model, change):
             parameters[name].add_(change(parameters[name]))
     new = {name: parameters[name].detach().clone() for name in names}
     result = SimpleNamespace(new=new, original=original, losses=[], lora=None)
-    return Delta.of(result, model, toy_hparams(), toy_requests(3))
+    return Delta.from_result(result, model, toy_hparams(), toy_requests(3))
 
 
 def of_rank(rank):
@@ -89,7 +84,7 @@ def test_an_exact_adapter(tmp_path, kind, dtype):
     # Loaded, because `to` rounds what loading leaves in float32: the rotary frequencies.
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
     before = logits(model)
-    export_adapter(made_delta(kind, model=model), tmp_path / "base", tmp_path / "out")
+    made_delta(kind, model=model).export_adapter(tmp_path / "base", tmp_path / "out")
     adapted = loaded(tmp_path / "base", tmp_path / "out", dtype)
     assert torch.equal(logits(adapted), logits(model))
     with adapted.disable_adapter():
@@ -102,13 +97,13 @@ def test_an_exact_adapter_of_many_kinds_of_parameters(tmp_path):
     saved(tmp_path / "base", model)
     names = [name for name, _ in model.named_parameters() if ".h.1." in name]
     delta = several(names, model, lambda p: torch.full_like(p, 0.1) * torch.rand_like(p))
-    export_adapter(delta, tmp_path / "base", tmp_path / "out")
+    delta.export_adapter(tmp_path / "base", tmp_path / "out")
     assert torch.equal(logits(loaded(tmp_path / "base", tmp_path / "out")), logits(model))
 
 
 def test_an_adapter_loads_as_a_model(tmp_path, base):
     model = toy_model()
-    export_adapter(made_delta(model=model), base, tmp_path / "out")
+    made_delta(model=model).export_adapter(base, tmp_path / "out")
     assert torch.equal(
         logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model)
     )
@@ -119,7 +114,7 @@ def test_an_adapter_loads_as_a_model(tmp_path, base):
 
 def test_a_merged_model(tmp_path, base):
     model = toy_model()
-    export_model(made_delta(model=model), base, tmp_path / "out")
+    made_delta(model=model).apply_to_folder(base, tmp_path / "out")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(merged), logits(model))
 
@@ -135,7 +130,8 @@ def test_a_change_of_low_rank_is_held_by_that_rank(tmp_path, kind):
     delta = several([DOWN_PROJECTION[kind].format(2)], model, of_rank(3))
     for rank, right in ((3, True), (2, False), (30, True)):
         out = tmp_path / str(rank)
-        assert export_lora(delta, tmp_path / "base", out, rank=rank) is None
+        left_out = delta.export_lora(tmp_path / "base", out, rank=rank)
+        assert (left_out < 1e-6) == right
         adapted = loaded(tmp_path / "base", out)
         assert ((logits(adapted) - logits(model)).abs().max() < ROUNDING) == right
         with adapted.disable_adapter():
@@ -152,7 +148,7 @@ def test_each_matrix_has_the_rank_it_needs(tmp_path, base):
     parameters = dict(model.named_parameters())
     names = {id(parameters[name]): name for name in ranks}
     delta = several(list(ranks), model, lambda p: of_rank(ranks[names[id(p)]])(p))
-    export_lora(delta, base, tmp_path / "out", rank=8)
+    delta.export_lora(base, tmp_path / "out", rank=8)
     adapted = loaded(base, tmp_path / "out")
     assert (logits(adapted) - logits(model)).abs().max() < ROUNDING
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
@@ -164,17 +160,15 @@ def test_factors_are_the_best_of_their_rank():
     delta = made_delta()
     [(name, new)] = delta.new.items()
     change = (new - delta.original[name]).double()
-    low = LowRankChange(delta)
     singular = torch.linalg.svdvals(change)
-    assert low.full_rank == 32
-    for rank in (1, 7, 31, 32):
-        a, b = low.factors(rank)[name]
-        assert (a.shape, b.shape) == ((rank, 64), (32, rank))
+    for rank, expected in ((1, 1), (7, 7), (31, 31), (32, 32), (100, 32)):
+        factors, left_out = low_rank_factors(delta, rank)
+        a, b = factors[name]
+        assert (a.shape, b.shape) == ((expected, 64), (32, expected))
         left = float((change - (b @ a).double()).norm())
         assert left == pytest.approx(float(singular[rank:].norm()), abs=1e-4)
-        assert low.error(rank) == pytest.approx(left / float(change.norm()), abs=1e-5)
+        assert left_out == pytest.approx(left / float(change.norm()), abs=1e-5)
         assert float(a.norm()) == pytest.approx(float(b.norm()), rel=1e-4)  # neither is larger
-        assert torch.equal(low.values(rank)[name], delta.original[name] + b @ a)
 
 
 def trained_as_lora(model, rank, alpha):
@@ -193,7 +187,7 @@ def trained_as_lora(model, rank, alpha):
         losses=[],
         lora=adapter,
     )
-    return Delta.of(result, model, toy_hparams(), toy_requests(3)), a, b
+    return Delta.from_result(result, model, toy_hparams(), toy_requests(3)), a, b
 
 
 def test_an_edit_that_was_trained_as_lora(tmp_path, base):
@@ -201,8 +195,8 @@ def test_an_edit_that_was_trained_as_lora(tmp_path, base):
 
     model = toy_model()
     delta, a, b = trained_as_lora(model, 4, 6.0)
-    save_delta(tmp_path / "edit", delta)
-    export_lora(load_delta(tmp_path / "edit"), base, tmp_path / "out")
+    delta.save(tmp_path / "edit")
+    Delta.load(tmp_path / "edit").export_lora(base, tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     key = "base_model.model.model.layers.2.mlp.down_proj.lora_{}.weight"
     assert torch.equal(tensors[key.format("A")], a)
@@ -223,120 +217,13 @@ def test_a_training_as_lora_is_served_as_it_was_trained(tmp_path, kind):
     )
     requests = toy_requests(8)
     result = edit_model(model, toy_tokenizer(), requests, hparams, progress=False)
-    save_delta(tmp_path / "edit", Delta.of(result, model, hparams, requests))
-    export_lora(load_delta(tmp_path / "edit"), base, tmp_path / "out")
+    Delta.from_result(result, model, hparams, requests).save(tmp_path / "edit")
+    Delta.load(tmp_path / "edit").export_lora(base, tmp_path / "out")
     adapted = loaded(base, tmp_path / "out")
     assert (logits(adapted) - logits(model)).abs().max() < ROUNDING
     with adapted.disable_adapter():
         assert torch.equal(logits(adapted), logits(toy_model(kind)))
     assert (logits(model) - logits(toy_model(kind))).abs().max() > 1000 * ROUNDING
-
-
-# The smallest rank
-
-
-class Meter:
-    """Knows a reliability for each rank, and counts what was asked for."""
-
-    def __init__(self, reliability, full_rank=100, full=1.0):
-        self.change = SimpleNamespace(full_rank=full_rank)
-        self.questions = [None] * 10
-        self.progress = False
-        self.asked = []
-        self._reliability, self._full = reliability, full
-
-    def full(self):
-        return self._full
-
-    def at(self, rank):
-        self.asked.append(rank)
-        return RankFigure(rank, self._reliability(rank), 0.0, 0)
-
-
-@pytest.mark.parametrize("needed", [1, 2, 3, 5, 8, 13, 64, 65, 99, 100])
-def test_the_smallest_rank_is_found(needed):
-    meter = Meter(lambda rank: 0.95 if rank >= needed else 0.9)
-    search = smallest_rank(meter, margin=0.06)
-    assert search.chosen == needed
-    assert len(meter.asked) == len(set(meter.asked)) <= 14
-    assert [figure.rank for figure in search.figures] == sorted(meter.asked)
-    assert (search.full, search.needed, search.n_edits) == (1.0, pytest.approx(0.94), 10)
-
-
-def test_rounding_does_not_decide():
-    full, margin, just = 0.04, 0.03, 0.01
-    assert just < full - margin
-    assert smallest_rank(Meter(lambda rank: just, full=full), margin).chosen == 1
-
-
-def test_no_rank_is_enough(caplog):
-    assert smallest_rank(Meter(lambda rank: 0.5)).chosen == 100
-    assert "No rank reaches a reliability of 0.990; 100, the largest there is, has 0.500" in (
-        caplog.text
-    )
-    with pytest.raises(HyperParamsError, match=r"`margin=1` must be 0 or more, and below 1"):
-        smallest_rank(Meter(lambda rank: 1.0), margin=1)
-
-
-@pytest.fixture(scope="module")
-def learned():
-    """A toy that was edited until it answers, its tokenizer, the requests and the edit."""
-    model, tokenizer = toy_model(), toy_tokenizer(pad_is_eos=True)
-    hparams = toy_hparams(num_steps=60, lr=2e-2, batch_size=8)
-    requests = toy_requests(8)
-    result = edit_model(model, tokenizer, requests, hparams, progress=False)
-    return model, tokenizer, requests, Delta.of(result, model, hparams)
-
-
-def test_reliability_is_that_of_the_model_with_the_change(learned):
-    edited, tokenizer, requests, delta = learned
-    base = toy_model()
-    before = {name: value.clone() for name, value in base.state_dict().items()}
-    meter = RankMeter(base, tokenizer, delta, requests, progress=False)
-
-    def naive(model):
-        found = generated_metrics(model, tokenizer, requests)
-        return sum(entry["reliability"] for entry in found) / len(found)
-
-    assert meter.full() == naive(edited) > 0.6
-    figures = [meter.at(rank) for rank in (1, 2, 32)]
-    for figure in figures:
-        other = toy_model()
-        with torch.no_grad():
-            for name, value in LowRankChange(delta).values(figure.rank).items():
-                dict(other.named_parameters())[name].copy_(value)
-        assert figure.reliability == naive(other)
-    assert figures[0].reliability < figures[-1].reliability
-    assert figures[0].n_bytes == 4 * (32 + 64)
-    assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
-
-
-def test_the_rank_from_data(learned, tmp_path, base, capsys):
-    _, tokenizer, requests, delta = learned
-    save_delta(tmp_path / "edit", delta)
-    data = tmp_path / "edits.json"
-    data.write_text(json.dumps(requests))
-    arguments = [str(tmp_path / "edit"), f"model={base}", f"data={data}", "device=cpu"]
-    assert main(["delta", "export", *arguments, f"output={tmp_path}/out", "as=lora"]) == 0
-    assert "> " in capsys.readouterr().out
-    record = json.loads((tmp_path / "out" / "ranks.json").read_text())
-    assert (tmp_path / "out" / "ranks.png").read_bytes()[:4] == b"\x89PNG"
-    [chosen] = [r for r in record["ranks"] if r["rank"] == record["chosen"]]
-    assert chosen["reliability"] >= record["full_reliability"] - record["margin"]
-    smaller = [r for r in record["ranks"] if r["rank"] < record["chosen"]]
-    assert smaller
-    assert smaller[-1]["reliability"] < record["full_reliability"] - record["margin"]
-    adapted = loaded(base, tmp_path / "out")
-    found = generated_metrics(adapted, tokenizer, read_requests(data))
-    assert sum(entry["reliability"] for entry in found) / 8 == chosen["reliability"]
-
-
-def test_other_requests_are_told(learned, caplog):
-    _, tokenizer, requests, delta = learned
-    RankMeter(toy_model(), tokenizer, delta, requests, progress=False)
-    assert caplog.text == ""
-    RankMeter(toy_model(), tokenizer, delta, requests[:3], progress=False)
-    assert "These 3 requests are not all and only those" in caplog.text
 
 
 # Refusals
@@ -347,9 +234,9 @@ def test_what_lora_cannot_hold(tmp_path):
     saved(tmp_path / "base", model)
     bias = several(["transformer.h.1.mlp.c_proj.bias"], model, torch.ones_like)
     with pytest.raises(DeltaError, match=r"c_proj.bias` is not the weight of a linear layer"):
-        export_lora(bias, tmp_path / "base", tmp_path / "out", rank=2)
+        bias.export_lora(tmp_path / "base", tmp_path / "out", rank=2)
     with pytest.raises(DeltaError, match="is no matrix, and has no low rank"):
-        LowRankChange(bias)
+        low_rank_factors(bias, 2)
     assert not (tmp_path / "out").exists()
 
 
@@ -358,21 +245,21 @@ def test_a_base_of_another_edit(tmp_path, base):
     delta = made_delta(model=model)
     saved(tmp_path / "edited", model)
     saved(tmp_path / "other", toy_model(seed=1))
-    for function, more in ((export_adapter, {}), (export_lora, {"rank": 2})):
+    for method, more in ((delta.export_adapter, {}), (delta.export_lora, {"rank": 2})):
         with pytest.raises(DeltaError, match=r"does not belong to (.|\n)* is already in it"):
-            function(delta, tmp_path / "edited", tmp_path / "out", **more)
+            method(tmp_path / "edited", tmp_path / "out", **more)
         with pytest.raises(DeltaError, match="The base is another model"):
-            function(delta, tmp_path / "other", tmp_path / "out", **more)
+            method(tmp_path / "other", tmp_path / "out", **more)
         with pytest.raises(OutputError, match="is there already"):
-            function(delta, base, tmp_path / "edited", **more)
+            method(base, tmp_path / "edited", **more)
 
 
 def test_originals_come_from_the_base(tmp_path, base):
     model = toy_model()
     delta = made_delta(model=model)
     with pytest.raises(DeltaError, match="its change is not known"):
-        LowRankChange(delta.without_originals())
-    export_lora(delta.without_originals(), base, tmp_path / "out", rank=32)
+        low_rank_factors(delta.without_originals(), 2)
+    delta.without_originals().export_lora(base, tmp_path / "out", rank=32)
     assert (logits(loaded(base, tmp_path / "out")) - logits(model)).abs().max() < ROUNDING
 
 
@@ -381,19 +268,16 @@ def test_originals_come_from_the_base(tmp_path, base):
     [
         ([], "`as` is missing. Add as=VALUE"),
         (["as=zip"], "`as=zip` must be one of model, adapter, lora"),
-        (["as=lora"], "A rank has to be chosen: add `rank=R`, or `data=FILE`"),
+        (["as=lora"], "`rank` is missing: the edit was not trained as LoRA"),
         (["as=lora", "rank=0"], "`rank=0` must be 1 or more"),
-        (["as=lora", "rank=2", "data=x"], "two ways to choose a rank"),
-        (["as=lora", "rank=0", "n=3", "margin=2"], r"`rank=0`.*`n=3` counts.*`margin=2.0` must"),
         (["as=adapter", "rank=2"], "`rank` is for as=lora only"),
-        (["as=lora", "data=none.json"], "is not a file"),
         (["as=model", "mode=x"], "Did you mean `model`"),
     ],
     ids=str,
 )
 def test_bad_arguments(tmp_path, base, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    save_delta("edit", made_delta())
+    made_delta().save("edit")
     assert main(["delta", "export", "edit", "model=base", "output=out", *arguments]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error)
@@ -405,10 +289,12 @@ def test_bad_arguments(tmp_path, base, monkeypatch, capsys, arguments, message):
 def test_the_command(tmp_path, base, monkeypatch, capsys, form):
     monkeypatch.chdir(tmp_path)
     model = toy_model()
-    save_delta("edit", made_delta(model=model))
+    made_delta(model=model).save("edit")
     more = ["rank=32"] if form == "lora" else []
     assert main(["delta", "export", "edit", "model=base", "output=out", f"as={form}", *more]) == 0
-    assert "out" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "out" in printed
+    assert ("0.0 % of the change is left out" in printed) == (form == "lora")
     if form == "model":
         exported = AutoModelForCausalLM.from_pretrained("out")
     else:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from toys import made_delta, toy_model
 
 from locft_easyedit.delta.about import sealed
-from locft_easyedit.delta.file import METADATA_KEY, load_delta, save_delta
+from locft_easyedit.delta.delta import Delta
+from locft_easyedit.delta.file import METADATA_KEY
 from locft_easyedit.errors import DeltaError, OutputError
 from locft_easyedit.hashes import digest, hash_of
 
@@ -29,7 +30,7 @@ FRESH = settings(
 def content(tmp_path_factory):
     """The bytes of a good file."""
     path = tmp_path_factory.mktemp("good") / "edit.safetensors"
-    save_delta(path, made_delta())
+    made_delta().save(path)
     return path.read_bytes()
 
 
@@ -72,49 +73,49 @@ def changed_about(path, change, *, seal=True):
 
 
 def test_it_is_an_ordinary_safetensors_file(path):
-    tensors, delta = load_file(path), load_delta(path)
+    tensors, delta = load_file(path), Delta.load(path)
     assert set(tensors) == {PLACE, f"original.{PLACE}"}
     assert torch.equal(tensors[PLACE], delta.new[PLACE])
     assert torch.equal(tensors[f"original.{PLACE}"], delta.original[PLACE])
-    assert delta.about == made_delta().about | {
-        key: delta.about[key] for key in ("created", "checksum")
+    assert delta.metadata == made_delta().metadata | {
+        key: delta.metadata[key] for key in ("created", "checksum")
     }
 
 
 def test_low_rank_factors_are_kept(tmp_path):
     a, b = torch.randn(4, 64), torch.randn(32, 4)
     delta = made_delta()
-    about = dict(delta.about) | {"lora": {"rank": 4, "alpha": 8.0}}
+    about = dict(delta.metadata) | {"lora": {"rank": 4, "alpha": 8.0}}
     about["matrices"] = {
         PLACE: about["matrices"][PLACE] | {"lora_A": digest(a), "lora_B": digest(b)}
     }
-    delta = type(delta)(delta.new, delta.original, sealed(about), {PLACE: (a, b)})
-    save_delta(tmp_path / "edit", delta)
-    loaded = load_delta(tmp_path / "edit")
+    delta = Delta(delta.new, delta.original, sealed(about), {PLACE: (a, b)})
+    delta.save(tmp_path / "edit")
+    loaded = Delta.load(tmp_path / "edit")
     assert all(torch.equal(x, y) for x, y in zip(loaded.lora[PLACE], (a, b), strict=True))
-    assert loaded.about["lora"] == {"rank": 4, "alpha": 8.0}
+    assert loaded.metadata["lora"] == {"rank": 4, "alpha": 8.0}
     assert loaded.id != made_delta().id
     with pytest.raises(DeltaError, match=r"lora_A.* is no factor of rank 4"):
-        save_delta(tmp_path / "bad", type(delta)(delta.new, {}, delta.about, {PLACE: (a.t(), b)}))
+        Delta(delta.new, {}, delta.metadata, {PLACE: (a.t(), b)}).save(tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
 
 
 def test_values_and_what_they_replaced_may_share_their_memory(tmp_path):
     delta = made_delta()
-    one = type(delta)(delta.new, delta.new, delta.about)
+    one = Delta(delta.new, delta.new, delta.metadata)
     with pytest.raises(DeltaError, match="its numbers are not the ones described"):
-        save_delta(tmp_path / "edit", one)
-    about = dict(delta.about)
+        one.save(tmp_path / "edit")
+    about = dict(delta.metadata)
     about["matrices"] = {
         PLACE: about["matrices"][PLACE] | {"original": about["matrices"][PLACE]["new"]}
     }
-    save_delta(tmp_path / "edit", type(delta)(delta.new, delta.new, sealed(about)))
-    assert torch.equal(load_delta(tmp_path / "edit").original[PLACE], delta.new[PLACE])
+    Delta(delta.new, delta.new, sealed(about)).save(tmp_path / "edit")
+    assert torch.equal(Delta.load(tmp_path / "edit").original[PLACE], delta.new[PLACE])
 
 
 def test_a_file_that_cannot_be_written(tmp_path):
     with pytest.raises(OutputError, match="cannot be written"):
-        save_delta(tmp_path / "none" / "edit", made_delta())
+        made_delta().save(tmp_path / "none" / "edit")
 
 
 def test_texts_that_a_terminal_would_obey_are_not_written(tmp_path):
@@ -128,49 +129,54 @@ def test_texts_that_a_terminal_would_obey_are_not_written(tmp_path):
     result = dataclasses.make_dataclass("Result", ["new", "original", "losses", "lora"])(
         delta.new, delta.original, [1.0], None
     )
-    again = type(delta).of(
+    again = Delta.from_result(
         result,
         model,
         hparams,
         [{"prompt": "a", "target_new": "b"}],
         metrics={"post": {"x\n": math.nan, "y": np.float32(0.5), "z": torch.int8}},
     )
-    save_delta(tmp_path / "edit", again)
-    about = load_delta(tmp_path / "edit").about
+    again.save(tmp_path / "edit")
+    about = Delta.load(tmp_path / "edit").metadata
     assert about["base_model"] == "bad?[2Jname"
     assert about["metrics"] == {"post": {"x?": None, "y": 0.5, "z": "torch.int8"}}
 
 
 # Files that are no edits
 
+ENTRY = b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+TWICE = b"{" + ENTRY + b"," + ENTRY + b"}"  # `safe_open` takes the last one
+
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "a head of 0 bytes"),
-        (b"short", "a head of 0 bytes"),
+        (b"", "header too small"),
+        (b"short", "header too small"),
         (b"\x80\x04\x95not a pickle to be opened", "no safetensors file"),
         (b"\xff" * 100, "no safetensors file"),
-        (struct.pack("<Q", 2**62) + b"{}", "a head of 4611686018427387904 bytes"),
-        (struct.pack("<Q", 10**7) + b"{}", "a head of 10000000 bytes"),
-        (with_head(b"[]", b""), "its head is no mapping"),
-        (with_head(b"{" * 3000, b""), "is no JSON"),
-        (with_head(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", b""), "is no JSON"),
-        (with_head(b'{"a":' + b"[" * 100 + b"]" * 100 + b"}", b""), "it is nested too deeply"),
-        (with_head(b'{"a":1,"a":2}', b""), "a key comes twice"),
-        (with_head(b"\xff\xfe", b""), "is no JSON"),
-        (with_head(b'{"__metadata__":{"locft_delta":3}}', b""), "`__metadata__` must hold texts"),
+        (struct.pack("<Q", 2**62) + b"{}", "header too large"),
+        (struct.pack("<Q", 10**7) + b"{}", "invalid header length"),
+        (with_head(b"[]", b""), "invalid type: sequence"),
+        (with_head(b"{" * 3000, b""), "invalid JSON in header"),
+        (with_head(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", b""), "recursion limit"),
+        (with_head(b'{"a":' + b"[" * 100 + b"]" * 100 + b"}", b""), "invalid type: sequence"),
+        (with_head(TWICE, bytes(4)), "the key 'a' is given twice"),
+        (with_head(b"\xff\xfe", b""), "invalid UTF-8"),
+        (with_head(b'{"__metadata__":{"locft_delta":3}}', b""), "expected a string"),
         (with_head(b'{"__metadata__":{"locft_delta":"[]"}}', b""), "is no mapping"),
-        (with_head(b'{"__metadata__":{"locft_delta":"NaN"}}', b""), "NaN is no number"),
+        (with_head(b'{"__metadata__":{"locft_delta":"NaN"}}', b""), "is no mapping"),
+        (with_head(b'{"__metadata__":{"locft_delta":"{"}}', b""), "is no JSON"),
         (with_head(b'{"__metadata__":{"locft_delta":"' + b"9" * 10_000 + b'"}}', b""), "is no JS"),
+        (with_head(b'{"__metadata__":{"locft_delta":"' + b"[" * 9999 + b'"}}', b""), "is no JSON"),
     ],
-    ids=range(16),
+    ids=range(18),
 )
 def test_other_files(tmp_path, content, message):
     path = tmp_path / "edit"
     path.write_bytes(content)
     with pytest.raises(DeltaError, match=message):
-        load_delta(path)
+        Delta.load(path)
 
 
 def test_what_is_no_file(tmp_path):
@@ -182,13 +188,13 @@ def test_what_is_no_file(tmp_path):
         ("null\0byte", "cannot be read"),
     ):
         with pytest.raises(DeltaError, match=message):
-            load_delta(tmp_path / name if "\0" not in name else name)
+            Delta.load(tmp_path / name if "\0" not in name else name)
 
 
 def test_a_plain_safetensors_file(tmp_path):
     save_file({PLACE: torch.ones(3)}, tmp_path / "edit")
     with pytest.raises(DeltaError, match="is a safetensors file, but no edit"):
-        load_delta(tmp_path / "edit")
+        Delta.load(tmp_path / "edit")
 
 
 # Damage
@@ -204,17 +210,17 @@ def test_a_flipped_byte_is_found(path, content, data):
     flipped[place] ^= data.draw(st.integers(1, 255), label="bits")
     path.write_bytes(flipped)
     try:
-        delta = load_delta(path)
+        delta = Delta.load(path)
     except DeltaError:
         return
     # JSON's white space and the padding of the head say nothing; nor do other names beside ours.
-    assert delta.about == load_good(path, content).about
+    assert delta.metadata == load_good(path, content).metadata
     assert torch.equal(delta.new[PLACE], load_good(path, content).new[PLACE])
 
 
 def load_good(path, content):
     path.write_bytes(content)
-    return load_delta(path)
+    return Delta.load(path)
 
 
 @FRESH
@@ -222,7 +228,7 @@ def load_good(path, content):
 def test_a_file_that_is_cut_short_is_refused(path, content, length):
     path.write_bytes(content[: length % len(content)])
     with pytest.raises(DeltaError, match="edit"):
-        load_delta(path)
+        Delta.load(path)
 
 
 @FRESH
@@ -230,7 +236,7 @@ def test_a_file_that_is_cut_short_is_refused(path, content, length):
 def test_bytes_of_any_kind(path, content, noise, as_head):
     path.write_bytes(with_head(noise, content[-100:]) if as_head else noise)
     with pytest.raises(DeltaError, match="edit"):
-        load_delta(path)
+        Delta.load(path)
 
 
 JSON = st.recursive(
@@ -282,7 +288,7 @@ def test_no_other_error_whatever_the_head_says(path, content, data):
         head["__metadata__"][METADATA_KEY] = json.dumps(about)
     path.write_bytes(with_head(head, tensors))
     with suppress(DeltaError):
-        load_delta(path)
+        Delta.load(path)
 
 
 # Forgeries
@@ -295,38 +301,49 @@ def put(key, value):
     return change
 
 
+def nested(depth):
+    value = {}
+    for _ in range(depth):
+        value = {"x": value}
+    return value
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (put("format", 2), "it is of format 2; this version reads format 1. Update"),
         (put("format", True), "it is of format True"),
-        (put("surprise", 1), "'surprise'` is not a key"),
-        (lambda about: about.pop("hparams") and None, "`hparams` is missing"),
-        (put("base_model", "x\x1b[2J"), "`base_model` is no text"),
-        (put("base_model", "x" * 5000), "`base_model` is no text"),
-        (put("base_model", "\ud800"), "`base_model` is no text"),
+        (put("surprise", 1), "unknown key 'surprise'"),
+        (lambda about: about.pop("hparams") and None, "lacks `hparams`"),
+        (put("base_model", "x\x1b[2J"), "`base_model` must hold finite numbers and print"),
+        (put("base_model", "x" * 5000), "`base_model` must hold finite numbers and print"),
+        (put("base_model", "\ud800"), "`base_model` must hold finite numbers and print"),
         (put("matrices", {}), "`matrices` names no matrix"),
-        (put("losses", [1.0, "x"]), "`losses` is no list of numbers"),
-        (put("losses", [True]), "`losses` is no list of numbers"),
-        (put("created", "yesterday"), "`created` is no time"),
-        (put("lora", {"rank": 0, "alpha": 1}), "`lora` has no rank and alpha above 0"),
-        (put("lora", {"rank": 1, "alpha": 1}), "has no low-rank factors"),
-        (put("requests", {"sha256": "0" * 64, "count": -1}), "`requests` has no count"),
-        (put("requests", {"sha256": "z" * 64, "count": 1}), "`requests` is no hash of 64"),
-        (put("frozen", {"a\nb": "0" * 16}), "is no parameter's name"),
+        (put("matrices", []), r"`matrices` is \[\], not a mapping"),
+        (put("losses", [1.0, "x"]), r"`losses` is \[1.0, 'x'\], not a list of numbers"),
+        (put("losses", [True]), "`losses` is .*, not a list of numbers"),
+        (put("losses", [math.nan]), "`losses` must hold finite numbers and print"),
+        (put("created", "yesterday"), "`created` is 'yesterday', not a time"),
+        (put("lora", {"rank": 0, "alpha": 1}), "`rank` of `lora` is 0, not a whole number, 1 or"),
+        (put("lora", {"rank": 1, "alpha": 1}), "lacks `lora_A`"),
+        (put("requests", {"sha256": "0" * 64, "count": -1}), "`count` of `requests` is -1, not a"),
+        (put("requests", {"sha256": "z" * 64, "count": 1}), "`sha256` of .* not a hash of 64"),
+        (put("frozen", {"a\nb": "0" * 16}), "`frozen` must hold finite numbers and print"),
+        (put("frozen", {"a b": "0" * 16}), "holds 'a b', which is no name"),
         (put("frozen", {PLACE: "0" * 16}), "is both changed and unchanged"),
-        (put("frozen", {"a": "0" * 15}), "the sample of a` is no hash of 16"),
-        (put("hparams", {"x": {"y": "\n"}}), "`hparams` holds what is no number and no printable"),
-        (put("hparams", {"x": list(range(100_001))}), "holds more than 100000 values"),
-        (put("metrics", {"x": 10**30}), "`metrics` holds what is no number"),
-        (put("versions", {"torch": 2}), "`versions`|`torch` is no text"),
+        (put("frozen", {"a": "0" * 15}), "`a` of `frozen` is '0+', not a hash of 16"),
+        (put("hparams", {"x": {"y": "\n"}}), "`hparams` must hold finite numbers and print"),
+        (put("hparams", nested(900)), "`hparams` must hold finite numbers and print"),
+        (put("metrics", {"x": 10**30}), "`metrics` must hold finite numbers and print"),
+        (put("hparams", [1]), r"`hparams` is \[1\], not a mapping"),
+        (put("versions", {"torch": 2}), "`versions` is .*, not a mapping of texts"),
     ],
-    ids=range(22),
+    ids=range(26),
 )
 def test_words_that_are_not_as_they_should_be(path, change, message):
     changed_about(path, change, seal=False)
     with pytest.raises(DeltaError, match=message):
-        load_delta(path)
+        Delta.load(path)
 
 
 def describe(**changes):
@@ -346,19 +363,19 @@ def rename(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (describe(shape=[32, 65]), r"F32 \[32, 64\], described as float32 \[32, 65\]"),
-        (describe(shape=[0, 64]), "has no shape"),
-        (describe(shape=[2**60, 2**60]), "has no shape"),
-        (describe(shape=[True, 64]), "has no shape"),
-        (describe(dtype="float64"), "must be of float32, bfloat16, float16"),
-        (describe(dtype="float16"), r"is F32 .* described as float16"),
-        (describe(new="0" * 64), r"\(new\): its numbers are not the ones described"),
-        (describe(original="0" * 64), r"\(original\): its numbers are not the ones described"),
-        (describe(extra=1), "is not described by dtype"),
+        (describe(shape=[32, 65]), r"float32 \[32, 64\], described as float32 \[32, 65\]"),
+        (describe(shape=[0, 64]), "`shape` of .*, not a list of 1 to 8"),
+        (describe(shape=[2**60, 2**60]), "`shape` of .*, not a list of 1 to 8"),
+        (describe(shape=[True, 64]), "`shape` of .*, not a list of 1 to 8"),
+        (describe(dtype="float64"), "`dtype` of .*, not one of float32, bfloat16, float16"),
+        (describe(dtype="float16"), r"is float32 .* described as float16"),
+        (describe(new="0" * 64), r"`model[^ ]*`: its numbers are not the ones described"),
+        (describe(original="0" * 64), r"`original[^ ]*`: its numbers are not the ones described"),
+        (describe(extra=1), "has the unknown key 'extra'"),
         (rename("model.layers.4.mlp.down_proj.weight"), "belongs to nothing"),
         (rename("original.weight"), "is no name that a parameter can have"),
         (rename("a b"), "is no name that a parameter can have"),
-        (rename("a\x1b[2J"), "is no name that a parameter can have"),
+        (rename("a\x1b[2J"), "`matrices` must hold finite numbers and print"),
         (rename("x" * 600), "is no name that a parameter can have"),
     ],
     ids=range(14),
@@ -366,7 +383,7 @@ def rename(name):
 def test_matrices_that_are_not_as_described(path, change, message):
     changed_about(path, change)
     with pytest.raises(DeltaError, match=message):
-        load_delta(path)
+        Delta.load(path)
 
 
 def test_all_problems_at_once(path):
@@ -375,13 +392,13 @@ def test_all_problems_at_once(path):
 
     changed_about(path, change)
     with pytest.raises(DeltaError, match=r"(?s)`base_model`.*`losses`.*`created`"):
-        load_delta(path)
+        Delta.load(path)
 
 
 def test_words_that_were_changed_afterwards(path, content):
     changed_about(path, put("base_model", "another"), seal=False)
     with pytest.raises(DeltaError, match="the checksum differs"):
-        load_delta(path)
+        Delta.load(path)
     path.write_bytes(content)
 
     def renamed(about):
@@ -391,7 +408,7 @@ def test_words_that_were_changed_afterwards(path, content):
 
     changed_about(path, renamed, seal=False)
     with pytest.raises(DeltaError, match="`id` does not belong to its hashes"):
-        load_delta(path)
+        Delta.load(path)
 
 
 def test_values_that_are_no_numbers(tmp_path):
@@ -399,14 +416,14 @@ def test_values_that_are_no_numbers(tmp_path):
     for value in (math.nan, math.inf):
         new = delta.new[PLACE].clone()
         new[3, 3] = value
-        about = dict(delta.about)
+        about = dict(delta.metadata)
         about["matrices"] = {PLACE: about["matrices"][PLACE] | {"new": digest(new)}}
         path = tmp_path / "edit"
         text = json.dumps(sealed(about))
         tensors = {PLACE: new, f"original.{PLACE}": delta.original[PLACE]}
         save_file(tensors, path, metadata={METADATA_KEY: text})
-        with pytest.raises(DeltaError, match="holds values that are no finite numbers"):
-            load_delta(path)
+        with pytest.raises(DeltaError, match="holds NaN or infinite values"):
+            Delta.load(path)
 
 
 def test_tensors_that_overlap(path):
@@ -414,8 +431,8 @@ def test_tensors_that_overlap(path):
         head[PLACE]["data_offsets"] = head[f"original.{PLACE}"]["data_offsets"]
 
     changed_head(path, change)
-    with pytest.raises(DeltaError, match="the tensors overlap or leave a gap"):
-        load_delta(path)
+    with pytest.raises(DeltaError, match="invalid offset for tensor"):
+        Delta.load(path)
 
 
 def test_a_hidden_tensor(path):
@@ -425,7 +442,7 @@ def test_a_hidden_tensor(path):
     changed_head(path, change)
     path.write_bytes(path.read_bytes() + bytes(4))
     with pytest.raises(DeltaError, match="the tensor 'hidden' belongs to nothing"):
-        load_delta(path)
+        Delta.load(path)
     path.write_bytes(path.read_bytes() + b"more")
-    with pytest.raises(DeltaError, match="it is cut short"):
-        load_delta(path)
+    with pytest.raises(DeltaError, match="file not fully covered"):
+        Delta.load(path)

@@ -11,13 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from locft_easyedit.delta import folder as module
 from locft_easyedit.delta.checkpoint import INDEX
-from locft_easyedit.delta.file import load_delta, save_delta
-from locft_easyedit.delta.folder import (
-    apply_to_folder,
-    originals_from,
-    revert_in_folder,
-    verify_folder,
-)
+from locft_easyedit.delta.delta import Delta
+from locft_easyedit.delta.folder import write_changed_folder
 from locft_easyedit.errors import DeltaError, ModelError, OutputError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -63,20 +58,22 @@ def test_shards_are_rewritten_without_loading(tmp_path, never_loaded, dtype, sha
     model = toy_model().to(dtype)
     saved(tmp_path / "base", model, shard)
     deltas = [made_delta(model=model, layer=layer) for layer in (2, 1, 2)]
-    assert not apply_to_folder(deltas, tmp_path / "base", tmp_path / "out")
+    assert not write_changed_folder(deltas, tmp_path / "base", tmp_path / "out")
     assert same(values_in(tmp_path / "out"), model.state_dict())
     assert (tmp_path / "base" / INDEX).exists() == (shard == "15KB")
-    assert [verify_folder(deltas[2], tmp_path / name).state for name in ("base", "out")] == [
+    assert [deltas[2].verify_folder(tmp_path / name).state for name in ("base", "out")] == [
         "neither",
         "applied",
     ]
-    assert not revert_in_folder(deltas[::-1], tmp_path / "out", tmp_path / "back")
+    assert not write_changed_folder(
+        deltas[::-1], tmp_path / "out", tmp_path / "back", reverted=True
+    )
     assert bytes_in(tmp_path / "back") == bytes_in(tmp_path / "base")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "base", "out"]
 
 
 def test_only_the_shards_with_edited_matrices_are_new(tmp_path, base, never_loaded):
-    apply_to_folder([made_delta()], base, tmp_path / "out")
+    made_delta().apply_to_folder(base, tmp_path / "out")
     shards = [path for path in base.iterdir() if path.suffix == ".safetensors"]
     new = [s.name for s in shards if not (tmp_path / "out" / s.name).samefile(s)]
     index = json.loads((base / INDEX).read_text())["weight_map"]
@@ -100,11 +97,11 @@ def test_a_model_that_has_to_be_loaded(tmp_path, kind, stored, used):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=used)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     delta = made_delta(kind, model=model)
-    assert verify_folder(delta, tmp_path / "base").state == "base"
-    assert apply_to_folder([delta], tmp_path / "base", tmp_path / "out")
+    assert delta.verify_folder(tmp_path / "base").state == "base"
+    assert delta.apply_to_folder(tmp_path / "base", tmp_path / "out")
     assert same(values_in(tmp_path / "out"), model.state_dict())
     assert (tmp_path / "out" / "tokenizer.json").is_file()
-    revert_in_folder([delta], tmp_path / "out", tmp_path / "back")
+    delta.revert_in_folder(tmp_path / "out", tmp_path / "back")
     assert same(values_in(tmp_path / "back"), before)
 
 
@@ -113,20 +110,20 @@ def test_a_gpt2_and_tied_embeddings(tmp_path, never_loaded):
         model = toy_model(kind, tie_word_embeddings=True)
         saved(tmp_path / kind, model)
         delta = made_delta(kind, model=model)
-        apply_to_folder([delta], tmp_path / kind, tmp_path / f"{kind}-out")
+        delta.apply_to_folder(tmp_path / kind, tmp_path / f"{kind}-out")
         assert same(values_in(tmp_path / f"{kind}-out"), model.state_dict())
 
 
 def test_the_base_gives_what_a_file_leaves_out(tmp_path, base):
     delta = made_delta()
-    save_delta(tmp_path / "edit", delta, originals=False)
-    lean = load_delta(tmp_path / "edit")
-    apply_to_folder([lean], base, tmp_path / "out")
+    delta.save(tmp_path / "edit", originals=False)
+    lean = Delta.load(tmp_path / "edit")
+    lean.apply_to_folder(base, tmp_path / "out")
     with pytest.raises(DeltaError, match=r"with `base=FOLDER`"):
-        revert_in_folder([lean], tmp_path / "out", tmp_path / "back")
+        lean.revert_in_folder(tmp_path / "out", tmp_path / "back")
     with pytest.raises(DeltaError, match="is not there, or not what the edit replaced"):
-        originals_from(lean, tmp_path / "out")
-    revert_in_folder([originals_from(lean, base)], tmp_path / "out", tmp_path / "back")
+        lean.with_originals(tmp_path / "out")
+    lean.with_originals(base).revert_in_folder(tmp_path / "out", tmp_path / "back")
     assert bytes_in(tmp_path / "back") == bytes_in(base)
 
 
@@ -137,10 +134,10 @@ def test_the_hub_cache(tmp_path, never_loaded):
     for i, path in enumerate(sorted(snapshot.iterdir())):
         shutil.move(path, cache / "blobs" / str(i))
         path.symlink_to(f"../../blobs/{i}")
-    apply_to_folder([made_delta()], snapshot, tmp_path / "out")
+    made_delta().apply_to_folder(snapshot, tmp_path / "out")
     assert all(path.is_file() and not path.is_symlink() for path in (tmp_path / "out").iterdir())
-    assert verify_folder(made_delta(), tmp_path / "out").state == "applied"
-    assert verify_folder(made_delta(), snapshot).state == "base"
+    assert made_delta().verify_folder(tmp_path / "out").state == "applied"
+    assert made_delta().verify_folder(snapshot).state == "base"
 
 
 def test_weights_of_another_kind_and_subfolders_are_left_out(tmp_path, base, caplog):
@@ -149,7 +146,7 @@ def test_weights_of_another_kind_and_subfolders_are_left_out(tmp_path, base, cap
     (base / "pytorch_model.bin.index.json").write_text("{}")
     (base / "notes.txt").write_text("kept")
     (base / "original").mkdir()
-    apply_to_folder([made_delta()], base, tmp_path / "out")
+    made_delta().apply_to_folder(base, tmp_path / "out")
     kept = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"notes.txt", "config.json", "tokenizer.json", INDEX} <= kept
     assert not kept & {"pytorch_model.bin", "consolidated.safetensors", "model.gguf", "original"}
@@ -164,13 +161,13 @@ def test_another_model_or_edit(tmp_path, base, never_loaded):
     saved(tmp_path / "other", toy_model(seed=1))
     one, two = made_delta(layer=1), made_delta(layer=2)
     with pytest.raises(DeltaError, match="The base is another model"):
-        apply_to_folder([one], tmp_path / "other", tmp_path / "out")
+        one.apply_to_folder(tmp_path / "other", tmp_path / "out")
     with pytest.raises(DeltaError, match=r"layers.1.* An edit is missing there, or lies in betwe"):
-        apply_to_folder([one, two], base, tmp_path / "out")
+        write_changed_folder([one, two], base, tmp_path / "out")
     with pytest.raises(DeltaError, match="it is not in there"):
-        revert_in_folder([one], base, tmp_path / "out")
+        one.revert_in_folder(base, tmp_path / "out")
     with pytest.raises(DeltaError, match="No edit was given"):
-        apply_to_folder([], base, tmp_path / "out")
+        write_changed_folder([], base, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "other"]
 
 
@@ -179,7 +176,7 @@ def test_a_folder_that_holds_something(tmp_path, base):
     (tmp_path / "out" / "mine").write_text("mine")
     for output in (tmp_path / "out", base):
         with pytest.raises(OutputError, match="is there already"):
-            apply_to_folder([made_delta()], base, output)
+            made_delta().apply_to_folder(base, output)
     assert bytes_in(tmp_path / "out") == {"mine": b"mine"}
 
 
@@ -189,7 +186,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, base, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match="out cannot be written: No space left"):
-        apply_to_folder([made_delta()], base, tmp_path / "out")
+        made_delta().apply_to_folder(base, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
@@ -203,7 +200,7 @@ def test_an_index_that_leads_elsewhere(tmp_path, base, name):
     index["weight_map"]["model.norm.weight"] = name
     (base / INDEX).write_text(json.dumps(index))
     with pytest.raises(ModelError, match=r"no plain file name|is damaged"):
-        apply_to_folder([made_delta()], base, tmp_path / "out")
+        made_delta().apply_to_folder(base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -212,7 +209,7 @@ def test_a_link_that_leads_elsewhere(tmp_path, base):
     (base / "tokenizer_config.json").unlink()
     (base / "tokenizer_config.json").symlink_to(tmp_path / "secret")
     with pytest.raises(ModelError, match=r"(?s)leads out of its folder.*tokenizer_config.json"):
-        apply_to_folder([made_delta()], base, tmp_path / "out")
+        made_delta().apply_to_folder(base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -227,15 +224,16 @@ def cut(path):
         (lambda base: (base / INDEX).write_text("{"), "is damaged"),
         (lambda base: (base / INDEX).write_text('{"weight_map": [1]}'), "is damaged"),
         (lambda base: next(base.glob("*.safetensors")).unlink(), "is missing"),
-        (lambda base: cut(next(base.glob("*.safetensors"))), "it is cut short"),
+        (lambda base: cut(next(base.glob("*.safetensors"))), "file not fully covered"),
     ],
     ids=range(5),
 )
 def test_a_damaged_folder(tmp_path, base, damage, message):
     damage(base)
-    for function in (apply_to_folder, revert_in_folder):
+    delta = made_delta()
+    for method in (delta.apply_to_folder, delta.revert_in_folder):
         with pytest.raises(ModelError, match=message):
-            function([made_delta()], base, tmp_path / "out")
+            method(base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -252,6 +250,6 @@ def test_a_tied_matrix_is_not_rewritten(tmp_path):
     )
     from toys import toy_hparams, toy_requests
 
-    delta = type(delta).of(result, tied, toy_hparams(), toy_requests(1))
+    delta = Delta.from_result(result, tied, toy_hparams(), toy_requests(1))
     with pytest.raises(DeltaError, match=r"it is tied to `lm_head.weight`"):
-        apply_to_folder([delta], tmp_path / "base", tmp_path / "out")
+        delta.apply_to_folder(tmp_path / "base", tmp_path / "out")

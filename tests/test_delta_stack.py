@@ -6,13 +6,7 @@ import pytest
 import torch
 from toys import made_delta, toy_model
 
-from locft_easyedit.delta.apply import (
-    applied,
-    apply_delta,
-    apply_deltas,
-    revert_delta,
-    revert_deltas,
-)
+from locft_easyedit.delta.apply import apply_deltas_, revert_deltas_
 from locft_easyedit.errors import DeltaError
 
 
@@ -41,14 +35,14 @@ PLACES = {"same": [2, 2, 2], "different": [1, 2, 3], "mixed": [1, 2, 1]}
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_in_order(layers, kind):
     model, states, deltas = stack(layers, kind)
-    apply_deltas(model, deltas)
+    apply_deltas_(model, deltas)
     assert same(states[3], values_of(model))
-    revert_deltas(model, deltas[:0:-1])
+    revert_deltas_(model, deltas[:0:-1])
     assert same(states[1], values_of(model))
-    revert_delta(model, deltas[0])
+    deltas[0].revert_(model)
     assert same(states[0], values_of(model))
     for delta, state in zip(deltas, states[1:], strict=True):
-        apply_delta(model, delta)
+        delta.apply_(model)
         assert same(state, values_of(model))
 
 
@@ -57,7 +51,7 @@ def test_in_order(layers, kind):
 def test_in_no_other_order(layers, order):
     model, states, deltas = stack(layers)
     with pytest.raises(DeltaError, match=r"cannot be applied to LlamaForCausalLM"):
-        apply_deltas(model, [deltas[i] for i in order])
+        apply_deltas_(model, [deltas[i] for i in order])
     assert same(states[0], values_of(model))
 
 
@@ -65,27 +59,27 @@ def test_in_no_other_order(layers, order):
 @pytest.mark.parametrize("order", [(0,), (1,), (0, 1, 2), (2, 0), (2, 1, 1), (2, 2)])
 def test_out_in_no_other_order(layers, order):
     model, states, deltas = stack(layers)
-    apply_deltas(model, deltas)
+    apply_deltas_(model, deltas)
     with pytest.raises(DeltaError, match="cannot be taken out of LlamaForCausalLM"):
-        revert_deltas(model, [deltas[i] for i in order])
+        revert_deltas_(model, [deltas[i] for i in order])
     assert same(states[3], values_of(model))
 
 
 def test_what_is_told():
     model, _, deltas = stack([2, 2])
     with pytest.raises(DeltaError, match=r"neither (.|\n)* first apply what was in it\."):
-        apply_delta(model, deltas[1])
-    apply_deltas(model, deltas)
+        deltas[1].apply_(model)
+    apply_deltas_(model, deltas)
     with pytest.raises(DeltaError, match=r"Another edit is in there(.|\n)*revert later ones first"):
-        revert_delta(model, deltas[0])
+        deltas[0].revert_(model)
     with pytest.raises(DeltaError, match="No edit was given"):
-        apply_deltas(model, [])
+        apply_deltas_(model, [])
 
 
 def test_switched_on_for_a_while_on_top_of_another():
     model, states, deltas = stack([1, 2])
-    apply_delta(model, deltas[0])
-    with pytest.raises(KeyError, match="within"), applied(model, deltas[1]):  # noqa: PT012
+    deltas[0].apply_(model)
+    with pytest.raises(KeyError, match="within"), deltas[1].applied(model):  # noqa: PT012
         assert same(states[2], values_of(model))
         raise KeyError("within")
     assert same(states[1], values_of(model))

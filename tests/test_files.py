@@ -15,7 +15,6 @@ from locft_easyedit.cli import compare as cli
 from locft_easyedit.compare.outcome import Comparison
 from locft_easyedit.compare.outcome_fields import write_dataclass
 from locft_easyedit.compare.picture import write_comparison_picture
-from locft_easyedit.delta.file import save_delta
 from locft_easyedit.errors import OutputError
 from locft_easyedit.files import new_folder, output_errors, replacing, write_atomically
 from locft_easyedit.pipeline import Run
@@ -243,7 +242,7 @@ COMPARISON = Comparison("model", "data", 1, "source", "cpu", "float32", {}, {}, 
 WRITERS = {
     "metrics.json": lambda path: write_json(path, {"a": 1}),
     "loss.png": lambda path: write_loss_curve(path, [2.0, 1.0], 0.01),
-    "edit.safetensors": lambda path: save_delta(path, made_delta()),
+    "edit.safetensors": lambda path: made_delta().save(path),
     "comparison.json": lambda path: write_dataclass(path, COMPARISON),
     "comparison.png": lambda path: write_comparison_picture(path, COMPARISON),
     "comparison.md": write_table,
@@ -272,7 +271,7 @@ def test_a_model_that_cannot_be_written_is_told(tmp_path):
 def test_a_team_may_read_what_the_umask_lets_it_read(tmp_path):
     former = os.umask(0o027)
     try:
-        save_delta(tmp_path / "edit.safetensors", made_delta())
+        made_delta().save(tmp_path / "edit.safetensors")
         write_json(tmp_path / "a.json", {})
     finally:
         os.umask(former)

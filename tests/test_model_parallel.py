@@ -16,7 +16,6 @@ from toys import (
 )
 from two_devices import two_devices
 
-from locft_easyedit.delta.apply import apply_delta, revert_delta
 from locft_easyedit.delta.delta import Delta
 from locft_easyedit.devices import module_device
 from locft_easyedit.easyedit import chat
@@ -206,12 +205,12 @@ def test_edits_are_put_in_and_taken_out(gpus):
     model = made(split=2)
     h = hparams(layers=[1, 2])
     result = edit_model(model, toy_tokenizer(), toy_requests(4), h, progress=False)
-    delta = Delta.of(result, model, h)
+    delta = Delta.from_result(result, model, h)
     edited = {name: value.clone() for name, value in result.new.items()}
     parameters = dict(model.named_parameters())
-    revert_delta(model, delta)
+    delta.revert_(model)
     assert all(torch.equal(parameters[n], v) for n, v in result.original.items())
-    apply_delta(model, delta)
+    delta.apply_(model)
     assert all(torch.equal(parameters[n], v) for n, v in edited.items())
     with result.switched_off(model):
         assert all(torch.equal(parameters[n], v) for n, v in result.original.items())

@@ -20,7 +20,7 @@ from locft_easyedit.compare.job import JobFolder
 from locft_easyedit.compare.outcome import Comparison
 from locft_easyedit.compare.outcome_fields import write_dataclass
 from locft_easyedit.compare.picture import write_comparison_picture
-from locft_easyedit.delta.file import load_delta, save_delta
+from locft_easyedit.delta.delta import Delta
 from locft_easyedit.errors import OutputError
 from locft_easyedit.evaluate.compact import CompactRecords
 from locft_easyedit.identity import Identity
@@ -75,8 +75,8 @@ WRITERS = {
     ),
     "loss.png": Writer(lambda path, n: write_loss_curve(path, [2.0, n], 0.01), picture_of),
     "edit.safetensors": Writer(
-        lambda path, n: save_delta(path, made_delta(scale=1.5 + n)),
-        lambda path: EDITS.index(load_delta(path).id),
+        lambda path, n: made_delta(scale=1.5 + n).save(path),
+        lambda path: EDITS.index(Delta.load(path).id),
         native=True,
     ),
     "checkpoint.safetensors": Writer(
@@ -228,7 +228,6 @@ def test_the_folder_itself_cannot_be_written_to(tmp_path):
 LIMITED = """
 import pathlib, resource, sys
 sys.path.insert(0, {tests!r})
-from locft_easyedit.delta.file import load_delta, save_delta
 from locft_easyedit.errors import OutputError
 from test_write_faults import WRITERS, state_file
 

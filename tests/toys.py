@@ -194,7 +194,7 @@ def made_delta(kind="llama", layer=2, *, model=None, dtype=torch.float32, scale=
     new = {name: parameter.detach().clone()}
     result = EditResult([2.0, 0.5], [], original, new, {}, 2, True, 3, edits, True, True)
     hparams = toy_hparams(layers=[layer], rewrite_module_tmp=DOWN_PROJECTION[kind])
-    return Delta.of(result, model, hparams, metrics={"post": {"rewrite_acc": 1.0}})
+    return Delta.from_result(result, model, hparams, metrics={"post": {"rewrite_acc": 1.0}})
 
 
 def toy_requests(n):

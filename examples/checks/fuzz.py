@@ -35,7 +35,6 @@ from tqdm import tqdm
 from locft_easyedit.checkpoint_file import Saved, read_checkpoint, write_checkpoint
 from locft_easyedit.data import read_requests
 from locft_easyedit.delta.delta import Delta
-from locft_easyedit.delta.file import load_delta, save_delta
 from locft_easyedit.errors import LocFTError
 from locft_easyedit.evaluate.questions import Questions
 from locft_easyedit.hparams import LocFTBFHyperParams
@@ -164,10 +163,10 @@ def _edit_seeds() -> list[bytes]:
     new = {name: torch.full((4, 3), 0.5)}
     edits = distinct_edits(REQUESTS)
     result = EditResult([2.0, 0.5], [], original, new, {}, 2, True, 2, edits, True, True)
-    made = Delta.of(result, model, LocFTBFHyperParams(**HPARAMS))
+    made = Delta.from_result(result, model, LocFTBFHyperParams(**HPARAMS))
     return [
-        _written(lambda path: save_delta(path, made)),
-        _written(lambda path: save_delta(path, made, originals=False)),
+        _written(made.save),
+        _written(lambda path: made.save(path, originals=False)),
     ]
 
 
@@ -210,7 +209,7 @@ KINDS: dict[str, Kind] = {
         lambda: [b"\n".join(json.dumps(r).encode() for r in KNOWEDIT)], _data, ".jsonl", "bytes"
     ),
     "prefix seal": Kind(_seal_seeds, _seal, ".states.json"),
-    "edit": Kind(_edit_seeds, load_delta, ".safetensors", "bytes"),
+    "edit": Kind(_edit_seeds, Delta.load, ".safetensors", "bytes"),
     "checkpoint": Kind(_checkpoint_seeds, read_checkpoint, ".safetensors", "bytes"),
     "model index": Kind(_json({"weight_map": {"a": "config.json", "b": "config.json"}}), _index),
 }

@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Optional, TypeVar
 
 from ..delta.delta import Delta
-from ..delta.export import export_adapter, export_lora, export_model
-from ..delta.file import load_delta
-from ..delta.folder import apply_to_folder, originals_from, revert_in_folder, verify_folder
-from ..delta.rank_report import ranks_table
+from ..delta.folder import write_changed_folder
 from ..delta.table import delta_tables, description
 from ..errors import HyperParamsError
 from ..report import show, write_json
@@ -25,8 +22,7 @@ Usage: locft delta show FILE [json=FILE]
        locft delta verify FILE [model=FOLDER]
        locft delta apply FILE [FILE ...] model=FOLDER output=DIR
        locft delta revert FILE [FILE ...] model=FOLDER output=DIR [base=FOLDER]
-       locft delta export FILE model=FOLDER output=DIR as=model|adapter|lora
-                          [rank=R | data=FILE [n=N] [margin=0.01]]
+       locft delta export FILE model=FOLDER output=DIR as=model|adapter|lora [rank=R]
 
   show                what was edited, where, when and how well
   verify              whether the file is whole, and with a model whether the edit is in it, could
@@ -36,15 +32,13 @@ Usage: locft delta show FILE [json=FILE]
   export as=model     writes the edited model (as `apply`)
          as=adapter   a PEFT adapter with the edited matrices themselves: exact, can be switched off
          as=lora      a PEFT adapter with their change at a rank: that of an edit trained as LoRA,
-                      rank=R, or with data=FILE (what was trained; n=N: the first N of it) the
-                      smallest one whose generated reliability is within `margin` of the edit's
+                      or rank=R; `locft evaluate DIR data=FILE` measures what a rank keeps
 
   FILE                an edit; nothing in it is believed before it is checked
   model=FOLDER        a model's folder
   output=DIR          a folder that is new or empty
   base=FOLDER         the model before the edits, for files that leave out what they replaced
   json=FILE           also write what is shown as JSON
-  device=D            where export measures: cpu, cuda, or the number of a GPU
   trust_remote_code=true
 
 Nothing is ever changed in FOLDER, and DIR is there whole or not at all.
@@ -90,11 +84,6 @@ class ExportConfig(ApplyConfig):
 
     as_: str
     rank: Optional[int] = None  # noqa: UP045
-    data: Optional[str] = None  # noqa: UP045
-    n: Optional[int] = None  # noqa: UP045
-    margin: float = 0.01
-    device: Optional[str] = None  # noqa: UP045
-    batch_size: int = 64
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -116,7 +105,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _show(arguments: Sequence[str]) -> int:
     [path], config = _read(ShowConfig, arguments, "show", one=True)
-    delta = load_delta(path)
+    delta = Delta.load(path)
     show(*delta_tables(delta))
     if config.json is not None:
         write_json(Path(config.json), description(delta))
@@ -126,11 +115,11 @@ def _show(arguments: Sequence[str]) -> int:
 
 def _verify(arguments: Sequence[str]) -> int:
     [path], config = _read(VerifyConfig, arguments, "verify", one=True)
-    delta = load_delta(path)
+    delta = Delta.load(path)
     sys.stdout.write(f"{path}: edit {delta.short_id} is whole; all hashes are right.\n")
     if config.model is None:
         return 0
-    report = verify_folder(delta, config.model, trust_remote_code=config.trust_remote_code)
+    report = delta.verify_folder(config.model, trust_remote_code=config.trust_remote_code)
     meaning = {
         "base": "the model is as before the edit, which can be applied",
         "applied": "the edit is in the model, and can be reverted",
@@ -146,22 +135,30 @@ def _verify(arguments: Sequence[str]) -> int:
 
 def _apply(arguments: Sequence[str]) -> int:
     paths, config = _read(ApplyConfig, arguments, "apply")
-    deltas = [load_delta(path) for path in paths]
-    loaded = apply_to_folder(
-        deltas, config.model, config.output, trust_remote_code=config.trust_remote_code
-    )
-    return _done("edited model", config.output, loaded, deltas)
+    deltas = [Delta.load(path) for path in paths]
+    return _write("edited model", deltas, config, reverted=False)
 
 
 def _revert(arguments: Sequence[str]) -> int:
     paths, config = _read(RevertConfig, arguments, "revert")
-    deltas = [load_delta(path) for path in paths]
+    deltas = [Delta.load(path) for path in paths]
     if config.base is not None:
-        deltas = [d if d.original else originals_from(d, config.base) for d in deltas]
-    loaded = revert_in_folder(
-        deltas, config.model, config.output, trust_remote_code=config.trust_remote_code
+        deltas = [d if d.original else d.with_originals(config.base) for d in deltas]
+    return _write("reverted model", deltas, config, reverted=True)
+
+
+def _write(what: str, deltas: Sequence[Delta], config: ApplyConfig, *, reverted: bool) -> int:
+    loaded = write_changed_folder(
+        deltas,
+        config.model,
+        config.output,
+        reverted=reverted,
+        trust_remote_code=config.trust_remote_code,
     )
-    return _done("reverted model", config.output, loaded, deltas)
+    how = "loaded and saved anew" if loaded else "only the files with edited matrices rewritten"
+    ids = ", ".join(delta.short_id for delta in deltas)
+    sys.stdout.write(f"{what}: {config.output} ({how}; {ids})\n")
+    return 0
 
 
 def _export(arguments: Sequence[str]) -> int:
@@ -174,38 +171,18 @@ def _export(arguments: Sequence[str]) -> int:
     forms = {"model": "merged model", "adapter": "adapter", "lora": "LoRA adapter"}
     if config.as_ not in forms:
         raise HyperParamsError(f"`as={config.as_}` must be one of {', '.join(forms)}.")
-    searched = {"rank": config.rank, "data": config.data, "n": config.n}
-    unused = [f"`{key}`" for key, value in searched.items() if value is not None]
-    if config.as_ != "lora" and unused:
-        raise HyperParamsError(f"{', '.join(unused)} is for as=lora only. Leave it out.")
-    delta, trusted = load_delta(path), config.trust_remote_code
+    if config.as_ != "lora" and config.rank is not None:
+        raise HyperParamsError("`rank` is for as=lora only. Leave it out.")
+    delta, more = Delta.load(path), ""
+    folders, trusted = (config.model, config.output), config.trust_remote_code
     if config.as_ == "model":
-        export_model(delta, config.model, config.output, trust_remote_code=trusted)
+        delta.apply_to_folder(*folders, trust_remote_code=trusted)
     elif config.as_ == "adapter":
-        export_adapter(delta, config.model, config.output, trust_remote_code=trusted)
+        delta.export_adapter(*folders, trust_remote_code=trusted)
     else:
-        search = export_lora(
-            delta,
-            config.model,
-            config.output,
-            rank=config.rank,
-            data=config.data,
-            n=config.n,
-            margin=config.margin,
-            device=config.device,
-            batch_size=config.batch_size,
-            trust_remote_code=trusted,
-        )
-        if search is not None:
-            show(ranks_table(search))
-    sys.stdout.write(f"{forms[config.as_]}: {config.output} ({delta.short_id})\n")
-    return 0
-
-
-def _done(what: str, output: str, loaded: bool, deltas: Sequence[Delta]) -> int:
-    how = "loaded and saved anew" if loaded else "only the files with edited matrices rewritten"
-    ids = ", ".join(delta.short_id for delta in deltas)
-    sys.stdout.write(f"{what}: {output} ({how}; {ids})\n")
+        left_out = delta.export_lora(*folders, rank=config.rank, trust_remote_code=trusted)
+        more = f"; {100 * left_out:.1f} % of the change is left out"
+    sys.stdout.write(f"{forms[config.as_]}: {config.output} ({delta.short_id}{more})\n")
     return 0
 
 

@@ -13,8 +13,8 @@ from typing import Any, Optional
 import torch
 
 from ..data import read_requests
-from ..delta.apply import apply_delta, check_fits
-from ..delta.file import load_delta
+from ..delta.apply import check_fits
+from ..delta.delta import Delta
 from ..errors import DataError, HyperParamsError
 from ..evaluate.choices import HowToRun
 from ..evaluate.evaluation import DEFAULT_METRICS, METRICS, finish_, shared_evaluation
@@ -89,7 +89,7 @@ def run_evaluate(config: EvaluateConfig) -> int:
     original: Sequence[Metrics] | None = None
     if _is_file(config.original):
         original = _stored(config, requests)
-    delta = load_delta(config.delta) if config.delta is not None else None
+    delta = Delta.load(config.delta) if config.delta is not None else None
     world = here()
     output = Path(world.from_first(lambda: str(prepare_folder(config.output))))
     if config.original is not None and original is None:
@@ -109,7 +109,7 @@ def run_evaluate(config: EvaluateConfig) -> int:
         if original is None:
             original = evaluation.measure("before")
             watch.lap("metrics before")
-        apply_delta(model, delta)
+        delta.apply_(model)
     measured = evaluation.measure("after" if original else "")
     watch.lap("metrics after" if original else "metrics")
     records: list[dict[str, Any]] = [

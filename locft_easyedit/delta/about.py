@@ -5,56 +5,111 @@ from __future__ import annotations
 import math
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from ..hashes import DTYPES as _DTYPES
-from ..hashes import SAMPLE_LENGTH, dtype_name, hash_of
+from ..hashes import (
+    SAMPLE_LENGTH,
+    digest,
+    dtype_name,
+    hash_of,
+    readable,
+    sample_digest,
+    sample_numbers,
+)
+from ..hparams import LocFTBFHyperParams
+from ..reading import shown
+from ..requests import Edit, with_leading_space
+from ..result import EditResult
 
 FORMAT = 1
 DTYPES = {dtype_name(dtype): dtype for dtype in _DTYPES.values()}
-_KEYS = (
-    "format",
-    "id",
-    "checksum",
-    "base_model",
-    "matrices",
-    "frozen",
-    "lora",
-    "hparams",
-    "requests",
-    "metrics",
-    "losses",
-    "versions",
-    "created",
-)
 # Where a prefix begins a tensor's name in the file, a parameter's own name cannot.
 PREFIXES = ("original.", "lora_A.", "lora_B.")
-_MOST_NAME, _MOST_NAMES, _MOST_TEXT, _MOST_VALUES = 512, 500_000, 4096, 100_000
-_HEX = re.compile(r"[0-9a-f]+", re.ASCII)
+_MOST_NAME, _MOST_TEXT, _MOST_DEPTH = 512, 4096, 32
 
 
-def sealed(about: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `about` with the edit's id and a checksum of everything that is said."""
-    about = {key: value for key, value in about.items() if key not in ("id", "checksum")}
-    about["id"] = id_of(about)
-    return about | {"checksum": hash_of(about)}
+def metadata_of(
+    result: EditResult,
+    model: nn.Module,
+    hparams: LocFTBFHyperParams,
+    edits: Sequence[Edit],
+    metrics: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Returns what is said of an edit; see `Delta.from_result`."""
+    matrices: dict[str, Any] = {
+        name: {
+            "dtype": dtype_name(new.dtype),
+            "shape": list(new.shape),
+            "new": digest(new),
+            "original": digest(result.original[name]),
+        }
+        for name, new in result.new.items()
+    }
+    lora = None
+    if result.lora is not None:
+        lora = {"rank": result.lora.rank, "alpha": float(result.lora.alpha)}
+        for name, described in matrices.items():
+            described["lora_A"] = digest(result.lora.a[name])
+            described["lora_B"] = digest(result.lora.b[name])
+    return sealed(
+        {
+            "format": FORMAT,
+            "base_model": printable(str(hparams.to_dict()["model_name"])),
+            "matrices": matrices,
+            "frozen": frozen_samples(model, matrices),
+            "lora": lora,
+            "hparams": printable(hparams.to_dict()),
+            "requests": requests_hash(edits),
+            "metrics": printable(metrics),
+            "losses": [float(loss) for loss in result.losses],
+            "versions": _versions(),
+            "created": datetime.now(timezone.utc).replace(microsecond=0).isoformat(),
+        }
+    )
 
 
-def id_of(about: Mapping[str, Any]) -> str:
+def sealed(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `metadata` with the edit's id and a checksum of everything that is said."""
+    sealed = {key: value for key, value in metadata.items() if key not in ("id", "checksum")}
+    sealed["id"] = _id_of(sealed)
+    return sealed | {"checksum": hash_of(sealed)}
+
+
+def _id_of(metadata: Mapping[str, Any]) -> str:
     """Returns the edit's id: a sha256 over the hashes of all that was changed and all that was not.
 
     Two edits with the same id put the same numbers into the same model.
     """
-    return hash_of([about["matrices"], about["frozen"], about["requests"], about["lora"]])
+    return hash_of([metadata[key] for key in ("matrices", "frozen", "requests", "lora")])
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions of what an edit is made with."""
+def frozen_samples(model: nn.Module, edited: Collection[str]) -> dict[str, str | None]:
+    """Returns a sample's hash of each parameter that an edit leaves alone.
+
+    A parameter that is not in memory as plain numbers (left on disk, quantized) has `None`.
+    """
+    return {
+        name: sample_digest(sample_numbers(p), p.shape) if readable(p) else None
+        for name, p in model.named_parameters()
+        if name not in edited
+    }
+
+
+def requests_hash(edits: Sequence[Edit]) -> dict[str, Any]:
+    """Returns the sha256 and the number of (prompt, target) pairs; their order plays no part."""
+    texts = sorted([edit.prompt, with_leading_space(edit.target)] for edit in edits)
+    return {"sha256": hash_of(texts), "count": len(texts)}
+
+
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in ("torch", "transformers", "locft_easyedit"):
         try:
@@ -62,11 +117,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:  # a checkout that is not installed
             found[name] = "unknown"
     return found
-
-
-def now() -> str:
-    """Returns the time in UTC, to the second."""
-    return datetime.now(timezone.utc).replace(microsecond=0).isoformat()
 
 
 def printable(value: Any) -> Any:
@@ -85,159 +135,45 @@ def printable(value: Any) -> Any:
     return value if plain else printable(str(value))
 
 
-def problems_of(about: Any) -> list[str]:
-    """Returns a line for everything in `about` that is not as this format has it."""
-    if not isinstance(about, dict):
+def problems_of(metadata: Any) -> list[str]:
+    """Returns a line for everything in `metadata` that is not as this format has it."""
+    if not isinstance(metadata, dict):
         return ["what it says of the edit is no mapping."]
-    if about.get("format") != FORMAT or isinstance(about["format"], bool):
+    number = metadata.get("format")
+    if type(number) is not int or number != FORMAT:
         return [
-            f"it is of format {str(about.get('format'))[:50]}; this version reads format {FORMAT}. "
+            f"it is of format {shown(number, 50)}; this version reads format {FORMAT}. "
             "Update locft_easyedit."
         ]
-    problems = [f"`{key}` is missing." for key in _KEYS if key not in about]
-    problems += [f"`{str(key)[:100]!r}` is not a key." for key in about if key not in _KEYS]
+    problems = [
+        f"`{key}` must hold finite numbers and printable texts of at most {_MOST_TEXT} characters, "
+        f"nested at most {_MOST_DEPTH} deep."
+        for key, value in metadata.items()
+        if not _is_plain(value)
+    ]
+    problems = problems or _problems(metadata, _schema(metadata.get("lora") is not None), "")
     if problems:
         return problems
-    for key, problem in _CHECKS.items():
-        problems += problem(about[key], key)
-    if problems:
-        return problems
-    for name, described in about["matrices"].items():
-        if about["lora"] is not None and not {"lora_A", "lora_B"} <= set(described):
-            problems.append(f"`{name}` has no low-rank factors, as `lora` says.")
-        if about["lora"] is None and {"lora_A", "lora_B"} & set(described):
-            problems.append(f"`{name}` has low-rank factors of no rank.")
-    both = sorted(set(about["matrices"]) & set(about["frozen"]))
+    if not metadata["matrices"]:
+        problems.append("`matrices` names no matrix.")
+    both = sorted(set(metadata["matrices"]) & set(metadata["frozen"]))
     if both:
         problems.append(f"`{both[0]}` is both changed and unchanged.")
-    if about["id"] != id_of(about):
+    if metadata["id"] != _id_of(metadata):
         problems.append("its `id` does not belong to its hashes.")
-    if about["checksum"] != hash_of({k: v for k, v in about.items() if k != "checksum"}):
+    if metadata["checksum"] != hash_of({k: v for k, v in metadata.items() if k != "checksum"}):
         problems.append("what it says of the edit was changed: the checksum differs.")
     return problems
 
 
-def is_name(value: Any) -> bool:
-    """Returns whether a value can be a parameter's name; it is never used as a path."""
-    return (
-        isinstance(value, str)
-        and 0 < len(value) <= _MOST_NAME
-        and value.isprintable()
-        and not any(c.isspace() for c in value)
-        and not value.startswith(PREFIXES)
-    )
-
-
-def _hex(value: Any, key: str, length: int = 64) -> list[str]:
-    good = isinstance(value, str) and len(value) == length and _HEX.fullmatch(value)
-    return [] if good else [f"`{key}` is no hash of {length} hexadecimal digits."]
-
-
-def _text(value: Any, key: str) -> list[str]:
-    good = isinstance(value, str) and len(value) <= _MOST_TEXT and value.isprintable()
-    return [] if good else [f"`{key}` is no text of at most {_MOST_TEXT} printable characters."]
-
-
-def _time(value: Any, key: str) -> list[str]:
-    if not _text(value, key):
-        try:
-            datetime.fromisoformat(value)
-            return []
-        except ValueError:
-            pass
-    return [f"`{key}` is no time."]
-
-
-def _matrices(value: Any, key: str) -> list[str]:
-    if not isinstance(value, dict) or not value:
-        return [f"`{key}` names no matrix."]
-    problems = []
-    for name, described in value.items():
-        if not is_name(name):
-            problems.append(f"{str(name)[:100]!r} is no name that a parameter can have here.")
-        elif not isinstance(described, dict) or not {"dtype", "shape", "new", "original"} <= set(
-            described
-        ) <= {"dtype", "shape", "new", "original", "lora_A", "lora_B"}:
-            problems.append(f"`{name}` is not described by dtype, shape and hashes.")
-        else:
-            hashes = [k for k in described if k not in ("dtype", "shape")]
-            problems += [p for k in hashes for p in _hex(described[k], f"{k} of {name}")]
-            if not isinstance(described["dtype"], str) or described["dtype"] not in DTYPES:
-                problems.append(f"`{name}` must be of {', '.join(DTYPES)}.")
-            if not _is_shape(described["shape"]):
-                problems.append(f"`{name}` has no shape that a parameter can have.")
-    return problems
-
-
-def _is_shape(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and 1 <= len(value) <= 8
-        and all(isinstance(v, int) and not isinstance(v, bool) and 0 < v < 2**48 for v in value)
-    )
-
-
-def _frozen(value: Any, key: str) -> list[str]:
-    if not isinstance(value, dict) or len(value) > _MOST_NAMES:
-        return [f"`{key}` is no mapping of at most {_MOST_NAMES} names."]
-    problems = [f"{str(n)[:100]!r} is no parameter's name." for n in value if not is_name(n)]
-    return problems + [
-        problem
-        for name, sample in value.items()
-        if sample is not None
-        for problem in _hex(sample, f"the sample of {str(name)[:100]}", SAMPLE_LENGTH)
-    ]
-
-
-def _lora(value: Any, key: str) -> list[str]:
-    if value is None:
-        return []
-    if not isinstance(value, dict) or set(value) != {"rank", "alpha"}:
-        return [f"`{key}` has no rank and alpha."]
-    rank, alpha = value["rank"], value["alpha"]
-    whole = isinstance(rank, int) and not isinstance(rank, bool) and 0 < rank < 2**31
-    good = whole and _is_number(alpha) and alpha > 0
-    return [] if good else [f"`{key}` has no rank and alpha above 0."]
-
-
-def _requests(value: Any, key: str) -> list[str]:
-    if not isinstance(value, dict) or set(value) != {"sha256", "count"}:
-        return [f"`{key}` has no sha256 and count."]
-    count = value["count"]
-    whole = isinstance(count, int) and not isinstance(count, bool) and 0 <= count < 2**48
-    return _hex(value["sha256"], key) + ([] if whole else [f"`{key}` has no count."])
-
-
-def _losses(value: Any, key: str) -> list[str]:
-    good = (
-        isinstance(value, list) and len(value) <= _MOST_VALUES and all(_is_number(v) for v in value)
-    )
-    return [] if good else [f"`{key}` is no list of numbers."]
-
-
-def _versions(value: Any, key: str) -> list[str]:
-    if not isinstance(value, dict) or len(value) > 100:
-        return [f"`{key}` is no mapping of texts."]
-    return [p for name, v in value.items() for p in (*_text(name, key), *_text(v, key))]
-
-
-def _plain(value: Any, key: str) -> list[str]:
-    """Returns what is wrong with a mapping of plain values."""
-    if not isinstance(value, dict):
-        return [f"`{key}` is no mapping."]
-    left, n_values = [value], 0
-    while left:
-        part = left.pop()
-        n_values += 1
-        if isinstance(part, dict):
-            left += [*part, *part.values()]
-        elif isinstance(part, list):
-            left += part
-        elif not (part is None or isinstance(part, bool) or _is_number(part)) and _text(part, key):
-            return [f"`{key}` holds what is no number and no printable text."]
-        if n_values > _MOST_VALUES:
-            return [f"`{key}` holds more than {_MOST_VALUES} values."]
-    return []
+def _is_plain(value: Any, depth: int = _MOST_DEPTH) -> bool:
+    """Returns whether a value is finite numbers and printable texts, and what is made of these."""
+    if isinstance(value, (dict, list)):
+        parts = value if isinstance(value, list) else [*value, *value.values()]
+        return depth > 0 and all(_is_plain(part, depth - 1) for part in parts)
+    if isinstance(value, str):
+        return len(value) <= _MOST_TEXT and value.isprintable()
+    return value is None or isinstance(value, bool) or _is_number(value)
 
 
 def _is_number(value: Any) -> bool:
@@ -246,17 +182,109 @@ def _is_number(value: Any) -> bool:
     return abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
 
 
-_CHECKS = {
-    "id": _hex,
-    "checksum": _hex,
-    "base_model": _text,
-    "matrices": _matrices,
-    "frozen": _frozen,
-    "lora": _lora,
-    "hparams": _plain,
-    "requests": _requests,
-    "metrics": _plain,
-    "losses": _losses,
-    "versions": _versions,
-    "created": _time,
+def _is_count(value: Any, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**48
+
+
+def _is_name(value: str) -> bool:
+    """Returns whether a text can be a parameter's name; it is never used as a path."""
+    spaces = any(c.isspace() for c in value)
+    return 0 < len(value) <= _MOST_NAME and not spaces and not value.startswith(PREFIXES)
+
+
+# The schema: a mapping has the schemas of its keys, `_ByName` one for every value, and whatever is
+# neither is a `_Kind`: what a value must be, in words and as a test.
+_Kind = tuple[str, Callable[[Any], bool]]
+
+
+@dataclass(frozen=True)
+class _ByName:
+    """A mapping from parameters' names to values of one schema."""
+
+    values: Any
+
+
+def _matching(what: str, pattern: str) -> _Kind:
+    return what, lambda v: isinstance(v, str) and bool(re.fullmatch(pattern, v, re.ASCII))
+
+
+_HASH = _matching("a hash of 64 hexadecimal digits", "[0-9a-f]{64}")
+_SAMPLE = _matching(f"a hash of {SAMPLE_LENGTH} hexadecimal digits", f"[0-9a-f]{{{SAMPLE_LENGTH}}}")
+_COUNT: _Kind = ("a whole number, 0 or more", _is_count)
+_TEXT: _Kind = ("a text", lambda v: isinstance(v, str))
+_MAPPING: _Kind = ("a mapping", lambda v: isinstance(v, dict))
+_MATRIX: dict[str, _Kind] = {
+    "dtype": _matching(f"one of {', '.join(DTYPES)}", "|".join(DTYPES)),
+    "shape": (
+        "a list of 1 to 8 whole numbers above 0",
+        lambda v: isinstance(v, list) and 1 <= len(v) <= 8 and all(_is_count(n, 1) for n in v),
+    ),
+    "new": _HASH,
+    "original": _HASH,
 }
+_LORA: dict[str, _Kind] = {
+    "rank": ("a whole number, 1 or more", lambda v: _is_count(v, 1)),
+    "alpha": ("a number above 0", lambda v: _is_number(v) and v > 0),
+}
+
+
+def _schema(lora: bool) -> dict[str, Any]:
+    """Returns the schema of an edit's metadata, trained as LoRA or not."""
+    return {
+        "format": _COUNT,
+        "id": _HASH,
+        "checksum": _HASH,
+        "base_model": _TEXT,
+        "matrices": _ByName(_MATRIX | ({"lora_A": _HASH, "lora_B": _HASH} if lora else {})),
+        # A parameter that could not be read has no sample.
+        "frozen": _ByName((f"{_SAMPLE[0]} or null", lambda v: v is None or _SAMPLE[1](v))),
+        "lora": _LORA if lora else ("null", lambda v: v is None),
+        "hparams": _MAPPING,
+        "requests": {"sha256": _HASH, "count": _COUNT},
+        "metrics": _MAPPING,
+        "losses": (
+            "a list of numbers",
+            lambda v: isinstance(v, list) and all(map(_is_number, v)),
+        ),
+        "versions": (
+            "a mapping of texts",
+            lambda v: isinstance(v, dict) and all(isinstance(text, str) for text in v.values()),
+        ),
+        "created": _matching(
+            "a time such as 2030-01-31T12:00:00+00:00",
+            r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00",
+        ),
+    }
+
+
+def _problems(value: Any, schema: Any, where: str) -> list[str]:
+    """Returns a line for everything in `value` that is not as `schema` has it.
+
+    Args:
+        value: The value.
+        schema: Its schema.
+        where: What it belongs to, for the lines; empty for all of the metadata.
+    """
+    if isinstance(schema, (dict, _ByName)) and not isinstance(value, dict):
+        return [f"{where} is {shown(value, 50)}, not a mapping."]
+    if isinstance(schema, _ByName):
+        problems = [
+            f"{where} holds {shown(name, 100)}, which is no name that a parameter can have here."
+            for name in value
+            if not _is_name(name)
+        ]
+        schema = dict.fromkeys(value, schema.values)
+    elif isinstance(schema, dict):
+        own = where or "what it says"
+        problems = [f"{own} lacks `{key}`." for key in schema if key not in value]
+        problems += [
+            f"{own} has the unknown key {shown(key, 100)}." for key in value if key not in schema
+        ]
+    else:
+        what, is_right = schema
+        return [] if is_right(value) else [f"{where} is {shown(value, 50)}, not {what}."]
+    return problems or [
+        line
+        for key, part in schema.items()
+        for line in _problems(value[key], part, f"`{key}` of {where}" if where else f"`{key}`")
+    ]

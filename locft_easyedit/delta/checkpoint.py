@@ -1,4 +1,4 @@
-"""A checkpoint's folder: which files hold weights, and where in them each parameter lies."""
+"""A model's folder: which files hold weights, and where in them each parameter lies."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from tqdm import tqdm
 from ..errors import DeltaError, ModelError, one_message
 from ..hashes import DTYPES as _BY_CODE
 from ..hashes import digest_of_bytes, dtype_name, sample_digest, sample_positions
+from ..reading import json_of, shown, text_of
 from .about import DTYPES
-from .header import Entry, opened, parsed, read_header
+from .header import Entry, opened, read_header
+from .verify import Weights
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_MOST_HEAD = 100_000_000  # safetensors' own limit
 _MOST_INDEX = 256 * 2**20
 _CHUNK = 2**26
 _PATIENCE = 2  # seconds before a progress bar shows
@@ -68,8 +69,8 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     try:
         for shard, path in shards.items():
             with opened(path) as file:
-                for name, entry in read_header(file, path, _MOST_HEAD).entries.items():
-                    places[name] = (shard, entry)
+                entries, _ = read_header(file, path)
+            places |= {name: (shard, entry) for name, entry in entries.items()}
     except DeltaError as error:
         raise ModelError(f"`model={folder}`: {error}") from error
     others = {n: p for n, p in files.items() if not n.endswith(_OTHER_WEIGHTS)}
@@ -100,23 +101,19 @@ def _shard_names(folder: Path, files: dict[str, Path]) -> list[str]:
     """Returns the files that hold the weights, none if they are not safetensors."""
     if INDEX not in files:
         return [_SINGLE] if _SINGLE in files else []
-    path = files[INDEX]
+    index = folder / INDEX
     try:
-        if path.stat().st_size > _MOST_INDEX:
-            raise DeltaError(f"`{path}` is larger than any index.")
-        value = parsed(path.read_bytes(), f"`{folder / INDEX}`")
-        names = value["weight_map"].values()
-        shards = sorted(set(names))
-    except (DeltaError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"`{folder / INDEX}` is damaged: {error}. Download it again.") from error
+        text = text_of(files[INDEX], ModelError, most=_MOST_INDEX)
+        shards = sorted(set(json_of(text, unique_keys=True)["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"`{index}` is damaged: {error}. Download it again.") from error
     problems = [
-        f"{str(name)[:200]!r} is no plain file name that ends in .safetensors."
+        f"{shown(name)} is no plain file name that ends in .safetensors."
         for name in shards
         if not _is_plain(name)
-    ]
-    problems += [f"`{n}` is missing." for n in shards if _is_plain(n) and n not in files]
+    ] or [f"`{name}` is missing." for name in shards if name not in files]
     if problems:
-        raise ModelError(one_message(f"`{folder / INDEX}` names parts that cannot be:", problems))
+        raise ModelError(one_message(f"`{index}` names parts that cannot be:", problems))
     return shards
 
 
@@ -129,7 +126,7 @@ def _is_plain(name: object) -> bool:
     )
 
 
-class CheckpointWeights:
+class CheckpointWeights(Weights):
     """A checkpoint's parameters, read where they lie; a sample costs a few pages each.
 
     Args:
@@ -139,13 +136,8 @@ class CheckpointWeights:
     """
 
     def __init__(self, checkpoint: Checkpoint, names: Iterable[str] | None = None) -> None:
-        self.label = f"`{checkpoint.folder}`"
+        super().__init__(f"`{checkpoint.folder}`", checkpoint.places if names is None else names)
         self._checkpoint = checkpoint
-        self._names = set(checkpoint.places if names is None else names)
-
-    def names(self) -> Iterable[str]:
-        """Returns the names of all parameters."""
-        return self._names
 
     def kind(self, name: str) -> tuple[str, tuple[int, ...]] | str:
         """Returns a parameter's dtype and shape, or why it cannot be read."""
@@ -154,8 +146,7 @@ class CheckpointWeights:
             return f"it is stored as {entry.dtype}. Give a checkpoint that is not quantized"
         return dtype_name(_BY_CODE[entry.dtype]), entry.shape
 
-    def digest(self, name: str) -> str:
-        """Returns the hash of all of a parameter, read in parts."""
+    def _digest(self, name: str) -> str:
         shard, entry = self._checkpoint.places[name]
         dtype = dtype_name(_BY_CODE[entry.dtype])
         return digest_of_bytes(dtype, entry.shape, self._parts(shard, entry))
@@ -177,11 +168,8 @@ class CheckpointWeights:
         data = bytearray().join(self._parts(shard, entry))
         return torch.frombuffer(data, dtype=_BY_CODE[entry.dtype]).view(entry.shape)
 
-    def samples(self, name: str) -> set[str]:
-        """Returns the hashes that a parameter's sample has in each precision it may be loaded in.
-
-        Models may keep some parameters in another precision than the file's when they are loaded.
-        """
+    def _sample(self, name: str) -> set[str]:
+        # In each precision: loading may leave some parameters in another one than the file's.
         shard, entry = self._checkpoint.places[name]
         if entry.dtype not in _BY_CODE or not entry.size:
             return set()

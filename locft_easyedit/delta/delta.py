@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import DeltaError, one_message
-from ..hashes import digest, dtype_name, hash_of, readable, sample_digest, sample_numbers
+from ..hashes import digest
 from ..hparams import LocFTBFHyperParams
-from ..requests import distinct_edits, with_leading_space
+from ..requests import distinct_edits
 from ..result import EditResult
-from .about import DTYPES, FORMAT, now, printable, problems_of, sealed, versions
+from ..weights import exchanged
+from .about import DTYPES, metadata_of, problems_of
+from .apply import apply_deltas_, revert_deltas_
+from .export import write_exact_adapter, write_lora_adapter
+from .file import read_edit, tensor_problems, write_edit
+from .folder import compare_folder, originals_in, write_changed_folder
+from .verify import ModelWeights, Report, compare, values_after
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 
@@ -23,12 +31,14 @@ Factors = tuple[torch.Tensor, torch.Tensor]
 class Delta:
     """An edit: what a model's matrices were, what they became, and how to tell that model.
 
-    Make one with `Delta.of`, keep it with `save_delta`, get it back with `load_delta`.
+    Make one with `Delta.from_result`, keep it with `save`, get it back with `Delta.load`. Several
+    edits, one on top of the other: `apply_deltas_` and `revert_deltas_`, and for models in folders
+    `locft_easyedit.delta.folder`.
 
     Attributes:
         new: The edited matrices by the names of the model's parameters.
         original: The values that they replaced; empty where these were left out.
-        about: What the file's metadata say: `id`, `base_model` (for display), `matrices` (dtype,
+        metadata: What the file says of them: `id`, `base_model` (for display), `matrices` (dtype,
             shape and hashes of each), `frozen` (a sample's hash of every other parameter),
             `requests`, `hparams`, `metrics`, `losses`, `versions`, `created`, `lora`.
         lora: For an edit that was trained as LoRA, the factors A, [R, in], and B, [out, R], of each
@@ -37,11 +47,13 @@ class Delta:
 
     new: dict[str, torch.Tensor]
     original: dict[str, torch.Tensor]
-    about: dict[str, Any]
+    metadata: dict[str, Any]
     lora: dict[str, Factors] = field(default_factory=dict)
 
+    # Made, kept and checked
+
     @classmethod
-    def of(
+    def from_result(
         cls,
         result: EditResult,
         model: nn.Module,
@@ -62,49 +74,75 @@ class Delta:
         Raises:
             DeltaError: The matrices cannot be kept: their names, types or numbers.
         """
-        if requests is not None:
+        if requests is None:
+            edits = result.edits.edits
+        else:
             policy = "last" if hparams.on_conflict == "last" else None
             edits = distinct_edits(requests, policy).edits
-        else:
-            edits = result.edits.edits
-        matrices: dict[str, Any] = {
-            name: {
-                "dtype": dtype_name(new.dtype),
-                "shape": list(new.shape),
-                "new": digest(new),
-                "original": digest(result.original[name]),
-            }
-            for name, new in result.new.items()
-        }
-        low_rank = result.lora
-        factors: dict[str, Factors] = {}
-        rank = None
-        if low_rank is not None:
-            factors = {name: (low_rank.a[name], low_rank.b[name]) for name in matrices}
-            rank = {"rank": low_rank.rank, "alpha": float(low_rank.alpha)}
-            for name, (a, b) in factors.items():
-                matrices[name] |= {"lora_A": digest(a), "lora_B": digest(b)}
-        about = {
-            "format": FORMAT,
-            "base_model": printable(str(hparams.to_dict()["model_name"])),
-            "matrices": matrices,
-            "frozen": frozen_samples(model, matrices),
-            "lora": rank,
-            "hparams": printable(hparams.to_dict()),
-            "requests": requests_hash([(e.prompt, e.target) for e in edits]),
-            "metrics": printable(metrics or {}),
-            "losses": [float(loss) for loss in result.losses],
-            "versions": versions(),
-            "created": now(),
-        }
-        delta = cls(dict(result.new), dict(result.original), sealed(about), factors)
+        metadata = metadata_of(result, model, hparams, edits, metrics or {})
+        lora = result.lora
+        factors = {} if lora is None else {name: (lora.a[name], lora.b[name]) for name in lora.a}
+        delta = cls(dict(result.new), dict(result.original), metadata, factors)
         delta.check()
         return delta
+
+    @classmethod
+    def load(cls, path: str | Path) -> Delta:
+        """Returns the edit in a file, with every value checked against its hash.
+
+        The file may come from anybody: nothing is unpickled, no path in it is opened, and what is
+        not as described is refused. What its numbers do to a model is not known: that whoever made
+        it can be trusted is for its user to judge.
+
+        Args:
+            path: The file that `save` or `locft edit` wrote.
+
+        Raises:
+            DeltaError: The file is no edit, of another format, or damaged (one error with all of
+                it).
+        """
+        metadata, tensors = read_edit(path)
+
+        def named(prefix: str) -> dict[str, torch.Tensor]:
+            names = metadata["matrices"]
+            return {n: tensors[prefix + n] for n in names if prefix + n in tensors}
+
+        a, b = named("lora_A."), named("lora_B.")
+        factors = {name: (a[name], b[name]) for name in a}
+        return cls(named(""), named("original."), metadata, factors)
+
+    def save(self, path: str | Path, *, originals: bool = True) -> None:
+        """Writes the edit as one safetensors file: whole, or not at all.
+
+        Args:
+            path: The file.
+            originals: Keep what was replaced, so that the edit can be undone without the base
+                model.
+
+        Raises:
+            DeltaError: The edit is not consistent in itself.
+            OutputError: The file cannot be written.
+        """
+        self.check()
+        kept = self if originals else self.without_originals()
+        write_edit(path, self.metadata, kept.tensors())
+
+    def check(self) -> None:
+        """Checks what is said of the edit, and that its numbers are the ones described.
+
+        Raises:
+            DeltaError: Lists everything that is wrong.
+        """
+        problems = problems_of(self.metadata) or tensor_problems(self.metadata, self.tensors())
+        if problems:
+            raise DeltaError(one_message("The edit cannot be used:", problems))
+
+    # What it is
 
     @property
     def id(self) -> str:
         """The edit's name: a sha256 over all hashes."""
-        return str(self.about["id"])
+        return str(self.metadata["id"])
 
     @property
     def short_id(self) -> str:
@@ -114,24 +152,37 @@ class Delta:
     @property
     def matrices(self) -> dict[str, Any]:
         """Of each matrix its `dtype`, `shape` and the hashes `new` and `original`."""
-        return dict(self.about["matrices"])
+        return dict(self.metadata["matrices"])
 
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the model that was edited, as its first matrix has it."""
-        return DTYPES[next(iter(self.about["matrices"].values()))["dtype"]]
+        return DTYPES[next(iter(self.metadata["matrices"].values()))["dtype"]]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Returns all tensors by the names that they have in a file."""
+        tensors = self.new | {f"original.{name}": value for name, value in self.original.items()}
+        for name, (a, b) in self.lora.items():
+            tensors |= {f"lora_A.{name}": a, f"lora_B.{name}": b}
+        return tensors
 
     def without_originals(self) -> Delta:
         """Returns the edit without the values that it replaced: half the size, not undone alone."""
         return replace(self, original={})
 
-    def with_originals(self, original: Mapping[str, torch.Tensor]) -> Delta:
+    def with_originals(self, base: Mapping[str, torch.Tensor] | str | Path) -> Delta:
         """Returns the edit with the values that it replaced, which come from elsewhere.
 
+        Args:
+            base: The parameters of the model before the edit, or the folder of that model.
+
         Raises:
-            DeltaError: They are not the values that it replaced.
+            DeltaError: They are not the values that the edit replaced.
+            ModelError: The folder cannot be used.
         """
-        values = {n: original[n].to(self.new[n].dtype) for n in self.new if n in original}
+        if not isinstance(base, Mapping):
+            base = originals_in(base, self)
+        values = {n: base[n].to(self.new[n].dtype) for n in self.new if n in base}
         wrong = [
             f"`{name}` is not there, or not what the edit replaced (sha256 "
             f"{described['original'][:12]}...)."
@@ -144,70 +195,134 @@ class Delta:
             )
         return replace(self, original=values)
 
-    def check(self) -> None:
-        """Checks what is said of the edit, and that its numbers are the ones described.
+    # In a model in memory
+
+    def verify(self, model: nn.Module) -> Report:
+        """Returns how a model stands to the edit; nothing is changed.
+
+        The edited matrices are compared number by number; of every other parameter 1,024 evenly
+        strided numbers are. That tells another base model and other edits, before this one or after
+        it, but not a change of a few single numbers.
+        """
+        return compare(self, ModelWeights(model))
+
+    def apply_(self, model: nn.Module) -> None:
+        """Puts the edit into a model, in place.
+
+        Args:
+            model: The model that was edited, without the edit: same weights, same precision.
 
         Raises:
-            DeltaError: Lists everything that is wrong.
+            DeltaError: The model is another one, of another precision, has the edit already, or
+                carries other edits than when this one was trained; nothing was changed.
         """
-        problems = problems_of(self.about) or tensor_problems(self)
-        if problems:
-            raise DeltaError(one_message("The edit cannot be used:", problems))
+        apply_deltas_(model, [self])
 
+    def revert_(self, model: nn.Module) -> None:
+        """Takes the edit out of a model, in place: the model is what it was before, bit for bit.
 
-def frozen_samples(model: nn.Module, edited: Mapping[str, Any]) -> dict[str, str | None]:
-    """Returns a sample's hash of each parameter that an edit leaves alone.
+        Raises:
+            DeltaError: The edit is not in the model or not the last one in it, or was saved without
+                the values that it replaced (see `with_originals`); nothing was changed.
+        """
+        revert_deltas_(model, [self])
 
-    A parameter that is not here (left on disk, quantized) has `None`.
-    """
-    return {
-        name: sample_digest(sample_numbers(p), p.shape) if readable(p) else None
-        for name, p in model.named_parameters()
-        if name not in edited
-    }
+    def applied(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Context manager within which `model` has the edit; afterwards it is as it was.
 
+        Raises:
+            DeltaError: As `apply_`; nothing was changed.
+        """
+        return exchanged(model, values_after([self], ModelWeights(model)))
 
-def requests_hash(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Returns the sha256 and the number of (prompt, target) pairs; their order plays no part."""
-    texts = sorted([prompt, with_leading_space(target)] for prompt, target in pairs)
-    return {"sha256": hash_of(texts), "count": len(texts)}
+    # In a model's folder
 
+    def verify_folder(self, model: str | Path, *, trust_remote_code: bool = False) -> Report:
+        """Returns how the model in a folder stands to the edit; see `verify`.
 
-def tensor_problems(delta: Delta) -> list[str]:
-    """Returns a line for each tensor that is not what `delta.about` says, or is not finite."""
-    problems = []
-    for name, described in delta.matrices.items():
-        tensors = {"new": delta.new.get(name)}
-        if delta.original:
-            tensors["original"] = delta.original.get(name)
-        if delta.about["lora"] is not None:
-            tensors["lora_A"], tensors["lora_B"] = delta.lora.get(name, (None, None))
-        for kind, tensor in tensors.items():
-            problem = _problem(tensor, described, kind, delta.about["lora"])
-            problems += [f"`{name}` ({kind}): {problem}"] if problem else []
-    return problems
+        Raises:
+            ModelError: The folder cannot be used.
+        """
+        return compare_folder(self, model, trust_remote_code=trust_remote_code)
 
+    def apply_to_folder(
+        self, model: str | Path, output: str | Path, *, trust_remote_code: bool = False
+    ) -> bool:
+        """Writes the model in a folder, with the edit put into it, to another folder.
 
-def _problem(tensor: torch.Tensor | None, described: Any, kind: str, lora: Any) -> str:
-    if tensor is None:
-        return "it is missing."
-    if kind in ("new", "original"):
-        if dtype_name(tensor.dtype) != described["dtype"] or list(tensor.shape) != list(
-            described["shape"]
-        ):
-            return f"{dtype_name(tensor.dtype)} {list(tensor.shape)} is not what is described."
-    elif not _is_factor(tensor, kind, described["shape"], lora["rank"]):
-        return f"{list(tensor.shape)} is no factor of rank {lora['rank']}."
-    if digest(tensor) != described[kind]:
-        return "its numbers are not the ones described: damaged, or tampered with."
-    if not all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(2**24)):
-        return "it holds values that are no finite numbers."
-    return ""
+        Where the parameters lie in the checkpoint under their own names and in the edit's
+        precision, the model is not loaded: only the files that hold edited matrices are written
+        anew. Otherwise it is loaded in the edit's precision and saved.
 
+        Args:
+            model: The folder of the model without the edit.
+            output: A folder that does not exist or is empty.
+            trust_remote_code: Allow the model's own code, where it has to be loaded.
 
-def _is_factor(tensor: torch.Tensor, kind: str, shape: Sequence[int], rank: int) -> bool:
-    """Returns whether a tensor is a low-rank factor; Conv1D has its matrix transposed."""
-    if tensor.dim() != 2 or len(shape) != 2:
-        return False
-    side, other = (1, 0) if kind == "lora_A" else (0, 1)
-    return tensor.shape[other] == rank and tensor.shape[side] in shape
+        Returns:
+            Whether the model had to be loaded.
+
+        Raises:
+            DeltaError: The edit does not fit; nothing was written.
+            ModelError: `model` cannot be used.
+            OutputError: `output` holds something or cannot be written.
+        """
+        return write_changed_folder([self], model, output, trust_remote_code=trust_remote_code)
+
+    def revert_in_folder(
+        self, model: str | Path, output: str | Path, *, trust_remote_code: bool = False
+    ) -> bool:
+        """Writes the model in a folder, which has the edit, without it to another folder.
+
+        Args, what is returned and errors are those of `apply_to_folder`.
+        """
+        return write_changed_folder(
+            [self], model, output, reverted=True, trust_remote_code=trust_remote_code
+        )
+
+    # For other programs
+
+    def export_adapter(
+        self, model: str | Path, output: str | Path, *, trust_remote_code: bool = False
+    ) -> None:
+        """Writes a PEFT adapter that carries the edited matrices themselves.
+
+        `PeftModel.from_pretrained(base, output)` answers as the edited model, to the bit; within
+        `disable_adapter()` it answers as before. The adapter is as large as the matrices.
+        Technically it is a LoRA configuration without any low-rank layer, whose `modules_to_save`
+        are the edited modules. Args and errors are those of `apply_to_folder`.
+        """
+        write_exact_adapter(self, model, output, trust_remote_code=trust_remote_code)
+
+    def export_lora(
+        self,
+        model: str | Path,
+        output: str | Path,
+        *,
+        rank: int | None = None,
+        trust_remote_code: bool = False,
+    ) -> float:
+        """Writes a PEFT LoRA adapter: the edit's change of each matrix, cut off at a rank.
+
+        The factors are those of a singular value decomposition of new - original, the best that
+        there are of their rank; alpha equals the rank, so that peft scales by 1. An edit that was
+        trained as LoRA is written as it was trained, unless a rank is given.
+
+        Args:
+            model: The folder of the model without the edit.
+            output: A folder that does not exist or is empty.
+            rank: The rank of every matrix; one that needs less gets less.
+            trust_remote_code: Allow the model's own code.
+
+        Returns:
+            How much of the change is left out: ||change - B A|| / ||change|| (Frobenius norms).
+
+        Raises:
+            DeltaError: The edit does not fit the model, or changes what LoRA cannot.
+            HyperParamsError: `rank` is missing or below 1.
+            ModelError: The model's folder cannot be used.
+            OutputError: `output` holds something or cannot be written.
+        """
+        return write_lora_adapter(
+            self, model, output, rank=rank, trust_remote_code=trust_remote_code
+        )

@@ -3,46 +3,38 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import save_file
 
 from ..errors import DeltaError, one_message
 from ..files import output_errors, replacing
-from ..hashes import DTYPES, dtype_name
+from ..hashes import DTYPES, digest, dtype_name
+from ..reading import ParseError, json_of, shown
 from .about import PREFIXES, problems_of
-from .delta import Delta, tensor_problems
-from .header import Entry, Header, opened, parsed, read_header
+from .header import Entry, opened, read_header
 
 METADATA_KEY = "locft_delta"
-# A head names every parameter of the model; those of the largest take less than a megabyte.
-_MOST_HEAD = 64 * 2**20
 
 
-def save_delta(path: str | Path, delta: Delta, *, originals: bool = True) -> None:
+def write_edit(
+    path: str | Path, metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> None:
     """Writes an edit as one safetensors file: whole, or not at all.
-
-    Edited matrices are under their own names, replaced ones under `original.NAME`, low-rank
-    factors under `lora_A.NAME` and `lora_B.NAME`.
 
     Args:
         path: The file.
-        delta: The edit.
-        originals: Keep what was replaced, so that the edit can be undone without the base model.
+        metadata: What is said of the edit.
+        tensors: Edited matrices under their own names, replaced ones under `original.NAME`,
+            low-rank factors under `lora_A.NAME` and `lora_B.NAME`.
 
     Raises:
-        DeltaError: The edit is not consistent in itself.
         OutputError: The file cannot be written.
     """
-    delta.check()
-    tensors = dict(delta.new)
-    if originals:
-        tensors |= {f"original.{name}": value for name, value in delta.original.items()}
-    for name, (a, b) in delta.lora.items():
-        tensors |= {f"lora_A.{name}": a, f"lora_B.{name}": b}
-    text = json.dumps(delta.about, allow_nan=False)
+    text = json.dumps(metadata, allow_nan=False)
     # Copies where two names share their numbers, which safetensors refuses.
     seen: set[int] = set()
     ready = {}
@@ -54,69 +46,80 @@ def save_delta(path: str | Path, delta: Delta, *, originals: bool = True) -> Non
         save_file(ready, temporary, metadata={"format": "pt", METADATA_KEY: text})
 
 
-def load_delta(path: str | Path) -> Delta:
-    """Returns the edit in a file, with every value checked against its hash.
-
-    The file may come from anybody: nothing is unpickled, no path in it is opened, and what is
-    not as described is refused. What its numbers do to a model is not known: that whoever made it
-    can be trusted is for its user to judge.
-
-    Args:
-        path: The file that `save_delta` or `locft edit` wrote.
+def read_edit(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Returns the metadata and the tensors of an edit's file, as `write_edit` was given them.
 
     Raises:
         DeltaError: The file is no edit, of another format, or damaged (one error with all of it).
     """
     with opened(path) as file:
-        header = read_header(file, path, _MOST_HEAD)
-        if METADATA_KEY not in header.metadata:
+        entries, texts = read_header(file, path)
+        if METADATA_KEY not in texts:
             raise DeltaError(
                 f"`{path}` is a safetensors file, but no edit: it says nothing of one. Give the "
                 "edit.safetensors of `locft edit`."
             )
-        about = parsed(header.metadata[METADATA_KEY], f"what `{path}` says of the edit")
-        problems = problems_of(about) or _entry_problems(header, about)
+        try:
+            metadata = json_of(texts[METADATA_KEY], unique_keys=True)
+        except (ParseError, json.JSONDecodeError) as error:
+            raise DeltaError(
+                f"What `{path}` says of the edit is no JSON: {str(error)[:300]}. Get it again."
+            ) from error
+        problems = problems_of(metadata) or [
+            f"the tensor {shown(name)} must hold numbers of {', '.join(DTYPES)}."
+            for name, entry in entries.items()
+            if entry.dtype not in DTYPES or not entry.size
+        ]
         if problems:
             raise DeltaError(one_message(f"`{path}` cannot be used:", problems))
-        tensors = {name: _read(file, entry, path) for name, entry in header.entries.items()}
-    names = list(about["matrices"])
-    delta = Delta(
-        new={name: tensors[name] for name in names},
-        original={n: tensors[f"original.{n}"] for n in names if f"original.{n}" in tensors},
-        about=about,
-        lora={n: (tensors[f"lora_A.{n}"], tensors[f"lora_B.{n}"]) for n in names if about["lora"]},
-    )
-    problems = tensor_problems(delta)
+        tensors = {name: _read(file, entry, path) for name, entry in entries.items()}
+    problems = tensor_problems(metadata, tensors)
     if problems:
         raise DeltaError(one_message(f"`{path}` is damaged:", problems))
-    return delta
+    return metadata, tensors
 
 
-def _entry_problems(header: Header, about: dict) -> list[str]:
-    """Returns a line for each tensor that is missing, too many, or not as described."""
-    problems = []
-    kinds = ["", *(PREFIXES if about["lora"] else PREFIXES[:1])]
-    expected = {prefix + name: name for prefix in kinds for name in about["matrices"]}
-    if not any(name.startswith(PREFIXES[0]) for name in header.entries):
-        expected = {k: name for k, name in expected.items() if not k.startswith(PREFIXES[0])}
-    problems += [
-        f"the tensor {n[:200]!r} belongs to nothing." for n in header.entries if n not in expected
-    ]
+def tensor_problems(
+    metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor | None]
+) -> list[str]:
+    """Returns a line for each tensor, named as in the file, that is not what `metadata` says."""
+    prefixes = ["", *(PREFIXES if metadata["lora"] else PREFIXES[:1])]
+    if not any(name.startswith("original.") for name in tensors):
+        prefixes.remove("original.")
+    expected = {prefix + name: name for prefix in prefixes for name in metadata["matrices"]}
+    problems = [f"the tensor {shown(n)} belongs to nothing." for n in tensors if n not in expected]
     for full, name in expected.items():
-        entry, described = header.entries.get(full), about["matrices"][name]
-        if entry is None:
-            problems.append(f"the tensor `{full}` is missing.")
-        elif entry.dtype not in DTYPES or not entry.size:
-            problems.append(f"`{full}` must hold numbers of {', '.join(DTYPES)}.")
-        elif not full.startswith(PREFIXES[1:]) and (
-            dtype_name(DTYPES[entry.dtype]) != described["dtype"]
-            or list(entry.shape) != described["shape"]
-        ):
-            problems.append(
-                f"`{full}` is {entry.dtype} {list(entry.shape)}, described as "
-                f"{described['dtype']} {described['shape']}."
-            )
+        kind = full.removesuffix(name).rstrip(".") or "new"
+        described = metadata["matrices"][name]
+        problem = _problem(tensors.get(full), described, kind, metadata["lora"])
+        problems += [f"`{full}`: {problem}"] if problem else []
     return problems
+
+
+def _problem(
+    tensor: torch.Tensor | None, described: Mapping[str, Any], kind: str, lora: Any
+) -> str:
+    if tensor is None:
+        return "it is missing."
+    dtype, shape = dtype_name(tensor.dtype), list(tensor.shape)
+    if kind in ("new", "original"):
+        if dtype != described["dtype"] or shape != list(described["shape"]):
+            return f"it is {dtype} {shape}, described as {described['dtype']} {described['shape']}."
+    elif not _is_factor(shape, kind, described["shape"], lora["rank"]):
+        return f"{shape} is no factor of rank {lora['rank']}."
+    if digest(tensor) != described[kind]:
+        return "its numbers are not the ones described: damaged, or tampered with."
+    if not all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(2**24)):
+        return "it holds NaN or infinite values."
+    return ""
+
+
+def _is_factor(factor: Sequence[int], kind: str, shape: Sequence[int], rank: int) -> bool:
+    """Returns whether a shape is a low-rank factor's; Conv1D has its matrix transposed."""
+    if len(factor) != 2 or len(shape) != 2:
+        return False
+    side, other = (1, 0) if kind == "lora_A" else (0, 1)
+    return factor[other] == rank and factor[side] in shape
 
 
 def _read(file: BinaryIO, entry: Entry, path: str | Path) -> torch.Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,83 +22,80 @@ from .checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from .delta import Delta
-from .order import values_to_apply, values_to_revert
-from .verify import ModelWeights, Report, Weights, compare, tied_names
+from .verify import ModelWeights, Report, compare, tied_names, values_after
+
+if TYPE_CHECKING:
+    from .delta import Delta
 
 logger = logging.getLogger(__name__)
 
-_Change = Callable[[Sequence[Delta], Weights], dict[str, torch.Tensor]]
 
-
-def apply_to_folder(
+def write_changed_folder(
     deltas: Sequence[Delta],
     model: str | Path,
     output: str | Path,
     *,
+    reverted: bool = False,
     trust_remote_code: bool = False,
 ) -> bool:
-    """Writes the model in a folder with edits put into it, in order, to another folder.
-
-    Where the parameters lie in the checkpoint under their own names and in the edit's precision,
-    the model is not loaded: only the files that hold edited matrices are written anew. Otherwise it
-    is loaded in the edit's precision and saved.
+    """Writes the model in a folder, with edits put into it or taken out, to another folder.
 
     Args:
-        deltas: The edits, in the order in which they were made.
-        model: The folder of the model without them.
+        deltas: The edits, in the order in which they were made; to take them out, the last one
+            comes first.
+        model: The folder of the model.
         output: A folder that does not exist or is empty.
+        reverted: Take the edits out.
         trust_remote_code: Allow the model's own code, where it has to be loaded.
 
     Returns:
-        Whether the model had to be loaded.
+        Whether the model had to be loaded (see `Delta.apply_to_folder`).
 
     Raises:
-        DeltaError: An edit does not fit; nothing was written.
+        DeltaError: There is no edit, or one does not fit; nothing was written.
         ModelError: `model` cannot be used.
         OutputError: `output` holds something or cannot be written.
     """
-    return _changed(deltas, model, output, values_to_apply, trust_remote_code)
+    if not deltas:
+        raise DeltaError("No edit was given. Give at least one.")
+    checkpoint = read_checkpoint(model)
+    for name in checkpoint.left_out:
+        logger.warning("%s is left out: it holds weights without the change.", name)
+    direct = weights_in_place(deltas, checkpoint, trust_remote_code=trust_remote_code)
+    with output_errors(output), new_folder(output) as folder:
+        if direct is not None:
+            values = values_after(deltas, direct, reverted=reverted)
+            write_checkpoint(checkpoint, values, folder)
+        else:
+            loaded: Any = _loaded(deltas[0], model, trust_remote_code)
+            values = values_after(deltas, ModelWeights(loaded, model), reverted=reverted)
+            write_(dict(loaded.named_parameters()), values)
+            loaded.save_pretrained(folder)
+            copy_others(checkpoint, folder)
+    return direct is None
 
 
-def revert_in_folder(
-    deltas: Sequence[Delta],
-    model: str | Path,
-    output: str | Path,
-    *,
-    trust_remote_code: bool = False,
-) -> bool:
-    """Writes the model in a folder without edits that are in it, the last one first.
-
-    Args and errors are those of `apply_to_folder`.
-    """
-    return _changed(deltas, model, output, values_to_revert, trust_remote_code)
-
-
-def verify_folder(delta: Delta, model: str | Path, *, trust_remote_code: bool = False) -> Report:
-    """Returns how the model in a folder stands to an edit; see `verify_delta`.
-
-    Raises:
-        ModelError: The folder cannot be used.
-    """
+def compare_folder(delta: Delta, model: str | Path, *, trust_remote_code: bool = False) -> Report:
+    """Returns how the model in a folder stands to an edit; see `Delta.verify_folder`."""
     checkpoint = read_checkpoint(model)
     direct = weights_in_place([delta], checkpoint, trust_remote_code=trust_remote_code)
     return compare(delta, direct or ModelWeights(_loaded(delta, model, trust_remote_code), model))
 
 
-def originals_from(delta: Delta, base: str | Path) -> Delta:
-    """Returns the edit with the values that it replaced, from the folder of its base model.
+def originals_in(base: str | Path, delta: Delta) -> dict[str, torch.Tensor]:
+    """Returns the matrices of a model's folder that are of the kinds that an edit replaced.
 
     Raises:
-        DeltaError: The base does not hold them.
         ModelError: The folder cannot be used.
     """
     checkpoint = read_checkpoint(base)
     weights = CheckpointWeights(checkpoint)
-    present = [n for n in delta.new if n in checkpoint.places]
-    return delta.with_originals(
-        {n: weights.tensor(n) for n in present if not isinstance(weights.kind(n), str)}
-    )
+    return {
+        name: weights.tensor(name)
+        for name, described in delta.matrices.items()
+        if name in checkpoint.places
+        and weights.kind(name) == (described["dtype"], tuple(described["shape"]))
+    }
 
 
 def values_beside(
@@ -151,32 +148,6 @@ def weights_in_place(
     held = names <= set(checkpoint.places)
     same = held and all(weights.kind(n)[0] == d and n not in tied for n, d in edited.items())
     return weights if same else None
-
-
-def _changed(
-    deltas: Sequence[Delta],
-    model: str | Path,
-    output: str | Path,
-    change: _Change,
-    trust_remote_code: bool,
-) -> bool:
-    checkpoint = read_checkpoint(model)
-    if not deltas:
-        raise DeltaError("No edit was given. Give at least one.")
-    for name in checkpoint.left_out:
-        logger.warning("%s is left out: it holds weights without the change.", name)
-    direct = weights_in_place(deltas, checkpoint, trust_remote_code=trust_remote_code)
-    with output_errors(output), new_folder(output) as folder:
-        if direct is not None:
-            values = change(deltas, direct)
-            write_checkpoint(checkpoint, values, folder)
-        else:
-            loaded: Any = _loaded(deltas[0], model, trust_remote_code)
-            values = change(deltas, ModelWeights(loaded, model))
-            write_(dict(loaded.named_parameters()), values)
-            loaded.save_pretrained(folder)
-            copy_others(checkpoint, folder)
-    return direct is None
 
 
 def _loaded(delta: Delta, model: str | Path, trust_remote_code: bool) -> nn.Module:

@@ -1,28 +1,23 @@
-"""The head of a safetensors file, read with suspicion: nothing in it is believed unchecked."""
+"""Where each tensor lies in a safetensors file, so that parts of it can be read and written over.
+
+`safetensors.safe_open` checks the header (JSON, offsets without gaps or overlaps, sizes, the file's
+length) but does not give the offsets; these are read here, from what it has accepted.
+"""
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from ..errors import DeltaError, one_message
+from safetensors import SafetensorError, safe_open
 
-# Bytes of a number, by safetensors' names; a name that is not here may be of any size.
-_SIZES = {
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
-}
-_MOST_DIMENSIONS = 16
-_MOST_DEPTH = 64
+from ..errors import DeltaError
+from ..reading import json_of
 
 
 @dataclass(frozen=True)
@@ -40,19 +35,6 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     size: int
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a safetensors file says of itself.
-
-    Attributes:
-        entries: The tensors by name.
-        metadata: The texts under `__metadata__`.
-    """
-
-    entries: dict[str, Entry]
-    metadata: dict[str, str]
 
 
 @contextmanager
@@ -80,103 +62,32 @@ def _unreadable(path: str | Path, error: Exception) -> DeltaError:
     return DeltaError(f"`{path}` cannot be read: {reason}. Give a file that can.")
 
 
-def read_header(file: BinaryIO, path: str | Path, most_bytes: int) -> Header:
-    """Returns the head of an open safetensors file; its tensors fill the rest exactly.
+def read_header(file: BinaryIO, path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Returns the tensors' places by name, and the texts under `__metadata__`.
 
     Args:
-        file: The file.
-        path: Its name, for messages.
-        most_bytes: How long the head may be.
+        file: The file, open.
+        path: Its name.
 
     Raises:
-        DeltaError: The head is no head of a safetensors file (all problems in one error).
-    """
-    size = os.fstat(file.fileno()).st_size
-    file.seek(0)
-    length = int.from_bytes(file.read(8), "little") if size >= 8 else 0
-    if not 2 <= length <= min(size - 8, most_bytes):
-        raise DeltaError(
-            f"`{path}` is no safetensors file that can be read: a head of {length} bytes, of at "
-            f"most {most_bytes}, in a file of {size}. It is cut short, or of another kind."
-        )
-    value = parsed(file.read(length), f"the head of `{path}`")
-    if not isinstance(value, dict):
-        raise DeltaError(f"`{path}` is no safetensors file: its head is no mapping of tensors.")
-    metadata = value.pop("__metadata__", {})
-    problems = []
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        problems.append("`__metadata__` must hold texts.")
-        metadata = {}
-    entries: dict[str, Entry] = {}
-    for name, described in value.items():
-        entry = _entry(described, 8 + length)
-        if entry is None:
-            problems.append(f"{name[:200]!r} has no valid dtype, shape and place.")
-        else:
-            entries[name] = entry
-    end = 8 + length
-    for entry in sorted(entries.values(), key=lambda e: (e.start, e.size)):
-        if entry.start != end:
-            problems.append(f"the tensors overlap or leave a gap at byte {min(entry.start, end)}.")
-            break
-        end += entry.size
-    else:
-        if end != size:
-            problems.append(f"the tensors end at byte {end}, the file at {size}: it is cut short.")
-    if problems:
-        raise DeltaError(one_message(f"`{path}` is damaged:", problems))
-    return Header(entries, metadata)
-
-
-def parsed(text: bytes | str, what: str) -> Any:
-    """Returns what a JSON text holds.
-
-    Raises:
-        DeltaError: It is no JSON, repeats a key, holds NaN, or is nested beyond measure.
+        DeltaError: It is no safetensors file, or a damaged one.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refused)
-        _check_depth(value, _MOST_DEPTH)
-    except (ValueError, RecursionError) as error:
-        raise DeltaError(f"{what} is no JSON that can be used: {str(error)[:300]}.") from error
-    return value
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a key comes twice")
-    return value
-
-
-def _refused(constant: str) -> Any:
-    raise ValueError(f"{constant} is no number")
-
-
-def _check_depth(value: Any, left: int) -> None:
-    if not left:
-        raise ValueError("it is nested too deeply")
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for part in inner:
-        _check_depth(part, left - 1)
-
-
-def _entry(described: Any, first: int) -> Entry | None:
-    """Returns a tensor's place, if what describes it is right in itself."""
-    if not isinstance(described, dict) or set(described) != {"dtype", "shape", "data_offsets"}:
-        return None
-    dtype, shape, offsets = (described[key] for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or not (_whole_numbers(shape) and _whole_numbers(offsets)):
-        return None
-    if len(shape) > _MOST_DIMENSIONS or len(offsets) != 2 or offsets[1] < offsets[0]:
-        return None
-    size = offsets[1] - offsets[0]
-    if dtype in _SIZES and math.prod(shape) * _SIZES[dtype] != size:
-        return None
-    return Entry(dtype, tuple(shape), first + offsets[0], size)
-
-
-def _whole_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(
-        isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**63 for v in values
-    )
+        with safe_open(path, framework="numpy"):
+            pass
+        file.seek(0)
+        length = int.from_bytes(file.read(8), "little")
+        # A name given twice passes `safe_open`, and readers differ in which of the two they take.
+        header = json_of(file.read(length).decode(), unique_keys=True)
+    except (SafetensorError, ValueError) as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")[:300]
+        raise DeltaError(
+            f"`{path}` is no safetensors file, or is damaged or cut short: {reason}. Get it again."
+        ) from error
+    texts = header.pop("__metadata__", None) or {}
+    entries = {}
+    for name, described in header.items():
+        start, end = described["data_offsets"]
+        shape = tuple(described["shape"])
+        entries[name] = Entry(described["dtype"], shape, 8 + length + start, end - start)
+    return entries, texts

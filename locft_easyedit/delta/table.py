@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
 from rich.text import Text
 
 from ..report import metrics_table
-from .delta import Delta
+
+if TYPE_CHECKING:
+    from .delta import Delta
 
 
 def description(delta: Delta) -> dict[str, Any]:
     """Returns what an edit's file says, and how much the edit changes; ready for JSON."""
     return {
-        **delta.about,
+        **delta.metadata,
         "originals": bool(delta.original),
-        "bytes": sum(
-            t.numel() * t.element_size()
-            for t in (*delta.new.values(), *delta.original.values(), *_factors(delta))
-        ),
+        "bytes": sum(t.numel() * t.element_size() for t in delta.tensors().values()),
         "relative_change": {name: relative_change(delta, name) for name in delta.original},
     }
 
@@ -34,29 +33,29 @@ def relative_change(delta: Delta, name: str) -> float:
 
 def delta_tables(delta: Delta) -> list[Table]:
     """Returns tables of an edit: what it is, where it is, and its metrics if it has any."""
-    about, said = delta.about, description(delta)
-    requests, losses, lora = about["requests"], about["losses"], about["lora"]
+    said = description(delta)
+    requests, losses, lora = said["requests"], said["losses"], said["lora"]
     overview = Table(title=f"Edit {delta.short_id}", title_justify="left", show_header=False)
     overview.add_column("what")
     overview.add_column("value", overflow="fold")
     rows = {
         "id": delta.id,
-        "base model (name only)": about["base_model"],
-        "made": f"{about['created']} with "
-        + ", ".join(f"{name} {value}" for name, value in about["versions"].items()),
+        "base model (name only)": said["base_model"],
+        "made": f"{said['created']} with "
+        + ", ".join(f"{name} {value}" for name, value in said["versions"].items()),
         "edits": f"{requests['count']}; sha256 {requests['sha256']}",
         "training": f"{len(losses)} epochs" + (f", loss {losses[-1]:.4f}" if losses else ""),
         "low rank": f"rank {lora['rank']}, alpha {lora['alpha']:g}" if lora else "no",
         "undone": "with this file" if delta.original else "with the base model's folder",
         "size": f"{said['bytes'] / 2**20:.1f} MiB",
-        "other parameters": f"{len(about['frozen'])} sampled",
+        "other parameters": f"{len(said['frozen'])} sampled",
     }
     for what, value in rows.items():
         overview.add_row(what, Text(str(value)))  # a text from a file is never markup
     where = Table(title="Matrices", title_justify="left")
     for heading in ("name", "dtype", "shape", "change", "sha256 after", "sha256 before"):
         where.add_column(heading, overflow="fold")
-    for name, described in about["matrices"].items():
+    for name, described in said["matrices"].items():
         change = said["relative_change"].get(name)
         where.add_row(
             Text(name),
@@ -66,12 +65,8 @@ def delta_tables(delta: Delta) -> list[Table]:
             described["new"][:12],
             described["original"][:12],
         )
-    metrics = {key: _numbers(about["metrics"].get(key)) for key in ("pre", "post")}
+    metrics = {key: _numbers(said["metrics"].get(key)) for key in ("pre", "post")}
     return [overview, where, *([metrics_table(metrics)] if metrics["post"] else [])]
-
-
-def _factors(delta: Delta) -> list[torch.Tensor]:
-    return [factor for pair in delta.lora.values() for factor in pair]
 
 
 def _numbers(value: Any) -> dict[str, Any]:

@@ -1,46 +1,74 @@
-"""Whether an edit fits a model: is it in there, could it be put in, and if neither, why not."""
+"""Whether edits fit a model: are they in there, could they be put in, and if neither, why not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..errors import DeltaError, one_message
 from ..hashes import digest, dtype_name, readable, sample_digest, sample_numbers
-from .about import DTYPES, problems_of
-from .delta import Delta, tensor_problems
+from .about import DTYPES
+
+if TYPE_CHECKING:
+    from .delta import Delta
 
 # Other edits change a few parameters; of another model nearly all differ.
 _FEW = 0.2
 _PATIENCE = 2  # seconds before a progress bar shows
 
 
-class Weights(Protocol):
-    """A model's parameters, in memory or on disk, as an edit looks at them."""
+class Weights(ABC):
+    """A model's parameters as an edit looks at them; edits can be put on top of what is there.
 
-    label: str
+    Args:
+        label: The model, for messages.
+        names: The names of all its parameters.
+    """
 
-    def names(self) -> Iterable[str]:
-        """Returns the names of all parameters."""
+    def __init__(self, label: str, names: Iterable[str]) -> None:
+        self.label = label
+        self.names = frozenset(names)
+        self._digests: dict[str, str] = {}
+        self._samples: dict[str, set[str]] = {}
 
+    @abstractmethod
     def kind(self, name: str) -> tuple[str, tuple[int, ...]] | str:
         """Returns a parameter's dtype and shape, or a text that says why it cannot be read."""
 
+    @abstractmethod
+    def _digest(self, name: str) -> str: ...
+
+    @abstractmethod
+    def _sample(self, name: str) -> set[str]: ...
+
     def digest(self, name: str) -> str:
         """Returns the hash of all of a parameter."""
+        if name not in self._digests:
+            self._digests[name] = self._digest(name)
+        return self._digests[name]
 
     def samples(self, name: str) -> set[str]:
         """Returns the hashes that a sample of a parameter may have; empty if it cannot be read."""
+        if name not in self._samples:
+            self._samples[name] = self._sample(name)
+        return self._samples[name]
+
+    def put(self, values: Mapping[str, torch.Tensor], hashes: Mapping[str, str]) -> None:
+        """Counts parameters as holding other values, whose hashes are known; changes no model."""
+        self._digests |= hashes
+        self._samples |= {name: sample_hashes(value) for name, value in values.items()}
 
 
 @dataclass
 class Report:
-    """What `verify_delta` found.
+    """How a model stands to an edit, as `Delta.verify` found it.
 
     Attributes:
         id: The edit.
@@ -60,34 +88,15 @@ class Report:
 
     @property
     def state(self) -> str:
-        """`base`, `applied` or `neither`; without a model `whole` or `damaged`."""
-        if not self.model:
-            return "damaged" if self.differences else "whole"
+        """`base`, `applied` or `neither`."""
         return "applied" if self.fits_applied else "base" if self.fits_base else "neither"
 
 
-def verify_delta(delta: Delta, model: nn.Module | None = None) -> Report:
-    """Returns whether an edit is whole, and how a model stands to it; nothing is changed.
-
-    The edited matrices are compared number by number; of every other parameter 1,024 evenly strided
-    numbers are. That tells another base model and other edits, before this one or after it, but
-    not a change of a few single numbers.
-
-    Args:
-        delta: The edit.
-        model: A model; without one the edit itself is checked.
-    """
-    if model is None:
-        problems = problems_of(delta.about) or tensor_problems(delta)
-        return Report(delta.id, "", False, False, problems)
-    return compare(delta, ModelWeights(model))
-
-
 def compare(delta: Delta, weights: Weights) -> Report:
-    """Returns how a model stands to an edit; see `verify_delta`."""
+    """Returns how a model stands to an edit; see `Delta.verify`."""
     found: dict[str, set[str]] = {}
     differences, other_precision = [], set()
-    names = set(weights.names())
+    names = weights.names
     for name, described in delta.matrices.items():
         kind = weights.kind(name) if name in names else "it is not in the model"
         if isinstance(kind, str):
@@ -135,9 +144,9 @@ def _of_matrices(found: Mapping[str, set[str]]) -> list[str]:
     return [f"{_some(edited)}: the edited values; the edit's other matrices hold those before it."]
 
 
-def _other_parameters(delta: Delta, weights: Weights, names: set[str]) -> tuple[list[str], int]:
+def _other_parameters(delta: Delta, weights: Weights, names: Set[str]) -> tuple[list[str], int]:
     """Returns lines on the parameters that the edit leaves alone, and how many went unseen."""
-    frozen = delta.about["frozen"]
+    frozen = delta.metadata["frozen"]
     lacking = sorted(set(frozen) - names)
     added = sorted(names - set(frozen) - set(delta.matrices))
     lines = []
@@ -170,7 +179,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names[:3]) + more
 
 
-class ModelWeights:
+class ModelWeights(Weights):
     """A model in memory.
 
     Args:
@@ -179,13 +188,10 @@ class ModelWeights:
     """
 
     def __init__(self, model: nn.Module, folder: str | Path | None = None) -> None:
-        self.label = type(model).__name__ if folder is None else f"`{folder}`"
         self.parameters = dict(model.named_parameters())
+        label = type(model).__name__ if folder is None else f"`{folder}`"
+        super().__init__(label, self.parameters)
         self._tied = tied_names(model)
-
-    def names(self) -> Iterable[str]:
-        """Returns the names of all parameters."""
-        return self.parameters
 
     def kind(self, name: str) -> tuple[str, tuple[int, ...]] | str:
         """Returns a parameter's dtype and shape, or why it cannot be read."""
@@ -198,12 +204,10 @@ class ModelWeights:
             return f"it is quantized ({dtype_name(parameter.dtype)}). Load it unquantized"
         return dtype_name(parameter.dtype), tuple(parameter.shape)
 
-    def digest(self, name: str) -> str:
-        """Returns the hash of all of a parameter."""
+    def _digest(self, name: str) -> str:
         return digest(self.parameters[name])
 
-    def samples(self, name: str) -> set[str]:
-        """Returns the hash of a parameter's sample."""
+    def _sample(self, name: str) -> set[str]:
         return sample_hashes(self.parameters[name])
 
 
@@ -219,3 +223,53 @@ def sample_hashes(tensor: torch.Tensor) -> set[str]:
     if not readable(tensor):
         return set()
     return {sample_digest(sample_numbers(tensor), tensor.shape)}
+
+
+def values_after(
+    deltas: Iterable[Delta], weights: Weights, *, reverted: bool = False
+) -> dict[str, torch.Tensor]:
+    """Returns what a model's parameters hold once edits are applied, or reverted, in this order.
+
+    Each edit is compared with what it finds when its turn comes; `weights` hold the edits
+    afterwards, the model itself is not changed.
+
+    Args:
+        deltas: The edits.
+        weights: The model's parameters.
+        reverted: Take the edits out; the one that was applied last comes first.
+
+    Raises:
+        DeltaError: There is no edit, one does not fit what is there when its turn comes, or one
+            that is to be reverted was saved without what it replaced.
+    """
+    values: dict[str, torch.Tensor] = {}
+    for delta in deltas:
+        report = compare(delta, weights)
+        if not (report.fits_applied if reverted else report.fits_base):
+            raise DeltaError(_refusal(delta, report, reverted))
+        if reverted and not delta.original:
+            raise DeltaError(
+                f"Edit {delta.short_id} was saved without the values that it replaced. Take them "
+                f"from its base ({delta.metadata['base_model']}) with `base=FOLDER`."
+            )
+        kind, after = ("original", delta.original) if reverted else ("new", delta.new)
+        weights.put(after, {name: described[kind] for name, described in delta.matrices.items()})
+        values |= after
+    if not values:
+        raise DeltaError("No edit was given. Give at least one.")
+    return values
+
+
+def _refusal(delta: Delta, report: Report, reverted: bool) -> str:
+    what = "taken out of" if reverted else "applied to"
+    title = f"Edit {delta.short_id} cannot be {what} {report.model}:"
+    if reverted and report.state == "base":
+        return f"{title} it is not in there: the model is as before the edit."
+    if not reverted and report.state == "applied":
+        return f"{title} it is already applied."
+    remedy = (
+        "Edits come out in the opposite order: revert later ones first."
+        if reverted
+        else "Give the model that the edit was trained on, or first apply what was in it."
+    )
+    return one_message(title, [*report.differences, remedy])
