@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "examples/benchmarks/gpu.py"
+SCRIPT = Path(__file__).parents[1] / "benchmarks/gpu.py"
 TOY = ("--layers 4 --layer 2 --hidden 64 --inner 128 --heads 2 --kv-heads 1 --vocabulary 1000 "
        "--edits 60 --epochs 2 --row-tokens 64 --batch 20 --steps 1")  # fmt: skip
 

@@ -17,7 +17,7 @@ def run(monkeypatch, capsys):
     """Runs the script, in this process; returns what it prints."""
 
     def with_arguments(*arguments):
-        monkeypatch.syspath_prepend(REPOSITORY / "examples" / "benchmarks")
+        monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
         monkeypatch.setattr(sys, "argv", ["scaling.py", *map(str, arguments)])
         importlib.import_module("scaling").main()
         return capsys.readouterr().out

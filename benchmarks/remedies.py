@@ -1,6 +1,6 @@
 """What rewordings and a confined change cost: a step with each, and what goes before the first.
 
-    python examples/benchmarks/remedies.py --data zsre_1k.json --layer 24 --n 100
+    python benchmarks/remedies.py --data zsre_1k.json --layer 24 --n 100
 
 All edits are one mini-batch. The variants are those of generalization.py; their steps are
 interleaved, and ratios are to the published method's. Before a change is trained it is nothing: a

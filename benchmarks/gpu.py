@@ -1,8 +1,8 @@
 """Times a whole edit on one GPU, on random weights of a real model's shape; no download.
 
-    python examples/benchmarks/gpu.py                       # Llama-3-8B's shape, 3,000 edits
-    python examples/benchmarks/gpu.py --streamed            # Qwen2.5-72B's shape, layers from disk
-    python examples/benchmarks/gpu.py --device cpu --layers 4 --layer 2 --hidden 64 --inner 128 \
+    python benchmarks/gpu.py                       # Llama-3-8B's shape, 3,000 edits
+    python benchmarks/gpu.py --streamed            # Qwen2.5-72B's shape, layers from disk
+    python benchmarks/gpu.py --device cpu --layers 4 --layer 2 --hidden 64 --inner 128 \
         --heads 2 --kv-heads 1 --vocabulary 1000 --edits 60 --epochs 2 --row-tokens 64
 
 The weights are drawn on the device in bfloat16, and the edits are random words in ZsRE's lengths

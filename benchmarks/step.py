@@ -1,6 +1,6 @@
 """Times one training step: the published algorithm against ours, and ours part by part.
 
-    python examples/benchmarks/step.py --model models/SmolLM2-135M-Instruct --layer 20 27
+    python benchmarks/step.py --model models/SmolLM2-135M-Instruct --layer 20 27
 
 The published algorithm is a full forward pass over the padded batch with logits everywhere, in
 float32 with PyTorch's Adam. All variants make the same step on the same edits from the same

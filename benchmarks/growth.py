@@ -1,6 +1,6 @@
 """How time and peak memory grow with the number of edits, the place and the number of layers.
 
-    python examples/benchmarks/growth.py --edits 1000 10000 100000 --host-gib 1
+    python benchmarks/growth.py --edits 1000 10000 100000 --host-gib 1
 
 A whole run each time, as `locft edit` makes it: checks and tokens, frozen prefix, one epoch, all
 metrics before and after, `metrics.json`. The model is a small llama of random weights, the edits

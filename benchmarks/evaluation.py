@@ -1,6 +1,6 @@
 """Times a full evaluation, before and after an edit: EasyEdit's loop against ours, in one run.
 
-    python examples/benchmark_evaluation.py --data zsre.json --n 25 50 100 200
+    python benchmarks/evaluation.py --data zsre.json --n 25 50 100 200
 
 EasyEdit's loop is its `compute_edit_quality`, one record at a time, on the unedited and on the
 edited model. All figures are compared. Times are of one run on one machine: read the ratios, not

@@ -1,6 +1,6 @@
 """LocFT-BF against EasyEdit's own FT: seconds an edit, and what each teaches, in one run.
 
-    EASYEDIT_HOME=path/to/EasyEdit python examples/benchmarks/easyedit_ft.py \
+    EASYEDIT_HOME=path/to/EasyEdit python benchmarks/easyedit_ft.py \
         --model models/SmolLM2-135M-Instruct --data zsre.json --n 20
 
 Both edit the same model with the same edits from the same weights: FT one edit after the other, as

@@ -1,6 +1,6 @@
 """What plans for several GPUs rest on, against small runs on this machine. See `scaling.py`.
 
-    python examples/benchmarks/scaling.py --measure models/SmolLM2-135M-Instruct \
+    python benchmarks/scaling.py --measure models/SmolLM2-135M-Instruct \
         --what links shares steps
 
 `links`   two processes exchange gradients over gloo; the model's rate is measured in the same run,

@@ -1,7 +1,7 @@
 """How an edit scales with GPUs, as `locft plan` tells it: a simulation on paper.
 
-    python examples/benchmarks/scaling.py --output scaling
-    python examples/benchmarks/scaling.py --measure models/SmolLM2-135M-Instruct
+    python benchmarks/scaling.py --output scaling
+    python benchmarks/scaling.py --measure models/SmolLM2-135M-Instruct
 
 For 1 to 64 GPUs of an H100's kind, eight a node, and each model, number of edits and mini-batch it
 makes a plan; no weights and no GPU are needed. It prints the table, says where doubling the GPUs

@@ -1,6 +1,6 @@
 """Compares the memory that `locft plan` tells with what a run really takes, on a CPU.
 
-    python examples/benchmarks/plan_accuracy.py --model models/SmolLM2-135M-Instruct
+    python benchmarks/plan_accuracy.py --model models/SmolLM2-135M-Instruct
 
 For each model and precision a plan is made, and a fresh process does what was planned: it loads
 the model, records the frozen prefix, measures, trains, measures again. Linux counts the peak of a
