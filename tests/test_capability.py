@@ -21,6 +21,7 @@ from locft_easyedit.errors import HyperParamsError, LocFTError, MissingDependenc
 
 pytest.importorskip("lm_eval", reason='pip install "locft_easyedit[capability]"')
 
+import huggingface_hub
 import lm_eval.tasks
 from huggingface_hub import constants
 
@@ -286,7 +287,7 @@ def test_examples_are_those_that_the_harness_draws(tmp_path):
     model, tokenizer = toy()
     random.seed(7)  # no matter
     measure_ready(model, tokenizer, ready, progress=False)
-    ours = [instance.args for instance in ready.rows[0].tasks["rivers"].instances]
+    ours = [instance.args for instance in ready.rows["rivers"].instances]
     reference = lm_eval.evaluator.simple_evaluate(
         model=lm_eval.models.huggingface.HFLM(model, tokenizer=tokenizer),
         tasks=["rivers"],
@@ -308,10 +309,10 @@ def test_nan_is_no_value_and_says_why(task):
     model.lm_head.weight.data[5] = float("nan")
     result = measure([task, *OWN_TASKS], (model, tokenizer), limit=3)
     assert result["mean"] is None
-    for name, prompts in zip(OWN_TASKS, (12, 3), strict=True):
+    for name in OWN_TASKS:
         entry = result["tasks"][name]
         assert entry["value"] is entry["stderr"] is None
-        assert entry["reason"] == f"the model gave NaN for {prompts} prompts"
+        assert entry["reason"] == "the model gave NaN"
         assert name in result["reason"]
     assert "no value" in shown(capability_table({"model": result}))
 
@@ -393,7 +394,7 @@ def test_tasks_that_draw_are_seeded(tmp_path):
     for seed in (1, 2):
         random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
         measure_ready(*toy(), ready, progress=False)
-        prompts.append([instance.args for instance in ready.rows[0].tasks["rivers"].instances])
+        prompts.append([instance.args for instance in ready.rows["rivers"].instances])
     assert prompts[0] == prompts[1]
     assert len(set(prompts[0])) == 12
 
@@ -433,7 +434,7 @@ def test_bars_and_warnings_of_the_harness(tmp_path, capfd, caplog):
     shown_bars = capfd.readouterr()
     assert shown_bars.out == ""
     for task in tasks:
-        assert f"{task}: prompts" in shown_bars.err
+        assert task in shown_bars.err
 
 
 # Mistakes
@@ -473,11 +474,9 @@ def test_settings_out_of_range(options, message):
 
 
 def test_a_folder_without_tasks_says_why(tmp_path):
-    with pytest.raises(CapabilityError, match=r"holds no task\. Give a folder"):
-        measure(tasks_dir=tmp_path)
     (tmp_path / "a.yaml").write_text("task: [a\n")
     (tmp_path / "b.yaml").write_text("model: b\n")
-    with pytest.raises(CapabilityError, match=r"\(a.yaml: while .*; b.yaml has no key `task`\)"):
+    with pytest.raises(CapabilityError, match=r"holds no task; .* no key `task`\. Give a folder"):
         measure(tasks_dir=tmp_path)
 
 
@@ -502,9 +501,7 @@ def test_data_that_cannot_be_fetched_is_told_at_once(tmp_path, unreachable):
 
 
 def test_own_tasks_ask_no_hub(monkeypatch):
-    from locft_easyedit.capability import surroundings
-
-    monkeypatch.setattr(surroundings, "_hub_answers", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: pytest.fail("the hub was asked"))
     measure(limit=1)
 
 
