@@ -104,6 +104,10 @@ def toy(**config):
     return toy_model(**config), toy_tokenizer()
 
 
+def prompts_of(ready, name):
+    return [instance.args for instance in ready.rows[name]["tasks"][name].instances]
+
+
 def measure(tasks=OWN_TASKS, pair=None, **options):
     return measure_capability(*(pair or toy()), list(tasks), progress=False, **options)
 
@@ -157,10 +161,12 @@ def test_a_second_measurement_of_the_same_tasks_is_the_same():
     assert results[0] != results[1]
 
 
-def test_from_any_folder(tmp_path, monkeypatch):
+def test_from_any_folder_and_in_any_process_of_a_launch(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert measure(["locft_copying"], limit=2)["tasks"]["locft_copying"]["n"] == 2
     assert not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.slow
@@ -287,7 +293,7 @@ def test_examples_are_those_that_the_harness_draws(tmp_path):
     model, tokenizer = toy()
     random.seed(7)  # no matter
     measure_ready(model, tokenizer, ready, progress=False)
-    ours = [instance.args for instance in ready.rows["rivers"].instances]
+    ours = prompts_of(ready, "rivers")
     reference = lm_eval.evaluator.simple_evaluate(
         model=lm_eval.models.huggingface.HFLM(model, tokenizer=tokenizer),
         tasks=["rivers"],
@@ -394,7 +400,9 @@ def test_tasks_that_draw_are_seeded(tmp_path):
     for seed in (1, 2):
         random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
         measure_ready(*toy(), ready, progress=False)
-        prompts.append([instance.args for instance in ready.rows["rivers"].instances])
+        prompts.append(
+            [instance.args for instance in ready.rows["rivers"]["tasks"]["rivers"].instances]
+        )
     assert prompts[0] == prompts[1]
     assert len(set(prompts[0])) == 12
 

@@ -7,6 +7,7 @@ An edited model should lose none of it. The paper (arXiv 2509.22072) reports the
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
@@ -18,7 +19,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from .metrics import PAPER_TASKS, choose_metric, scale_of
-from .prepare import CapabilityError, ReadyTasks, prepare_tasks, tasks_of
+from .prepare import CapabilityError, ReadyTasks, prepare_tasks
 from .surroundings import errors_only, model_kept, padded_copy, surroundings_kept
 
 __all__ = [
@@ -118,7 +119,7 @@ def _check_context(lm: Any, ready: ReadyTasks) -> None:
     from lm_eval.models.utils import normalize_gen_kwargs
 
     for name, row in ready.rows.items():
-        for task in tasks_of(row):
+        for task in row["tasks"].values():
             if task.OUTPUT_TYPE != "generate_until":
                 continue
             settings = task.get_config("generation_kwargs") or {}
@@ -131,16 +132,23 @@ def _check_context(lm: Any, ready: ReadyTasks) -> None:
 
 
 def _measure(lm: Any, name: str, ready: ReadyTasks) -> dict[str, Any]:
-    """Returns the entry of one task or group; seeds are the harness's own."""
+    """Returns the entry of one task or group; seeds are those of the harness's command."""
     import lm_eval
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+    for task in ready.rows[name]["tasks"].values():
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     watch = _NaNWatch()
     hook = lm.model.register_forward_hook(watch)
     try:
-        results = lm_eval.simple_evaluate(
+        # Not `simple_evaluate`: it also runs git and other programs to describe the machine, and
+        # returns nothing in a process whose LOCAL_RANK is not 0.
+        results = lm_eval.evaluate(
             lm,
-            tasks=[ready.rows[name]],
-            task_manager=ready.manager,
+            ready.rows[name],
             limit=ready.limit,
             bootstrap_iters=100,  # 0 would leave out the closed forms as well
             log_samples=False,

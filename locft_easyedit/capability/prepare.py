@@ -32,13 +32,12 @@ class ReadyTasks:
     """Tasks that were found and whose data is loaded; they can be measured more than once.
 
     Attributes:
-        rows: Name -> the harness's task, or its group where that has a mean of its own (mmlu).
-        manager: The harness's index of tasks that they come from.
+        rows: Name of a task, or of a group with a mean of its own (mmlu) -> what the harness has
+            loaded for it: `tasks` and `groups`, by their names.
         limit: Documents of each task at most (of each task below a group); `None` is all.
     """
 
-    rows: dict[str, Any]
-    manager: Any
+    rows: dict[str, dict[str, Any]]
     limit: int | None
 
 
@@ -76,11 +75,12 @@ def prepare_tasks(
         problems += unknown
         if problems:
             raise CapabilityError(one_message("The capability cannot be measured:", problems))
-        rows: dict[str, Any] = {}
+        rows: dict[str, dict[str, Any]] = {}
         with hub:
             for name in names:
                 try:
-                    rows |= _rows(manager.load([name]), name)
+                    found = _rows(manager.load([name]), name)
+                    rows |= {one: manager.load([row]) for one, row in found.items()}
                 except Exception as error:  # tasks run code and fetch data of any kind
                     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                     problems.append(f"`{name}`: {reason}")
@@ -88,16 +88,13 @@ def prepare_tasks(
         if problems:
             title = "These tasks cannot be measured:"
             raise CapabilityError(one_message(title, problems) + f"\n{_GO_ON}")
-        for task in (task for row in rows.values() for task in tasks_of(row)):
-            if num_fewshot is not None and task.get_config("num_fewshot") != 0:
-                task.set_config(key="num_fewshot", value=num_fewshot)
+        for task in (task for row in rows.values() for task in row["tasks"].values()):
+            own = task.get_config("num_fewshot")
+            if own != 0:
+                shots = own if num_fewshot is None else num_fewshot
+                task.set_config(key="num_fewshot", value=shots or 0)
             _without_resampling_(task)
-    return ReadyTasks(rows, manager, limit)
-
-
-def tasks_of(row: Any) -> list[Any]:
-    """Returns the tasks below a group of the harness, or the task itself."""
-    return row.get_all_tasks() if hasattr(row, "get_all_tasks") else [row]
+    return ReadyTasks(rows, limit)
 
 
 def _rows(loaded: Any, name: str) -> dict[str, Any]:
@@ -175,17 +172,17 @@ def _task_manager(names: list[str], tasks_dir: str | Path | None) -> tuple[Any, 
     return manager, problems
 
 
-def _problems_of(name: str, row: Any) -> list[str]:
+def _problems_of(name: str, row: dict[str, Any]) -> list[str]:
     """Returns why the harness, or a mean of shares, has no use for a task or group."""
-    problems = []
-    if any(getattr(task, "UNSAFE_CODE", False) for task in tasks_of(row)):
+    problems, tasks = [], row["tasks"].values()
+    if any(getattr(task, "UNSAFE_CODE", False) for task in tasks):
         problems.append(f"`{name}` runs code that the model writes, which is refused here.")
-    if any(getattr(task, "MULTIMODAL", False) for task in tasks_of(row)):
+    if any(getattr(task, "MULTIMODAL", False) for task in tasks):
         problems.append(f"`{name}` needs images or sound; the model reads text.")
-    if hasattr(row, "aggregate_metric_list"):
-        metrics = [one.metric for one in row.aggregate_metric_list]
+    if name in row["groups"]:
+        metrics = [one.metric for one in row["groups"][name].aggregate_metric_list]
     else:
-        metrics = list(row.aggregation())
+        metrics = list(row["tasks"][name].aggregation())
     if set(SHARES).isdisjoint(metrics):
         problems.append(
             f"`{name}` has the metrics {', '.join(metrics)}; a capability needs one of "
