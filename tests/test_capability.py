@@ -400,9 +400,7 @@ def test_tasks_that_draw_are_seeded(tmp_path):
     for seed in (1, 2):
         random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
         measure_ready(*toy(), ready, progress=False)
-        prompts.append(
-            [instance.args for instance in ready.rows["rivers"]["tasks"]["rivers"].instances]
-        )
+        prompts.append(prompts_of(ready, "rivers"))
     assert prompts[0] == prompts[1]
     assert len(set(prompts[0])) == 12
 

@@ -18,7 +18,7 @@ def test_our_steps_have_the_losses_of_the_published_algorithm(tmp_path):
     command = [sys.executable, str(SCRIPT), "--device", "cpu", *TOY.split(), "--json", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    figures = json.loads(out.read_text(encoding="utf-8"))
+    figures = json.loads(out.read_text(encoding="utf-8"))["figures"]
     losses = {row["step"]: row["loss"] for row in figures["steps"]}
     assert losses["ours, float32"] == pytest.approx(losses["published, float32"], abs=1e-5)
     # Both round activations to 8 bits, at other places.

@@ -129,11 +129,10 @@ def prepared(options, scratch):
 
 
 def make_toy(options, folder, data):
-    from growth import random_model, random_requests, word_tokenizer
+    from random_inputs import random_model, random_requests, word_tokenizer
 
     words = 600
-    sizes = argparse.Namespace(words=words, hidden=64, inner=192, layers=4)
-    random_model(sizes).save_pretrained(folder)
+    random_model(words, hidden=64, inner=192, layers=4).save_pretrained(folder)
     word_tokenizer(words).save_pretrained(folder)
     data.write_text(json.dumps(random_requests(options.n, words)))
 
