@@ -189,7 +189,7 @@ def one_run(options):
         run = pipeline.edit_and_measure(model, tokenizer, requests, hparams, progress=False)
         result, seconds = run.result, run.seconds
         watch = Watch()
-        pipeline.write_run(Path(options.folder) / "results", run, hparams)
+        pipeline.write_run(Path(options.folder) / "results", run, hparams, save="none")
         watch.lap("report")
         seconds["report"] = watch.seconds["report"]
     timings = result.timings

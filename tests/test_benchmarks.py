@@ -97,7 +97,9 @@ def test_through_which_tokens_an_edit_leaks(run, toy_folder):
     (toy_folder / "mine.txt").write_text("the capital of Belgium is Paris . Who is it ?\n" * 40)
     with open("toy.yaml", "a", encoding="utf-8") as file:
         file.write("preserve: [mine.txt]\n")
-    printed = run(FOLDER / "checks/leaks.py", "--hparams", "toy.yaml", "--data", "edits.json")
+    printed = run(
+        FOLDER / "checks/leaks.py", "--hparams", "toy.yaml", "--data", "edits.json", "--n", 6
+    )
     lines = [line.split() for line in printed.strip().split("\n")[1:]]
     assert [line[1] for line in lines] == ["LocFT-BF", "LocFT-BF+"]
     assert all(float(kl) >= 0 for line in lines for kl in line[2:])

@@ -27,12 +27,11 @@ from huggingface_hub import constants
 
 from locft_easyedit.capability import prepare
 from locft_easyedit.capability.harness import (
-    CapabilityError,
     capability_table,
     measure_capability,
     measure_ready,
-    prepare_tasks,
 )
+from locft_easyedit.capability.prepare import CapabilityError, prepare_tasks
 from locft_easyedit.capability.surroundings import padded_copy
 
 FULL_INDEX = lm_eval.tasks.TaskManager

@@ -22,15 +22,6 @@ from .metrics import PAPER_TASKS, choose_metric, scale_of
 from .prepare import CapabilityError, ReadyTasks, prepare_tasks
 from .surroundings import errors_only, model_kept, padded_copy, surroundings_kept
 
-__all__ = [
-    "PAPER_TASKS",
-    "CapabilityError",
-    "capability_table",
-    "measure_capability",
-    "measure_ready",
-    "prepare_tasks",
-]
-
 
 def measure_capability(
     model: Any,
