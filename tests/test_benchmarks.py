@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from toys import REPOSITORY
+from toys import REPOSITORY, toy_requests
+
+from locft_easyedit.__main__ import main
 
 FOLDER = REPOSITORY / "benchmarks"
 # Imported by the others.
@@ -21,7 +23,7 @@ SCRIPTS = sorted(path for path in FOLDER.glob("**/*.py") if path.stem not in PAR
 def run(monkeypatch, capsys):
     """Runs a script as a command would, in this process; returns what it prints."""
 
-    def with_arguments(script, *arguments):
+    def with_arguments(script, *arguments, statuses=(None, 0)):
         monkeypatch.syspath_prepend(FOLDER)
         monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
         status = None
@@ -29,7 +31,7 @@ def run(monkeypatch, capsys):
             runpy.run_path(str(script), run_name="__main__")
         except SystemExit as end:
             status = end.code
-        assert not status, status
+        assert status in statuses, status
         return capsys.readouterr().out
 
     return with_arguments
@@ -91,6 +93,18 @@ def test_growth_with_the_edits(run, tmp_path):
     assert [row["edits"] for row in found["edits"]] == [20, 40]
     assert found["edits"][1]["state_bytes"] > found["edits"][0]["state_bytes"] > 0
     assert [row["layer"] for row in (*found["places"], *found["layers"])] == [0, 1]
+
+
+@pytest.mark.slow
+def test_the_choice_of_a_place_beside_a_study(run, toy_folder):
+    (toy_folder / "edits.json").write_text(json.dumps(toy_requests(9)))
+    command = ["locate", "--config-name", "toy.yaml", "data=edits.json", "output=out"]
+    assert main([*command, "sweep_layers=[1,3]", "sweep_modules=[down]", "sweep_lrs=[1e-2]"]) == 0
+    # The status says whether the choice is cheap, which it is not beside a toy's training.
+    run(FOLDER / "checks/auto.py", "out", "--output", "found.json", statuses=(0, 1))
+    found = json.loads((toy_folder / "found.json").read_text(encoding="utf-8"))
+    assert found["best by score"] in {path.stem for path in (toy_folder / "out/cells").iterdir()}
+    assert found["seconds"] > 0
 
 
 def test_through_which_tokens_an_edit_leaks(run, toy_folder):
