@@ -187,7 +187,6 @@ class EditSession:
                     self._texts,
                     self.place,
                     h,
-                    replaced=h.tuning == "lora" or bool(self.sources),
                     progress=self.progress,
                 )
                 self.shortcuts, self.stream = self._cleanup.enter_context(ready)

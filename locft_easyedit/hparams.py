@@ -121,8 +121,6 @@ class LocFTBFHyperParams:
             (FSDP2), and gather a layer when it runs; `None` does so where these do not fit a
             device.
         quantize_frozen: Load what is not trained in `8bit` or `4bit` (bitsandbytes).
-        compile: Let torch.compile fuse the norms and MLPs that every step runs. It takes minutes
-            before the first step, and pays where a step is bound by launching kernels.
         packing: Put several edits into one row instead of padding each.
         tuning: `full` trains the matrices themselves, as published; `lora` a low-rank change of
             each (LoRA, arXiv 2106.09685), which is added to it when training ends.
@@ -178,7 +176,6 @@ class LocFTBFHyperParams:
     stream_frozen: Optional[bool] = None  # noqa: UP045
     shard_frozen: Optional[bool] = None  # noqa: UP045
     quantize_frozen: Optional[str] = None  # noqa: UP045
-    compile: bool = False
     packing: bool = True
     tuning: str = "full"
     lora_rank: int = 8

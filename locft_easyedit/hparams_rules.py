@@ -149,7 +149,7 @@ def broken_rules(values: Mapping[str, Any]) -> list[str]:
                 lambda v, key=key: not (v and values.get(key)),
                 f"does not go with `{key}`; keep one of them",
             )
-            for key in ("model_parallel", "quantize_frozen", "compile")
+            for key in ("model_parallel", "quantize_frozen")
         ),
         ("on_conflict", lambda v: v in ON_CONFLICT, f"must be one of {', '.join(ON_CONFLICT)}"),
         (

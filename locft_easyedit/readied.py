@@ -1,4 +1,4 @@
-"""A model made ready for many passes: what they leave out, what is on disk, what is compiled.
+"""A model made ready for many passes: what they leave out, and what is on disk.
 
 What is found here holds for all texts of a session and for every training of them.
 """
@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager, nullcontext
 
 from transformers import PreTrainedModel
 
-from .compiling import compiled
 from .errors import ModelError
 from .hparams import LocFTBFHyperParams
 from .place import Place
@@ -27,7 +26,6 @@ def readied(
     place: Place,
     hparams: LocFTBFHyperParams,
     *,
-    replaced: bool,
     progress: bool = False,
 ) -> Iterator[tuple[Shortcuts, FrozenStream | None]]:
     """Within, a model is ready for many passes; afterwards its modules are as they were.
@@ -38,8 +36,7 @@ def readied(
         model: The model, in evaluation mode.
         texts: All edits as tokens.
         place: What is trained.
-        hparams: `packing`, `frozen_prefix`, `compile`.
-        replaced: Whether modules of the place compute something else during training.
+        hparams: `packing`, `frozen_prefix`.
         progress: Show progress bars.
 
     Raises:
@@ -63,8 +60,4 @@ def readied(
                 "`stream_frozen` does not suit this model: its layers cannot be split (see "
                 "the warning). Set `stream_frozen: false`, on a device that holds it whole."
             )
-        if hparams.compile and place.stack is not None:
-            # A graph would go on computing with a change that is no longer there.
-            apart = place.parameters.values() if replaced else ()
-            undo.enter_context(compiled(place.stack, place.first_layer or 0, apart))
         yield shortcuts, stream

@@ -91,7 +91,7 @@ def _sharding(
 ) -> Sharding | None:
     """Returns what to shard; `None` if every process can hold what it needs, or must."""
     by_itself = hparams.shard_frozen is None
-    elsewhere = hparams.model_parallel or hparams.quantize_frozen or hparams.compile
+    elsewhere = hparams.model_parallel or hparams.quantize_frozen
     if hparams.shard_frozen is False or (by_itself and (elsewhere or hparams.chooses)):
         return None
     stack = None if skeleton is None else find_layers(skeleton)

@@ -21,17 +21,17 @@ from locft_easyedit.errors import HyperParamsError, LocFTError, MissingDependenc
 
 pytest.importorskip("lm_eval", reason='pip install "locft_easyedit[capability]"')
 
+import huggingface_hub
 import lm_eval.tasks
 from huggingface_hub import constants
 
 from locft_easyedit.capability import prepare
 from locft_easyedit.capability.harness import (
-    CapabilityError,
     capability_table,
     measure_capability,
     measure_ready,
-    prepare_tasks,
 )
+from locft_easyedit.capability.prepare import CapabilityError, prepare_tasks
 from locft_easyedit.capability.surroundings import padded_copy
 
 FULL_INDEX = lm_eval.tasks.TaskManager
@@ -103,6 +103,10 @@ def toy(**config):
     return toy_model(**config), toy_tokenizer()
 
 
+def prompts_of(ready, name):
+    return [instance.args for instance in ready.rows[name]["tasks"][name].instances]
+
+
 def measure(tasks=OWN_TASKS, pair=None, **options):
     return measure_capability(*(pair or toy()), list(tasks), progress=False, **options)
 
@@ -156,10 +160,12 @@ def test_a_second_measurement_of_the_same_tasks_is_the_same():
     assert results[0] != results[1]
 
 
-def test_from_any_folder(tmp_path, monkeypatch):
+def test_from_any_folder_and_in_any_process_of_a_launch(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert measure(["locft_copying"], limit=2)["tasks"]["locft_copying"]["n"] == 2
     assert not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.slow
@@ -286,7 +292,7 @@ def test_examples_are_those_that_the_harness_draws(tmp_path):
     model, tokenizer = toy()
     random.seed(7)  # no matter
     measure_ready(model, tokenizer, ready, progress=False)
-    ours = [instance.args for instance in ready.rows[0].tasks["rivers"].instances]
+    ours = prompts_of(ready, "rivers")
     reference = lm_eval.evaluator.simple_evaluate(
         model=lm_eval.models.huggingface.HFLM(model, tokenizer=tokenizer),
         tasks=["rivers"],
@@ -308,10 +314,10 @@ def test_nan_is_no_value_and_says_why(task):
     model.lm_head.weight.data[5] = float("nan")
     result = measure([task, *OWN_TASKS], (model, tokenizer), limit=3)
     assert result["mean"] is None
-    for name, prompts in zip(OWN_TASKS, (12, 3), strict=True):
+    for name in OWN_TASKS:
         entry = result["tasks"][name]
         assert entry["value"] is entry["stderr"] is None
-        assert entry["reason"] == f"the model gave NaN for {prompts} prompts"
+        assert entry["reason"] == "the model gave NaN"
         assert name in result["reason"]
     assert "no value" in shown(capability_table({"model": result}))
 
@@ -393,7 +399,7 @@ def test_tasks_that_draw_are_seeded(tmp_path):
     for seed in (1, 2):
         random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
         measure_ready(*toy(), ready, progress=False)
-        prompts.append([instance.args for instance in ready.rows[0].tasks["rivers"].instances])
+        prompts.append(prompts_of(ready, "rivers"))
     assert prompts[0] == prompts[1]
     assert len(set(prompts[0])) == 12
 
@@ -433,7 +439,7 @@ def test_bars_and_warnings_of_the_harness(tmp_path, capfd, caplog):
     shown_bars = capfd.readouterr()
     assert shown_bars.out == ""
     for task in tasks:
-        assert f"{task}: prompts" in shown_bars.err
+        assert task in shown_bars.err
 
 
 # Mistakes
@@ -473,11 +479,9 @@ def test_settings_out_of_range(options, message):
 
 
 def test_a_folder_without_tasks_says_why(tmp_path):
-    with pytest.raises(CapabilityError, match=r"holds no task\. Give a folder"):
-        measure(tasks_dir=tmp_path)
     (tmp_path / "a.yaml").write_text("task: [a\n")
     (tmp_path / "b.yaml").write_text("model: b\n")
-    with pytest.raises(CapabilityError, match=r"\(a.yaml: while .*; b.yaml has no key `task`\)"):
+    with pytest.raises(CapabilityError, match=r"holds no task; .* no key `task`\. Give a folder"):
         measure(tasks_dir=tmp_path)
 
 
@@ -502,9 +506,7 @@ def test_data_that_cannot_be_fetched_is_told_at_once(tmp_path, unreachable):
 
 
 def test_own_tasks_ask_no_hub(monkeypatch):
-    from locft_easyedit.capability import surroundings
-
-    monkeypatch.setattr(surroundings, "_hub_answers", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: pytest.fail("the hub was asked"))
     measure(limit=1)
 
 

@@ -23,7 +23,7 @@ ROUNDING = 1e-6
 
 @pytest.fixture
 def scripts(monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "examples" / "benchmarks")
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
     names = ("generalization", "generalization_bench", "generalization_report")
     names += ("generalization_picture", "generalization_peers")
     return {name.removeprefix("generalization").strip("_"): importlib.import_module(name)

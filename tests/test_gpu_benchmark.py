@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "examples/benchmarks/gpu.py"
+SCRIPT = Path(__file__).parents[1] / "benchmarks/gpu.py"
 TOY = ("--layers 4 --layer 2 --hidden 64 --inner 128 --heads 2 --kv-heads 1 --vocabulary 1000 "
        "--edits 60 --epochs 2 --row-tokens 64 --batch 20 --steps 1")  # fmt: skip
 
@@ -18,7 +18,7 @@ def test_our_steps_have_the_losses_of_the_published_algorithm(tmp_path):
     command = [sys.executable, str(SCRIPT), "--device", "cpu", *TOY.split(), "--json", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    figures = json.loads(out.read_text(encoding="utf-8"))
+    figures = json.loads(out.read_text(encoding="utf-8"))["figures"]
     losses = {row["step"]: row["loss"] for row in figures["steps"]}
     assert losses["ours, float32"] == pytest.approx(losses["published, float32"], abs=1e-5)
     # Both round activations to 8 bits, at other places.

@@ -9,7 +9,6 @@ import pytest
 import torch
 from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit.compiling import not_compiled
 from locft_easyedit.cut import layer_cut
 from locft_easyedit.editing import EditSession
 from locft_easyedit.errors import OutputError, PlaceError
@@ -523,22 +522,6 @@ def test_recorded_in_evaluation_mode_outside_of_inference_mode():
         assert not again.store._host.is_inference()
         assert torch.equal(recorded(again), expected)
         assert model.training
-
-
-def test_the_pass_runs_no_compiled_module():
-    model, texts = toy_model(), small_texts()
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("the compiled one")
-
-    mlp = model.model.layers[1].mlp
-    mlp._compiled_call_impl = refuse
-    with LayerStates(model, [1, 3]) as states:
-        assert fill(states, empty_prefix(model, 3, texts), texts)
-    assert mlp._compiled_call_impl is refuse
-    with not_compiled(find_layers(model)):
-        assert mlp._compiled_call_impl is None
-    assert mlp._compiled_call_impl is refuse
 
 
 def test_a_budget_that_is_left_open_gets_a_size_once(monkeypatch):

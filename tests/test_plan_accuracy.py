@@ -14,7 +14,7 @@ CLOSE = 0.15
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone counts such peaks")
 def test_planned_peak_is_the_measured_one(smollm2, tmp_path):
-    script = REPOSITORY / "examples" / "benchmarks" / "plan_accuracy.py"
+    script = REPOSITORY / "benchmarks" / "plan_accuracy.py"
     written = tmp_path / "figures.json"
     arguments = ["--given-only", "--n", "30", "--batch-size", "30", "--epochs", "2"]
     arguments += ["--dtype", "float32", "--no-evaluation", "--model", str(smollm2)]

@@ -23,7 +23,7 @@ VARIANTS = {
 @pytest.fixture
 def remedies(monkeypatch, toy_folder):
     """The script, with the toy's six edits and a text in place of a sampled one."""
-    monkeypatch.syspath_prepend(REPOSITORY / "examples" / "benchmarks")
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
     script = importlib.import_module("remedies")
     monkeypatch.setattr(script, "VARIANTS", VARIANTS)
     (toy_folder / "mine.txt").write_text(

@@ -67,7 +67,7 @@ def matrices(folder):
 
 @pytest.mark.slow
 def test_killed_runs_end_with_the_bits_of_one_that_was_not_killed():
-    script = REPOSITORY / "examples" / "checks" / "kill.py"
+    script = REPOSITORY / "benchmarks" / "checks" / "kill.py"
     ran = subprocess.run(
         [sys.executable, str(script), "--kills", "5", "--epochs", "10", "--seed", "3"],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},

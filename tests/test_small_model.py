@@ -9,7 +9,7 @@ import torch
 from toys import REPOSITORY, toy_requests
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-SCRIPT = REPOSITORY / "examples" / "benchmarks" / "small_model.py"
+SCRIPT = REPOSITORY / "benchmarks" / "small_model.py"
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 # Those of "Fine-tuning Done Right in Model Editing" (arXiv 2509.22072), as the harness names them.
 PAPER_TASKS = ("mmlu", "nq_open", "sst2", "wmt16-de-en", "gsm8k")
@@ -28,11 +28,6 @@ _FILTERS = ("none", "flexible-extract")
 
 # Metrics that the harness gives in per cent.
 _SCALES = {"bleu": 100.0, "chrf": 100.0}
-
-
-def has_share(metrics: Iterable[str]) -> bool:
-    """Returns whether a task with these metrics has one that can count."""
-    return not set(SHARES).isdisjoint(metrics)
 
 
 def choose_metric(task: str, keys: Collection[str]) -> str | None:

@@ -88,7 +88,8 @@ def run_capability(config: CapabilityConfig) -> dict[str, Any]:
         LocFTError: The tasks, a model or the folder cannot be used; tasks and folder are checked
             before a model is loaded.
     """
-    from ..capability.harness import capability_table, prepare_tasks
+    from ..capability.harness import capability_table
+    from ..capability.prepare import prepare_tasks
     from ..models import resolve_device
     from ..report import prepare_folder, show, write_json
 

@@ -7,7 +7,7 @@ longer. What counts is `score`: the edits, their rewordings by template, and the
 text. Of a request only its prompt and its target are looked at.
 
 What it loses against location studies of two models on two data sets stands in the README
-(`examples/checks/auto.py` measures it).
+(`benchmarks/checks/auto.py` measures it).
 """
 
 from __future__ import annotations

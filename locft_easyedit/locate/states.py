@@ -19,7 +19,6 @@ import torch
 from transformers import PreTrainedModel
 
 from ..batches import in_batches
-from ..compiling import not_compiled
 from ..cut import layer_cut
 from ..devices import input_device, row_length
 from ..errors import MemoryBudgetError, OutputError, PlaceError
@@ -261,15 +260,14 @@ class LayerStates:
 
         self.n_passes += 1
         try:
-            with not_compiled(stack):
-                in_batches(
-                    layout.texts.lengths,
-                    layout.batch_size,
-                    run,
-                    description=f"hidden states of {len(layers)} layers",
-                    unit="text",
-                    progress=self.progress,
-                )
+            in_batches(
+                layout.texts.lengths,
+                layout.batch_size,
+                run,
+                description=f"hidden states of {len(layers)} layers",
+                unit="text",
+                progress=self.progress,
+            )
         except BaseException:
             for store in stores.values():
                 store.close()

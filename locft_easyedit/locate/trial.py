@@ -124,7 +124,6 @@ class Trials:
             batch_size=self.batch_size,
             on_conflict="train",
             prefix_dir=None,
-            compile=False,
             checkpoint_dir=None,
             health_check=False,
         )

@@ -1,8 +1,8 @@
 """Times a whole edit on one GPU, on random weights of a real model's shape; no download.
 
-    python examples/benchmarks/gpu.py                       # Llama-3-8B's shape, 3,000 edits
-    python examples/benchmarks/gpu.py --streamed            # Qwen2.5-72B's shape, layers from disk
-    python examples/benchmarks/gpu.py --device cpu --layers 4 --layer 2 --hidden 64 --inner 128 \
+    python benchmarks/gpu.py                       # Llama-3-8B's shape, 3,000 edits
+    python benchmarks/gpu.py --streamed            # Qwen2.5-72B's shape, layers from disk
+    python benchmarks/gpu.py --device cpu --layers 4 --layer 2 --hidden 64 --inner 128 \
         --heads 2 --kv-heads 1 --vocabulary 1000 --edits 60 --epochs 2 --row-tokens 64
 
 The weights are drawn on the device in bfloat16, and the edits are random words in ZsRE's lengths
@@ -14,7 +14,6 @@ float32 and in bfloat16. `--streamed` first writes a checkpoint of random weight
 `--frozen-layers` layers stay on disk; a whole model's seconds follow from those of a layer.
 """
 
-import argparse
 import json
 import tempfile
 import time
@@ -23,9 +22,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from growth import random_requests, word_tokenizer
+from random_inputs import random_requests, word_tokenizer
 from safetensors.torch import save_file
-from step import Ours, interleaved, matmul_rate, one_step, published, step_flop, synchronize
+from shared import interleaved, matmul_rate, parser_of, synchronize, write_figures
+from step import Ours, one_step, published, step_flop
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from locft_easyedit.compare.memory import peak_memory
@@ -51,14 +51,12 @@ def main():
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}; {options.layers} layers of width {options.hidden}, "
           f"{options.edits} edits, place: layer {options.layer}, {options.dtype}")  # fmt: skip
-    figures = {"device": name, "torch": torch.__version__, "options": vars(options)}
-    figures |= streamed(options) if options.streamed else resident(options, device)
-    if options.json:
-        Path(options.json).write_text(json.dumps(figures, indent=2, default=str), encoding="utf-8")
+    figures = streamed(options) if options.streamed else resident(options, device)
+    write_figures(options, figures, device=name)
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--edits", type=int, default=3000)
@@ -72,7 +70,6 @@ def arguments():
     parser.add_argument("--streamed", action="store_true", help="frozen layers from disk")
     parser.add_argument("--frozen-layers", type=int, default=8, help="layers on disk")
     parser.add_argument("--folder", help="where the checkpoint and hidden states go")
-    parser.add_argument("--json", help="also write the figures to this file")
     options = parser.parse_args()
     shape = QWEN_72B if options.streamed else LLAMA_3_8B
     for key, value in shape.items():

@@ -7,7 +7,7 @@ docstrings and code of Python's standard library, which every machine has, and e
 put together by chance. The health check's text, on which drift is measured, is no part of it, nor
 is any new target as an answer.
 
-    python examples/benchmarks/small_model.py zsre.json counterfact.json --output small_model
+    python benchmarks/small_model.py zsre.json counterfact.json --output small_model
 
 The folder is an ordinary one: AutoModelForCausalLM and AutoTokenizer load it. `facts.json` in it
 says how many of the facts the model knows. Ten minutes of a core's time are enough for the facts of

@@ -1,6 +1,6 @@
 """Damaged and hostile input, thousands of times: a result or a typed error, and nothing else.
 
-    python examples/checks/fuzz.py --n 10000 [--kind hparams] [--seed 0] [--json OUT]
+    python benchmarks/checks/fuzz.py --n 10000 [--kind hparams] [--seed 0] [--json OUT]
 
 Each kind of input begins as valid files, which are then mutated: bytes flipped, cut and spliced,
 and within JSON and YAML values exchanged for hostile ones. Every input is read in a folder of its

@@ -1,6 +1,6 @@
 """Compares the memory that `locft plan` tells with what a run really takes, on a CPU.
 
-    python examples/benchmarks/plan_accuracy.py --model models/SmolLM2-135M-Instruct
+    python benchmarks/plan_accuracy.py --model models/SmolLM2-135M-Instruct
 
 For each model and precision a plan is made, and a fresh process does what was planned: it loads
 the model, records the frozen prefix, measures, trains, measures again. Linux counts the peak of a
@@ -17,11 +17,11 @@ from pathlib import Path
 
 import psutil
 import torch
+from shared import parser_of, write_figures
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from locft_easyedit.compare.memory import peak_memory
 from locft_easyedit.data import read_requests
-from locft_easyedit.demo.run import FACTS
 from locft_easyedit.editing import EditSession
 from locft_easyedit.evaluate.choices import HowToRun
 from locft_easyedit.evaluate.evaluation import Evaluation
@@ -38,12 +38,9 @@ LIMIT = 0.15
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
-    parser.add_argument("--template", default="model.layers.{}.mlp.down_proj.weight")
+    parser = parser_of(__doc__, "model", "template", "data", "preserve-dir")
     parser.add_argument("--layer", type=int, nargs="+", default=[20, 14],
                         help="of the given model, and of the random one of 20 layers")  # fmt: skip
-    parser.add_argument("--data", default=str(FACTS), help="JSON file with edits")
     parser.add_argument("--n", type=int, default=100, help="edits")
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=3)
@@ -52,9 +49,7 @@ def main():
     parser.add_argument("--streamed", action="store_true", help="frozen layers left on disk")
     parser.add_argument("--no-evaluation", action="store_true")
     parser.add_argument("--alg-name", default="LocFT-BF", help="or LocFT-BF+")
-    parser.add_argument("--preserve-dir", help="what is measured for LocFT-BF+ once")
     parser.add_argument("--given-only", action="store_true", help="no random model")
-    parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -73,9 +68,7 @@ def main():
                 for cut in options.cut or [None]:
                     rows += compare(name, path, layer, dtype, cut, options)
     table(rows)
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"figures": rows, **vars(options)}, file, indent=2)
+    write_figures(options, rows)
 
 
 def build(folder, tokenizer_of):

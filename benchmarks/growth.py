@@ -1,6 +1,6 @@
 """How time and peak memory grow with the number of edits, the place and the number of layers.
 
-    python examples/benchmarks/growth.py --edits 1000 10000 100000 --host-gib 1
+    python benchmarks/growth.py --edits 1000 10000 100000 --host-gib 1
 
 A whole run each time, as `locft edit` makes it: checks and tokens, frozen prefix, one epoch, all
 metrics before and after, `metrics.json`. The model is a small llama of random weights, the edits
@@ -24,8 +24,14 @@ import threading
 import time
 from pathlib import Path
 
+import torch
+from random_inputs import random_model, random_requests, word_tokenizer
+from shared import parser_of, write_figures
+
+from locft_easyedit import editing, pipeline
+from locft_easyedit.hparams import LocFTBFHyperParams
+
 GIB = 2**30
-HEAD_SCALE = 10.0  # see `random_model`
 PHASES = ("tokens", "prefix", "before", "epoch", "after", "report")
 
 
@@ -34,14 +40,14 @@ def main():
     if options.one is not None:
         one_run(options)
         return
-    figures = {"options": vars(options), "edits": [], "places": [], "layers": []}
+    figures = {"edits": [], "places": [], "layers": []}
     if options.edits:
         rows = figures["edits"]
         for n in options.edits:
             rows.append(in_process(options, n))
             print_row(rows, n)
         print_bytes(rows)
-        write(options, figures)
+        write_figures(options, figures)
     for name, cases in (
         ("places", [(options.sweep_layers, layer) for layer in options.places]),
         ("layers", [(n_layers, n_layers - 1) for n_layers in options.layer_counts]),
@@ -53,11 +59,11 @@ def main():
             print(f"{n_layers:7} {layer:6} {row['seconds']['prefix']:9.2f} "
                   f"{row['seconds']['epoch']:8.2f} {row['state_bytes'] / 2**20:11.1f}",
                   flush=True)  # fmt: skip
-    write(options, figures)
+    write_figures(options, figures)
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = parser_of(__doc__)
     numbers = [100, 1000, 10_000, 30_000, 100_000]
     parser.add_argument("--edits", type=int, nargs="*", default=numbers)
     parser.add_argument("--host-gib", type=float, default=1.0, help="for hidden states, in memory")
@@ -78,7 +84,6 @@ def arguments():
     parser.add_argument(
         "--cpu", action="store_true", help="seconds of the processor, not the clock"
     )
-    parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -138,23 +143,14 @@ def print_bytes(rows):
             print(f"  {phase:8} at its peak       {(other - one) / n:8.0f}")
 
 
-def write(options, figures):
-    if options.json:
-        Path(options.json).write_text(json.dumps(figures, indent=2), encoding="utf-8")
-
-
 # What follows runs in a process of its own.
 
 
 def one_run(options):
     if options.cpu:
         time.perf_counter = time.process_time
-    import torch  # not before the process that only starts others has started them
-
-    from locft_easyedit import editing, pipeline
-    from locft_easyedit.hparams import LocFTBFHyperParams
-
-    model, tokenizer = random_model(options), word_tokenizer(options.words)
+    model = random_model(options.words, options.hidden, options.inner, options.layers)
+    tokenizer = word_tokenizer(options.words)
     memory = Memory()
     base = memory.now()
     requests = random_requests(options.one, options.words)
@@ -193,7 +189,7 @@ def one_run(options):
         run = pipeline.edit_and_measure(model, tokenizer, requests, hparams, progress=False)
         result, seconds = run.result, run.seconds
         watch = Watch()
-        pipeline.write_run(Path(options.folder) / "results", run, hparams)
+        pipeline.write_run(Path(options.folder) / "results", run, hparams, save="none")
         watch.lap("report")
         seconds["report"] = watch.seconds["report"]
     timings = result.timings
@@ -271,73 +267,6 @@ def status():
     fields = dict(line.split(":", 1) for line in lines)
     return {k: int(v.split()[0]) * 1024 for k, v in fields.items() if k.startswith(("Vm", "Rss"))
             and v.strip().endswith("kB")}  # fmt: skip
-
-
-def random_model(options):
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    config = LlamaConfig(
-        vocab_size=options.words, hidden_size=options.hidden, intermediate_size=options.inner,
-        num_hidden_layers=options.layers, num_attention_heads=options.hidden // 64,
-        num_key_value_heads=1, max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
-        pad_token_id=0, tie_word_embeddings=False,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        # As far between the two best logits as in a trained model: near ties are run again.
-        model.lm_head.weight *= HEAD_SCALE
-    return model
-
-
-def word_tokenizer(n_words):
-    """A token a word: w3, w4. and so on. The even ones end an answer.
-
-    Random models do not come to an end by themselves.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ("<pad>", "<s>", "</s>")
-    vocabulary = {word: i for i, word in enumerate(special)}
-    vocabulary |= {f"w{i}" + "." * (i % 2 == 0): i for i in range(len(special), n_words)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-
-
-def random_requests(n, n_words):
-    """ZsRE's lengths, one request in a hundred a repetition of an earlier one."""
-    import numpy as np
-
-    random = np.random.default_rng(0)
-
-    def words(count):
-        return " ".join(f"w{2 * i + 1}" for i in random.integers(1, n_words // 2, count))
-
-    def length():  # 11.3 tokens on average, 4 to 30
-        return int(np.clip(random.normal(11.3, 3.2), 4, 30))
-
-    requests = []
-    for i in range(n):
-        if i % 100 == 99:
-            requests.append(dict(requests[int(random.integers(i))]))
-            continue
-        requests.append({
-            "prompt": words(length()),
-            "target_new": words(1 + random.poisson(2.3)),
-            "ground_truth": words(1 + random.poisson(1.0)),
-            "subject": words(2),
-            "rephrase_prompt": words(length()),
-            "locality": {"neighborhood": {"prompt": [words(length())],
-                                          "ground_truth": [words(1 + random.poisson(1.0))]}},
-            "portability": {},
-        })  # fmt: skip
-    return requests
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What rewordings and a confined change cost: a step with each, and what goes before the first.
 
-    python examples/benchmarks/remedies.py --data zsre_1k.json --layer 24 --n 100
+    python benchmarks/remedies.py --data zsre_1k.json --layer 24 --n 100
 
 All edits are one mini-batch. The variants are those of generalization.py; their steps are
 interleaved, and ratios are to the published method's. Before a change is trained it is nothing: a
@@ -8,18 +8,16 @@ variant whose loss is not that of the other variants with the same texts is said
 Seconds are of one run on one machine: read the ratios.
 """
 
-import argparse
-import json
 import math
 import sys
 from contextlib import ExitStack
 
 from generalization import VARIANTS  # beside this file, as is what makes a step
 from rich.table import Column, Table
-from step import Ours, interleaved, one_step
+from shared import interleaved, parser_of, write_figures
+from step import Ours, one_step
 
 from locft_easyedit.data import read_requests
-from locft_easyedit.demo.run import FACTS
 from locft_easyedit.models import load_causal_lm
 from locft_easyedit.report import show
 
@@ -29,18 +27,11 @@ SAME_LOSS = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
-    parser.add_argument("--template", default="model.layers.{}.mlp.down_proj.weight")
+    parser = parser_of(__doc__, "model", "template", "data", "row-tokens", "device", "preserve-dir")
     parser.add_argument("--layer", type=int, default=24)
-    parser.add_argument("--data", default=str(FACTS), help="JSON file with edits")
     parser.add_argument("--n", type=int, default=100, help="edits, all in one mini-batch")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--row-tokens", type=int, default=64)
-    parser.add_argument("--device")
     parser.add_argument("--dtype", choices=SAME_LOSS, default="bfloat16")
-    parser.add_argument("--preserve-dir", help="what is measured for LocFT-BF+ once")
-    parser.add_argument("--json", help="also write the figures to this file")
     options = parser.parse_args()
     rows = measured(options)
     table = Table(Column("", no_wrap=True), "step s", "× published", "texts", "loss",
@@ -51,9 +42,7 @@ def main():
                       str(row["texts"]), f"{row['loss']:.4f}", f"{row['preserve_seconds']:.1f}",
                       f"{row['prefix_seconds']:.1f}", f"{row['ms_an_edit']:.0f}")  # fmt: skip
     show(table)
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"figures": rows, **vars(options)}, file, indent=2)
+    write_figures(options, rows)
     wrong = unlike(rows, SAME_LOSS[options.dtype])
     if wrong:
         sys.exit(f"These begin with another loss than variants with the same texts: {wrong}.")

@@ -1,6 +1,6 @@
 """Through which tokens an edit moves prompts that it should leave alone.
 
-    python examples/checks/leaks.py --hparams examples/benchmarks/generalization.yaml \
+    python benchmarks/checks/leaks.py --hparams benchmarks/generalization.yaml \
         --data zsre.json counterfact.json --n 100
 
 The edits are made, by the published method and by `LocFT-BF+`, and taken back. What was added to

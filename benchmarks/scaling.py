@@ -1,16 +1,12 @@
 """How an edit scales with GPUs, as `locft plan` tells it: a simulation on paper.
 
-    python examples/benchmarks/scaling.py --output scaling
-    python examples/benchmarks/scaling.py --measure models/SmolLM2-135M-Instruct
+    python benchmarks/scaling.py --output scaling
 
 For 1 to 64 GPUs of an H100's kind, eight a node, and each model, number of edits and mini-batch it
 makes a plan; no weights and no GPU are needed. It prints the table, says where doubling the GPUs
 stops to pay and why, and writes scaling.md, scaling.json and scaling.png. Rates and sizes of memory
 are arguments, as they are of `locft plan`; the method's thresholds are not known to a plan, which
 runs all 25 epochs.
-
-`--measure` compares what the plan rests on with small runs on this machine; see
-`scaling_measured.py`.
 """
 
 import argparse
@@ -39,11 +35,6 @@ COLOURS = {
 
 def main():
     options = arguments()
-    if options.measure:
-        import scaling_measured  # beside this file
-
-        scaling_measured.main(options)
-        return
     rows, untold = [], []
     for model in options.models:
         for edits in options.edits:
@@ -87,11 +78,6 @@ def arguments():
             parser.add_argument(f"--{field.name}", type=float, default=field.default)
     parser.add_argument("--rate", type=float, help="TFLOP/s that a GPU reaches")
     parser.add_argument("--output", help="folder for the table, its figures and the picture")
-    measured = parser.add_argument_group("measured on this machine")
-    measured.add_argument("--measure", metavar="MODEL", help="folder of a small model")
-    measured.add_argument("--data", nargs="+", help="JSON files with edits (the demo's facts)")
-    measured.add_argument("--what", nargs="+", default=["links", "shares"],
-                          choices=["links", "shares", "steps"])  # fmt: skip
     return parser.parse_args()
 
 
@@ -214,9 +200,9 @@ def picture(rows):
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure = Figure(figsize=(12, 4.2 * len(models)), dpi=120, layout="constrained")
     for axes, model in zip(figure.subplots(len(models), 2, squeeze=False), models, strict=True):
-        here = [row for row in rows if row["model"] == model]
-        draw_speedup(axes[0], model, here)
-        draw_steps(axes[1], model, here)
+        own = [row for row in rows if row["model"] == model]
+        draw_speedup(axes[0], model, own)
+        draw_steps(axes[1], model, own)
     figure.suptitle("Planned, not measured: GPUs of an H100's kind, eight a node", fontsize=12)
     return figure
 

@@ -1,6 +1,6 @@
 """Times one training step: the published algorithm against ours, and ours part by part.
 
-    python examples/benchmarks/step.py --model models/SmolLM2-135M-Instruct --layer 20 27
+    python benchmarks/step.py --model models/SmolLM2-135M-Instruct --layer 20 27
 
 The published algorithm is a full forward pass over the padded batch with logits everywhere, in
 float32 with PyTorch's Adam. All variants make the same step on the same edits from the same
@@ -8,18 +8,14 @@ weights, interleaved; their losses are compared. Then: the part of this machine'
 matrix products that a step reaches. Times are of one run on one machine: read the ratios.
 """
 
-import argparse
-import json
-import statistics
-import time
 from contextlib import ExitStack, nullcontext
 
 import numpy as np
 import torch
+from shared import interleaved, matmul_rate, parser_of, write_figures
 from torch.nn import functional as F
 
 from locft_easyedit.data import read_requests
-from locft_easyedit.demo.run import FACTS
 from locft_easyedit.editing import EditSession
 from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.models import load_causal_lm
@@ -40,25 +36,17 @@ OURS = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
-    parser.add_argument("--template", default="model.layers.{}.mlp.down_proj.weight")
+    parser = parser_of(__doc__, "model", "template", "data", "row-tokens", "device")
     parser.add_argument("--layer", type=int, nargs="+", default=[20, 27])
-    parser.add_argument("--data", default=str(FACTS), help="JSON file with edits")
     parser.add_argument("--n", type=int, default=100, help="edits, all in one mini-batch")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--row-tokens", type=int, default=64)
-    parser.add_argument("--device")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--ours-only", action="store_true", help="no ablation")
-    parser.add_argument("--json", help="also write the figures to this file")
     options = parser.parse_args()
     figures = []
     for layer in options.layer:
         figures += one_layer(options, layer)
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"figures": figures, **vars(options)}, file, indent=2)
+    write_figures(options, figures)
 
 
 def one_layer(options, layer):
@@ -96,23 +84,6 @@ def one_layer(options, layer):
         print(line, flush=True)
         rows.append(row)
     return rows
-
-
-def interleaved(steps, repeats, device, after_round=lambda: None):
-    """Takes each step in turn, `repeats` times after a round that only warms up.
-
-    Returns:
-        The median seconds of each step, and each one's losses in the order of the rounds.
-    """
-    seconds, losses = {name: [] for name in steps}, {name: [] for name in steps}
-    for _ in range(repeats + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            losses[name].append(step())
-            synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
-        after_round()
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}, losses
 
 
 def one_step(options, layer, changes):
@@ -221,24 +192,6 @@ def step_flop(model, layer, requests, tokenizer):
     whole = weights * tokens * max(0, n_above - 1)
     # Forward and backward to the activations, and the gradient of the trained matrix.
     return 4 * (whole + last + head * scored) + 4 * down * tokens
-
-
-def matmul_rate(device, dtype):
-    """The machine's own best rate for matrix products, FLOP/s."""
-    n = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=device).to(getattr(torch, dtype))
-    best = 0.0
-    for _ in range(4):
-        start = time.perf_counter()
-        a @ a
-        synchronize(device)
-        best = max(best, 2 * n**3 / (time.perf_counter() - start))
-    return best
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -1,22 +1,21 @@
 """Times a full evaluation, before and after an edit: EasyEdit's loop against ours, in one run.
 
-    python examples/benchmark_evaluation.py --data zsre.json --n 25 50 100 200
+    python benchmarks/evaluation.py --data zsre.json --n 25 50 100 200
 
 EasyEdit's loop is its `compute_edit_quality`, one record at a time, on the unedited and on the
 edited model. All figures are compared. Times are of one run on one machine: read the ratios, not
 the seconds.
 """
 
-import argparse
 import json
 import time
 from contextlib import nullcontext
 
 import torch
+from shared import parser_of, timed, write_figures
 
 from locft_easyedit.cut import layer_cut
 from locft_easyedit.data import read_requests
-from locft_easyedit.demo.run import FACTS
 from locft_easyedit.easyedit.cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
 from locft_easyedit.easyedit.loading import load_easyedit
 from locft_easyedit.evaluate.choices import HowToRun
@@ -27,16 +26,12 @@ from locft_easyedit.place import find_layers
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
-    parser.add_argument("--data", default=str(FACTS), help="JSON file with edits")
+    parser = parser_of(__doc__, "model", "data", "device")
     parser.add_argument("--n", type=int, nargs="+", default=[25, 50, 100], help="records")
     parser.add_argument("--layer", type=int, default=27, help="the layer that an edit changes")
     parser.add_argument("--matrix", default="mlp.down_proj", help="its matrix")
-    parser.add_argument("--device")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--more", action="store_true", help="without prefix; generated metrics")
-    parser.add_argument("--json", help="also write the figures to this file")
     options = parser.parse_args()
 
     easyedit = load_easyedit()
@@ -55,11 +50,9 @@ def main():
         seconds, measured = [], []
         for share in (1.0, 0.5):
             edit(share)
-            start = time.perf_counter()
-            measured.append(measure())
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
+            taken, records_metrics = timed(measure, model.device)
+            seconds.append(taken)
+            measured.append(records_metrics)
         return seconds, measured
 
     def theirs(n):
@@ -124,9 +117,7 @@ def main():
                 flush=True,
             )
     edit(1.0)
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=2)
+    write_figures(options, figures)
 
 
 if __name__ == "__main__":

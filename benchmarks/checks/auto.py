@@ -1,6 +1,6 @@
 """Compares what `layers: auto` chooses with the best cell of a finished location study.
 
-    python examples/checks/auto.py STUDY [--module auto] [--lr auto]
+    python benchmarks/checks/auto.py STUDY [--module auto] [--lr auto]
 
 STUDY is the output folder of `locft locate`: model, data, edits, epochs and batch size are the
 study's. The choice is made on the same edits. The regret is what reliability and generalization

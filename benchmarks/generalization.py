@@ -1,7 +1,7 @@
 """What each remedy does to an edit: is it known in other words, and does the rest stay as it was?
 
-    python examples/benchmarks/generalization.py --model models/SmolLM2-135M-Instruct \
-        --hparams examples/benchmarks/generalization.yaml --data zsre.json counterfact.json \
+    python benchmarks/generalization.py --model models/SmolLM2-135M-Instruct \
+        --hparams benchmarks/generalization.yaml --data zsre.json counterfact.json \
         --n 100 --seeds 0 1 2 --output generalization
 
 A variant is a few changes of the hyper-parameters: `published` none, the others a remedy or several

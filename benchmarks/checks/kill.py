@@ -1,7 +1,7 @@
 """Kills `locft edit` at random moments, starts it again, and compares the result bit for bit.
 
-    python examples/checks/kill.py --kills 50
-    python examples/checks/kill.py --kills 50 --model FOLDER --data zsre_1k.json --layer 27
+    python benchmarks/checks/kill.py --kills 50
+    python benchmarks/checks/kill.py --kills 50 --model FOLDER --data zsre_1k.json --layer 27
 
 First a run that nobody disturbs. Then the same command again and again, each time in a folder of
 its own: it is ended by SIGKILL at a moment drawn at random from the whole run (start, frozen
@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 HPARAMS = """alg_name: LocFT-BF
 model_name: {model}
@@ -129,11 +129,10 @@ def prepared(options, scratch):
 
 
 def make_toy(options, folder, data):
-    from growth import random_model, random_requests, word_tokenizer
+    from random_inputs import random_model, random_requests, word_tokenizer
 
     words = 600
-    sizes = argparse.Namespace(words=words, hidden=64, inner=192, layers=4)
-    random_model(sizes).save_pretrained(folder)
+    random_model(words, hidden=64, inner=192, layers=4).save_pretrained(folder)
     word_tokenizer(words).save_pretrained(folder)
     data.write_text(json.dumps(random_requests(options.n, words)))
 

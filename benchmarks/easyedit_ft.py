@@ -1,30 +1,27 @@
 """LocFT-BF against EasyEdit's own FT: seconds an edit, and what each teaches, in one run.
 
-    EASYEDIT_HOME=path/to/EasyEdit python examples/benchmarks/easyedit_ft.py \
+    EASYEDIT_HOME=path/to/EasyEdit python benchmarks/easyedit_ft.py \
         --model models/SmolLM2-135M-Instruct --data zsre.json --n 20
 
 Both edit the same model with the same edits from the same weights: FT one edit after the other, as
 EasyEdit's editor calls it, LocFT-BF all of them together. EasyEdit is the clone that EASYEDIT_HOME
 leads to, or else the release. FT has EasyEdit's published values, adapted to the model by the rules
 of `locft compare`; `--ft KEY=VALUE` sets others, and with `--same-place` it trains the layer that
-LocFT-BF trains. Seconds
-are of editing alone; checks, tokens and the frozen prefix count as editing. They take turns, each
-`--rounds` times. `answered` is the share of edits whose greedy answer is the target, `contains` of
-those that contain it, and `tokens` is EasyEdit's teacher-forced `rewrite_acc`. Times are of one run
-on one machine: read the ratio.
+LocFT-BF trains. Seconds are of editing alone; checks, tokens and the frozen prefix count as
+editing. They take turns, each `--rounds` times. `answered` is the share of edits whose greedy
+answer is the target, `contains` of those that contain it, and `tokens` is EasyEdit's teacher-forced
+`rewrite_acc`. Times are of one run on one machine: read the ratio.
 """
 
-import argparse
 import json
 import statistics
-import time
 
 import torch
+from shared import parser_of, timed, write_figures
 
 from locft_easyedit import read_requests
 from locft_easyedit.compare.edits import method_editor
 from locft_easyedit.compare.job import Job
-from locft_easyedit.demo.run import FACTS
 from locft_easyedit.easyedit.loading import load_easyedit
 from locft_easyedit.easyedit.peer import describe
 from locft_easyedit.evaluate.evaluation import Evaluation
@@ -63,11 +60,8 @@ def main():
     for _ in range(options.rounds):
         for name, make_edits in methods.items():
             restore(model, originals)
-            synchronize(model)
-            start = time.perf_counter()
-            make_edits()
-            synchronize(model)
-            seconds[name].append(time.perf_counter() - start)
+            taken, _ = timed(make_edits, model.device)
+            seconds[name].append(taken)
             if name not in summaries:
                 measured = evaluation.measure(f"after {name}")
                 summaries[name] = summarize([{"post": record} for record in measured])["post"]
@@ -76,17 +70,13 @@ def main():
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
-    parser.add_argument("--data", default=str(FACTS), help="JSON file with edits")
+    parser = parser_of(__doc__, "model", "data", "device")
     parser.add_argument("--n", type=int, default=20, help="edits")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--device")
     parser.add_argument("--hparams", help="a YAML of LocFT-BF; the demo's if not given")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of LocFT-BF")
     parser.add_argument("--ft", nargs="*", default=[], metavar="KEY=VALUE", help="of FT")
     parser.add_argument("--same-place", action="store_true", help="FT trains LocFT-BF's layers")
-    parser.add_argument("--json", help="also write the figures to this file")
     return parser.parse_args()
 
 
@@ -121,11 +111,6 @@ def restore(model, originals):
             parameter.copy_(originals[name])
 
 
-def synchronize(model):
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def report(options, easyedit, ft, model, hparams, seconds, summaries):
     n = options.n
     median = {name: statistics.median(values) for name, values in seconds.items()}
@@ -152,11 +137,8 @@ def report(options, easyedit, ft, model, hparams, seconds, summaries):
         print(f"{name:14} {value / n:10.3f} {row['answered']:9.2f} {row['contains']:9.2f} "
               f"{row['tokens']:7.2f} {reworded:>9}")  # fmt: skip
     print(f"LocFT-BF takes {slower / faster:.1f} times less time an edit.")
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            figures = {"easyedit": describe(easyedit), "rows": rows, "ratio": slower / faster}
-            json.dump(figures | {"ft": ft.values, "ft_notes": ft.notes, "options": vars(options)},
-                      file, indent=2, default=str)  # fmt: skip
+    write_figures(options, rows, easyedit=describe(easyedit), ratio=slower / faster, ft=ft.values,
+                  ft_notes=ft.notes)  # fmt: skip
 
 
 if __name__ == "__main__":
