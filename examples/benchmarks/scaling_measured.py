@@ -27,8 +27,8 @@ import torch.multiprocessing as mp
 
 from locft_easyedit.data import read_requests
 from locft_easyedit.demo.run import FACTS
-from locft_easyedit.plan.share import largest_share
-from locft_easyedit.plan.step import ring_seconds
+from locft_easyedit.plan.cost import ring_seconds
+from locft_easyedit.plan.setting import largest_share
 from locft_easyedit.report import prepare_folder
 from locft_easyedit.requests import distinct_edits
 from locft_easyedit.tokens import tokenize_edits

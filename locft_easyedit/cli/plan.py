@@ -13,7 +13,10 @@ from ..errors import HyperParamsError, PlanError, one_message
 from ..hparams import LocFTBFHyperParams, read_mapping, typed_values
 from ..hparams_files import hparams_folder
 from ..hparams_rules import ALG_NAME, ALG_NAMES
-from ..plan.given import (
+from ..plan.plan import Plan, make_plan
+from ..plan.tables import closing_lines, tables
+from ..plan.units import GIB, parse_size
+from ..plan.workload import (
     ASSUMED_BANDWIDTH,
     ASSUMED_DISK,
     ASSUMED_HOST,
@@ -24,9 +27,6 @@ from ..plan.given import (
     Machine,
     Workload,
 )
-from ..plan.make import Plan, make_plan
-from ..plan.sizes import GIB, parse_size
-from ..plan.table import closing_lines, tables
 from ..report import prepare_folder, show, write_json
 from .application import names_of, take_config_file
 from .arguments import read_arguments

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError, PlaceError
 from ..hparams_rules import DTYPES
+from ..models import model_without_weights
 from ..place import find_layers, match_parameters
-from .activations import LayerActivations, layer_activations
-from .confined import ConfinedShapes, confined_shapes
-from .lora import LoraShapes, lora_shapes
-from .parts import count, matrices_in, parts_of
+from .activations import LayerActivations, layer_activations, layer_parts
+from .change_shapes import ConfinedShapes, LoraShapes, confined_shapes, lora_shapes
 
+_FOLDER = Path(__file__).resolve().parent / "configs"
 CUTS = ("matrix", "mlp", "layer")
 
 # What architectures call the matrix that leads out of the attention.
@@ -93,20 +97,88 @@ class ModelShapes:
         return self.confined is not None and self.confined.folds and cut == "matrix"
 
     @property
-    def upper(self) -> int:
-        """Parameters that stay while everything below the first trained layer is streamed."""
-        kept = self.embedding if self.tied else 0
-        return (
-            sum(layer.parameters for layer in self.layers[self.first_layer :])
-            + self.head
-            + self.rest
-            + kept
-        )
+    def first(self) -> LayerShape:
+        """The lowest trained layer."""
+        return self.layers[self.first_layer]
+
+    @property
+    def above(self) -> tuple[LayerShape, ...]:
+        """The layers above it."""
+        return self.layers[self.first_layer + 1 :]
 
     @property
     def streamed(self) -> int:
         """Parameters of the embedding and the layers below the first trained one."""
         return self.embedding + sum(layer.parameters for layer in self.layers[: self.first_layer])
+
+    @property
+    def upper(self) -> int:
+        """Parameters that stay while everything below the first trained layer is streamed."""
+        return self.parameters - self.streamed + (self.embedding if self.tied else 0)
+
+    @property
+    def sharded(self) -> int:
+        """Parameters that FSDP2 would cut up: frozen layers above the place."""
+        return sum(one.parameters for one in (self.first, *self.above) if not one.trained)
+
+    @property
+    def n_trained(self) -> int:
+        """Numbers of all trained parameters."""
+        return sum(self.trained.values())
+
+    @property
+    def optimized(self) -> int:
+        """Numbers that Adam updates: LoRA's, or as many as the trained parameters have."""
+        return self.lora.trained if self.lora else self.n_trained
+
+
+def shipped_models() -> dict[str, dict[str, Any]]:
+    """Returns what is shipped, by every name in lower case.
+
+    Each value has the `names` of the model, its number of `parameters` and the fields of its
+    `config` that shapes depend on.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(_FOLDER.glob("*.json")):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        found |= {name.lower(): facts for name in facts["names"]}
+    return found
+
+
+def meta_model(model_name: Any, *, trust_remote_code: bool = False) -> tuple[Any, str]:
+    """Returns a model without weights, on the meta device, and where its shapes come from.
+
+    Args:
+        model_name: A folder with a `config.json` (weights may be missing), or a folder or hub
+            name that ends as a shipped model's does.
+        trust_remote_code: Allow the folder's own code.
+
+    Raises:
+        ModelError: There is no such folder and no such shipped model, or the folder holds no
+            causal language model.
+    """
+    if not isinstance(model_name, str) or not model_name.strip():
+        raise ModelError(
+            f"`model_name={model_name!r}` must be a folder with a config.json, or a name."
+        )
+    folder = Path(model_name).expanduser()
+    if (folder / "config.json").is_file():
+        model = model_without_weights(str(folder), trust_remote_code=trust_remote_code)
+        return model, str(folder / "config.json")
+    shipped = shipped_models()
+    facts = shipped.get(folder.name.lower())
+    if facts is None:
+        names = ", ".join(sorted({known["names"][0] for known in shipped.values()}))
+        raise ModelError(
+            f"`model_name={model_name!r}` is no folder with a config.json, and its shapes are not "
+            f"shipped. Put the model's config.json into that folder (it is enough; no weights are "
+            f"needed), or name one of: {names}."
+        )
+    config = AutoConfig.for_model(**facts["config"])
+    config.name_or_path = facts["names"][0]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return model, f"shipped facts of {facts['names'][0]}"
 
 
 class ModelReader:
@@ -175,7 +247,7 @@ class ModelReader:
         in_head = [p for p in outside if id(p) in head_ids - embeddings]
         in_embedding = [p for p in outside if id(p) in embeddings]
         layers = tuple(self._layer(layer) for layer in self.layers)
-        sizes = [count(part) for part in (outside, in_embedding, in_head)]
+        sizes = [_count(part) for part in (outside, in_embedding, in_head)]
         return ModelShapes(
             name=self.name,
             parameters=sizes[0] + sum(layer.parameters for layer in layers),
@@ -229,32 +301,24 @@ class ModelReader:
         return found
 
     def _layer(self, layer: nn.Module) -> LayerShape:
-        trained_ids = {id(p) for p in self.selected.values()}
         parameters = list(layer.parameters())
-        trained = [p for p in parameters if id(p) in trained_ids]
-        names = [n for n, p in self.selected.items() if any(p is one for one in trained)]
-        attention, mlp = parts_of(layer)
-        out = [m for m in matrices_in(attention) if m[0].split(".")[-1] in _ATTENTION_OUT]
-        last = (out or matrices_in(attention))[-1:]
+        inside = {id(p) for p in parameters}
+        trained = {name: p for name, p in self.selected.items() if id(p) in inside}
+        matmul = self._matmul(trained.values())
+        _, attention, mlp = layer_parts(layer)
+        matrices = _matrices_in(attention)
+        out = [m for name, m in matrices if name.split(".")[-1] in _ATTENTION_OUT]
+        last = (out or [m for _, m in matrices])[-1:]
         return LayerShape(
-            parameters=count(parameters),
+            parameters=_count(parameters),
             matmul=self._matmul(parameters),
-            late=self._matmul([p for module in mlp for p in module.parameters()])
-            + self._matmul([m.weight for _, m in last]),
-            trained=count(trained),
-            trained_matmul=self._matmul(trained)
-            if self.lora is None
-            else 3 * self.lora.of(trained),
-            confined=0 if self.confined is None else self.confined.of(names),
+            late=self._matmul(_parameters_of(mlp)) + self._matmul([m.weight for m in last]),
+            trained=_count(trained.values()),
+            trained_matmul=3 * self.lora.of(trained.values()) if self.lora else matmul,
+            confined=self.confined.of(trained) if self.confined else 0,
         )
 
-    def _side_by_side(self, layer: nn.Module) -> bool:
-        """Returns whether attention and MLP read one input, so that none enters the MLP alone."""
-        children = [list(child.parameters()) for child in layer.children()]
-        norms = [ps for ps in children if ps and all(p.dim() == 1 for p in ps)]
-        return len(norms) == 1 or bool(getattr(self.config, "use_parallel_residual", False))
-
-    def _matmul(self, parameters: Sequence[torch.Tensor]) -> int:
+    def _matmul(self, parameters: Iterable[torch.Tensor]) -> int:
         """Returns how many weights one token is multiplied with."""
         total = 0.0
         for p in parameters:
@@ -268,24 +332,42 @@ class ModelReader:
     def _cuts(self) -> dict[str, dict[str, int]]:
         """Returns the width that each possible cut keeps, and the weights above it."""
         layer = self.layers[self.first]
-        here = {id(p): p for p in layer.parameters()}
-        trained = {id(p) for p in self.selected.values()} & set(here)
-        _, mlp = parts_of(layer)
-        mlp_parameters = [p for module in mlp for p in module.parameters()]
-        width: dict[str, int] = {}
-        above: dict[str, int] = {}
-        if trained <= {id(p) for p in mlp_parameters}:
-            matrices = matrices_in(mlp)
-            last = matrices[-1][1] if matrices else None
-            if last is not None and trained <= {id(p) for p in last.parameters()}:
-                width["matrix"] = self.hidden + last.weight.numel() // self.hidden
-                above["matrix"] = last.weight.numel()
-            if not self._side_by_side(layer):
-                width["mlp"] = self.hidden
-                above["mlp"] = self._matmul(mlp_parameters)
-        width["layer"] = self.hidden
-        above["layer"] = self._matmul(list(here.values()))
-        return {"cuts": width, "above_cut": above}
+        inside = {id(p) for p in layer.parameters()}
+        trained = {id(p) for p in self.selected.values()} & inside
+        norms, _, mlp = layer_parts(layer)
+        found = []
+        if trained <= {id(p) for p in _parameters_of(mlp)}:
+            last = [module for _, module in _matrices_in(mlp)][-1:]
+            if last and trained <= {id(p) for p in last[0].parameters()}:
+                n = last[0].weight.numel()
+                found.append(("matrix", self.hidden + n // self.hidden, n))
+            # With one norm attention and MLP read the same input, and none enters the MLP alone.
+            if len(norms) != 1 and not getattr(self.config, "use_parallel_residual", False):
+                found.append(("mlp", self.hidden, self._matmul(_parameters_of(mlp))))
+        found.append(("layer", self.hidden, self._matmul(layer.parameters())))
+        return {
+            "cuts": {cut: width for cut, width, _ in found},
+            "above_cut": {cut: weights for cut, _, weights in found},
+        }
+
+
+def _count(parameters: Iterable[torch.Tensor]) -> int:
+    """Returns how many numbers the parameters hold."""
+    return sum(p.numel() for p in parameters)
+
+
+def _parameters_of(modules: Mapping[str, nn.Module]) -> list[nn.Parameter]:
+    return [p for module in modules.values() for p in module.parameters()]
+
+
+def _matrices_in(modules: Mapping[str, nn.Module]) -> list[tuple[str, Any]]:
+    """Returns the matrices within `modules`, by path, in the order of definition."""
+    return [
+        (name, module)
+        for parent in modules.values()
+        for name, module in parent.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    ]
 
 
 def _stored_dtype(config: Any) -> str:

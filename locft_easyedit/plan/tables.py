@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from .assumptions import assumptions
-from .flops import step_flop
-from .given import Workload
-from .layout import ranks
-from .make import Plan
-from .part import PHASES, PLACES
-from .settings import NAMES, Candidate
-from .sizes import bytes_text, flop_text, seconds_text
+from . import workload
+from .candidates import NAMES, Candidate
+from .cost import step_flop
+from .memory import PHASES, PLACES
+from .plan import Plan
+from .units import bytes_text, flop_text, seconds_text
+from .workload import Machine, Workload
 
 
 def model_table(plan: Plan) -> Table:
@@ -77,7 +76,7 @@ def candidates_table(plan: Plan) -> Table:
 
 def _layout(plan: Plan, one: Candidate) -> str:
     """Returns how a setting uses several GPUs."""
-    setting, n = one.setting, ranks(one.setting, plan.machine)
+    setting, n = one.setting, one.run.ranks
     return {
         "copies": f"{n} copies",
         "fsdp": f"{n}, layers cut in {setting.group} (FSDP2)",
@@ -160,7 +159,7 @@ def step_table(plan: Plan) -> Table:
             said = "  <- bounds the step" if part == step.bound else ""
             table.add_row(part + said, amounts[part], seconds_text(seconds))
     table.add_section()
-    whole = step_flop(plan.shapes, plan.chosen.setting, plan.work)
+    whole = step_flop(plan.chosen.run)
     table.add_row("a step", flop_text(whole), seconds_text(step.total))
     if step.ranks > 1:
         batch = min(plan.work.batch_size, plan.work.n)
@@ -194,3 +193,78 @@ def _yaml(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def assumptions(plan: Plan) -> list[str]:
+    """Returns what the figures rest on, one sentence each."""
+    work, machine = plan.work, plan.machine
+    dtype = plan.chosen.setting.dtype if plan.chosen else plan.dtype
+    rate = machine.flops(dtype) / 1e12
+    said = "as given" if machine.rate else "assumed; rate= says what is reached"
+    lines = [
+        f"{rate:g} TFLOP/s are reached in {dtype} ({said}).",
+        f"The disk reads and writes {_stated(machine, 'read')}, while something is computed.",
+        f"An edit has {work.tokens:g} tokens, {work.targets:g} of them targets; the last one runs "
+        "nowhere.",
+        f"All {work.epochs} epochs are run; training often stops earlier.",
+        "Rows are packed, and all edits are about as long as the mean.",
+        "Copies between the host and the GPU take no time beside the rest.",
+    ]
+    if work.rewordings:
+        lines.append(_of_rewordings(work))
+    if plan.shapes.confined is not None:
+        lines.append(_of_preserve(plan.shapes.confined.preserve))
+    if machine.gpu is not None:
+        lines.append(
+            f"A GPU's memory moves {_stated(machine, 'bandwidth')}; Python starts the kernels of a "
+            f"layer, forward and backward, in {_stated(machine, 'launch', 'ms')}."
+        )
+    if machine.world > 1:
+        lines += _between(machine)
+    if work.evaluate:
+        lines.append(
+            "Evaluation is teacher-forced: rewrite, rephrase, one locality and one portability "
+            "prompt an edit. Generated answers come on top."
+        )
+    return lines
+
+
+def _of_rewordings(work: Workload) -> str:
+    """Returns what is assumed of rewordings."""
+    return (
+        f"{work.recorded_texts - 1} rewordings of each edit are trained, {work.longer:g} tokens "
+        f"longer than it, and recorded with it; an epoch trains {work.rewordings} of them beside "
+        "it."
+    )
+
+
+def _of_preserve(names: tuple[str, ...]) -> str:
+    """Returns what is left out of what `preserve` takes."""
+    return (
+        f"The time of sampling and measuring for `preserve` ({', '.join(names)}) is left out, as "
+        "is the memory of sampling and of prompts' keys: of the model's own text and of text files "
+        "it is done once per model and place."
+    )
+
+
+def _between(machine: Machine) -> list[str]:
+    """Returns what is assumed of several GPUs."""
+    network = f", the network of a node {_stated(machine, 'network')} each way"
+    return [
+        f"{machine.gpus} GPUs a node, {machine.nodes} node{'s' * (machine.nodes > 1)}: memory and "
+        "disk are those of each GPU and of each node.",
+        f"Rings between GPUs carry {_stated(machine, 'nvlink')}"
+        f"{network if machine.nodes > 1 else ''}; that a message takes its time to start is left "
+        "out.",
+        "Each edit belongs to one GPU, and a step waits for the one with most of the mini-batch "
+        "(computed from chance, not guessed). Every GPU makes Adam's whole step.",
+        "A node reads the checkpoint once, not once a GPU. Prefix and evaluation are dealt out "
+        "evenly.",
+    ]
+
+
+def _stated(machine: Machine, field: str, unit: str = "GB/s") -> str:
+    """Returns a rate, and whether somebody has given it."""
+    value = getattr(machine, field)
+    assumed = value == getattr(workload, f"ASSUMED_{field.upper()}")
+    return f"{value:,g} {unit}" + (f" (assumed unless {field}= says it)" if assumed else "")

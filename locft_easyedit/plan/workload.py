@@ -29,7 +29,7 @@ ASSUMED_HOST = "128GiB"
 ASSUMED_DISK = "500GiB"
 # Tokens that a rewording has more than its edit: 2.1 of CounterFact's and zsRE's.
 ASSUMED_LONGER = 2.0
-PROMPTS = ("rewrite", "rephrase", "locality", "portability")
+PROMPTS_AN_EDIT = 4  # of an evaluation: rewrite, rephrase, one locality, one portability
 
 
 @dataclass(frozen=True)
@@ -106,15 +106,8 @@ class Workload:
     def _tokens_of(self, texts: int) -> float:
         return self.run_tokens + (texts - 1) * (self.run_tokens + self.longer)
 
-    def cells(self, n: int) -> float:
-        """Returns the cells of the rows that `n` texts fill: rows are of one length."""
-        return self._filled(n * self.run_tokens)
-
-    def step_cells(self, n: int) -> float:
-        """Returns the cells of the rows that `n` edits fill in a step, with their rewordings."""
-        return self._filled(n * self.step_tokens)
-
-    def _filled(self, tokens: float) -> float:
+    def cells(self, tokens: float) -> float:
+        """Returns the cells of the packed rows, of one length, that so many tokens fill."""
         if tokens <= self.row_tokens:
             return tokens
         return math.ceil(tokens / self.row_tokens) * self.row_tokens
@@ -127,7 +120,7 @@ class Workload:
     @property
     def eval_tokens(self) -> float:
         """Tokens of all evaluation prompts, each as long as an edit."""
-        return len(PROMPTS) * (self.n * self.run_tokens) if self.evaluate else 0.0
+        return PROMPTS_AN_EDIT * (self.n * self.run_tokens) if self.evaluate else 0.0
 
     @property
     def scored(self) -> float:
@@ -146,15 +139,9 @@ class Workload:
         Raises:
             HyperParamsError: A value is out of range.
         """
-        values = {
-            "epochs": hparams.num_steps,
-            "batch_size": hparams.batch_size,
-            "micro_batch_size": hparams.micro_batch_size,
-            "eval_batch_size": hparams.eval_batch_size,
-            "row_tokens": hparams.row_tokens,
-            "rewordings": hparams.rewordings,
-        }
-        return cls(n=n, **(values | changes))  # type: ignore[arg-type]
+        sizes = ("batch_size", "micro_batch_size", "eval_batch_size", "row_tokens", "rewordings")
+        values = {"epochs": hparams.num_steps} | {key: getattr(hparams, key) for key in sizes}
+        return cls(n=n, **(values | changes))
 
 
 @dataclass(frozen=True)
