@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,6 +52,7 @@ from .shortcuts import Shortcuts
 from .store import Budget
 from .stream import FrozenStream
 from .tokens import TokenizedTexts, ids_of
+from .weight_norms import Norms, change_of
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +61,8 @@ RELATIVE_CHANGE = 1.0
 _TEXT = Path(__file__).with_name("health_text.txt")
 _FEWEST_TOKENS = 50  # predicted ones; fewer say little
 _GUESSING = 0.5  # of the vocabulary: a perplexity above it is a guess among that many tokens
-_ITERATIONS = 12  # of the power method: within 7 % of the spectral norm of SmolLM2's matrices
-_AT_ONCE = 2**24  # numbers that are turned into float32 together
 
 T = TypeVar("T")
-Norms = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -75,9 +73,7 @@ class HealthReport:
         perplexity_before: Of the fixed text, before the session's first training of all edits;
             `None` where it was not measured.
         perplexity_after: After the edit. A number that is not finite is one of a broken model.
-        matrices: For each trained parameter `norm_ratio` (Frobenius norm, new / original),
-            `relative_change` (norm of the change / norm of the original) and, for matrices,
-            `spectral_ratio` (largest singular value, new / original).
+        matrices: What `change_of` says of each trained parameter, by name.
         damaged: Whether something is beyond what a healthy edit does.
         warnings: What, and what to do about it.
         not_measured: Why there is no perplexity; empty where there is one.
@@ -322,57 +318,6 @@ def damages(
         if not change <= RELATIVE_CHANGE:  # NaN as well
             found.append(f"{name} changed by {change:.3g} times its own norm")
     return found
-
-
-@torch.no_grad()
-def change_of(original: torch.Tensor, new: torch.Tensor) -> Norms:
-    """Returns how far a parameter moved; see `HealthReport.matrices`."""
-    before, after, moved = 0.0, 0.0, 0.0
-    for old, now in zip(_pieces(original), _pieces(new), strict=True):
-        now = now.to(old.device)
-        before = math.hypot(before, float(torch.linalg.vector_norm(old)))
-        after = math.hypot(after, float(torch.linalg.vector_norm(now)))
-        moved = math.hypot(moved, float(torch.linalg.vector_norm(now - old)))
-    norms = {"norm_ratio": _ratio(after, before), "relative_change": _ratio(moved, before)}
-    if new.ndim > 1 and before:
-        norms["spectral_ratio"] = _ratio(spectral_norm(new), spectral_norm(original))
-    return norms
-
-
-@torch.no_grad()
-def spectral_norm(matrix: torch.Tensor) -> float:
-    """Returns the largest singular value, about; of a stack of matrices, the largest of all."""
-    if matrix.ndim > 2:
-        return max(spectral_norm(one) for one in matrix)
-    # Fixed numbers, and none from the program's random state.
-    start = torch.Generator().manual_seed(0)
-    vector = torch.randn(matrix.shape[1], generator=start).to(matrix.device)
-    size = 0.0
-    for _ in range(_ITERATIONS):
-        vector = vector / torch.linalg.vector_norm(vector)
-        following, square = torch.zeros_like(vector), torch.zeros_like(vector[0])
-        for piece in _pieces(matrix):
-            image = piece @ vector
-            square += image.square().sum()
-            following += piece.T @ image
-        vector, size = following, math.sqrt(float(square))
-        if not size or not math.isfinite(size):
-            break
-    return size
-
-
-def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yields a parameter's rows in float32, never a large one as a whole."""
-    rows = tensor.detach() if tensor.ndim else tensor.detach().reshape(1)
-    step = max(1, _AT_ONCE * len(rows) // max(1, rows.numel()))
-    for start in range(0, len(rows), step):
-        yield rows[start : start + step].float()
-
-
-def _ratio(a: float, b: float) -> float:
-    if b:
-        return a / b
-    return 1.0 if a == b else math.inf
 
 
 def _vocabulary(model: PreTrainedModel) -> int:

@@ -18,14 +18,15 @@ from toys import (
     toy_tokenizer,
 )
 
-from locft_easyedit import health
+from locft_easyedit import health, weight_norms
 from locft_easyedit.devices import context_length
 from locft_easyedit.editing import EditSession, edit_model
-from locft_easyedit.health import HealthReport, change_of, damages, health_texts, spectral_norm
+from locft_easyedit.health import HealthReport, damages, health_texts
 from locft_easyedit.models import load_model
 from locft_easyedit.prefix import FrozenPrefix
 from locft_easyedit.report import health_table, write_json
 from locft_easyedit.runner import TextRunner
+from locft_easyedit.weight_norms import change_of, spectral_norm
 
 NAME = "model.layers.2.mlp.down_proj.weight"
 
@@ -127,7 +128,7 @@ def test_pieces_give_the_same_norms(at_once, monkeypatch):
     generator = torch.Generator().manual_seed(1)
     old, new = (torch.randn(7, 5, 6, generator=generator) for _ in range(2))
     whole = change_of(old, new)
-    monkeypatch.setattr(health, "_AT_ONCE", at_once)
+    monkeypatch.setattr(weight_norms, "_AT_ONCE", at_once)
     assert change_of(old, new) == pytest.approx(whole, rel=1e-5)
     largest = max(float(torch.linalg.matrix_norm(m, 2)) for m in new)
     assert spectral_norm(new) == pytest.approx(largest, rel=0.07)
