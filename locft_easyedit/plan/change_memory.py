@@ -13,9 +13,9 @@ from ..hparams_rules import NEIGHBOURS, SAMPLED
 from ..key_moments import BATCH_TOKENS, WIDEST_FLOAT64
 from ..preserve.prepare import EDITS_AT_ONCE
 from ..preserve.sources import PROMPTS
-from .change_shapes import ConfinedShapes
 from .memory import AFTER, LATER, Part
 from .setting import Run
+from .shapes import ConfinedShapes
 from .workload import Workload
 
 # Bytes a number of S at work: the identity, the matrix to decompose, its eigenvectors and what

@@ -12,8 +12,9 @@ from .activations import LayerActivations
 from .candidates import Candidate, candidates
 from .cost import Phase, StepCost, phases, step_cost, step_flop
 from .memory import PLACES, peak
+from .reader import ModelReader, meta_model
 from .setting import Setting
-from .shapes import CUTS, ModelReader, ModelShapes, meta_model
+from .shapes import CUTS, ModelShapes
 from .units import GIB
 from .workload import Machine, Workload
 
