@@ -9,15 +9,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 
 from .errors import OutputError
 from .files import output_errors, replacing
-from .health import HealthReport
+from .tables import Row, number_text, terminal_table
 
 if TYPE_CHECKING:  # matplotlib is slow to import
     from matplotlib.figure import Figure
+    from rich.table import Table
+
+    from .health import HealthReport
 
 _LABELS = {
     "rewrite_acc": "rewrite_acc (teacher-forced)",
@@ -41,62 +43,53 @@ def metrics_table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
     Without figures from before there is one column.
     """
     pre, post = flat(summary.get("pre", {})), flat(summary.get("post", {}))
-    table = Table(title="Metrics: means over all edits", title_justify="left")
-    table.add_column("metric")
     columns = {"before": pre, "after": post} if pre else {"value": post}
-    for heading in columns:
-        table.add_column(heading, justify="right")
-    for key in dict.fromkeys([*pre, *post]):
-        # Locality compares with the model before the edit: it has no value of its own there.
-        cells = [f"{v[key]:.3f}" if key in v else "-" for v in columns.values()]
-        table.add_row(_LABELS.get(key, key.replace(".", ": ", 1)), *cells)
-    return table
+    # Locality compares with the model before the edit: it has no value of its own there.
+    rows = [
+        Row([_label(key), *(number_text(means.get(key)) for means in columns.values())])
+        for key in dict.fromkeys([*pre, *post])
+    ]
+    return terminal_table(["metric", *columns], rows, title="Metrics: means over all edits")
+
+
+def _label(key: str) -> str:
+    return _LABELS.get(key, key.replace(".", ": ", 1))
 
 
 def answers_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
     """Returns a table of (prompt, target, answer before, answer after)."""
-    table = Table(title="A few questions", title_justify="left")
-    for heading in ("prompt", "new target", "answer before", "answer after"):
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        # A model's answer is text, never markup.
-        table.add_row(*(cell.replace("[", "\\[") for cell in row))
-    return table
+    columns = ["prompt", "new target", "answer before", "answer after"]
+    return terminal_table(columns, map(Row, rows), title="A few questions", text_columns=4)
 
 
 def health_table(report: HealthReport) -> Table:
     """Returns a table of what an edit did to the model besides; see `HealthReport`."""
-    title = "Health of the edited model" + (": it looks damaged" if report.damaged else "")
-    table = Table(title=title, title_justify="left")
-    for heading in ("", "before", "after", "after / before"):
-        table.add_column(heading, justify="right" if heading else "left", overflow="fold")
     figures = (report.perplexity_before, report.perplexity_after, report.perplexity_ratio)
-    cells = ["-" if figure is None else f"{figure:.4g}" for figure in figures]
-    table.add_row("perplexity of a fixed text", *cells)
+    rows = [Row(["perplexity of a fixed text", *(number_text(f, ".4g") for f in figures)])]
     for name, norms in report.matrices.items():
-        table.add_row(f"{name}: norm", "", "", f"{norms['norm_ratio']:.4g}")
+        rows.append(Row([f"{name}: norm", "", "", f"{norms['norm_ratio']:.4g}"]))
         if "spectral_ratio" in norms:
-            table.add_row("  largest singular value", "", "", f"{norms['spectral_ratio']:.4g}")
-        table.add_row("  norm of the change", "", "", f"{norms['relative_change']:.4g}")
-    if report.not_measured:
-        table.caption = f"No perplexity: {report.not_measured}.".replace("[", "\\[")
-    return table
+            ratio = f"{norms['spectral_ratio']:.4g}"
+            rows.append(Row(["  largest singular value", "", "", ratio]))
+        rows.append(Row(["  norm of the change", "", "", f"{norms['relative_change']:.4g}"]))
+    return terminal_table(
+        ["", "before", "after", "after / before"],
+        rows,
+        title="Health of the edited model" + (": it looks damaged" if report.damaged else ""),
+        caption=f"No perplexity: {report.not_measured}." if report.not_measured else None,
+    )
 
 
 def seconds_table(seconds: Mapping[str, float], within: Mapping[str, float] | None = None) -> Table:
     """Returns a table of the seconds that each phase took, and of parts `within` these."""
-    table = Table(title="Seconds", title_justify="left")
-    table.add_column("phase")
-    table.add_column("seconds", justify="right")
-    for phase, value in seconds.items():
-        table.add_row(phase, f"{value:.1f}")
-    table.add_row("sum", f"{sum(seconds.values()):.1f}", end_section=True)
-    for phase, value in (within or {}).items():
-        table.add_row(f"of which {phase}", f"{value:.1f}")
-    return table
+    rows = [Row([phase, f"{value:.1f}"]) for phase, value in seconds.items()]
+    rows.append(Row(["sum", f"{sum(seconds.values()):.1f}"]))
+    for i, (phase, value) in enumerate((within or {}).items()):
+        rows.append(Row([f"of which {phase}", f"{value:.1f}"], section=i == 0))
+    return terminal_table(["phase", "seconds"], rows, title="Seconds")
 
 
-def show(*tables: Table) -> None:
+def show(*tables: RenderableType) -> None:
     """Prints tables to the terminal."""
     console = Console()
     for table in tables:

@@ -17,7 +17,7 @@ from locft_easyedit.compare import processes as processes_module
 from locft_easyedit.compare import run as run_module
 from locft_easyedit.compare.edits import Edits, MethodEditor
 from locft_easyedit.compare.job import BEFORE, STATISTICS, Job, JobFolder, Progress
-from locft_easyedit.compare.outcome import Outcome, read_comparison
+from locft_easyedit.compare.outcome import Outcome
 from locft_easyedit.compare.plan import Settings, planned
 from locft_easyedit.compare.run import compare
 from locft_easyedit.errors import LocFTError, OutputError
@@ -641,8 +641,8 @@ def test_the_command(files, tmp_path, capsys, monkeypatch):
     ]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    comparison = read_comparison("out/comparison.json")
-    rows = {o.method: o for o in comparison.outcomes}
+    comparison = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))
+    rows = {row["method"]: Outcome(**row) for row in comparison["outcomes"]}
     for name in ("LocFT-BF", "ROME"):
         assert rows[name].status == "ok", rows[name].reason
         assert rows[name].n_edits == 3

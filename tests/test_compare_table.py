@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from locft_easyedit.compare.escape import markdown_code, markdown_text, one_line
 from locft_easyedit.compare.outcome import Comparison, Outcome
 from locft_easyedit.compare.table import comparison_markdown, comparison_table
+from locft_easyedit.tables import markdown_code, markdown_text, one_line
 
 HEADS = [
     "reliability ↑", "generalization ↑", "portability ↑", "locality ↑", "rewrite_acc ↑",
@@ -262,7 +262,7 @@ def test_no_figure_is_truncated(width):
 
 def test_terminal_bold():
     made = comparison(row("A", 0.25), row("B", 0.75), row("C", 0.75))
-    rows = [line for line in printed(made, color="standard").splitlines() if line[:1] in "ABC"]
+    rows = [line for line in printed(made, color="standard").splitlines() if line[:1] in set("ABC")]
     assert len(rows) == 3
     # Right-justified: the space before the figure has its style.
     assert ["\x1b[1m 0.75\x1b[0m" in line for line in rows] == [False, True, True]

@@ -12,7 +12,8 @@ from toys import made_delta, toy_hparams
 
 from locft_easyedit import pipeline
 from locft_easyedit.cli import compare as cli
-from locft_easyedit.compare.outcome import Comparison, write_comparison
+from locft_easyedit.compare.outcome import Comparison
+from locft_easyedit.compare.outcome_fields import write_dataclass
 from locft_easyedit.compare.picture import write_comparison_picture
 from locft_easyedit.delta.file import save_delta
 from locft_easyedit.errors import OutputError
@@ -222,7 +223,7 @@ def write_table(path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "compare", lambda settings: COMPARISON)
         # Only the table's own file is to be looked at.
-        patch.setattr(cli, "write_comparison", lambda *_: None)
+        patch.setattr(cli, "write_dataclass", lambda *_: None)
         patch.setattr(cli, "write_comparison_picture", lambda *_: None)
         patch.setattr(cli, "show", lambda *_: None)
         command = {"data": "edits.json", "n": 1, "methods": ["FT"]}
@@ -243,7 +244,7 @@ WRITERS = {
     "metrics.json": lambda path: write_json(path, {"a": 1}),
     "loss.png": lambda path: write_loss_curve(path, [2.0, 1.0], 0.01),
     "edit.safetensors": lambda path: save_delta(path, made_delta()),
-    "comparison.json": lambda path: write_comparison(path, COMPARISON),
+    "comparison.json": lambda path: write_dataclass(path, COMPARISON),
     "comparison.png": lambda path: write_comparison_picture(path, COMPARISON),
     "comparison.md": write_table,
 }

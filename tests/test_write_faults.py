@@ -17,7 +17,8 @@ from toys import REPOSITORY, made_delta, toy_hparams
 
 from locft_easyedit.checkpoint_file import Saved, read_checkpoint, write_checkpoint
 from locft_easyedit.compare.job import JobFolder
-from locft_easyedit.compare.outcome import Comparison, read_comparison, write_comparison
+from locft_easyedit.compare.outcome import Comparison
+from locft_easyedit.compare.outcome_fields import write_dataclass
 from locft_easyedit.compare.picture import write_comparison_picture
 from locft_easyedit.delta.file import load_delta, save_delta
 from locft_easyedit.errors import OutputError
@@ -88,7 +89,8 @@ WRITERS = {
         lambda path: CompactRecords.read(path, "it")[0]["n"],
     ),
     "comparison.json": Writer(
-        lambda path, n: write_comparison(path, comparison(n)), lambda path: read_comparison(path).n
+        lambda path, n: write_dataclass(path, comparison(n)),
+        lambda path: json.loads(path.read_text())["n"],
     ),
     "comparison.png": Writer(
         lambda path, n: write_comparison_picture(path, comparison(n)), picture_of

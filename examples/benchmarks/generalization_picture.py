@@ -2,8 +2,8 @@
 
 import math
 
-from locft_easyedit.compare.escape import one_line
 from locft_easyedit.compare.picture import Point, look, place_labels
+from locft_easyedit.tables import one_line
 
 LEAST_KL = 1e-6  # a logarithm needs more than nothing
 

@@ -33,7 +33,6 @@ import yaml
 from tqdm import tqdm
 
 from locft_easyedit.checkpoint_file import Saved, read_checkpoint, write_checkpoint
-from locft_easyedit.compare.outcome import Comparison, Outcome, headline, read_comparison
 from locft_easyedit.data import read_requests
 from locft_easyedit.delta.delta import Delta
 from locft_easyedit.delta.file import load_delta, save_delta
@@ -151,16 +150,6 @@ def _seal_seeds() -> list[bytes]:
         return [_state_file(Path(folder)).read_bytes()]
 
 
-def _comparison(path: Path) -> Any:
-    return [headline(outcome) for outcome in read_comparison(path).outcomes]
-
-
-def _comparison_seeds() -> list[bytes]:
-    row = Outcome("FT", n_edits=3, after_all={"rewrite_acc": 1.0, "locality": {"n_acc": 0.5}})
-    whole = Comparison("m", "d", 3, "e", "cpu", "float32", {"torch": "2"}, {}, None, [row, row])
-    return [json.dumps(whole.to_dict()).encode()]
-
-
 def _written(write: Callable[[Path], None]) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder, "file"))
@@ -221,7 +210,6 @@ KINDS: dict[str, Kind] = {
         lambda: [b"\n".join(json.dumps(r).encode() for r in KNOWEDIT)], _data, ".jsonl", "bytes"
     ),
     "prefix seal": Kind(_seal_seeds, _seal, ".states.json"),
-    "comparison": Kind(_comparison_seeds, _comparison),
     "edit": Kind(_edit_seeds, load_delta, ".safetensors", "bytes"),
     "checkpoint": Kind(_checkpoint_seeds, read_checkpoint, ".safetensors", "bytes"),
     "model index": Kind(_json({"weight_map": {"a": "config.json", "b": "config.json"}}), _index),

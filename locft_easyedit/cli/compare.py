@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
-from ..compare.outcome import write_comparison
+from ..compare.outcome_fields import write_dataclass
 from ..compare.picture import write_comparison_picture
 from ..compare.plan import Settings
 from ..compare.run import compare
@@ -114,7 +114,7 @@ def run_compare(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Pa
     values = {key: value for key, value in command.items() if key != "output"}
     comparison = compare(Settings(hparams, output=output, **values))
     paths = {kind: output / f"comparison.{kind}" for kind in ("json", "md", "png")}
-    write_comparison(paths["json"], comparison)
+    write_dataclass(paths["json"], comparison)
     with output_errors(paths["md"]):
         write_atomically(paths["md"], comparison_markdown(comparison).encode())
     write_comparison_picture(paths["png"], comparison)

@@ -10,13 +10,14 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
+from ..compare.outcome_fields import write_dataclass
 from ..files import output_errors, write_atomically
 from ..hparams import LocFTBFHyperParams
 from ..locate.front import write_front
 from ..locate.outcome import StudyOutcome
 from ..locate.picture import write_heat_maps
 from ..locate.places import MODULES
-from ..locate.record import write_cells_csv, write_chosen_yaml, write_study
+from ..locate.record import write_cells_csv, write_chosen_yaml
 from ..locate.run import locate
 from ..locate.settings import StudySettings
 from ..locate.study import Study
@@ -155,7 +156,7 @@ def write_study_files(
     names = {"figures": "outcome.json", "cells": "cells.csv", "tables": "study.md"}
     names |= {"heat maps": "heat_maps.png", "trade-off": "front.png"}
     paths = {what: folder / name for what, name in names.items()}
-    write_study(paths["figures"], outcome)
+    write_dataclass(paths["figures"], outcome)
     write_cells_csv(paths["cells"], outcome)
     with output_errors(paths["tables"]):
         write_atomically(paths["tables"], study_markdown(outcome).encode())

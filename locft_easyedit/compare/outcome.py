@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..errors import DataError
-from ..files import output_errors, write_atomically
-from ..reading import is_file
-from .outcome_fields import (
-    COMPARISON_KINDS,
-    OUTCOME_KINDS,
-    decoded,
-    encoded,
-    is_number,
-    plain,
-    problems_of,
-    raise_for,
-)
+from .outcome_fields import plain
 
 
 @dataclass
@@ -70,19 +57,24 @@ class Outcome:
         _make_plain_(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what JSON can hold; NaN and infinity become `{"not finite": "nan"}`."""
-        return {f.name: encoded(getattr(self, f.name)) for f in fields(self)}
+        """Returns the fields by name: what JSON can hold, and NaN."""
+        return asdict(self)
 
     @classmethod
-    def from_dict(cls, value: Any) -> Outcome:
-        """Returns the outcome that `to_dict` made `value` of.
+    def from_dict(cls, values: Mapping[str, Any]) -> Outcome:
+        """Returns the outcome that `to_dict` made `values` of.
 
         Raises:
-            DataError: Fields are missing, unknown or of another kind (all in one error).
+            DataError: They are not an outcome's fields.
         """
-        value = decoded(value)
-        raise_for(problems_of(value, OUTCOME_KINDS, "the outcome"), "The outcome")
-        return cls(**value)
+        differing = {f.name for f in fields(cls)} ^ set(values)
+        if differing:
+            raise DataError(
+                f"The result of {values.get('method', 'a method')} is damaged or of another "
+                f"version: {', '.join(sorted(differing))} is missing or unknown. Remove the folder "
+                "of that method from `output` to have it compared anew."
+            )
+        return cls(**values)
 
 
 @dataclass
@@ -116,77 +108,21 @@ class Comparison:
     def __post_init__(self) -> None:
         _make_plain_(self)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns what JSON can hold (see `Outcome.to_dict`)."""
-        values = {f.name: encoded(getattr(self, f.name)) for f in fields(self)}
-        return values | {"outcomes": [outcome.to_dict() for outcome in self.outcomes]}
-
-    @classmethod
-    def from_dict(cls, value: Any, source: str = "The comparison") -> Comparison:
-        """Returns the comparison that `to_dict` made `value` of.
-
-        Args:
-            value: A mapping.
-            source: Where it comes from, for the error.
-
-        Raises:
-            DataError: Fields are missing, unknown or of another kind (all in one error).
-        """
-        value = decoded(value)
-        problems = problems_of(value, COMPARISON_KINDS, "the comparison")
-        rows = value.get("outcomes") if isinstance(value, Mapping) else None
-        for i, row in enumerate(rows if isinstance(rows, list) else []):
-            problems += problems_of(row, OUTCOME_KINDS, f"outcomes[{i}]")
-        raise_for(problems, source)
-        return cls(**{**value, "outcomes": [Outcome(**row) for row in value["outcomes"]]})
-
-
-def write_comparison(path: str | Path, comparison: Comparison) -> None:
-    """Writes the comparison as JSON.
-
-    Raises:
-        OutputError: The file cannot be written.
-    """
-    text = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with output_errors(path):
-        # A lone surrogate in somebody's error message becomes the JSON escape that it came from.
-        write_atomically(path, text.encode("utf-8", "backslashreplace"))
-
-
-def read_comparison(path: str | Path) -> Comparison:
-    """Returns the comparison that `write_comparison` wrote.
-
-    Raises:
-        DataError: The file cannot be read or is damaged.
-    """
-    try:
-        # A pipe would be waited for.
-        if not is_file(path):
-            raise OSError("it is not a file")
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-        return Comparison.from_dict(value, source=str(path))
-    except DataError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path} cannot be read as the JSON file of a comparison: {error}. Give the file that "
-            "`locft compare` wrote, or run the comparison again."
-        ) from error
+    @property
+    def before_editing(self) -> Outcome:
+        """The model before any edit, as if that were a method."""
+        return Outcome("before", after_all=self.before, capability=self.capability_before)
 
 
 def headline(outcome: Outcome) -> dict[str, float | None]:
     """Returns the figures of the outcome's row of the table; `None` where there is none.
 
-    Those of `accuracies` after all edits, `capability`, `seconds_per_edit`, `peak_memory_gib`, and
-    `reliability_right_after_each` and `rewrite_acc_right_after_each`.
+    Those of `accuracies` after all edits, `capability`, `seconds_per_edit` and `peak_memory_gib`.
     """
-    right_after = accuracies(outcome.right_after_each)
     return accuracies(outcome.after_all) | {
         "capability": _number((outcome.capability or {}).get("mean")),
         "seconds_per_edit": _number(outcome.seconds_per_edit),
         "peak_memory_gib": _number(outcome.peak_memory_gib),
-        "reliability_right_after_each": right_after["reliability"],
-        "rewrite_acc_right_after_each": right_after["rewrite_acc"],
     }
 
 
@@ -258,7 +194,8 @@ def _not_finite(value: Any, name: str, *, none_counts: bool = False) -> list[str
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if is_number(value) else None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number else None
 
 
 def _make_plain_(record: Outcome | Comparison) -> None:

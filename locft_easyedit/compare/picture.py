@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..report import write_picture
-from .escape import one_line
+from ..tables import one_line
 from .outcome import Comparison, Outcome, accuracies, checked, headline
 
 if TYPE_CHECKING:  # matplotlib is slow to import

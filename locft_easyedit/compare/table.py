@@ -2,123 +2,168 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.console import Group
 from rich.text import Text
 
-from .columns import COLUMNS, Column, cost_text
-from .escape import markdown_code, markdown_text, one_line
+from ..tables import (
+    Bold,
+    Row,
+    counted,
+    markdown_code,
+    markdown_table,
+    markdown_text,
+    number_text,
+    one_line,
+    short_number,
+    terminal_table,
+)
 from .outcome import Comparison, Outcome, accuracies, checked, headline
 
 _NOT_ASKED = "-"
-_HOLE = "?"
+_NO_FIGURE = "?"
 _RIGHT_AFTER = "right after"
+_COSTS = ("seconds_per_edit", "peak_memory_gib")
 
 
 @dataclass(frozen=True)
+class Column:
+    """A figure of `headline`: its name and abbreviation as headings, and its meaning."""
+
+    key: str
+    name: str
+    short: str
+    meaning: str
+
+    @property
+    def arrow(self) -> str:
+        """Where better is."""
+        return "↓" if self.key in _COSTS else "↑"
+
+
+COLUMNS = (
+    Column("reliability", "reliability", "rel.", "edited prompts that get the new answer"),
+    Column("contains_target", "contains", "has", "edited prompts whose answer contains it"),
+    Column("generalization", "generalization", "gen.", "reworded prompts that get it"),
+    Column("portability", "portability", "port.", "questions that follow from an edit"),
+    Column("locality", "locality", "loc.", "unchanged tokens on other prompts (teacher-forced)"),
+    Column("rewrite_acc", "rewrite_acc", "rewr.", "right tokens of the target (teacher-forced)"),
+    Column("rephrase_acc", "rephrase_acc", "reph.", "the same for reworded prompts"),
+    Column("capability", "capability", "cap.", "mean over the capability tasks"),
+    Column("seconds_per_edit", "s per edit", "s/edit", "seconds of editing, divided by the edits"),
+    Column("peak_memory_gib", "peak GiB", "GiB", "peak memory"),
+)
+
+
 class _Sheet:
     """What both tables show.
 
     Attributes:
-        columns: Columns with a figure in any row.
-        outcomes: The outcomes, checked.
+        comparison: The comparison.
+        outcomes: Its outcomes, checked.
         figures: For each outcome what its row shows; `None` if it shows a reason instead.
         before: The figures before any edit.
-        decimals: Of an accuracy.
-        best: Key -> the text of the best value.
+        columns: Columns with a figure in any row.
         memory_of: What the peak memory is of -> methods; one entry, if the figures compare.
     """
 
-    columns: list[Column]
-    outcomes: list[Outcome]
-    figures: list[dict[str, float | None] | None]
-    before: dict[str, float | None]
-    decimals: int
-    best: dict[str, str]
-    memory_of: dict[str, list[str]]
-
-    @property
-    def mixed_memory(self) -> bool:
-        """Whether the figures are of different kinds of memory, which do not compare."""
-        return len(self.memory_of) > 1
-
-    def text(self, column: Column, value: float | None, missing: str) -> str:
-        """Returns one cell."""
-        if value is None:
-            return missing
-        if not math.isfinite(value):
-            return "NaN" if math.isnan(value) else str(value)
-        cost = column.key in ("seconds_per_edit", "peak_memory_gib")
-        return cost_text(value) if cost else f"{value:.{self.decimals}f}"
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
+        self.outcomes = [checked(outcome) for outcome in comparison.outcomes]
+        self.figures = [headline(one) if _has_figures(one) else None for one in self.outcomes]
+        self.before = headline(comparison.before_editing)
+        rows = [self.before, *(row for row in self.figures if row)]
+        columns = [c for c in COLUMNS if any(row[c.key] is not None for row in rows)]
+        self.columns = columns or [COLUMNS[0]]  # a reason needs a place
+        self.memory_of: dict[str, list[str]] = {}
+        for outcome, row in zip(self.outcomes, self.figures, strict=True):
+            if row and row["peak_memory_gib"] is not None:
+                methods = self.memory_of.setdefault(outcome.peak_memory_of or "run", [])
+                methods.append(one_line(outcome.method))
+        self._best = {column.key: self._best_text(column) for column in self.columns}
 
     def texts(self, values: Mapping[str, float | None], missing: str) -> list[str]:
         """Returns the cells of a row."""
-        return [self.text(column, values.get(column.key), missing) for column in self.columns]
+        return [self._text(column, values.get(column.key), missing) for column in self.columns]
 
-    def is_best(self, outcome: Outcome, column: Column, text: str) -> bool:
-        """Returns whether a cell is bold; figures that look the same are ties."""
-        return outcome.status == "ok" and text == self.best.get(column.key)
+    def cells(self, outcome: Outcome, figures: Mapping[str, float | None]) -> list[str]:
+        """Returns the cells of a method; the best are bold, figures that look the same are ties."""
+        return [
+            Bold(text) if outcome.status == "ok" and text == self._best[column.key] else text
+            for column, text in zip(self.columns, self.texts(figures, _NO_FIGURE), strict=True)
+        ]
+
+    def _text(self, column: Column, value: float | None, missing: str) -> str:
+        if value is not None and column.key in _COSTS:
+            return short_number(value)
+        return number_text(value, ".2f" if self.comparison.n <= 100 else ".3f", missing)
+
+    def _best_text(self, column: Column) -> str:
+        """Returns the text of the best value among methods that finished; empty if none is."""
+        found = [
+            value
+            for outcome, row in zip(self.outcomes, self.figures, strict=True)
+            if row and outcome.status == "ok" and (value := row[column.key]) is not None
+        ]
+        # Different kinds of memory do not compare.
+        if not found or (column.key == "peak_memory_gib" and len(self.memory_of) > 1):
+            return ""
+        return self._text(column, min(found) if column.key in _COSTS else max(found), "")
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    """Returns the comparison as a table for the terminal; 80 columns are enough.
+def comparison_table(comparison: Comparison) -> Group:
+    """Returns the comparison for the terminal; 80 columns are enough.
 
     Below the figures after all edits come, for a method that edits one by one, those right after
     each edit. Names and reasons are text, never markup.
     """
-    sheet = _sheet(comparison)
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    # The longest status fits; a longer name takes several lines.
-    table.add_column("method", overflow="fold", min_width=len("unavailable"))
-    for column in sheet.columns:
-        table.add_column(column.short + column.arrow, justify="right", no_wrap=True)
-    table.add_row(Text("before"), *map(Text, sheet.texts(sheet.before, _NOT_ASKED)), style="dim")
+    sheet = _Sheet(comparison)
+    rows = [Row(["before", *sheet.texts(sheet.before, _NOT_ASKED)], "dim")]
     for outcome, figures in zip(sheet.outcomes, sheet.figures, strict=True):
-        name = Text(one_line(outcome.method))
+        name = one_line(outcome.method)
         if outcome.status != "ok":
-            name.append(f"\n{outcome.status}", style="red")
-        texts = sheet.texts(figures, _HOLE) if figures else []
-        cells = [
-            Text(text, style="bold" if sheet.is_best(outcome, column, text) else "")
-            for column, text in zip(sheet.columns, texts, strict=False)
-        ]
-        table.add_row(name, *cells)
-        if figures and outcome.right_after_each:
+            name += f"\n{outcome.status}"
+        if figures is None:
+            rows.append(Row([name], "red"))
+            continue
+        rows.append(Row([name, *sheet.cells(outcome, figures)]))
+        if outcome.right_after_each:
             each = sheet.texts(accuracies(outcome.right_after_each), "")
-            table.add_row(Text(_RIGHT_AFTER), *map(Text, each), style="dim")
-    # Not a title and a caption: these would be squeezed into the width of a narrow table.
-    whole = Table.grid()
-    whole.add_row(Text("\n".join(_title(comparison)), style="bold"))
-    whole.add_row(table)
-    whole.add_row(_caption(comparison, sheet))
-    return whole
+            rows.append(Row([_RIGHT_AFTER, *each], "dim"))
+    heads = ["method", *(column.short + column.arrow for column in sheet.columns)]
+    return Group(
+        Text("\n".join(_title(comparison)), style="bold"),
+        terminal_table(heads, rows, compact=True),
+        _caption(sheet),
+    )
 
 
 def comparison_markdown(comparison: Comparison) -> str:
     """Returns the comparison as GitHub Markdown: title, table, legend and a list of notes."""
-    sheet = _sheet(comparison)
-    heads = [markdown_text(f"{column.name} {column.arrow}") for column in sheet.columns]
-    lines = [
-        f"**{markdown_text(' · '.join(_title(comparison)))}**",
-        "",
-        _row(["method", *heads]),
-        _row([":--", *("--:" for _ in heads)]),
-        _row(["before editing", *sheet.texts(sheet.before, _NOT_ASKED)]),
-    ]
+    sheet = _Sheet(comparison)
+    rows = [Row(["before editing", *sheet.texts(sheet.before, _NOT_ASKED)])]
     for outcome, figures in zip(sheet.outcomes, sheet.figures, strict=True):
-        name = markdown_text(outcome.method)
         if figures is None:
-            across = f"{outcome.status}: {markdown_text(_reason(outcome))}"
-            lines.append(_row([name, across, *("" for _ in heads[1:])]))
-        else:
-            name += "" if outcome.status == "ok" else f" ({outcome.status})"
-            lines.append(_row([name, *_markdown_cells(sheet, outcome, figures)]))
+            rows.append(Row([outcome.method, f"{outcome.status}: {_reason(outcome)}"]))
+            continue
+        name = outcome.method + ("" if outcome.status == "ok" else f" ({outcome.status})")
+        each = sheet.texts(accuracies(outcome.right_after_each), "")
+        cells = [
+            type(cell)(f"{cell} ({right_after} right after each edit)")
+            if right_after and column.key in ("reliability", "rewrite_acc")
+            else cell
+            for column, cell, right_after in zip(
+                sheet.columns, sheet.cells(outcome, figures), each, strict=True
+            )
+        ]
+        rows.append(Row([name, *cells]))
+    heads = ["method", *(f"{column.name} {column.arrow}" for column in sheet.columns)]
     meanings = "; ".join(f"{name}: {meaning}" for _, name, meaning in _meanings(sheet))
-    lines += ["", *(markdown_text(s) + "  " for s in (f"{meanings}.", *_legend(comparison, sheet)))]
+    lines = [f"**{markdown_text(' · '.join(_title(comparison)))}**", ""]
+    lines += [*markdown_table(heads, rows), ""]
+    lines += [markdown_text(line) + "  " for line in (f"{meanings}.", *_legend(sheet))]
     notes = [(outcome, _notes(outcome, comparison.n)) for outcome in sheet.outcomes]
     lines += ["", *(f"- **{markdown_text(o.method)}**: {'; '.join(n)}." for o, n in notes if n)]
     with_hparams = [outcome for outcome in sheet.outcomes if outcome.hparams]
@@ -131,34 +176,6 @@ def comparison_markdown(comparison: Comparison) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _sheet(comparison: Comparison) -> _Sheet:
-    outcomes = [checked(outcome) for outcome in comparison.outcomes]
-    figures = [headline(o) if _has_figures(o) else None for o in outcomes]
-    before = headline(
-        Outcome("", after_all=comparison.before, capability=comparison.capability_before)
-    )
-    rows = [before, *(row for row in figures if row)]
-    columns = [column for column in COLUMNS if any(row[column.key] is not None for row in rows)]
-    memory_of: dict[str, list[str]] = {}
-    for outcome, row in zip(outcomes, figures, strict=True):
-        if row and row["peak_memory_gib"] is not None:
-            memory_of.setdefault(outcome.peak_memory_of or "run", []).append(outcome.method)
-    decimals = 2 if comparison.n <= 100 else 3
-    # At least one column: a reason needs a place.
-    columns = columns or [COLUMNS[0]]
-    sheet = _Sheet(columns, outcomes, figures, before, decimals, {}, memory_of)
-    for column in columns:
-        found = [
-            value
-            for outcome, row in zip(outcomes, figures, strict=True)
-            if row and outcome.status == "ok" and (value := row[column.key]) is not None
-        ]
-        if found and not (column.key == "peak_memory_gib" and sheet.mixed_memory):
-            best = max(found) if column.higher_is_better else min(found)
-            sheet.best[column.key] = sheet.text(column, best, "")
-    return sheet
-
-
 def _has_figures(outcome: Outcome) -> bool:
     """Returns whether the row shows figures; a method that failed shows its reason instead."""
     if outcome.status == "not finite":
@@ -166,22 +183,8 @@ def _has_figures(outcome: Outcome) -> bool:
     return outcome.status == "ok"
 
 
-def _markdown_cells(
-    sheet: _Sheet, outcome: Outcome, figures: Mapping[str, float | None]
-) -> list[str]:
-    cells = []
-    for column, text in zip(sheet.columns, sheet.texts(figures, _HOLE), strict=True):
-        cell = f"**{text}**" if sheet.is_best(outcome, column, text) else text
-        right_after = figures.get(f"{column.key}_right_after_each")
-        if right_after is not None:
-            cell += f" ({sheet.text(column, right_after, '')} right after each edit)"
-        cells.append(cell)
-    return cells
-
-
 def _title(comparison: Comparison) -> list[str]:
-    edits = "1 edit" if comparison.n == 1 else f"{comparison.n:,} edits"
-    first = f"{comparison.model} on {comparison.data} · {edits}"
+    first = f"{comparison.model} on {comparison.data} · {counted(comparison.n, 'edit')}"
     second = f"{comparison.device} ({comparison.dtype}) · EasyEdit: {comparison.easyedit}"
     return [one_line(first), one_line(second)]
 
@@ -192,8 +195,9 @@ def _reason(outcome: Outcome) -> str:
 
 def _meanings(sheet: _Sheet) -> list[tuple[str, str, str]]:
     """Returns the abbreviation, the name and the meaning of each column."""
+    several = len(sheet.memory_of) > 1
     kinds = [
-        f"of the {kind}" + (f" ({', '.join(map(one_line, methods))})" if sheet.mixed_memory else "")
+        f"of the {kind}" + (f" ({', '.join(methods)})" if several else "")
         for kind, methods in sheet.memory_of.items()
     ]
     memory = f" {' or '.join(kinds)}"
@@ -203,13 +207,14 @@ def _meanings(sheet: _Sheet) -> list[tuple[str, str, str]]:
     ]
 
 
-def _legend(comparison: Comparison, sheet: _Sheet) -> list[str]:
+def _legend(sheet: _Sheet) -> list[str]:
     """Returns what else a reader of the table must know, a sentence or two a line."""
+    comparison = sheet.comparison
     signs = "↑ higher, ↓ lower is better; bold: the best of a column among methods that finished"
     if _NOT_ASKED in sheet.texts(sheet.before, _NOT_ASKED):
         signs += f"; {_NOT_ASKED}: not asked for, or not defined before editing"
-    if any(row and _HOLE in sheet.texts(row, _HOLE) for row in sheet.figures):
-        signs += f"; {_HOLE}: asked for, but this method has no figure"
+    if any(row and _NO_FIGURE in sheet.texts(row, _NO_FIGURE) for row in sheet.figures):
+        signs += f"; {_NO_FIGURE}: asked for, but this method has no figure"
     lines = [signs + "."]
     absent = [column.name for column in COLUMNS if column not in sheet.columns]
     if absent:
@@ -224,20 +229,20 @@ def _legend(comparison: Comparison, sheet: _Sheet) -> list[str]:
     return lines
 
 
-def _caption(comparison: Comparison, sheet: _Sheet) -> Text:
+def _caption(sheet: _Sheet) -> Text:
     """Returns what stands below the terminal's table, reasons first."""
     caption = Text("\n")
     for outcome in sheet.outcomes:
         if outcome.status != "ok":
             caption.append(f"{one_line(outcome.method)} {outcome.status}", style="red")
             caption.append(f": {_reason(outcome)}.\n")
-        for note in _fewer_edits(outcome, comparison.n):
+        for note in _fewer_edits(outcome, sheet.comparison.n):
             caption.append(f"{one_line(outcome.method)}: {note}.\n")
     glossary = [(short, f"{name}: {meaning}") for short, name, meaning in _meanings(sheet)]
     if any(f and o.right_after_each for f, o in zip(sheet.figures, sheet.outcomes, strict=True)):
         glossary.append((_RIGHT_AFTER, "measured right after each edit, before the later ones"))
     lines = [f"{short:<13}{meaning}" for short, meaning in glossary]
-    return caption.append("\n".join([*lines, *_legend(comparison, sheet)]), style="dim")
+    return caption.append("\n".join([*lines, *_legend(sheet)]), style="dim")
 
 
 def _fewer_edits(outcome: Outcome, n: int) -> list[str]:
@@ -253,13 +258,7 @@ def _notes(outcome: Outcome, n: int) -> list[str]:
         notes.append(f"key covariances from {outcome.corpus}")
     notes += outcome.notes
     if outcome.seconds:
-        phases = ", ".join(
-            f"{phase} {cost_text(value)}" for phase, value in outcome.seconds.items()
-        )
+        phases = ", ".join(f"{phase} {short_number(s)}" for phase, s in outcome.seconds.items())
         notes.append(f"seconds: {phases}")
     texts = [markdown_text(note).rstrip(".") for note in notes]
     return texts + ([f"log: {markdown_code(outcome.log)}"] if outcome.log else [])
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -80,9 +80,8 @@ def _numbers(value: Any) -> dict[str, Any]:
         return {}
     kept: dict[str, Any] = {}
     for key, entry in value.items():
-        name = key.replace("[", "\\[")
         if isinstance(entry, Mapping):
-            kept[name] = _numbers(entry)
+            kept[key] = _numbers(entry)
         elif isinstance(entry, (int, float)) and not isinstance(entry, bool):
-            kept[name] = entry
+            kept[key] = entry
     return kept

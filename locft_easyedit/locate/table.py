@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ..compare.escape import markdown_text, one_line
+from ..tables import (
+    Bold,
+    Row,
+    counted,
+    markdown_table,
+    markdown_text,
+    number_text,
+    one_line,
+    terminal_table,
+)
 from .outcome import LESS_IS_BETTER, STATES, CellOutcome, StudyOutcome
 from .places import MODULES
 
@@ -29,25 +37,27 @@ _COLUMNS = {
 }
 
 
-def study_table(outcome: StudyOutcome) -> Table:
+def study_table(outcome: StudyOutcome) -> Group:
     """Returns the study for the terminal: the best places, the best of each module, marked cells.
 
     A place stands with its best rate; 80 columns are enough. Names and reasons are text, never
     markup.
     """
-    whole = Table.grid()
-    whole.add_row(Text("\n".join(_title(outcome)), style="bold"))
-    best = best_places(outcome)
+    keys, best = _keys(outcome), best_places(outcome)
+    parts: list[Text | Table] = [Text("\n".join(_title(outcome)), style="bold")]
     if best:
-        whole.add_row(_places_table(outcome, best[:_TOP], before=True))
-        whole.add_row(Text(f"\nThe best layer of each module ({len(best)} places)", style="bold"))
-        whole.add_row(_places_table(outcome, best_of_modules(outcome)))
-    caption = Text("\n")
-    for line in _marked_lines(outcome):
-        caption.append(f"{line}\n", style="red")
-    meanings = (f"{_COLUMNS[key][0]:<9}{_COLUMNS[key][1]}" for key in _keys(outcome))
-    whole.add_row(caption.append("\n".join(meanings), style="dim"))
-    return whole
+        heads = ["layer", "module", "lr", *(_COLUMNS[key][0] for key in keys)]
+        top = [*_before(outcome, "before"), *_rows(outcome, best[:_TOP], mark="> ")]
+        modules = _rows(outcome, best_of_modules(outcome), mark="> ")
+        title = f"\nThe best layer of each module ({len(best)} places)"
+        parts += [
+            terminal_table(heads, top, text_columns=2, compact=True),
+            Text(title, style="bold"),
+            terminal_table(heads, modules, text_columns=2, compact=True),
+        ]
+    marked = "".join(f"\n{line}" for line in _marked_lines(outcome))
+    meanings = "".join(f"\n{_COLUMNS[key][0]:<9}{_COLUMNS[key][1]}" for key in keys)
+    return Group(*parts, Text(marked, style="red"), Text(meanings, style="dim"))
 
 
 def study_markdown(outcome: StudyOutcome) -> str:
@@ -56,14 +66,17 @@ def study_markdown(outcome: StudyOutcome) -> str:
     Cells without figures follow as a list, and what the columns say.
     """
     lines = [f"**{markdown_text(' · '.join(_title(outcome)))}**", ""]
-    best = best_places(outcome)
+    keys, best = _keys(outcome), best_places(outcome)
     if best:
+        arrows = (f"{key} {'↓' if key in LESS_IS_BETTER else '↑'}" for key in keys)
+        heads, top = ["layer", "module", "lr", *arrows], best[:_TOP]
+        modules = _rows(outcome, best_of_modules(outcome))
+        places = [*_before(outcome, "before editing"), *_rows(outcome, top)]
         lines += ["The best layer of each module:", ""]
-        lines += [*_markdown_rows(outcome, best_of_modules(outcome), module_first=True), ""]
-        top = best[:_TOP]
+        lines += [*markdown_table(heads, modules, text_columns=2), ""]
         lines += [f"The best {len(top)} of {len(best)} places, each at its best rate:", ""]
-        lines += [*_markdown_rows(outcome, top), ""]
-        meanings = "; ".join(f"{key}: {_COLUMNS[key][1]}" for key in _keys(outcome))
+        lines += [*markdown_table(heads, places, text_columns=2), ""]
+        meanings = "; ".join(f"{key}: {_COLUMNS[key][1]}" for key in keys)
         lines += [markdown_text(f"{meanings}."), ""]
     lines += [f"- {markdown_text(line)}" for line in _marked_lines(outcome)]
     return "\n".join(lines).rstrip() + "\n"
@@ -86,18 +99,13 @@ def best_of_modules(outcome: StudyOutcome) -> list[CellOutcome]:
 
 def figure_text(key: str, value: float | None) -> str:
     """Returns a figure as text: a share with three decimals, a drift with three digits."""
-    if value is None:
-        return "-"
-    if not math.isfinite(value):
-        return "NaN" if math.isnan(value) else str(value)
-    return f"{value:.3g}" if key in LESS_IS_BETTER else f"{value:.3f}"
+    return number_text(value, ".3g" if key in LESS_IS_BETTER else ".3f")
 
 
 def study_name(outcome: StudyOutcome) -> str:
     """Returns what was studied, in one line: model, data, edits."""
-    edits = "1 edit" if outcome.n == 1 else f"{outcome.n:,} edits"
     model, data = (shortened(name) for name in (outcome.model, outcome.data))
-    return f"{model} on {data}, {edits} a cell"
+    return f"{model} on {data}, {counted(outcome.n, 'edit')} a cell"
 
 
 def shortened(text: str, length: int = 60) -> str:
@@ -127,54 +135,27 @@ def _keys(outcome: StudyOutcome) -> list[str]:
     return [key for key in _COLUMNS if any(key in one.figures for one in outcome.measured)]
 
 
-def _cells(keys: Sequence[str], figures: Mapping[str, float]) -> list[str]:
-    return [figure_text(key, figures.get(key)) for key in keys]
+def _cells(outcome: StudyOutcome, figures: Mapping[str, float]) -> list[str]:
+    return [figure_text(key, figures.get(key)) for key in _keys(outcome)]
 
 
-def _places_table(
-    outcome: StudyOutcome, rows: Sequence[CellOutcome], *, before: bool = False
-) -> Table:
-    keys, chosen = _keys(outcome), outcome.chosen()
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column("layer", justify="right", no_wrap=True)
-    table.add_column("module", no_wrap=True)
-    table.add_column("lr", justify="right", no_wrap=True)
-    for key in keys:
-        table.add_column(_COLUMNS[key][0], justify="right", no_wrap=True)
-    if before and outcome.before:
-        table.add_row("", "before", "", *_cells(keys, outcome.before), style="dim")
-    for one in rows:
+def _before(outcome: StudyOutcome, name: str) -> list[Row]:
+    """Returns the row of the model before any edit, if it was measured."""
+    if not outcome.before:
+        return []
+    return [Row(["", name, "", *_cells(outcome, outcome.before)], "dim")]
+
+
+def _rows(outcome: StudyOutcome, cells: Sequence[CellOutcome], mark: str = "") -> list[Row]:
+    """Returns a row a cell; the chosen one is bold and has a mark, which needs no colour."""
+    chosen, rows = outcome.chosen(), []
+    for one in cells:
         place = one.cell.location
-        # The mark stays where there is no colour.
-        mark = "> " if one is chosen else ""
-        cells = (f"{mark}{place.layer}", place.module, f"{one.cell.lr:g}")
-        style = "bold" if one is chosen else ""
-        table.add_row(*cells, *_cells(keys, one.figures), style=style)
-    return table
-
-
-def _markdown_rows(
-    outcome: StudyOutcome, rows: Sequence[CellOutcome], *, module_first: bool = False
-) -> list[str]:
-    keys, chosen = _keys(outcome), outcome.chosen()
-    places = ["module", "layer"] if module_first else ["layer", "module"]
-    signs = [f"{key} {'↓' if key in LESS_IS_BETTER else '↑'}" for key in keys]
-    lines = [
-        _row([*places, "lr", *signs]),
-        _row([":--" if name == "module" else "--:" for name in places] + ["--:"] * (len(keys) + 1)),
-    ]
-    if outcome.before and not module_first:
-        lines.append(_row(["", "before editing", "", *_cells(keys, outcome.before)]))
-    for one in rows:
-        location = one.cell.location
-        named = {"module": location.module.replace("_", "\\_"), "layer": str(location.layer)}
-        cells = [*(named[name] for name in places), f"{one.cell.lr:g}", *_cells(keys, one.figures)]
-        lines.append(_row([f"**{cell}**" for cell in cells] if one is chosen else cells))
-    return lines
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+        texts = [str(place.layer), place.module, f"{one.cell.lr:g}", *_cells(outcome, one.figures)]
+        if one is chosen:
+            texts = [Bold(text) for text in (mark + texts[0], *texts[1:])]
+        rows.append(Row(texts))
+    return rows
 
 
 def _marked_lines(outcome: StudyOutcome) -> list[str]:
