@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 
 from .activations import LayerActivations
 from .change_memory import change_parts, preparing_parts, training_parts
@@ -14,8 +13,6 @@ from .setting import LAYOUTS, Run, Setting
 from .shapes import CUTS, ModelShapes
 from .units import bytes_text
 from .workload import Machine, Workload
-
-Activations = Callable[[str], Sequence[LayerActivations]]
 
 NAMES = {"gpu": "the GPU", "host": "the host", "disk": "the disk"}
 # What the prefix may take of what is free, where nobody says it.
@@ -55,30 +52,29 @@ class Candidate:
 
 def candidates(
     shapes: ModelShapes,
-    activations: Activations,
+    saved: Mapping[str, Sequence[LayerActivations]],
     work: Workload,
     machine: Machine,
     *,
-    dtype: str,
     streamed: bool | None = None,
     cut: str | None = None,
     model_parallel: bool = False,
 ) -> list[Candidate]:
     """Returns every setting, preferred ones first.
 
-    The precision that was asked for comes before bfloat16, and a resident model before a streamed
-    one. Of the cuts comes first the one that leaves least to run and needs no disk: to read states
-    from a disk in every epoch costs more than the little that a wider cut saves.
+    A precision comes before the next one, and a resident model before a streamed one. Of the cuts
+    comes first the one that leaves least to run and needs no disk: to read states from a disk in
+    every epoch costs more than the little that a wider cut saves.
 
     On several GPUs each holds a copy of what stays. Only where that does not fit are layers cut up
     or laid on several GPUs, and of these ways the quickest comes first.
 
     Args:
         shapes: The model's sizes.
-        activations: What autograd keeps of each layer, by precision.
+        saved: By precision, preferred ones first: what autograd keeps of each layer from the first
+            trained one up.
         work: The work.
         machine: The machine.
-        dtype: The precision that was asked for.
         streamed: Whether frozen layers are streamed; `None` leaves it open.
         cut: Where the prefix ends; `None` leaves it open.
         model_parallel: Whether layers have to lie on several GPUs.
@@ -90,21 +86,20 @@ def candidates(
         ways = [False]
     layouts = LAYOUTS[2 if model_parallel or whole else 1 :]
     cuts = [one for one in CUTS if one in shapes.cuts and cut in (None, one)]
-    saved = cache(activations)
 
     def tried(dtype: str, streamed: bool, layout: str, group: int = 1) -> list[Candidate]:
         """Returns the candidates of all cuts: first what fits, then what needs no disk."""
         found = []
         for one in cuts:
             setting = Setting(dtype, streamed, one, work.batch_size, layout, group)
-            found.append(_largest(Run(shapes, setting, work, machine), saved(dtype)))
+            found.append(_largest(Run(shapes, setting, work, machine), saved[dtype]))
         return sorted(found, key=_preference)
 
     found: list[Candidate] = []
-    for precision in dict.fromkeys([dtype, "bfloat16"] if dtype == "float32" else [dtype]):
+    for dtype in saved:
         copies = []
         if not model_parallel:
-            copies = [one for way in ways for one in tried(precision, way, "copies")]
+            copies = [one for way in ways for one in tried(dtype, way, "copies")]
         found += copies
         if machine.gpus == 1 or any(one.reason is None for one in copies):
             continue
@@ -114,7 +109,7 @@ def candidates(
                 if layout == "fsdp" and not way and shapes.first_layer > 0:
                     continue  # what is below the place is not cut up, but streamed
                 for n in _groups(machine.gpus, layout):
-                    alike = tried(precision, way, layout, n)
+                    alike = tried(dtype, way, layout, n)
                     if alike[0].reason is None or n == machine.gpus:
                         spread += alike
                         break  # the smaller the groups, the more of them work at once

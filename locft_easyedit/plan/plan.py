@@ -8,7 +8,6 @@ from typing import Any
 
 from ..errors import HyperParamsError, one_message
 from ..hparams import DTYPES, LocFTBFHyperParams
-from .activations import LayerActivations
 from .candidates import Candidate, candidates
 from .cost import Phase, StepCost, phases, step_cost, step_flop
 from .memory import PLACES, peak
@@ -144,16 +143,15 @@ def make_plan(
         )
     device = "cpu" if machine.gpu is None else "cuda"
     dtype = str(hparams.dtype_on(device)).removeprefix("torch.")
-
-    def activations(dtype: str) -> list[LayerActivations]:
-        return reader.activations(DTYPES[dtype], work.row_tokens, device)
-
+    saved = {
+        one: reader.activations(DTYPES[one], work.row_tokens, device)
+        for one in ([dtype, "bfloat16"] if dtype == "float32" else [dtype])
+    }
     found = candidates(
         shapes,
-        activations,
+        saved,
         work,
         machine,
-        dtype=dtype,
         streamed=streamed,
         cut=cut,
         model_parallel=hparams.model_parallel,

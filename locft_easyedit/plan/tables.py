@@ -5,7 +5,6 @@ from __future__ import annotations
 from rich.table import Table
 
 from ..tables import Bold, Row, counted, terminal_table
-from . import workload
 from .candidates import NAMES, Candidate
 from .cost import step_flop
 from .memory import PHASES, PLACES
@@ -226,5 +225,5 @@ def assumptions(plan: Plan) -> list[str]:
 def _stated(machine: Machine, field: str, unit: str = "GB/s") -> str:
     """Returns a rate, and whether somebody has given it."""
     value = getattr(machine, field)
-    assumed = value == getattr(workload, f"ASSUMED_{field.upper()}")
-    return f"{value:,g} {unit}" + (f" (assumed unless {field}= says it)" if assumed else "")
+    assumed = f" (assumed unless {field}= says it)" if value == getattr(Machine, field) else ""
+    return f"{value:,g} {unit}{assumed}"
