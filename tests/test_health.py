@@ -21,7 +21,13 @@ from toys import (
 from locft_easyedit import health, weight_norms
 from locft_easyedit.devices import context_length
 from locft_easyedit.editing import EditSession, edit_model
-from locft_easyedit.health import HealthReport, damages, health_texts
+from locft_easyedit.health import health_texts
+from locft_easyedit.health_report import (
+    PERPLEXITY_RATIO,
+    RELATIVE_CHANGE,
+    HealthReport,
+    damages,
+)
 from locft_easyedit.models import load_model
 from locft_easyedit.prefix import FrozenPrefix
 from locft_easyedit.report import health_table, write_json
@@ -165,15 +171,15 @@ def norms(change):
 @pytest.mark.parametrize(
     ("before", "after", "change", "found"),
     [
-        (10.0, 10.0 * health.PERPLEXITY_RATIO, health.RELATIVE_CHANGE, []),
-        (10.0, 10.1 * health.PERPLEXITY_RATIO, 0.1, ["perplexity of ordinary text rose from 10"]),
+        (10.0, 10.0 * PERPLEXITY_RATIO, RELATIVE_CHANGE, []),
+        (10.0, 10.1 * PERPLEXITY_RATIO, 0.1, ["perplexity of ordinary text rose from 10"]),
         (10.0, 5.0, 0.1, []),
         (10.0, math.nan, 0.1, ["ordinary text is nan (10 before)"]),
         (10.0, math.inf, 0.1, ["ordinary text is inf (10 before)"]),
         (math.nan, math.nan, 0.1, []),
         (60.0, 1e5, 0.1, []),  # it guessed among 100 tokens before
         (60.0, math.nan, 0.1, ["ordinary text is nan"]),
-        (None, None, 1.01 * health.RELATIVE_CHANGE, ["m changed by"]),
+        (None, None, 1.01 * RELATIVE_CHANGE, ["m changed by"]),
         (None, None, math.nan, ["m changed by nan"]),
         (10.0, 1e3, 1e3, ["rose from 10", "m changed by 1e+03 times its own norm"]),
     ],
@@ -189,7 +195,7 @@ def test_a_damaged_model_is_told_with_a_remedy(warned):
     result = edited(model, lr=3.0)
     report = result.health
     assert report.damaged
-    assert report.matrices[NAME]["relative_change"] > health.RELATIVE_CHANGE
+    assert report.matrices[NAME]["relative_change"] > RELATIVE_CHANGE
     assert report.warnings[0].startswith(NAME)
     [message] = warned()
     assert report.warnings[0] in message
@@ -477,7 +483,7 @@ def test_a_real_model(smollm2, warned):
         model, tokenizer, toy_requests(4), replace(h, lr=0.2), progress=False
     ).health
     assert damaged.perplexity_before == report.perplexity_before
-    assert damaged.perplexity_ratio > health.PERPLEXITY_RATIO
+    assert damaged.perplexity_ratio > PERPLEXITY_RATIO
     assert damaged.damaged
     assert "rose from" in warned()[0]
 

@@ -157,8 +157,8 @@ def _fit(run: Run, saved: Sequence[LayerActivations]) -> Candidate:
     placed = _place(edits, left, run.processes)
     parts += [Part(EDITS_PREFIX, place, n, LATER) for place, n in placed.items()]
     if prompts <= sum(left.values()) * _ROUNDING:
-        placed_too = _place(prompts, left, run.processes)
-        parts += [Part(PROMPTS_PREFIX, place, n, LATER) for place, n in placed_too.items()]
+        prompts_placed = _place(prompts, left, run.processes)
+        parts += [Part(PROMPTS_PREFIX, place, n, LATER) for place, n in prompts_placed.items()]
     reason = _too_small(parts, machine)
     # Without its prefix an evaluation runs all layers, which a streamed model does not have.
     needed = edits + (prompts if setting.streamed else 0)
