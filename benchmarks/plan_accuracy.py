@@ -27,9 +27,9 @@ from locft_easyedit.evaluate.choices import HowToRun
 from locft_easyedit.evaluate.evaluation import Evaluation
 from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.models import load_model
-from locft_easyedit.plan.given import Machine, Workload
-from locft_easyedit.plan.make import make_plan
 from locft_easyedit.plan.memory import PHASES
+from locft_easyedit.plan.plan import make_plan
+from locft_easyedit.plan.workload import Machine, Workload
 from locft_easyedit.requests import distinct_edits
 from locft_easyedit.tokens import tokenize_edits
 

@@ -18,10 +18,10 @@ import sys
 
 from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.hparams_files import hparams_folder
-from locft_easyedit.plan.given import Machine, Workload
-from locft_easyedit.plan.make import make_plan
-from locft_easyedit.plan.sizes import GIB, parse_size
-from locft_easyedit.plan.step import AFTERWARDS, AT_ONE_TIME
+from locft_easyedit.plan.cost import AFTERWARDS, AT_ONE_TIME
+from locft_easyedit.plan.plan import make_plan
+from locft_easyedit.plan.units import GIB, parse_size
+from locft_easyedit.plan.workload import Machine, Workload
 from locft_easyedit.report import prepare_folder, write_picture
 
 A_NODE = 8

@@ -170,90 +170,6 @@ class Cut:
             yield
 
 
-@contextmanager
-def bypassing(stack: LayerList, n_layers: int, returns_tuple: bool) -> Iterator[None]:
-    """Within, the first `n_layers` hand their input on; the module tree is restored in any case."""
-    originals = list(stack.layers[:n_layers])
-    try:
-        for i, layer in enumerate(originals):
-            stack.layers[i] = _PassThrough(layer, returns_tuple)
-        yield
-    finally:
-        for i, layer in enumerate(originals):
-            stack.layers[i] = layer
-
-
-class _StandIn(nn.Module):
-    """Takes a layer's place in the stack; models read attributes of it to choose a mask."""
-
-    def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
-        super().__init__()
-        self.returns_tuple = returns_tuple
-        # The layer itself must not be a child: its parameters would be listed.
-        for name in ("attention_type", "layer_type", "is_sliding", "layer_idx"):
-            if hasattr(layer, name):
-                setattr(self, name, getattr(layer, name))
-
-    def _in_form(self, hidden: torch.Tensor) -> Any:
-        return (hidden,) if self.returns_tuple else hidden
-
-
-class _PassThrough(_StandIn):
-    """Stands in for a frozen layer: gives its input back in the form the layer would."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._in_form(_hidden(args, kwargs))
-
-
-class _Resumed(_StandIn):
-    """Stands in for the first trained layer, of which only the block and what follows it run."""
-
-    def __init__(self, cut: Cut, layer: nn.Module, states: Callable[[], torch.Tensor]) -> None:
-        super().__init__(layer, cut.returns_tuple)
-        self._cut = (cut,)  # in a tuple: its modules must not become children
-        self._states = states
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        [cut] = self._cut
-        states, width = self._states(), _hidden(args, kwargs).shape[-1]
-        assert cut.block is not None
-        if cut.kind == "matrix":
-            residual, given = states[..., :width], states[..., width:]
-        else:
-            residual = given = states
-            if cut.norm is not None:
-                given = cut.norm(given)
-        run = cut.block if cut.fold is None else cut.fold.trained
-        output = first_tensor(run(given))
-        for module in cut.after:
-            output = first_tensor(module(output))
-        assert output is not None
-        return self._in_form(residual + output)
-
-
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """Returns a layer's input, given by position or by name."""
-    hidden: torch.Tensor = (
-        args[0]
-        if args
-        else next(kwargs[name] for name in ("hidden_states", "input", "x") if name in kwargs)
-    )
-    return hidden
-
-
-def _substitute(states: Callable[[], torch.Tensor]) -> Callable[..., Any]:
-    """Returns a pre-forward hook that replaces a module's input."""
-
-    def hook(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (states(), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": states()}
-
-    return hook
-
-
 def layer_cut(stack: LayerList, first_layer: int, returns_tuple: bool = False) -> Cut:
     """Returns the general cut: at the input of a layer."""
     return Cut(stack, first_layer, returns_tuple=returns_tuple)
@@ -343,3 +259,87 @@ def _outermost(trace: Trace, call: Call) -> Call:
 
 def _names(calls: list[Call], modules: list[nn.Module]) -> set[str]:
     return {call.name for call in calls if call.module in modules}
+
+
+@contextmanager
+def bypassing(stack: LayerList, n_layers: int, returns_tuple: bool) -> Iterator[None]:
+    """Within, the first `n_layers` hand their input on; the module tree is restored in any case."""
+    originals = list(stack.layers[:n_layers])
+    try:
+        for i, layer in enumerate(originals):
+            stack.layers[i] = _PassThrough(layer, returns_tuple)
+        yield
+    finally:
+        for i, layer in enumerate(originals):
+            stack.layers[i] = layer
+
+
+class _StandIn(nn.Module):
+    """Takes a layer's place in the stack; models read attributes of it to choose a mask."""
+
+    def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
+        super().__init__()
+        self.returns_tuple = returns_tuple
+        # The layer itself must not be a child: its parameters would be listed.
+        for name in ("attention_type", "layer_type", "is_sliding", "layer_idx"):
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
+
+    def _in_form(self, hidden: torch.Tensor) -> Any:
+        return (hidden,) if self.returns_tuple else hidden
+
+
+class _PassThrough(_StandIn):
+    """Stands in for a frozen layer: gives its input back in the form the layer would."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._in_form(_hidden(args, kwargs))
+
+
+class _Resumed(_StandIn):
+    """Stands in for the first trained layer, of which only the block and what follows it run."""
+
+    def __init__(self, cut: Cut, layer: nn.Module, states: Callable[[], torch.Tensor]) -> None:
+        super().__init__(layer, cut.returns_tuple)
+        self._cut = (cut,)  # in a tuple: its modules must not become children
+        self._states = states
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        [cut] = self._cut
+        states, width = self._states(), _hidden(args, kwargs).shape[-1]
+        assert cut.block is not None
+        if cut.kind == "matrix":
+            residual, given = states[..., :width], states[..., width:]
+        else:
+            residual = given = states
+            if cut.norm is not None:
+                given = cut.norm(given)
+        run = cut.block if cut.fold is None else cut.fold.trained
+        output = first_tensor(run(given))
+        for module in cut.after:
+            output = first_tensor(module(output))
+        assert output is not None
+        return self._in_form(residual + output)
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Returns a layer's input, given by position or by name."""
+    hidden: torch.Tensor = (
+        args[0]
+        if args
+        else next(kwargs[name] for name in ("hidden_states", "input", "x") if name in kwargs)
+    )
+    return hidden
+
+
+def _substitute(states: Callable[[], torch.Tensor]) -> Callable[..., Any]:
+    """Returns a pre-forward hook that replaces a module's input."""
+
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (states(), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": states()}
+
+    return hook

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # matplotlib is slow to import
     from matplotlib.figure import Figure
     from rich.table import Table
 
-    from .health import HealthReport
+    from .health_report import HealthReport
 
 _LABELS = {
     "rewrite_acc": "rewrite_acc (teacher-forced)",

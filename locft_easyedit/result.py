@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .health import HealthReport
+from .health_report import HealthReport
 from .lora import LoraAdapter
 from .requests import EditSet
 from .weights import exchanged, write_

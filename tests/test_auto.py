@@ -394,7 +394,7 @@ def test_too_few_edits_show_before_a_model_is_loaded(toy_folder, monkeypatch):
 
 
 def test_a_plan_needs_a_place():
-    from locft_easyedit.plan.make import make_plan
+    from locft_easyedit.plan.plan import make_plan
 
     with pytest.raises(HyperParamsError, match="`layers=auto` chooses the place with the loaded"):
         make_plan(auto_hparams(), None, None)

@@ -18,15 +18,22 @@ from toys import (
     toy_tokenizer,
 )
 
-from locft_easyedit import health
+from locft_easyedit import health, weight_norms
 from locft_easyedit.devices import context_length
 from locft_easyedit.editing import EditSession
-from locft_easyedit.health import HealthReport, change_of, damages, health_texts, spectral_norm
+from locft_easyedit.health import health_texts
+from locft_easyedit.health_report import (
+    PERPLEXITY_RATIO,
+    RELATIVE_CHANGE,
+    HealthReport,
+    damages,
+)
 from locft_easyedit.models import load_model
 from locft_easyedit.pipeline import edit_model
 from locft_easyedit.prefix import FrozenPrefix
 from locft_easyedit.report import health_table, write_json
 from locft_easyedit.runner import TextRunner
+from locft_easyedit.weight_norms import change_of, spectral_norm
 
 NAME = "model.layers.2.mlp.down_proj.weight"
 
@@ -128,7 +135,7 @@ def test_pieces_give_the_same_norms(at_once, monkeypatch):
     generator = torch.Generator().manual_seed(1)
     old, new = (torch.randn(7, 5, 6, generator=generator) for _ in range(2))
     whole = change_of(old, new)
-    monkeypatch.setattr(health, "_AT_ONCE", at_once)
+    monkeypatch.setattr(weight_norms, "_AT_ONCE", at_once)
     assert change_of(old, new) == pytest.approx(whole, rel=1e-5)
     largest = max(float(torch.linalg.matrix_norm(m, 2)) for m in new)
     assert spectral_norm(new) == pytest.approx(largest, rel=0.07)
@@ -165,15 +172,15 @@ def norms(change):
 @pytest.mark.parametrize(
     ("before", "after", "change", "found"),
     [
-        (10.0, 10.0 * health.PERPLEXITY_RATIO, health.RELATIVE_CHANGE, []),
-        (10.0, 10.1 * health.PERPLEXITY_RATIO, 0.1, ["perplexity of ordinary text rose from 10"]),
+        (10.0, 10.0 * PERPLEXITY_RATIO, RELATIVE_CHANGE, []),
+        (10.0, 10.1 * PERPLEXITY_RATIO, 0.1, ["perplexity of ordinary text rose from 10"]),
         (10.0, 5.0, 0.1, []),
         (10.0, math.nan, 0.1, ["ordinary text is nan (10 before)"]),
         (10.0, math.inf, 0.1, ["ordinary text is inf (10 before)"]),
         (math.nan, math.nan, 0.1, []),
         (60.0, 1e5, 0.1, []),  # it guessed among 100 tokens before
         (60.0, math.nan, 0.1, ["ordinary text is nan"]),
-        (None, None, 1.01 * health.RELATIVE_CHANGE, ["m changed by"]),
+        (None, None, 1.01 * RELATIVE_CHANGE, ["m changed by"]),
         (None, None, math.nan, ["m changed by nan"]),
         (10.0, 1e3, 1e3, ["rose from 10", "m changed by 1e+03 times its own norm"]),
     ],
@@ -189,7 +196,7 @@ def test_a_damaged_model_is_told_with_a_remedy(warned):
     result = edited(model, lr=3.0)
     report = result.health
     assert report.damaged
-    assert report.matrices[NAME]["relative_change"] > health.RELATIVE_CHANGE
+    assert report.matrices[NAME]["relative_change"] > RELATIVE_CHANGE
     assert report.warnings[0].startswith(NAME)
     [message] = warned()
     assert report.warnings[0] in message
@@ -477,7 +484,7 @@ def test_a_real_model(smollm2, warned):
         model, tokenizer, toy_requests(4), replace(h, lr=0.2), progress=False
     ).health
     assert damaged.perplexity_before == report.perplexity_before
-    assert damaged.perplexity_ratio > health.PERPLEXITY_RATIO
+    assert damaged.perplexity_ratio > PERPLEXITY_RATIO
     assert damaged.damaged
     assert "rose from" in warned()[0]
 

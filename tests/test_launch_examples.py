@@ -12,8 +12,8 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.run import get_args_parser
 from toys import REPOSITORY
 
-from locft_easyedit.plan.layout import Setting
-from locft_easyedit.plan.make import launch_command
+from locft_easyedit.plan.plan import launch_command
+from locft_easyedit.plan.setting import Setting
 
 FOLDER = REPOSITORY / "examples" / "launch"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))

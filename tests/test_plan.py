@@ -13,12 +13,11 @@ from toys import DOWN_PROJECTION, HIDDEN, N_LAYERS, TOY_KINDS, toy_hparams, toy_
 from locft_easyedit.errors import ModelError, PlaceError
 from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.hparams_files import hparams_folder
-from locft_easyedit.plan import facts
-from locft_easyedit.plan.facts import meta_model, shipped_models
-from locft_easyedit.plan.given import Machine, Workload
-from locft_easyedit.plan.make import make_plan
-from locft_easyedit.plan.shapes import ModelReader
-from locft_easyedit.plan.sizes import GIB
+from locft_easyedit.plan import reader as plan_reader
+from locft_easyedit.plan.plan import make_plan
+from locft_easyedit.plan.reader import ModelReader, meta_model, shipped_models
+from locft_easyedit.plan.units import GIB
+from locft_easyedit.plan.workload import Machine, Workload
 
 ROW = 64
 SHIPPED = {facts["names"][0]: facts for facts in shipped_models().values()}
@@ -62,7 +61,7 @@ def test_every_yaml_has_a_plan_without_any_folder(yaml, tmp_path, monkeypatch):
 
 
 def test_names_of_a_model_are_told_apart_by_no_other_model():
-    files = [json.loads(p.read_text()) for p in facts._FOLDER.glob("*.json")]
+    files = [json.loads(p.read_text()) for p in plan_reader._FOLDER.glob("*.json")]
     names = Counter(name.lower() for one in files for name in one["names"])
     assert names
     assert set(names.values()) == {1}
@@ -294,4 +293,4 @@ def test_hparams_without_a_prefix_are_refused():
 
 
 def test_facts_are_in_the_package():
-    assert Path(facts.__file__).parent in facts._FOLDER.parents
+    assert Path(plan_reader.__file__).parent in plan_reader._FOLDER.parents

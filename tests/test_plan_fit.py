@@ -8,14 +8,19 @@ from toys import toy_hparams, toy_model
 from locft_easyedit.errors import HyperParamsError, ModelError, PlaceError
 from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.hparams_files import hparams_folder
-from locft_easyedit.plan.assumptions import assumptions
-from locft_easyedit.plan.flops import evaluation_flop, prefix_flop, step_flop
-from locft_easyedit.plan.given import Machine, Workload
-from locft_easyedit.plan.layout import Setting
-from locft_easyedit.plan.make import make_plan
+from locft_easyedit.plan.cost import (
+    EDITS_PREFIX,
+    PROMPTS_PREFIX,
+    evaluation_flop,
+    prefix_flop,
+    step_flop,
+)
 from locft_easyedit.plan.memory import PHASES, Part, cross_entropy, peak
-from locft_easyedit.plan.settings import EDITS_PREFIX, PROMPTS_PREFIX
-from locft_easyedit.plan.sizes import GIB, bytes_text, flop_text, parse_size, seconds_text
+from locft_easyedit.plan.plan import make_plan
+from locft_easyedit.plan.setting import Setting
+from locft_easyedit.plan.tables import assumptions
+from locft_easyedit.plan.units import GIB, bytes_text, flop_text, parse_size, seconds_text
+from locft_easyedit.plan.workload import Machine, Workload
 
 LARGE = Machine(gpu=80 * GIB, host=128 * GIB, disk=500 * GIB)
 H = hparams_folder()
@@ -89,7 +94,7 @@ def test_lora_trains_less(dtype):
     same = ("weights", "activations", "cross-entropy", EDITS_PREFIX)
     assert all(gpu[name] == sizes(full)[name] for name in same)
     # Its gradient costs 2 operations a weight and token, LoRA 6 a number of A and B.
-    flop = [step_flop(p.shapes, p.chosen.setting, p.work) for p in (full, plan)]
+    flop = [step_flop(p.chosen.run) for p in (full, plan)]
     assert flop[0] - flop[1] == pytest.approx(100 * 14.6 * (2 * n - 6 * m))
 
 
@@ -224,14 +229,16 @@ def test_peak_is_the_fullest_phase():
 def test_cross_entropy_works_in_chunks():
     plan = plan_for()
     work = replace(plan.work, targets=10.0)
-    small, large = (
-        cross_entropy(plan.shapes, Setting("float32", False, "matrix", n), work)
-        for n in (10, 10_000)
-    )
+
+    def taken(dtype, n):
+        setting = Setting(dtype, False, "matrix", n)
+        return cross_entropy(replace(plan.chosen.run, setting=setting, work=work))
+
+    small, large = (taken("float32", n) for n in (10, 10_000))
     hidden = 2 * 10 * 4096 * 4
     assert small == 10 * 10 * 128256 * 4 + 10 * hidden
     assert large == 2**25 * 4 + 10_000 * hidden
-    half = cross_entropy(plan.shapes, Setting("bfloat16", False, "matrix", 10_000), work)
+    half = taken("bfloat16", 10_000)
     assert half == 2**25 * 6 + 10_000 * hidden / 2
 
 
@@ -303,12 +310,11 @@ def test_evaluation_runs_all_layers_where_its_prefix_does_not_fit():
     machine = replace(LARGE, prefix_gpu=int(edits * 1.5), prefix_host=0, prefix_disk=0)
     keys = {"dtype": "bfloat16", "cut": "mlp"}
     plan = plan_for(machine=machine, streamed=False, **keys)
-    assert not plan.chosen.prompts_kept
     assert PROMPTS_PREFIX not in sizes(plan)
     names = [phase.name for phase in plan.phases]
     assert PROMPTS_PREFIX not in names
     kept = plan_for(streamed=False, **keys)
-    assert kept.chosen.prompts_kept
+    assert PROMPTS_PREFIX in sizes(kept)
     below = prefix_flop(plan.shapes, plan.work, "layer") * plan.work.eval_tokens
     assert plan.phases[-1].flop == pytest.approx(kept.phases[-1].flop + 2 * below)
     # A streamed model has no layers to run instead.
@@ -412,14 +418,14 @@ def test_unknown_model():
 
 def test_step_of_llama_3_8b_by_hand():
     plan = plan_for()
-    setting, work = plan.chosen.setting, plan.work
+    work = plan.work
     matrix, layer = 4096 * 14336, 4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336
     late = 4096 * 4096 + 3 * matrix
     scored, attention = 4.3 / 14.6, 4 * 64 * 4096
     token = 4 * matrix  # forward, and the gradient of the trained matrix
     token += 9 * (4 * layer + 3 * attention) - (1 - scored) * 4 * late
     token += 4 * scored * 4096 * 128256
-    assert step_flop(plan.shapes, setting, work) == pytest.approx(100 * 14.6 * token)
+    assert step_flop(plan.chosen.run) == pytest.approx(100 * 14.6 * token)
     below = 22 * (2 * layer + attention) + 2 * (layer - matrix) + attention
     assert prefix_flop(plan.shapes, work, "matrix") == pytest.approx(below)
     assert prefix_flop(plan.shapes, work, "mlp") == pytest.approx(below - 2 * 2 * matrix)
@@ -430,8 +436,8 @@ def test_step_of_llama_3_8b_by_hand():
 
 def test_matrices_trained_further_up_have_gradients_too():
     one, two = plan_for(), plan_for(layers=[22, 25])
-    more = step_flop(two.shapes, two.chosen.setting, two.work)
-    more -= step_flop(one.shapes, one.chosen.setting, one.work)
+    more = step_flop(two.chosen.run)
+    more -= step_flop(one.chosen.run)
     assert more == pytest.approx(100 * 14.6 * 2 * 4096 * 14336)
 
 
@@ -439,7 +445,7 @@ def test_first_layer_may_be_the_last():
     plan = plan_for(layers=[31])
     matrix, scored = 4096 * 14336, 4.3 / 14.6
     token = scored * 4 * matrix + 4 * scored * 4096 * 128256
-    flop = step_flop(plan.shapes, plan.chosen.setting, plan.work)
+    flop = step_flop(plan.chosen.run)
     assert flop == pytest.approx(100 * 14.6 * token)
 
 
@@ -449,10 +455,9 @@ def test_whole_layer_trains_all_its_matrices():
     layer = plan.shapes.layers[23]
     assert above == layer.matmul == layer.trained_matmul
     last = replace(plan.shapes, layers=plan.shapes.layers[:24])
-    setting, work = plan.chosen.setting, plan.work
     head = 4 * 4.3 / 14.6 * 4096 * 32000
     expected = 100 * 14.6 * (6 * above + 3 * 4 * 64 * 4096 + head)
-    assert step_flop(last, setting, work) == pytest.approx(expected)
+    assert step_flop(replace(plan.chosen.run, shapes=last)) == pytest.approx(expected)
 
 
 def test_bytes_and_time():
@@ -463,9 +468,7 @@ def test_bytes_and_time():
     assert loading.seconds == pytest.approx(stored / 3e9)
     assert prefix.checkpoint == 2 * plan.shapes.streamed
     assert prefix.seconds == pytest.approx(prefix.flop / 400e12)
-    assert training.flop == pytest.approx(
-        25 * 1000 * step_flop(plan.shapes, plan.chosen.setting, plan.work)
-    )
+    assert training.flop == pytest.approx(25 * 1000 * step_flop(plan.chosen.run))
     adam = 34 * 29568 * 8192 / 2.8e12  # a step, when the backward pass is done
     assert training.seconds == pytest.approx(training.flop / 400e12 + 25 * 1000 * adam)
     assert training.disk == 0

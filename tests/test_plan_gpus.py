@@ -8,14 +8,18 @@ import pytest
 from test_plan_fit import LARGE, plan_for, sizes
 
 from locft_easyedit.errors import HyperParamsError
-from locft_easyedit.plan.assumptions import assumptions
-from locft_easyedit.plan.flops import step_flop
-from locft_easyedit.plan.given import Machine
-from locft_easyedit.plan.layout import ranks, resident, sharded
-from locft_easyedit.plan.settings import EDITS_PREFIX, PROMPTS_PREFIX
-from locft_easyedit.plan.share import largest_share
-from locft_easyedit.plan.sizes import GIB
-from locft_easyedit.plan.step import adam_bytes, ring_seconds, weight_bytes
+from locft_easyedit.plan.cost import (
+    EDITS_PREFIX,
+    PROMPTS_PREFIX,
+    adam_bytes,
+    ring_seconds,
+    step_flop,
+    weight_bytes,
+)
+from locft_easyedit.plan.setting import largest_share
+from locft_easyedit.plan.tables import assumptions
+from locft_easyedit.plan.units import GIB
+from locft_easyedit.plan.workload import Machine
 
 NODE = replace(LARGE, gpus=8, host=1024 * GIB, disk=4096 * GIB)
 SMALL = replace(NODE, gpu=40 * GIB)  # where 25 layers of a 72B model do not fit one GPU
@@ -142,9 +146,9 @@ def test_lora_exchanges_little():
 
 def test_float32_has_nothing_to_publish():
     plan = plan_for(dtype="float32")
-    assert adam_bytes(plan.shapes, plan.chosen.setting) == 28 * TRAINED
+    assert adam_bytes(plan.chosen.run) == 28 * TRAINED
     setting = replace(plan.chosen.setting, cut="layer")
-    wider = weight_bytes(plan.shapes, setting, plan.work)
+    wider = weight_bytes(replace(plan.chosen.run, setting=setting))
     layer = plan.shapes.layers[22].matmul
     assert wider - plan.step().weight_bytes == 4 * (2 * layer - TRAINED)
 
@@ -182,7 +186,7 @@ def test_each_gpu_holds_a_copy_and_its_part_of_the_prefix():
     most = largest_share(100_000, 100, 8, 25_000).most
     assert plan.chosen.setting.micro_batch_size == most < 40
     assert here["activations"] < there["activations"]
-    assert ranks(plan.chosen.setting, NODE) == 8
+    assert plan.chosen.run.ranks == 8
 
 
 def test_a_host_holds_all_processes_of_its_node():
@@ -255,7 +259,7 @@ def test_layers_cut_up_by_hand():
     plan = spread(2000)
     shapes, setting = plan.shapes, plan.chosen.setting
     layer = shapes.layers[60].parameters
-    assert sharded(shapes) == 24 * layer
+    assert shapes.sharded == 24 * layer
     upper = 25 * layer + 8192 + 152064 * 8192
     assert sizes(plan)["weights"] == pytest.approx(2 * (upper - 24 * layer * 7 / 8))
     assert sizes(plan)["gathered layers"] == 3 * 2 * layer
@@ -273,9 +277,9 @@ def test_layers_on_several_gpus_by_hand():
     plan = spread(100)
     shapes, setting = plan.shapes, plan.chosen.setting
     assert setting.group == 2
-    assert ranks(setting, SMALL) == 4
+    assert plan.chosen.run.ranks == 4
     layer = shapes.layers[60].parameters
-    assert resident(shapes, setting) == shapes.upper / 2 + layer
+    assert plan.chosen.run.resident == shapes.upper / 2 + layer
     assert plan.keys()["model_parallel"] is True
     assert plan.launcher() == ["accelerate", "launch", "--num_processes", "4", "-m"]
     assert sizes(plan, "host")["Python and libraries"] == 4 * 2 * GIB
@@ -346,7 +350,7 @@ def test_a_node_streams_its_part_through_its_disk():
 def test_fewer_edits_than_a_mini_batch():
     plan = plan_for(n=30, machine=NODE)
     assert plan.step().share == 4
-    whole = step_flop(plan.shapes, plan.chosen.setting, plan.work)
+    whole = step_flop(plan.chosen.run)
     assert plan.phases[2].flop == pytest.approx(25 * 0.3 * whole)
     assert plan.phases[2].seconds == pytest.approx(25 * plan.step().total)
 

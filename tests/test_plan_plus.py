@@ -16,14 +16,21 @@ from locft_easyedit.augment.wordings import MOST
 from locft_easyedit.editing import EditSession
 from locft_easyedit.errors import DataError, HyperParamsError, PlaceError
 from locft_easyedit.hparams_rules import MOST_REWORDINGS
-from locft_easyedit.plan.assumptions import assumptions
-from locft_easyedit.plan.flops import evaluation_flop, prefix_flop, step_flop
-from locft_easyedit.plan.given import Workload
-from locft_easyedit.plan.make import make_plan
-from locft_easyedit.plan.settings import EDITS_PREFIX, PROMPTS_PREFIX
-from locft_easyedit.plan.share import largest_share
-from locft_easyedit.plan.sizes import GIB
-from locft_easyedit.plan.step import adam_bytes, gradient_bytes, weight_bytes
+from locft_easyedit.plan.cost import (
+    EDITS_PREFIX,
+    PROMPTS_PREFIX,
+    adam_bytes,
+    evaluation_flop,
+    gradient_bytes,
+    prefix_flop,
+    step_flop,
+    weight_bytes,
+)
+from locft_easyedit.plan.plan import make_plan
+from locft_easyedit.plan.setting import largest_share
+from locft_easyedit.plan.tables import assumptions
+from locft_easyedit.plan.units import GIB
+from locft_easyedit.plan.workload import Workload
 from locft_easyedit.tokens import tokenize_edits
 
 WIDTH = 14336  # of Llama-3-8B's down-projection's inputs
@@ -150,8 +157,7 @@ def test_work_of_rewordings_by_hand():
     scored, attention, late = 3 * 4.3 / tokens, 4 * 64 * 4096, 4096 * 4096 + 3 * matrix
     token = 4 * matrix + 9 * (4 * layer + 3 * attention) - (1 - scored) * 4 * late
     token += 4 * scored * 4096 * 128256
-    setting = plan.chosen.setting
-    assert step_flop(plan.shapes, setting, plan.work) == pytest.approx(100 * tokens * token)
+    assert step_flop(plan.chosen.run) == pytest.approx(100 * tokens * token)
     # A token of the prefix and one of evaluation cost what they cost.
     below, upper = (
         [of(p) for p in (plan, alone)]
@@ -167,8 +173,8 @@ def test_work_of_rewordings_by_hand():
     assert [p.flop for p in plan.phases[3:]] == [p.flop for p in alone.phases[3:]]
     # More chunks of logits read the head more often.
     chunks = [math.ceil(n * 430 * 128256 / 2**25) for n in (1, 3)]
-    more = weight_bytes(plan.shapes, setting, plan.work)
-    more -= weight_bytes(alone.shapes, alone.chosen.setting, alone.work)
+    more = weight_bytes(plan.chosen.run)
+    more -= weight_bytes(alone.chosen.run)
     assert more == 2 * 2 * (chunks[1] - chunks[0]) * 4096 * 128256
 
 
@@ -277,7 +283,7 @@ def test_sums_of_narrow_matrices_are_in_float64():
     width, n = 1536, 1536 * 576
     [part] = [p for p in plan.chosen.parts if p.name == "measuring what is preserved"]
     [passing] = {p.bytes for p in plan.chosen.parts if p.name == "activations without gradients"}
-    batch = 4096 * (passing / plan.work.cells(64) + 4 * width)
+    batch = 4096 * (passing / plan.work.cells(64 * plan.work.run_tokens) + 4 * width)
     # Three moments are held when the last two are summed up, and a product is added.
     sums = 3 * 4 * width**2 + 2 * 8 * width**2 + 4 * width**2
     expected = sums + batch - (4 * width**2 + 12 * n)
@@ -291,7 +297,7 @@ def test_work_of_a_confined_change_by_hand():
 
     def more(of, **changes):
         one = replace(setting, **changes)
-        return of(plan.shapes, one, work) - of(full.shapes, one, work)
+        return of(replace(plan.chosen.run, setting=one)) - of(replace(full.chosen.run, setting=one))
 
     # A step multiplies with A in place of W; W x and S x are left to the prefix.
     assert more(step_flop) == more(weight_bytes) == 0
@@ -304,17 +310,17 @@ def test_work_of_a_confined_change_by_hand():
     assert more(step_flop, cut="mlp") == pytest.approx(100 * RUN * 2 * both)
     assert more(weight_bytes, cut="layer") == 2 * both
     for of in (adam_bytes, gradient_bytes):
-        assert of(plan.shapes, setting) == of(full.shapes, setting)
+        assert of(plan.chosen.run) == of(full.chosen.run)
 
 
 def test_matrices_further_up_are_not_folded():
     keys = {"layers": [22, 25]}
     plan, full = confined(**keys), plan_for(**keys)
-    setting, work, both = plan.chosen.setting, plan.work, TRAINED + WIDTH**2
-    assert setting.cut == "matrix"
-    more = step_flop(plan.shapes, setting, work) - step_flop(full.shapes, setting, work)
+    both = TRAINED + WIDTH**2
+    assert plan.chosen.setting.cut == "matrix"
+    more = step_flop(plan.chosen.run) - step_flop(full.chosen.run)
     assert more == pytest.approx(100 * RUN * 2 * 2 * both)
-    read = weight_bytes(plan.shapes, setting, work) - weight_bytes(full.shapes, setting, work)
+    read = weight_bytes(plan.chosen.run) - weight_bytes(full.chosen.run)
     assert read == 2 * 2 * both
     told = sizes(plan)
     assert told["inputs that the filters have passed"] == 2 * 23 * 64 * WIDTH
@@ -327,7 +333,7 @@ def test_a_norm_after_the_block_leaves_nothing_to_fold():
     assert setting.cut == "matrix"
     [width] = plan.shapes.confined.inputs.values()
     [n] = plan.shapes.trained.values()
-    more = step_flop(plan.shapes, setting, plan.work) - step_flop(full.shapes, setting, full.work)
+    more = step_flop(plan.chosen.run) - step_flop(full.chosen.run)
     assert more == pytest.approx(100 * RUN * 2 * (n + width**2))
     assert prefix_flop(plan.shapes, plan.work, "matrix") == prefix_flop(
         full.shapes, full.work, "matrix"

@@ -8,8 +8,8 @@ import pytest
 from test_plan_fit import plan_for
 from toys import REPOSITORY
 
-from locft_easyedit.plan.given import Machine
-from locft_easyedit.plan.sizes import GIB
+from locft_easyedit.plan.units import GIB
+from locft_easyedit.plan.workload import Machine
 
 
 @pytest.fixture

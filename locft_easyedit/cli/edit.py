@@ -15,7 +15,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from ..data import read_requests
 from ..errors import HyperParamsError, OutputError
 from ..evaluate.summary import summarize
-from ..health import HealthReport
+from ..health_report import HealthReport
 from ..hparams import ALG_NAME, LocFTBFHyperParams
 from ..locate.auto import check_enough
 from ..models import load_model

@@ -13,20 +13,10 @@ from ..errors import HyperParamsError, PlanError, one_message
 from ..hparams import LocFTBFHyperParams, read_mapping, typed_values
 from ..hparams_files import hparams_folder
 from ..hparams_rules import ALG_NAME, ALG_NAMES
-from ..plan.given import (
-    ASSUMED_BANDWIDTH,
-    ASSUMED_DISK,
-    ASSUMED_HOST,
-    ASSUMED_LAUNCH,
-    ASSUMED_NETWORK,
-    ASSUMED_NVLINK,
-    ASSUMED_READ,
-    Machine,
-    Workload,
-)
-from ..plan.make import Plan, make_plan
-from ..plan.sizes import GIB, parse_size
-from ..plan.table import closing_lines, tables
+from ..plan.plan import Plan, make_plan
+from ..plan.tables import closing_lines, tables
+from ..plan.units import GIB, parse_size
+from ..plan.workload import ASSUMED_DISK, ASSUMED_HOST, Machine, Workload
 from ..report import prepare_folder, show, write_json
 from .application import names_of, take_config_file
 from .arguments import read_arguments
@@ -44,11 +34,11 @@ Usage: locft plan --config-name NAME n=N gpu=SIZE [KEY=VALUE ...]
   host=SIZE            memory of a node's host ({ASSUMED_HOST})
   disk=SIZE            room on a node's disk for the frozen prefix ({ASSUMED_DISK})
   rate=R               TFLOP/s that a GPU reaches (an assumption by precision and device)
-  read=R               GB/s that a node's disk reads ({ASSUMED_READ:g})
-  bandwidth=R          GB/s that a GPU's memory moves ({ASSUMED_BANDWIDTH:g})
-  launch=R             ms to start a layer's kernels, forward and backward ({ASSUMED_LAUNCH:g})
-  nvlink=R             GB/s of rings between the GPUs of a node ({ASSUMED_NVLINK:g})
-  network=R            GB/s of a node's network each way, all cards together ({ASSUMED_NETWORK:g})
+  read=R               GB/s that a node's disk reads ({Machine.read:g})
+  bandwidth=R          GB/s that a GPU's memory moves ({Machine.bandwidth:g})
+  launch=R             ms to start a layer's kernels, forward and backward ({Machine.launch:g})
+  nvlink=R             GB/s of rings between the GPUs of a node ({Machine.nvlink:g})
+  network=R            GB/s of a node's network each way, all cards together ({Machine.network:g})
   tokens=T             mean tokens an edit (15.6), with EOS
   targets=T            how many of them are targets (4.3)
   epochs=N             passes over all edits (num_steps of the YAML)
@@ -58,6 +48,8 @@ Usage: locft plan --config-name NAME n=N gpu=SIZE [KEY=VALUE ...]
 
 `model_name` needs no weights: a folder with a config.json will do, or the name of a model whose
 shapes are shipped. NAME is one of: """
+
+_NUMBERS = ("rate", "read", "gpus", "nodes", "bandwidth", "nvlink", "network", "launch")
 
 
 @dataclass(kw_only=True)
@@ -71,13 +63,13 @@ class PlanConfig(LocFTBFHyperParams):
     host: str = ASSUMED_HOST
     disk: str = ASSUMED_DISK
     rate: Optional[float] = None  # noqa: UP045
-    read: float = ASSUMED_READ
-    bandwidth: float = ASSUMED_BANDWIDTH
-    launch: float = ASSUMED_LAUNCH
-    nvlink: float = ASSUMED_NVLINK
-    network: float = ASSUMED_NETWORK
-    tokens: float = 15.6
-    targets: float = 4.3
+    read: float = Machine.read
+    bandwidth: float = Machine.bandwidth
+    launch: float = Machine.launch
+    nvlink: float = Machine.nvlink
+    network: float = Machine.network
+    tokens: float = Workload.tokens
+    targets: float = Workload.targets
     epochs: Optional[int] = None  # noqa: UP045
     evaluate: bool = True
     output: Optional[str] = None  # noqa: UP045
@@ -125,26 +117,19 @@ def plan_of(config: PlanConfig) -> Plan:
         gpu=None if config.gpu is None else parse_size("gpu", config.gpu),
         host=parse_size("host", config.host),
         disk=parse_size("disk", config.disk),
-        rate=config.rate,
-        read=config.read,
         prefix_gpu=_bytes("prefix_gpu_gib", config.prefix_gpu_gib),
         prefix_host=_bytes("prefix_host_gib", config.prefix_host_gib),
         prefix_disk=_bytes("prefix_disk_gib", config.prefix_disk_gib),
-        gpus=config.gpus,
-        nodes=config.nodes,
-        bandwidth=config.bandwidth,
-        nvlink=config.nvlink,
-        network=config.network,
-        launch=config.launch,
+        **{name: getattr(config, name) for name in _NUMBERS},
     )
-    changes: dict[str, Any] = {
-        "tokens": config.tokens,
-        "targets": config.targets,
-        "evaluate": config.evaluate,
-    }
-    if config.epochs is not None:
-        changes["epochs"] = config.epochs
-    work = Workload.of(hparams, config.n, **changes)
+    work = Workload.of(
+        hparams,
+        config.n,
+        tokens=config.tokens,
+        targets=config.targets,
+        evaluate=config.evaluate,
+        epochs=hparams.num_steps if config.epochs is None else config.epochs,
+    )
     return make_plan(hparams, work, machine, streamed=config.stream_frozen, cut=config.prefix_cut)
 
 

@@ -18,7 +18,6 @@ device, where nothing is computed, and what it keeps is counted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +45,23 @@ class LayerActivations:
         return self.norms + self.attention + self.mlp
 
 
+def layer_parts(layer: nn.Module) -> tuple[dict[str, nn.Module], ...]:
+    """Returns a layer's norms, its attention and its MLP: children that hold parameters, by name.
+
+    What holds no matrix is a norm; the attention is told by its name, and the rest is the MLP.
+    """
+    norms: dict[str, nn.Module] = {}
+    attention: dict[str, nn.Module] = {}
+    mlp: dict[str, nn.Module] = {}
+    for name, child in layer.named_children():
+        dimensions = [p.dim() for p in child.parameters()]
+        if dimensions and max(dimensions) < 2:
+            norms[name] = child
+        elif dimensions:
+            (attention if "attn" in name or "attention" in name else mlp)[name] = child
+    return norms, attention, mlp
+
+
 def layer_activations(
     layer: nn.Module,
     config: Any,
@@ -67,34 +83,19 @@ def layer_activations(
         row_tokens: Length of packed rows, R.
         device: `cpu` or `cuda`.
     """
-    layer = layer.to(dtype)
-    norms = mlp = in_attention = 0.0
-    for name, child in layer.named_children():
-        dimensions = [p.dim() for p in child.parameters()]
-        if not dimensions:
-            continue
-        if max(dimensions) == 1:
-            norms += saved_by(child, hidden, dtype)
-        elif "attn" in name or "attention" in name:
-            in_attention += attention_bytes(config, attention, dtype, row_tokens, device)
-            in_attention += _head_norms(child, config, dtype)
-        else:
-            mlp += saved_by(child, hidden, dtype)
-    return LayerActivations(norms, in_attention, mlp)
+    norms, attentions, mlp = layer_parts(layer.to(dtype))
+    scores = _attention_bytes(config, attention, dtype, row_tokens, device)
+    return LayerActivations(
+        norms=sum(saved_by(norm, hidden, dtype) for norm in norms.values()),
+        attention=sum(scores + _head_norms(one, config, dtype) for one in attentions.values()),
+        mlp=sum(saved_by(one, hidden, dtype) for one in mlp.values()),
+    )
 
 
-def attention_bytes(
+def _attention_bytes(
     config: Any, width: int, dtype: torch.dtype, row_tokens: int, device: str
 ) -> float:
-    """Returns the bytes a token that autograd keeps of the attention itself.
-
-    Args:
-        config: The text model's configuration.
-        width: Of all heads together, A.
-        dtype: Precision of the computation.
-        row_tokens: Length of a row, R.
-        device: `cpu` or `cuda`.
-    """
+    """Returns the bytes a token of the attention itself, whose heads are `width` wide together."""
     size, heads = dtype.itemsize, config.num_attention_heads
     if getattr(config, "_attn_implementation", None) != "eager":
         if device == "cpu" and size < 4:
@@ -120,13 +121,12 @@ def _head_norms(attention: nn.Module, config: Any, dtype: torch.dtype) -> float:
     """Returns the bytes a token that norms of queries and keys keep."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    total = 0.0
-    for name, norm in attention.named_children():
-        sizes: Sequence[torch.Tensor] = list(norm.parameters())
-        if sizes and all(p.dim() == 1 for p in sizes):
-            n_heads = kv_heads if name.startswith("k") else heads
-            total += n_heads * saved_by(norm, sizes[0].numel(), dtype)
-    return total
+    norms, _, _ = layer_parts(attention)
+    return sum(
+        (kv_heads if name.startswith("k") else heads)
+        * saved_by(norm, next(norm.parameters()).numel(), dtype)
+        for name, norm in norms.items()
+    )
 
 
 def _saved(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> int:

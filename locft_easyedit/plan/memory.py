@@ -1,20 +1,22 @@
-"""Memory by part, place and phase, for one choice of settings."""
+"""Memory of a run by part, place and phase."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ..cross_entropy import LOGITS_AT_ONCE
 from ..hparams_rules import DTYPES
 from .activations import LayerActivations
-from .given import Machine, Workload
-from .layout import Setting, processes, ranks, resident
-from .part import AFTER, LATER, PHASES, Part
-from .preserved import preparing_parts
-from .shapes import ModelShapes
-from .sizes import GIB, MIB
-from .trained import change_parts, training_parts
+from .setting import Run
+from .units import GIB, MIB
+
+PHASES = ("load", "prefix", "train", "evaluate")
+PLACES = ("gpu", "host", "disk")
+
+AFTER = ("train", "evaluate")
+LATER = ("prefix", *AFTER)
 
 # What is there before any tensor: a CUDA context with its kernels, and Python with its libraries
 # (375 MiB after the imports and 20 more of their code when a model is loaded; a process with a CUDA
@@ -48,6 +50,23 @@ _KERNELS_A_PASS, _KERNELS_A_STEP = 5, 8
 _PASSES = 8  # the probes, and batches of several sizes
 
 
+@dataclass(frozen=True)
+class Part:
+    """What takes memory.
+
+    Attributes:
+        name: What it is.
+        place: Where it is: `gpu`, `host` or `disk`.
+        bytes: How much.
+        phases: When it is there.
+    """
+
+    name: str
+    place: str
+    bytes: float
+    phases: tuple[str, ...] = PHASES
+
+
 def peak(parts: Sequence[Part], place: str) -> float:
     """Returns the most that a place holds at one time, in bytes."""
     return max(
@@ -55,123 +74,112 @@ def peak(parts: Sequence[Part], place: str) -> float:
     )
 
 
-def standing_parts(
-    shapes: ModelShapes, setting: Setting, work: Workload, machine: Machine
-) -> list[Part]:
-    """Returns what is there all the time (the prefix aside): processes, model, requests.
+def standing_parts(run: Run) -> list[Part]:
+    """Returns what is there all the time (change and prefix aside): processes, model, requests.
 
     Of several GPUs and processes: what is on the fullest GPU, and what all of a node's processes
     have on their host. Each of them knows all requests.
     """
-    size, device = setting.itemsize, machine.device
-    kept = shapes.upper if setting.streamed else shapes.parameters
-    stored = DTYPES[shapes.stored_dtype].itemsize
-    there = processes(setting, machine)
+    shapes, setting, work, device = run.shapes, run.setting, run.work, run.machine.device
+    size, stored = setting.itemsize, DTYPES[shapes.stored_dtype].itemsize
+    n = run.processes
     # On a CPU weights in the checkpoint's precision are mapped, and arrive when they are used.
     mapped = device == "host" and stored == size
-    on_device = resident(shapes, setting) * size
-    parts = [Part("weights", device, on_device, LATER if mapped else PHASES)]
+    python = _PROCESS if device == "host" else _PROCESS_WITH_CUDA
+    parts = [
+        Part("Python and libraries", "host", n * python),
+        Part("weights", device, run.resident * size, LATER if mapped else PHASES),
+    ]
     if stored != size and not setting.streamed:
         name = "checkpoint, mapped while it is converted"
-        parts.append(Part(name, "host", kept * stored, ("load",)))
-    parts.append(Part("tokenizer", "host", there * shapes.vocab * _BYTES_A_TOKEN))
-    parts.append(Part("requests and tokens", "host", there * work.n * _BYTES_A_REQUEST))
+        parts.append(Part(name, "host", run.kept * stored, ("load",)))
+    parts += [
+        Part("tokenizer", "host", n * shapes.vocab * _BYTES_A_TOKEN),
+        Part("requests and tokens", "host", n * work.n * _BYTES_A_REQUEST),
+    ]
     if work.rewordings:
-        made = there * work.n * (work.recorded_texts - 1)
-        parts.append(Part("rewordings", "host", made * _BYTES_A_REWORDING, LATER))
-    parts += change_parts(shapes, setting, device)
-    if machine.gpu is None:
-        return [Part("Python and libraries", "host", _PROCESS), *parts]
+        parts.append(Part("rewordings", "host", _rewordings(run) * _BYTES_A_REWORDING, LATER))
+    if device == "host":
+        return parts
     parts.append(Part("CUDA context", "gpu", _CUDA_CONTEXT))
-    if ranks(setting, machine) > 1:
+    if run.ranks > 1:
         parts.append(Part("NCCL's buffers", "gpu", _NCCL))
     if setting.layout == "fsdp":
-        layer = max(one.parameters for one in shapes.layers[shapes.first_layer :])
+        layer = max(one.parameters for one in (shapes.first, *shapes.above))
         parts.append(Part("gathered layers", "gpu", _GATHERED * layer * size, AFTER))
     if not setting.streamed:
         # What is mapped the processes of a node share; what is converted each has for itself.
-        on_way = kept * size * (1 if stored == size else there)
+        on_way = run.kept * size * (1 if stored == size else n)
         parts.append(Part("weights on their way to the GPU", "host", on_way, ("load",)))
-    return [Part("Python and libraries", "host", there * _PROCESS_WITH_CUDA), *parts]
+    return parts
 
 
-def working_parts(
-    shapes: ModelShapes,
-    saved: Sequence[LayerActivations],
-    setting: Setting,
-    work: Workload,
-    machine: Machine,
-) -> list[Part]:
-    """Returns what comes and goes: what training adds, activations, buffers of streamed layers.
+def working_parts(run: Run, saved: Sequence[LayerActivations]) -> list[Part]:
+    """Returns what comes and goes: activations, logits, buffers of streamed layers.
 
     Args:
-        shapes: The model's sizes.
+        run: The run.
         saved: What autograd keeps of each layer from the first trained one up.
-        setting: The choice.
-        work: The work.
-        machine: The machine.
     """
-    size, device = setting.itemsize, machine.device
-    widest = max(one.total for one in saved)
-    passed = work.cells(min(work.eval_batch_size, work.n * work.recorded_texts))
-    scored = min(work.eval_batch_size, work.n) * work.targets
-    activations = training_activations(shapes, saved, setting, work)
+    shapes, setting, work, device = run.shapes, run.setting, run.work, run.machine.device
+    n_texts = min(work.eval_batch_size, work.n * work.recorded_texts)
+    passing = work.cells(n_texts * work.run_tokens) * max(one.total for one in saved)
+    scored = min(work.eval_batch_size, work.n) * work.targets if work.evaluate else 0.0
+    logits = scored * shapes.vocab * (setting.itemsize + 4)
     parts = [
-        *training_parts(shapes, setting, work, device),
-        *preparing_parts(shapes, widest, setting, work, machine),
-        Part("activations", device, activations, ("train",)),
+        Part("activations", device, training_activations(run, saved), ("train",)),
         # Its buffer stays as long as the session does.
-        Part("cross-entropy", device, cross_entropy(shapes, setting, work), AFTER),
-        Part("activations without gradients", device, passed * widest, ("prefix", "evaluate")),
+        Part("cross-entropy", device, cross_entropy(run), AFTER),
+        Part("activations without gradients", device, passing, ("prefix", "evaluate")),
+        Part("logits of evaluation", device, logits, ("evaluate",)),
     ]
-    logits = scored * shapes.vocab * (size + 4) if work.evaluate else 0.0
-    parts.append(Part("logits of evaluation", device, logits, ("evaluate",)))
     if device == "host":
-        freed = returned_to_c(shapes, saved, setting, work)
+        freed = _returned_to_c(run, saved)
         # After training all of it is free, and evaluation takes its blocks from there.
-        left = max(_HELD_FREE * freed, (1 + _HELD_FREE) * freed - passed * widest - logits)
+        left = max(_HELD_FREE * freed, (1 + _HELD_FREE) * freed - passing - logits)
         for held, phase in ((_HELD_FREE * freed, "train"), (left, "evaluate")):
             parts.append(Part("kept by the C library", device, held, (phase,)))
-        parts += _kernels(setting, work, device)
+        parts += _kernels(run)
     if work.rewordings:
-        made = processes(setting, machine) * work.n * (work.recorded_texts - 1)
-        name = "rewordings while they are made"
-        parts.append(Part(name, "host", made * _BYTES_IN_MAKING, ("prefix",)))
+        made = _rewordings(run) * _BYTES_IN_MAKING
+        parts.append(Part("rewordings while they are made", "host", made, ("prefix",)))
     if setting.streamed:
         below = shapes.layers[: shapes.first_layer]
         layer = max((one.parameters for one in below), default=0)
-        buffers = 2 * max(layer, shapes.embedding) * size
-        for place in dict.fromkeys((device, "host")):
-            n = processes(setting, machine) if place == "host" else 1
+        buffers = 2 * max(layer, shapes.embedding) * setting.itemsize
+        for place, n in {device: 1, "host": run.processes}.items():
             name = "buffers of streamed layers"
             parts.append(Part(name, place, n * buffers, ("prefix", "evaluate")))
     return parts
 
 
-def _kernels(setting: Setting, work: Workload, device: str) -> list[Part]:
+def _rewordings(run: Run) -> int:
+    """Returns how many rewordings the processes of a node hold."""
+    return run.processes * run.work.n * (run.work.recorded_texts - 1)
+
+
+def _kernels(run: Run) -> list[Part]:
     """Returns what a CPU compiles for the half precisions."""
-    if setting.itemsize == 4:
+    if run.setting.itemsize == 4:
         return []
+    work, in_one = run.work, run.setting.micro_batch_size
     batches = _PASSES * _KERNELS_A_PASS
     # Evaluation runs texts alone where two answers are close: each length is a shape of its own,
     # and texts have up to about twice the mean length.
     lengths = 2 * work.run_tokens * _KERNELS_A_PASS if work.evaluate else 0.0
     alone = min(lengths, _KERNELS_KEPT - batches)
     # Four standard deviations of the scored tokens, an edit's being half their mean.
-    in_one = setting.micro_batch_size
     n_parts = math.ceil(work.n / in_one)
     numbers = min(work.epochs * n_parts, 2 * work.targets * in_one**0.5) if n_parts > 1 else 1.0
     steps = min(numbers * _KERNELS_A_STEP, _KERNELS_KEPT - batches - alone)
     return [
-        Part("kernels for batches", device, batches * _KERNEL, LATER),
-        Part("kernels for texts run alone", device, alone * _KERNEL, AFTER),
-        Part("kernels for mini-batches", device, steps * _LARGE_KERNEL, AFTER),
+        Part("kernels for batches", "host", batches * _KERNEL, LATER),
+        Part("kernels for texts run alone", "host", alone * _KERNEL, AFTER),
+        Part("kernels for mini-batches", "host", steps * _LARGE_KERNEL, AFTER),
     ]
 
 
-def training_activations(
-    shapes: ModelShapes, saved: Sequence[LayerActivations], setting: Setting, work: Workload
-) -> float:
+def training_activations(run: Run, saved: Sequence[LayerActivations]) -> float:
     """Returns the bytes that a micro-batch takes besides weights and logits.
 
     Most is there when the backward pass begins: the first trained layer keeps what goes into it
@@ -179,42 +187,34 @@ def training_activations(
     last one those of its MLP at scored positions only. At work is besides whatever takes more: the
     gradients in the last layer's MLP, or in its attention, when the MLP's activations are gone.
     """
-    tokens = work.step_cells(setting.micro_batch_size)
-    size = setting.itemsize
-    first = float(shapes.cuts[setting.cut] * size)
-    if setting.cut != "matrix":
-        part = saved[0]
-        alone = len(saved) == 1 and setting.cut == "mlp"  # then nothing but scored positions runs
-        kept = part.norms / 2 + part.mlp + (part.total - part.mlp) * (setting.cut == "layer")
-        first += kept * (work.step_scored if alone else 1)
-    above = sum(one.total for one in saved[1:])
+    cut, size, scored = run.setting.cut, run.setting.itemsize, run.work.step_scored
+    only_scored = len(saved) == 1 and cut != "layer"  # then no position sees another one
+    first, last = saved[0], saved[-1]
+    kept = float(run.shapes.cuts[cut] * size)
+    if cut != "matrix":
+        in_layer = first.norms / 2 + first.mlp + (first.total - first.mlp) * (cut == "layer")
+        kept += in_layer * (scored if only_scored else 1)
+    kept += sum(one.total for one in saved[1:])
     if len(saved) > 1:
-        above -= (1 - work.step_scored) * (saved[-1].mlp + saved[-1].norms / 2)
-    last = saved[-1]
-    in_mlp = work.step_scored * last.mlp
-    in_attention = last.attention + shapes.hidden * size - in_mlp
-    above_attention = len(saved) == 1 and setting.cut != "layer"
-    at_work = in_mlp if above_attention else max(in_mlp, in_attention)
-    return tokens * (first + above + at_work)
+        kept -= (1 - scored) * (last.mlp + last.norms / 2)
+    in_mlp = scored * last.mlp
+    in_attention = last.attention + run.shapes.hidden * size - in_mlp
+    return run.cells * (kept + (in_mlp if only_scored else max(in_mlp, in_attention)))
 
 
-def returned_to_c(
-    shapes: ModelShapes, saved: Sequence[LayerActivations], setting: Setting, work: Workload
-) -> float:
+def _returned_to_c(run: Run, saved: Sequence[LayerActivations]) -> float:
     """Returns the bytes of activations in blocks that the C library keeps when they are freed."""
-    tokens = work.step_cells(setting.micro_batch_size)
-    activations = training_activations(shapes, saved, setting, work)
     large = 0.0
     for one in saved[1:]:
         # Norms keep their inputs; attention four such tensors; a gated MLP three.
         for kept, n_tensors in ((one.norms, 2), (one.attention, 4), (one.mlp, 3)):
-            large += tokens * kept * (tokens * kept / n_tensors > _GOES_BACK)
-    return max(0.0, activations - large)
+            large += run.cells * kept * (run.cells * kept / n_tensors > _GOES_BACK)
+    return max(0.0, training_activations(run, saved) - large)
 
 
-def cross_entropy(shapes: ModelShapes, setting: Setting, work: Workload) -> float:
+def cross_entropy(run: Run) -> float:
     """Returns the bytes of logits at work, in float32 and as multiplied, and of gradients."""
-    scored = setting.micro_batch_size * work.texts * work.targets
+    shapes, work, size = run.shapes, run.work, run.setting.itemsize
+    scored = run.setting.micro_batch_size * work.texts * work.targets
     chunk = min(scored * shapes.vocab, LOGITS_AT_ONCE)
-    cast = setting.itemsize if setting.itemsize < 4 else 0
-    return chunk * (4 + cast) + 2 * scored * shapes.hidden * setting.itemsize
+    return chunk * (4 + (size if size < 4 else 0)) + 2 * scored * shapes.hidden * size

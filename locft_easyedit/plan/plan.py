@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import HyperParamsError, one_message
 from ..hparams import DTYPES, LocFTBFHyperParams
-from .activations import LayerActivations
-from .facts import meta_model
-from .flops import step_flop
-from .given import Machine, Workload
-from .layout import Setting, ranks
-from .memory import peak
-from .part import PLACES, Part
-from .settings import Candidate, Wanted, candidates
-from .shapes import CUTS, ModelReader, ModelShapes
-from .sizes import GIB
-from .step import StepCost, step_cost
-from .work import Phase, phases
+from .candidates import Candidate, candidates
+from .cost import Phase, StepCost, phases, step_cost, step_flop
+from .memory import PLACES, peak
+from .reader import ModelReader, meta_model
+from .setting import Setting
+from .shapes import CUTS, ModelShapes
+from .units import GIB
+from .workload import Machine, Workload
 
 _AUGMENT = ("rewordings", "longer")  # of the work, told apart from what every edit has
 
@@ -69,24 +64,22 @@ class Plan:
 
     def step(self) -> StepCost | None:
         """Returns what a step of the chosen setting takes; `None` where nothing fits."""
-        if self.chosen is None:
-            return None
-        return step_cost(self.shapes, self.chosen.setting, self.work, self.machine)
+        return step_cost(self.chosen.run) if self.chosen else None
 
     def launcher(self) -> list[str]:
         """Returns the start of the command on several GPUs; empty for one process."""
-        if self.chosen is None or ranks(self.chosen.setting, self.machine) == 1:
+        if self.chosen is None or self.chosen.run.ranks == 1:
             return []
         return launch_command(self.chosen.setting, self.machine.gpus, self.machine.nodes)
 
     def peaks(self) -> dict[str, float]:
         """Returns the most that each place holds at one time, in bytes."""
-        parts: Sequence[Part] = self.chosen.parts if self.chosen else ()
+        parts = self.chosen.parts if self.chosen else ()
         return {place: peak(parts, place) for place in PLACES}
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as plain values; sizes in bytes, work in operations."""
-        step, work = self.step(), dataclasses.asdict(self.work)
+        step, work, chosen = self.step(), dataclasses.asdict(self.work), self.chosen
         return {
             "model": dataclasses.asdict(self.shapes) | {"layers": len(self.shapes.layers)},
             "work": {key: value for key, value in work.items() if key not in _AUGMENT},
@@ -95,13 +88,11 @@ class Plan:
             "machine": dataclasses.asdict(self.machine)
             | {"flop_per_second": self.machine.flops(self.dtype)},
             "candidates": [_candidate(one) for one in self.candidates],
-            "chosen": _candidate(self.chosen) if self.chosen else None,
+            "chosen": _candidate(chosen) if chosen else None,
             "settings": self.keys(),
-            "memory": [dataclasses.asdict(p) for p in self.chosen.parts] if self.chosen else [],
+            "memory": [dataclasses.asdict(part) for part in chosen.parts] if chosen else [],
             "peak_bytes": self.peaks(),
-            "flop_per_step": step_flop(self.shapes, self.chosen.setting, self.work)
-            if self.chosen
-            else None,
+            "flop_per_step": step_flop(chosen.run) if chosen else None,
             "step": step.to_dict() if step else None,
             "launcher": " ".join(self.launcher()),
             "phases": [dataclasses.asdict(one) for one in self.phases],
@@ -133,8 +124,7 @@ def make_plan(
         PlaceError: The place is not in the model, or suits no LoRA or no confined change.
         DataError: `preserve` names what is no source.
     """
-    _refuse(hparams, machine)
-    _refuse_in_parts(hparams, streamed)
+    _refuse(hparams, machine, streamed)
     model, source = meta_model(hparams.model_name, trust_remote_code=hparams.trust_remote_code)
     rank = hparams.lora_rank if hparams.tuning == "lora" else None
     preserve = hparams.preserved
@@ -151,29 +141,27 @@ def make_plan(
             "`stream_frozen=True` has nothing to stream: layer 0 is trained. Turn it off, or "
             "choose a later layer."
         )
-
     device = "cpu" if machine.gpu is None else "cuda"
-
-    def activations(dtype: str) -> Sequence[LayerActivations]:
-        return reader.activations(DTYPES[dtype], work.row_tokens, device)
-
-    if shapes.first_layer == 0:
-        streamed = False
     dtype = str(hparams.dtype_on(device)).removeprefix("torch.")
-    wanted = Wanted(
-        dtype, streamed, cut, model_parallel=hparams.model_parallel, whole=bool(preserve)
+    saved = {
+        one: reader.activations(DTYPES[one], work.row_tokens, device)
+        for one in ([dtype, "bfloat16"] if dtype == "float32" else [dtype])
+    }
+    found = candidates(
+        shapes,
+        saved,
+        work,
+        machine,
+        streamed=streamed,
+        cut=cut,
+        model_parallel=hparams.model_parallel,
     )
-
-    def seconds(one: Candidate) -> float:
-        return sum(phase.seconds for phase in phases(shapes, one, work, machine))
-
-    found = candidates(shapes, activations, work, machine, wanted, seconds)
     chosen = next((one for one in found if one.reason is None), None)
-    done = phases(shapes, chosen, work, machine) if chosen else []
+    done = phases(chosen.run, chosen.parts) if chosen else []
     return Plan(shapes, work, machine, dtype, tuple(found), chosen, tuple(done))
 
 
-def _refuse(hparams: LocFTBFHyperParams, machine: Machine) -> None:
+def _refuse(hparams: LocFTBFHyperParams, machine: Machine, streamed: bool | None) -> None:
     """Checks that what is asked for is something that a plan is made for.
 
     Raises:
@@ -195,15 +183,7 @@ def _refuse(hparams: LocFTBFHyperParams, machine: Machine) -> None:
             "`model_parallel=True` spreads the model over several GPUs of a node, and the plan is "
             "for one. Say how many there are, gpus=8, or give model_parallel=false."
         )
-
-
-def _refuse_in_parts(hparams: LocFTBFHyperParams, streamed: bool | None) -> None:
-    """Checks that a model is wanted whole where what enters its matrices is to be measured.
-
-    Raises:
-        HyperParamsError: It is not.
-    """
-    asked = {
+    in_parts = {
         "stream_frozen": hparams.stream_frozen if streamed is None else streamed,
         "shard_frozen": hparams.shard_frozen,
     }
@@ -211,7 +191,7 @@ def _refuse_in_parts(hparams: LocFTBFHyperParams, streamed: bool | None) -> None
         f"`{key}=True` does not go with `preserve=[{','.join(hparams.preserved)}]`: what enters "
         "the trained matrices is measured with the whole model on its device. Give "
         f"{key}=false, or preserve=[]."
-        for key, value in asked.items()
+        for key, value in in_parts.items()
         if value and hparams.preserved
     ]
     if problems:
@@ -226,8 +206,8 @@ def launch_command(setting: Setting, gpus: int, nodes: int) -> list[str]:
         gpus: Of a node.
         nodes: Their number.
     """
-    n = gpus // setting.group if setting.layout == "model_parallel" else gpus
-    command = ["accelerate", "launch", "--num_processes", str(n * nodes)]
+    n_processes = setting.processes(gpus) * nodes
+    command = ["accelerate", "launch", "--num_processes", str(n_processes)]
     if nodes > 1:
         command += ["--num_machines", str(nodes), "--machine_rank", "RANK"]
         command += ["--main_process_ip", "HOST", "--main_process_port", "29500"]

@@ -17,19 +17,9 @@ ASSUMED_TFLOPS = {
     ("cpu", "half"): 0.6,
     ("cpu", "float32"): 0.15,
 }
-ASSUMED_READ = 3.0
-# GB/s that an H100's memory reads; that ring all-reduces reach between the GPUs of one node; that
-# a node's network carries each way: one card of 400 Gbit/s. Milliseconds that Python takes to start
-# the kernels of one layer, forward and backward.
-ASSUMED_BANDWIDTH = 2800.0
-ASSUMED_NVLINK = 300.0
-ASSUMED_NETWORK = 50.0
-ASSUMED_LAUNCH = 0.7
 ASSUMED_HOST = "128GiB"
 ASSUMED_DISK = "500GiB"
-# Tokens that a rewording has more than its edit: 2.1 of CounterFact's and zsRE's.
-ASSUMED_LONGER = 2.0
-PROMPTS = ("rewrite", "rephrase", "locality", "portability")
+PROMPTS_AN_EDIT = 4  # of an evaluation: rewrite, rephrase, one locality, one portability
 
 
 @dataclass(frozen=True)
@@ -60,7 +50,7 @@ class Workload:
     row_tokens: int = 64
     evaluate: bool = True
     rewordings: int = 0
-    longer: float = ASSUMED_LONGER
+    longer: float = 2.0  # 2.1 of CounterFact's and zsRE's
 
     def __post_init__(self) -> None:
         problems = [
@@ -106,15 +96,8 @@ class Workload:
     def _tokens_of(self, texts: int) -> float:
         return self.run_tokens + (texts - 1) * (self.run_tokens + self.longer)
 
-    def cells(self, n: int) -> float:
-        """Returns the cells of the rows that `n` texts fill: rows are of one length."""
-        return self._filled(n * self.run_tokens)
-
-    def step_cells(self, n: int) -> float:
-        """Returns the cells of the rows that `n` edits fill in a step, with their rewordings."""
-        return self._filled(n * self.step_tokens)
-
-    def _filled(self, tokens: float) -> float:
+    def cells(self, tokens: float) -> float:
+        """Returns the cells of the packed rows, of one length, that so many tokens fill."""
         if tokens <= self.row_tokens:
             return tokens
         return math.ceil(tokens / self.row_tokens) * self.row_tokens
@@ -127,7 +110,7 @@ class Workload:
     @property
     def eval_tokens(self) -> float:
         """Tokens of all evaluation prompts, each as long as an edit."""
-        return len(PROMPTS) * (self.n * self.run_tokens) if self.evaluate else 0.0
+        return PROMPTS_AN_EDIT * (self.n * self.run_tokens) if self.evaluate else 0.0
 
     @property
     def scored(self) -> float:
@@ -146,20 +129,14 @@ class Workload:
         Raises:
             HyperParamsError: A value is out of range.
         """
-        values = {
-            "epochs": hparams.num_steps,
-            "batch_size": hparams.batch_size,
-            "micro_batch_size": hparams.micro_batch_size,
-            "eval_batch_size": hparams.eval_batch_size,
-            "row_tokens": hparams.row_tokens,
-            "rewordings": hparams.rewordings,
-        }
-        return cls(n=n, **(values | changes))  # type: ignore[arg-type]
+        sizes = ("batch_size", "micro_batch_size", "eval_batch_size", "row_tokens", "rewordings")
+        values = {"epochs": hparams.num_steps} | {key: getattr(hparams, key) for key in sizes}
+        return cls(n=n, **(values | changes))
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine, or several of a kind; sizes in bytes.
+    """The machine, or several of a kind; sizes in bytes. Rates that nobody gives are assumed.
 
     Attributes:
         gpu: Memory of a GPU; `None` plans for a CPU alone.
@@ -182,16 +159,17 @@ class Machine:
     host: int
     disk: int
     rate: float | None = None
-    read: float = ASSUMED_READ
+    read: float = 3.0
     prefix_gpu: int | None = None
     prefix_host: int | None = None
     prefix_disk: int | None = None
     gpus: int = 1
     nodes: int = 1
-    bandwidth: float = ASSUMED_BANDWIDTH
-    nvlink: float = ASSUMED_NVLINK
-    network: float = ASSUMED_NETWORK
-    launch: float = ASSUMED_LAUNCH
+    # Of an H100's memory; of ring all-reduces in one node; of one card of 400 Gbit/s; of Python.
+    bandwidth: float = 2800.0
+    nvlink: float = 300.0
+    network: float = 50.0
+    launch: float = 0.7
 
     def __post_init__(self) -> None:
         rates = ("rate", "read", "bandwidth", "nvlink", "network", "launch")
