@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import settings
 from toys import (
     REPOSITORY,
     SHARED_DATA,
@@ -23,6 +24,8 @@ from toys import (
 from locft_easyedit.errors import MissingDependencyError
 
 torch.set_num_threads(1)
+settings.register_profile("tests", deadline=None)  # how long it takes depends on what else runs
+settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True)

@@ -98,7 +98,7 @@ def launch(
         command = _python_arguments(what, arguments, out, through, n)
         if through is not None and not isinstance(what, str):
             raise ValueError("a launcher is given a function: let the function run the command")
-        shared = python_environment() | {"TQDM_DISABLE": "1"} | dict(environment or {})
+        shared = python_environment() | dict(environment or {})
         if through is None:
             port = str(free_port())
             mine = [shared | _rank_environment(rank, n, port, machines) for rank in range(n)]

@@ -14,6 +14,8 @@ from locft_easyedit.delta.verify import verify_delta
 from locft_easyedit.editing import edit_model
 from locft_easyedit.hparams import LocFTBFHyperParams
 
+pytestmark = pytest.mark.processes
+
 
 def run(*arguments):
     """Runs `locft edit` in a process of its own: Hydra keeps state in this one."""

@@ -18,6 +18,8 @@ from locft_easyedit.checkpoint_file import read_checkpoint
 LOSS, MATRIX = 1e-6, 1e-5
 HALF_LOSS, HALF_MATRIX = 3e-3, 0.08
 
+pytestmark = pytest.mark.processes
+
 CASES = [
     {},  # 14 edits, mini-batches of 4 and one of 2
     {"batch_loss_threshold": 5.9},  # some mini-batches make no update
@@ -127,6 +129,7 @@ def test_easyedits_editor(easyedit, tmp_path):
             )
 
 
+@pytest.mark.slow
 def test_smollm2(smollm2, shared_data):
     data = str(shared_data / "zsre_1k.json")
     losses, metrics = json.loads(json.dumps(distributed_runs.smollm2(str(smollm2), data)))
@@ -152,6 +155,7 @@ def test_nobody_ends_before_the_checkpoint_is_written(tmp_path):
     assert read_checkpoint(folder / "checkpoint.safetensors").progress.step_losses
 
 
+@pytest.mark.slow
 def test_a_launcher_restarts_what_goes_on_from_the_checkpoint(tmp_path):
     out = launch(
         2, "distributed_runs:dies_once", str(tmp_path), 6, through="torchrun --max-restarts=1"
@@ -262,7 +266,7 @@ def test_a_signal_to_one_stops_all_after_a_checkpoint(folder, number, status):
 
 
 def test_one_process_speaks_for_all(folder):
-    ranks = launch(2, [*EDIT, "num_steps=1"], environment={"TQDM_DISABLE": "0"})
+    ranks = launch(2, [*EDIT, "num_steps=1"])
     assert "reliability" in ranks[0].stdout
     assert "breadth-first" in ranks[0].stderr
     assert (ranks[1].stdout, ranks[1].stderr) == ("", "")

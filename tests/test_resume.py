@@ -19,6 +19,8 @@ from locft_easyedit.evaluate.compact import CompactRecords
 from locft_easyedit.files import locked
 from locft_easyedit.run_folder import run_folder, unfinished_run
 
+pytestmark = pytest.mark.processes
+
 LONGER = """
 num_steps: 20
 epoch_loss_threshold: 0
