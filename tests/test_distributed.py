@@ -40,7 +40,7 @@ def apart(value, other, original):
     return float((one - two).norm() / (two - start).norm())
 
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_the_edit_of_one_process(n, tmp_path):
     ranks = launch(n, "distributed_runs:edits", str(tmp_path), CASES, timeout=400)
     for number, case in enumerate(CASES):
@@ -294,6 +294,7 @@ def test_evaluate(folder):
     assert "reliability" in both[0].stdout
 
 
+@pytest.mark.slow  # the command starts processes of its own
 def test_locate_works_with_a_process_for_each_that_was_launched(folder):
     arguments = ["sweep_layers=[1,2]", "sweep_modules=[down]", "sweep_lrs=[0.01]", "output=study"]
     arguments += ["--config-name", "toy.yaml", "data=edits.json", "num_steps=1"]
