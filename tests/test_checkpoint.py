@@ -361,6 +361,7 @@ def test_the_prefix_ends_where_it_did(unfinished):
 
 
 def test_what_was_made_with_other_sampled_text_is_not_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(sampled, "_DOCUMENTS", 32)  # one batch is text enough
     kept, folder = tmp_path / "kept", tmp_path / "run"
     settings = {"preserve": ["sampled"], "preserve_dir": str(kept), "lr": 1e-3}
     with monkeypatch.context() as patch:
@@ -486,7 +487,6 @@ def changed(unfinished, change):
         (lambda c: c["notes"].update(preserved=1), "its notes are"),
         (lambda c: c["crc32"].pop("losses"), "tensors are missing"),
     ],
-    ids=str,
 )
 def test_a_changed_text_is_told(change, message, unfinished):
     changed(unfinished, change)

@@ -1,11 +1,10 @@
 """The command line, as a user runs it, on a toy model in a folder."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from rank_pool import run_python
 from toys import TOY_YAML, toy_model, toy_requests, toy_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -14,15 +13,12 @@ from locft_easyedit.delta.delta import Delta
 from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.pipeline import edit_model
 
+pytestmark = pytest.mark.processes
+
 
 def run(*arguments):
     """Runs `locft edit` in a process of its own: Hydra keeps state in this one."""
-    return subprocess.run(
-        [sys.executable, "-m", "locft_easyedit", "edit", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_python(["-m", "locft_easyedit", "edit", *arguments])
 
 
 def test_edit_writes_what_there_is_to_see(toy_folder):
@@ -158,12 +154,7 @@ json.dump([type(editor).__name__, metrics], open('result.json', 'w'))
 def test_a_script_of_easyedit_runs_unmodified(toy_folder):
     pytest.importorskip("nltk", reason="EasyEdit needs nltk: pip install locft_easyedit[easyedit]")
     (toy_folder / "script.py").write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, "-m", "locft_easyedit", "run", "script.py", "--hparams_dir=toy.yaml"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python(["-m", "locft_easyedit", "run", "script.py", "--hparams_dir=toy.yaml"])
     assert done.returncode == 0, done.stderr
     name, metrics = json.loads((toy_folder / "result.json").read_text())
     assert name == "LocFTBFEditor"

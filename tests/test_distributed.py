@@ -18,6 +18,8 @@ from locft_easyedit.checkpoint_file import read_checkpoint
 LOSS, MATRIX = 1e-6, 1e-5
 HALF_LOSS, HALF_MATRIX = 3e-3, 0.08
 
+pytestmark = pytest.mark.processes
+
 CASES = [
     {},  # 14 edits, mini-batches of 4 and one of 2
     {"batch_loss_threshold": 5.9},  # some mini-batches make no update
@@ -38,7 +40,7 @@ def apart(value, other, original):
     return float((one - two).norm() / (two - start).norm())
 
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_the_edit_of_one_process(n, tmp_path):
     ranks = launch(n, "distributed_runs:edits", str(tmp_path), CASES, timeout=400)
     for number, case in enumerate(CASES):
@@ -127,6 +129,7 @@ def test_easyedits_editor(easyedit, tmp_path):
             )
 
 
+@pytest.mark.slow
 def test_smollm2(smollm2, shared_data):
     data = str(shared_data / "zsre_1k.json")
     losses, metrics = json.loads(json.dumps(distributed_runs.smollm2(str(smollm2), data)))
@@ -152,6 +155,7 @@ def test_nobody_ends_before_the_checkpoint_is_written(tmp_path):
     assert read_checkpoint(folder / "checkpoint.safetensors").progress.step_losses
 
 
+@pytest.mark.slow
 def test_a_launcher_restarts_what_goes_on_from_the_checkpoint(tmp_path):
     out = launch(
         2, "distributed_runs:dies_once", str(tmp_path), 6, through="torchrun --max-restarts=1"
@@ -262,7 +266,7 @@ def test_a_signal_to_one_stops_all_after_a_checkpoint(folder, number, status):
 
 
 def test_one_process_speaks_for_all(folder):
-    ranks = launch(2, [*EDIT, "num_steps=1"], environment={"TQDM_DISABLE": "0"})
+    ranks = launch(2, [*EDIT, "num_steps=1"])
     assert "reliability" in ranks[0].stdout
     assert "breadth-first" in ranks[0].stderr
     assert (ranks[1].stdout, ranks[1].stderr) == ("", "")
@@ -290,6 +294,7 @@ def test_evaluate(folder):
     assert "reliability" in both[0].stdout
 
 
+@pytest.mark.slow  # the command starts processes of its own
 def test_locate_works_with_a_process_for_each_that_was_launched(folder):
     arguments = ["sweep_layers=[1,2]", "sweep_modules=[down]", "sweep_lrs=[0.01]", "output=study"]
     arguments += ["--config-name", "toy.yaml", "data=edits.json", "num_steps=1"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from toys import (
     DOWN_PROJECTION,
+    FEW_KINDS,
     N_LAYERS,
-    TOY_KINDS,
     toy_hparams,
     toy_model,
     toy_requests,
@@ -54,7 +54,7 @@ def edit_(model, layer):
             parameter.mul_(-0.5)
 
 
-@pytest.mark.parametrize("kind", TOY_KINDS)
+@pytest.mark.parametrize("kind", FEW_KINDS)
 def test_the_frozen_prefix_changes_nothing(kind):
     model, tokenizer, records = toy_model(kind), toy_tokenizer(), records_with_lists(6)
     frozen = layer_cut(find_layers(model), 2)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from toys import CONTEXT, TOY_KINDS, toy_model, toy_requests, toy_tokenizer
+from toys import CONTEXT, FEW_KINDS, toy_model, toy_requests, toy_tokenizer
 from transformers import GenerationConfig
 
 from locft_easyedit.evaluate.choices import HowToRun
@@ -293,7 +293,7 @@ def test_half_precision_does_not_depend_on_the_batch(factor):
     assert one == many
 
 
-@pytest.mark.parametrize("kind", TOY_KINDS)
+@pytest.mark.parametrize("kind", FEW_KINDS)
 def test_the_cache_goes_by_the_name_that_the_model_knows(kind, recwarn, caplog):
     """After the prompt each token is read once, and transformers has nothing to object to."""
     model, widths = toy_model(kind), []

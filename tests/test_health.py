@@ -10,7 +10,7 @@ import pytest
 import torch
 from toys import (
     DOWN_PROJECTION,
-    TOY_KINDS,
+    FEW_KINDS,
     loaded_hparams,
     toy_hparams,
     toy_model,
@@ -66,7 +66,7 @@ def warned(caplog):
 # What is measured
 
 
-@pytest.mark.parametrize("kind", TOY_KINDS)
+@pytest.mark.parametrize("kind", FEW_KINDS)
 def test_the_perplexity_is_the_naive_one(kind):
     model, tokenizer = toy_model(kind), toy_tokenizer(bos=kind == "gpt2")
     before = naive_perplexity(model, tokenizer)

@@ -8,6 +8,9 @@ from launching import launch
 
 from locft_easyedit.world import here
 
+pytestmark = pytest.mark.processes
+ACCELERATE = pytest.param("accelerate", marks=pytest.mark.slow)
+
 
 def ranks_tell_each_other(base):
     world = here()
@@ -26,7 +29,7 @@ def one_waits():
         time.sleep(600)
 
 
-@pytest.mark.parametrize("through", [None, "torchrun", "accelerate"])
+@pytest.mark.parametrize("through", [None, "torchrun", ACCELERATE])
 def test_values_come_back_by_rank(through):
     ranks = launch(2, "test_launching:ranks_tell_each_other", 10, through=through)
     assert [rank.value for rank in ranks] == [

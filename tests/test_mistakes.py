@@ -1,10 +1,9 @@
 """`--debug`: where an error comes from, for every command."""
 
 import os
-import subprocess
-import sys
 
 import pytest
+from rank_pool import run_python
 
 from locft_easyedit.__main__ import USAGE, main
 from locft_easyedit.cli.mistakes import debugging, take_debug, tell
@@ -58,13 +57,10 @@ def test_a_mistake_is_one_message_and_with_debug_the_traceback(arguments, capsys
 
 
 @pytest.mark.parametrize("debug", [False, True])
-def test_an_application_of_hydra_does_the_same(tmp_path, debug):
-    done = subprocess.run(
-        [sys.executable, "-m", "locft_easyedit", "edit", "--config-name=smollm2-135m",
-         "data=none.json", "output=out", *["--debug"] * debug],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
+def test_an_application_of_hydra_does_the_same(tmp_path, debug, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--config-name=smollm2-135m", "data=none.json", "output=out"]
+    done = run_python(["-m", "locft_easyedit", "edit", *arguments, *["--debug"] * debug])
     assert done.returncode == 2
     assert "locft edit: `data=none.json` is not a file" in done.stderr
     assert ("Traceback" in done.stderr) == debug

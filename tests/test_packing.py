@@ -5,13 +5,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers.masking_utils import find_packed_sequence_indices
 
 from locft_easyedit.batches import length_sorted_batches
 from locft_easyedit.packing import lay_out
 from locft_easyedit.tokens import TokenizedTexts
-
-SEEDS = range(60)
 
 
 class Case:
@@ -71,12 +71,11 @@ def where(rows):
     }
 
 
-@pytest.fixture(params=SEEDS)
-def case(request):
-    return Case(request.param, later_positions=request.param % 2 == 1)
+CASES = st.builds(Case, st.integers(0, 2**32 - 1), later_positions=st.booleans())
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@given(case=CASES)
 def test_every_token_once_and_in_its_place(case, packed):
     rows = case.lay_out(packed)
     expected = [token for member in range(len(case.batch)) for token in case.cells(member)]
@@ -93,6 +92,7 @@ def test_every_token_once_and_in_its_place(case, packed):
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@given(case=CASES)
 def test_scored_cells_precede_their_labels(case, packed):
     rows = case.lay_out(packed)
     # In the order of the batch, and of the target's tokens.
@@ -106,6 +106,7 @@ def test_scored_cells_precede_their_labels(case, packed):
     assert list(found) == expected
 
 
+@given(case=CASES)
 def test_packed_rows_are_blocks_of_one_sequence(case):
     rows = case.lay_out(packed=True)
     assert rows.attention_mask is None
@@ -129,6 +130,7 @@ def test_packed_rows_are_blocks_of_one_sequence(case):
     assert not set(filler) & taken
 
 
+@given(case=CASES)
 def test_packed_rows_are_bounded_and_few(case):
     rows = case.lay_out(packed=True)
     lengths = case.texts.input_lengths[case.batch]
@@ -144,6 +146,7 @@ def test_packed_rows_are_bounded_and_few(case):
         assert int((used * 2 <= capacity).sum()) <= 1
 
 
+@given(case=CASES)
 def test_padded_rows(case):
     rows = case.lay_out(packed=False)
     lengths = case.texts.input_lengths[case.batch].tolist()
@@ -157,6 +160,7 @@ def test_padded_rows(case):
         assert rows.position_ids[member, n:].tolist() == [last] * (width - n)
 
 
+@given(case=CASES)
 def test_both_layouts_score_the_same(case):
     packed, padded = case.lay_out(packed=True), case.lay_out(packed=False)
     assert torch.equal(packed.label_index, padded.label_index)

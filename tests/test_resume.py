@@ -2,14 +2,15 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from rank_pool import run_python, start_python
 from safetensors.torch import load_file
 from toys import REPOSITORY
 
@@ -17,6 +18,8 @@ from locft_easyedit.errors import OutputError
 from locft_easyedit.evaluate.compact import CompactRecords
 from locft_easyedit.files import locked
 from locft_easyedit.run_folder import run_folder, unfinished_run
+
+pytestmark = pytest.mark.processes
 
 LONGER = """
 num_steps: 20
@@ -34,30 +37,28 @@ def folder(toy_folder):
 
 
 def command(*arguments):
-    start = [sys.executable, "-m", "locft_easyedit", "edit", "--config-name", "toy.yaml"]
-    return [*start, "data=edits.json", *arguments]
+    start = ["-m", "locft_easyedit", "edit", "--config-name", "toy.yaml", "data=edits.json"]
+    return [*start, *arguments]
 
 
 def run(*arguments):
-    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+    return run_python(command(*arguments))
 
 
 def interrupted(number, *arguments):
     """Starts the command and sends it a signal in training; returns its exit status and errors."""
-    process = subprocess.Popen(
-        command("num_steps=100000", *arguments),
-        stderr=subprocess.PIPE,
-        text=True,
-        # Ctrl-C as on a terminal: a shell starts what runs in the background without it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    shown = ""
-    while "loss=" not in shown:  # an epoch is done
-        shown += process.stderr.read(1)
-        assert process.poll() is None, shown
-    process.send_signal(number)
-    shown += process.communicate()[1]
-    return process.returncode, shown
+    shown = Path("stderr.txt")
+    with shown.open("w") as stderr:
+        process = start_python(command("num_steps=100000", *arguments), stderr=stderr)
+        try:
+            while "loss=" not in shown.read_text():  # an epoch is done
+                assert process.poll() is None, shown.read_text()
+                time.sleep(0.02)
+            process.send_signal(number)
+            status = process.wait()
+        finally:
+            process.kill()
+    return status, shown.read_text()
 
 
 def matrices(folder):
@@ -211,15 +212,18 @@ def test_metrics_before_the_edit_survive_a_kill(tmp_path):
 
 def test_the_lock_ends_with_the_process(tmp_path):
     code = (
-        "import sys, time; from locft_easyedit.files import locked\n"
+        "import time; from locft_easyedit.files import locked\n"
         f"with locked({str(tmp_path)!r}):\n    print('held', flush=True); time.sleep(60)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
+    said = tmp_path / "said.txt"
+    with said.open("w") as stdout:
+        process = start_python(["-c", code], stdout=stdout)
+    while said.read_text() != "held\n":
+        assert process.poll() is None
+        time.sleep(0.02)
     with pytest.raises(OutputError, match="in use"), locked(tmp_path):
         pass
     process.kill()
-    process.wait()
     start = time.monotonic()
     with locked(tmp_path):
         assert time.monotonic() - start < 10
@@ -227,14 +231,13 @@ def test_the_lock_ends_with_the_process(tmp_path):
 
 def test_a_full_disk_ends_in_one_message_and_the_run_goes_on_later(folder):
     """A limit on the size of files: writes end half way, as on a disk that is full."""
-
-    def little_room():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    arguments = command("output=out", "checkpoint_minutes=0")
-    full = subprocess.run(
-        arguments, capture_output=True, text=True, check=False, preexec_fn=little_room
+    code = (
+        "import resource, runpy, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
     )
+    full = run_python(["-c", code, *command("output=out", "checkpoint_minutes=0")[1:]])
     assert full.returncode == 2, full.stderr
     assert "No checkpoint was made, and training goes on" in full.stderr + full.stdout
     assert "cannot be written: " in full.stderr

@@ -161,6 +161,7 @@ def test_layers_that_share_weights_are_refused(folder):
     assert places(skeleton, h, CPU, Four())[1] is None
 
 
+@pytest.mark.processes
 def test_each_machine_holds_a_copy(folder):
     changes = {"layers": [1], "shard_frozen": True}
     ranks = launch(4, "sharded_ranks:shares", folder, changes, machines=2, timeout=200)
@@ -173,6 +174,7 @@ def test_each_machine_holds_a_copy(folder):
             assert held == [whole] * 4
 
 
+@pytest.mark.processes
 def test_the_command_line_writes_the_whole_model(toy_folder):
     arguments = ("-m", "locft_easyedit", "edit", "--config-name", "toy.yaml", "data=edits.json")
     once = ("num_steps=1", "n=4", "layers=[1]", "save=model")
@@ -210,6 +212,7 @@ LAYERS, LAYER = 12, 49 * 2**20
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process its peak by itself")
+@pytest.mark.processes
 def test_no_process_ever_holds_the_whole(tmp_path):
     model = toy_model(
         "llama",

@@ -9,6 +9,8 @@ from launching import launch
 from safetensors.torch import load_file
 from toys import toy_model, toy_tokenizer
 
+pytestmark = pytest.mark.processes
+
 # Gradients are added up in another order: by rank. That moved the losses of these runs (up to 7) by
 # 1e-6, and the matrices by 1e-6, or 2e-5 where Adam divides by gradients that are next to nothing;
 # a step changes them by 1e-2.

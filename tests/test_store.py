@@ -1,13 +1,13 @@
 """The store of states against a plain tensor, whatever lies where."""
 
 import os
-import signal
-import subprocess
-import sys
+import tempfile
 import textwrap
+import time
 
 import pytest
 import torch
+from rank_pool import run_python, start_python
 
 from locft_easyedit import store as store_module
 from locft_easyedit.errors import MemoryBudgetError, OutputError
@@ -221,7 +221,8 @@ def test_memory_of_a_store_counts_as_taken_at_once():
 
     In a process of its own: an old one may have freed memory at hand that counts already.
     """
-    subprocess.run([sys.executable, "-c", TAKEN_AT_ONCE], check=True)
+    done = run_python(["-c", TAKEN_AT_ONCE])
+    assert done.returncode == 0, done.stderr
 
 
 def test_where_tells_what_lies_where(tmp_path):
@@ -247,13 +248,13 @@ def test_a_temporary_file_leaves_nothing_behind(tmp_path):
 @pytest.mark.parametrize("moment", ["written", "being made"])
 def test_a_killed_process_leaves_nothing_behind(moment, tmp_path):
     script = f"""
-        import os, sys, torch
+        import time, torch
         from locft_easyedit import statefile
         from locft_easyedit.store import Budget, StateStore
 
         def ready(*args):
             print("ready", flush=True)
-            sys.stdin.read()
+            time.sleep(600)
 
         if {moment == "being made"}:
             statefile._reserve = ready
@@ -262,15 +263,13 @@ def test_a_killed_process_leaves_nothing_behind(moment, tmp_path):
         store.put(torch.arange(100), torch.ones(100, 8))
         ready()
     """
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    with tempfile.TemporaryFile("w+") as said:
+        process = start_python(["-c", textwrap.dedent(script)], stdout=said, stderr=said)
+        while process.poll() is None and os.fstat(said.fileno()).st_size == 0:
+            time.sleep(0.02)
+        process.kill()
+        said.seek(0)
+        assert said.read() == "ready\n"
     assert list(tmp_path.iterdir()) == []
 
 

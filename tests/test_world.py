@@ -77,10 +77,11 @@ def one_process():
     return [here() is ALONE, dist.is_initialized()]
 
 
-def test_a_launch_of_one_process_is_a_plain_one():
-    for through in (None, "torchrun"):
-        [only] = launch(1, "test_world:one_process", through=through)
-        assert only.value == [True, False]
+@pytest.mark.processes
+@pytest.mark.parametrize("through", [None, pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_a_launch_of_one_process_is_a_plain_one(through):
+    [only] = launch(1, "test_world:one_process", through=through)
+    assert only.value == [True, False]
 
 
 def told():
@@ -127,6 +128,7 @@ def failing():
     ]
 
 
+@pytest.mark.processes
 def test_all_ranks_are_told_the_same():
     for rank in launch(3, "test_world:told"):
         *tensors, most, names, first = rank.value
@@ -136,6 +138,7 @@ def test_all_ranks_are_told_the_same():
         assert first == {"a": 0}
 
 
+@pytest.mark.processes
 def test_the_error_of_one_is_an_error_of_all():
     ranks = launch(3, "test_world:failing")
     for number, rank in enumerate(ranks):
@@ -161,6 +164,7 @@ def ends_early():
     return here().rank
 
 
+@pytest.mark.processes
 def test_one_may_end_before_another():
     assert [rank.value for rank in launch(2, "test_world:ends_early")] == [0, 1]
 
@@ -173,6 +177,7 @@ def one_leaves():
     return raised(lambda: world.gather(None))
 
 
+@pytest.mark.processes
 def test_whoever_leaves_is_not_waited_for():
     first, second = launch(2, "test_world:one_leaves", check=False)
     assert second.returncode == 3
@@ -189,6 +194,7 @@ def not_started():
     return main(["edit", "--config-name", "smollm2-135m", "data=none.json"])
 
 
+@pytest.mark.processes
 def test_a_command_says_that_the_others_did_not_come():
     [only] = launch(1, "test_world:not_started", check=False)
     assert only.returncode == 2
@@ -202,6 +208,7 @@ def ends_with_an_error():
     time.sleep(600)
 
 
+@pytest.mark.processes
 def test_a_rank_that_fails_by_itself_ends_the_others_with_its_reason():
     first, second = launch(2, "test_world:ends_with_an_error", check=False)
     assert (first.returncode, second.returncode) == (1, 1)

@@ -66,6 +66,9 @@ _CONFIGS = {
     "mixtral": (MixtralConfig, _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 TOY_KINDS = tuple(_CONFIGS)
+# The five that differ most, for what does not depend on how a model is made inside: norms and masks
+# of two sorts, matrices stored transposed, attention beside the MLP, experts.
+FEW_KINDS = ("llama", "gemma3", "gpt2", "gptj", "mixtral")
 _EAGER = ("gemma2", "gptj")
 
 # The matrix that the paper trains, by kind of model.
