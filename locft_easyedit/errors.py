@@ -71,16 +71,7 @@ class RankError(LocFTError):
 
 
 class LostRankError(RankError):
-    """Another process of those that work together has ended, or cannot be reached.
-
-    Args:
-        message: Which, or what was seen of it.
-        told: Whether the terminal has it already.
-    """
-
-    def __init__(self, message: str, told: bool = False) -> None:
-        super().__init__(message)
-        self.told = told
+    """Another process of those that work together has ended, or cannot be reached."""
 
 
 class EditInterrupted(KeyboardInterrupt):

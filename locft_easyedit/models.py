@@ -25,9 +25,9 @@ from .model_folder import check_model_name, tokenizer_of
 from .offload import resident_map, room_for_conversions, streaming_map
 from .place import match_parameters
 from .sharded_loading import Sharding, places, shard_
-from .spreading import DeviceMap, devices_of, room_on, share_of_gpus
+from .spreading import DeviceMap, devices_of, room_on
 from .store import free_host_memory
-from .world import here
+from .world import here, share_of_gpus
 
 logger = logging.getLogger(__name__)
 

@@ -1,18 +1,150 @@
-"""Text drawn from a model's own distribution: ancestral sampling at temperature 1."""
+"""Text drawn from a model's own distribution: ancestral sampling at temperature 1.
+
+It is sampled in rounds that are kept in files: what was interrupted goes on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from .devices import input_device
+from .devices import context_length, input_device
 from .errors import ModelError
+from .files import output_errors, write_atomically
 from .forward import head_sees
+from .hashes import hash_of, model_fingerprint
 from .modes import evaluation_mode
+from .reading import is_file
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 3
+
+
+@dataclass(frozen=True)
+class TextKind:
+    """Texts that a round has.
+
+    Attributes:
+        name: What they are called.
+        beginnings: Token ids that they begin with, in turn; never empty ones.
+        n_texts: Texts of a round.
+        n_tokens: Tokens that the model adds to each at most.
+    """
+
+    name: str
+    beginnings: Sequence[list[int]]
+    n_texts: int
+    n_tokens: int
+
+    def begun(self, number: int) -> list[list[int]]:
+        """Returns what the texts of a round begin with."""
+        first = number * self.n_texts
+        return [
+            self.beginnings[i % len(self.beginnings)] for i in range(first, first + self.n_texts)
+        ]
+
+
+class TextSampler:
+    """Samples text round by round.
+
+    A round depends on the seed and its number alone, so that asking for more of them gives the same
+    text and more. Random states are left as they were.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        kinds: What each round has.
+        cache: A folder where rounds are kept; `None` keeps nothing.
+        seed: Seed of the sampling.
+        cache_errors: Makes a context manager for writing a file, which turns errors of the disk
+            into an `OutputError`.
+
+    Raises:
+        ModelError: The tokenizer has neither BOS nor EOS.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        kinds: Sequence[TextKind],
+        *,
+        cache: Path | None,
+        seed: int = 0,
+        cache_errors: Callable[[Path], AbstractContextManager[None]] = output_errors,
+    ) -> None:
+        self._model, self._tokenizer, self._seed = model, tokenizer, seed
+        self._kinds, self._cache_errors = kinds, cache_errors
+        self._padding = first_token(tokenizer)  # decoding leaves it out
+        words = [len(tokenizer), self._padding, tokenizer.eos_token_id]
+        texts = [dataclasses.asdict(kind) for kind in kinds]
+        self._key = hash_of([_FORMAT, model_fingerprint(model), seed, words, texts])
+        self._folder = None if cache is None else cache / f"sampled-{self._key[:10]}"
+
+    def round(self, number: int) -> dict[str, list[str]]:
+        """Returns the texts of a round by their kind, beginnings included; new ones are kept first.
+
+        Raises:
+            OutputError: They cannot be kept.
+        """
+        file = None if self._folder is None else self._folder / f"{number:05}.json"
+        texts = None if file is None else self._read(file, number)
+        if texts is None:
+            texts = {kind.name: self._sampled(kind, number) for kind in self._kinds}
+            if file is not None:
+                with self._cache_errors(file):
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    write_atomically(file, json.dumps(self._content(number, texts)).encode())
+        return texts
+
+    def _sampled(self, kind: TextKind, number: int) -> list[str]:
+        begun = kind.begun(number)
+        width = max(map(len, begun))
+        # Padded on the left.
+        ids = torch.full((len(begun), width), self._padding)
+        mask = torch.zeros_like(ids)
+        for row, real, start in zip(ids, mask, begun, strict=True):
+            row[width - len(start) :] = torch.tensor(start)
+            real[width - len(start) :] = 1
+        n_tokens, context = kind.n_tokens, context_length(self._model)
+        if context is not None:
+            n_tokens = max(1, min(n_tokens, context - width))
+        device = input_device(self._model)
+        name = f"{self._seed} {kind.name} {number}".encode()
+        with seeded(self._model, int.from_bytes(hashlib.sha256(name).digest()[:7], "little")):
+            return continuations(
+                self._model, self._tokenizer, ids.to(device), mask.to(device), n_tokens
+            )
+
+    def _content(self, number: int, texts: dict[str, list[str]]) -> dict[str, Any]:
+        return {"of": self._key, "round": number, **texts, "sha256": hash_of(texts)}
+
+    def _read(self, file: Path, number: int) -> dict[str, list[str]] | None:
+        """Returns the round in a file; one that is of no use is reported."""
+        if not is_file(file):
+            return None
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            texts = {kind.name: content[kind.name] for kind in self._kinds}
+            if content == self._content(number, texts):
+                return texts
+            other = content["of"] != self._key or content["round"] != number
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            other = False
+        what = "is of another model or sampling" if other else "is damaged"
+        logger.warning("%s %s and is made anew.", file, what)
+        return None
 
 
 @contextmanager
@@ -53,10 +185,11 @@ def continuations(
     ids: torch.Tensor,
     mask: torch.Tensor,
     n_tokens: int,
-    *,
-    whole: bool = False,
 ) -> list[str]:
-    """Returns what the model goes on with, until EOS; use it within `seeded`.
+    """Returns texts with what the model goes on with, until EOS; use it within `seeded`.
+
+    Beginnings are included: many tokenizers leave out the space that a text begins with, so that
+    what was added alone could not be put behind its beginning.
 
     Args:
         model: A causal language model.
@@ -64,8 +197,6 @@ def continuations(
         ids: What each text begins with, padded on the left, [B, T].
         mask: Which of these tokens are real, [B, T].
         n_tokens: Tokens to add at most.
-        whole: Return the beginnings too. Many tokenizers leave out the space that a text begins
-            with, so that what was added cannot be put behind its beginning.
 
     Raises:
         ModelError: The tokenizer has neither BOS nor EOS.
@@ -85,6 +216,5 @@ def continuations(
             eos_token_id=end,
             pad_token_id=end,
         )
-    start = 0 if whole else ids.shape[1]
-    drawn: list[str] = tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)
-    return drawn
+    texts: list[str] = tokenizer.batch_decode(output, skip_special_tokens=True)
+    return texts

@@ -12,34 +12,13 @@ from accelerate.utils import get_balanced_memory, infer_auto_device_map
 from torch import nn
 
 from .errors import HyperParamsError
-from .world import here
+from .world import here, share_of_gpus
 
 logger = logging.getLogger(__name__)
 
 USABLE = 0.9  # of the memory that is free: the rest is for what runs
 
 DeviceMap = dict[str, int | str]
-
-
-def share_of_gpus(n_gpus: int, local_rank: int, local_size: int) -> list[int]:
-    """Returns the numbers of the GPUs that one of several processes on a machine may use.
-
-    Shares are disjoint, of neighbours, and differ by one GPU at most.
-
-    Args:
-        n_gpus: GPUs of the machine.
-        local_rank: The process, from 0.
-        local_size: Processes on the machine.
-
-    Raises:
-        HyperParamsError: There are fewer GPUs than processes.
-    """
-    if 0 < n_gpus < local_size:
-        raise HyperParamsError(
-            f"{local_size} processes on a machine with {n_gpus} GPUs: each needs one at least. "
-            f"Launch {n_gpus} processes or fewer."
-        )
-    return list(range(n_gpus * local_rank // local_size, n_gpus * (local_rank + 1) // local_size))
 
 
 def devices_of(

@@ -9,8 +9,12 @@ nothing of torch.distributed is set up.
 from __future__ import annotations
 
 import atexit
+import json
+import logging
 import os
-import socket
+import threading
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +24,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
-from .errors import LocFTError, LostRankError, RankError
-from .rendezvous import fresh_store
-from .watch import Watch, connections
+from .errors import HyperParamsError, LocFTError, LostRankError, RankError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -40,8 +45,11 @@ _LAUNCHED = (
     "MASTER_PORT",
     "TORCHELASTIC_USE_AGENT_STORE",
 )
-# One process may work for hours while the others wait. That one has died is noticed otherwise.
-_PATIENCE = timedelta(days=7)
+_MEETING_TIME = timedelta(minutes=30)  # for a machine that is slow to start
+# One process may work for hours while the others wait: choose a place, say, or run a study.
+_COLLECTIVE_TIME = timedelta(days=7)
+_WARN_SECONDS = 600.0  # that a rank waits for the others before it says so
+_POLL_SECONDS = 0.05
 
 
 def launched() -> bool:
@@ -54,11 +62,33 @@ def alone_environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in _LAUNCHED}
 
 
+def share_of_gpus(n_gpus: int, local_rank: int, local_size: int) -> list[int]:
+    """Returns the numbers of the GPUs that one of several processes on a machine may use.
+
+    Shares are disjoint, of neighbours, and differ by one GPU at most.
+
+    Args:
+        n_gpus: GPUs of the machine.
+        local_rank: The process, from 0.
+        local_size: Processes on the machine.
+
+    Raises:
+        HyperParamsError: There are fewer GPUs than processes.
+    """
+    if 0 < n_gpus < local_size:
+        raise HyperParamsError(
+            f"{local_size} processes on a machine with {n_gpus} GPUs: each needs one at least. "
+            f"Launch {n_gpus} processes or fewer."
+        )
+    return list(range(n_gpus * local_rank // local_size, n_gpus * (local_rank + 1) // local_size))
+
+
 @dataclass(eq=False)
 class World:
     """The processes of one program; by default one alone.
 
-    All methods but `share` are collective: every rank has to call them, in the same order.
+    All methods but `share` and `advise` are collective: every rank has to call them, in the same
+    order. They raise a `LostRankError` if another rank has ended, or cannot be reached.
 
     Attributes:
         rank: This process, counted from 0. Rank 0 writes, reports, and is asked where one decides.
@@ -72,9 +102,9 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     _hosts: Any = None  # the group of what the hosts tell each other
-    _watch: Watch | None = None
     _owned: bool = False  # whether the processes were brought together here
     _home: torch.device | None = None  # this process's GPU, or the first of them
+    _advice: str = ""
 
     @property
     def first(self) -> bool:
@@ -99,14 +129,14 @@ class World:
         if self.several:
             # A GPU goes on by itself; the host waits for nobody.
             self._exchange(
-                list(tensors), lambda tensor, group: dist.all_reduce(tensor, group=group)
+                "all_reduce", tensors, lambda tensor, group: dist.all_reduce(tensor, group=group)
             )
 
     def broadcast_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replaces each tensor by that of rank 0."""
         if self.several:
             self._exchange(
-                list(tensors), lambda tensor, group: dist.broadcast(tensor, src=0, group=group)
+                "broadcast", tensors, lambda tensor, group: dist.broadcast(tensor, 0, group=group)
             )
 
     def most(self, values: Sequence[int]) -> list[int]:
@@ -114,7 +144,7 @@ class World:
         if not self.several:
             return list(values)
         found = torch.tensor(values)
-        with self._answering():
+        with self._waiting_for_others("all_reduce"):
             dist.all_reduce(found, dist.ReduceOp.MAX, group=self._hosts)
         return [int(value) for value in found]
 
@@ -123,7 +153,7 @@ class World:
         if not self.several:
             return [value]
         found: list[Any] = [None] * self.size
-        with self._answering():
+        with self._waiting_for_others("all_gather"):
             dist.all_gather_object(found, value, group=self._hosts)
         return found
 
@@ -143,7 +173,7 @@ class World:
             except Exception as raised:  # the others wait for an answer, whatever went wrong
                 error = raised
                 told[1] = raised if isinstance(raised, LocFTError) else brief(raised)
-        with self._answering():
+        with self._waiting_for_others("broadcast"):
             dist.broadcast_object_list(told, src=0, group=self._hosts)
         if error is not None:
             raise error
@@ -199,54 +229,71 @@ class World:
         self._leave()
 
     def _leave(self) -> None:
-        """Ends what runs besides the program: threads that are still there crash its end."""
-        if self._watch is not None and not self._watch.over:
-            self._watch.close()
-            if self._owned and dist.is_initialized():
-                dist.destroy_process_group()
-
-    def fail(self, error: BaseException) -> None:
-        """Tells the other ranks that this one is about to end with an error; they end as well."""
-        if self._watch is not None:
-            self._watch.fail(brief(error))
+        """Ends the threads of the process group: those that are still there crash Python's end."""
+        if self._owned and dist.is_initialized():
+            dist.destroy_process_group()
 
     def advise(self, advice: str) -> None:
         """Notes what a message about a lost rank should say of how to go on."""
-        if self._watch is not None:
-            self._watch.advice = advice
+        self._advice = advice
 
     def _exchange(
-        self, tensors: list[torch.Tensor], operation: Callable[[torch.Tensor, Any], Any]
+        self,
+        collective: str,
+        tensors: Iterable[torch.Tensor],
+        operation: Callable[[torch.Tensor, Any], Any],
     ) -> None:
         """Runs a collective operation on each tensor, in place."""
-        for tensor in tensors:
-            given = tensor.detach()
-            if given.device.type == "cpu":
-                moved, group = given, self._hosts
-            else:
-                # NCCL wants the GPUs in pairs, and spread models are not split alike everywhere.
-                moved, group = given.to(self._home), None
-            with self._answering():
+        with self._waiting_for_others(collective):
+            for tensor in tensors:
+                given = tensor.detach()
+                if given.device.type == "cpu":
+                    moved, group = given, self._hosts
+                else:
+                    # NCCL wants the GPUs in pairs, and spread models are not split alike.
+                    moved, group = given.to(self._home), None
                 operation(moved, group)
-            if moved is not given:
-                given.copy_(moved)
+                if moved is not given:
+                    given.copy_(moved)
 
     @contextmanager
-    def _answering(self) -> Iterator[None]:
-        """Turns the failure of what all ranks do together into one error.
+    def _waiting_for_others(self, collective: str) -> Iterator[None]:
+        """Context manager that runs a collective operation, and warns once if it takes long.
+
+        Args:
+            collective: What torch.distributed calls it.
 
         Raises:
-            LostRankError: A rank has ended.
+            LostRankError: It has failed: another rank has ended, or cannot be reached.
         """
+        # A rank that hangs keeps its connections: nothing fails, and nothing else would tell.
+        timer = threading.Timer(
+            _WARN_SECONDS,
+            logger.warning,
+            (
+                "Rank %d of %d is still waiting for the other ranks in %s, after %.0f s. A rank "
+                "that does not say so has more to do, or hangs: look there.",
+                self.rank,
+                self.size,
+                collective,
+                _WARN_SECONDS,
+            ),
+        )
+        timer.daemon = True
+        timer.start()
         try:
             yield
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:  # torch.distributed's own errors as well
-            if self._watch is None:  # the ranks are still coming together
-                raise
-            why = self._watch.explained(brief(error))
-            raise LostRankError(why, self._watch.has_told) from error
+            raise LostRankError(
+                f"Rank {self.rank} of {self.size} has lost the other ranks in {collective} "
+                f"({brief(error)}): one of them has ended, or cannot be reached. Its own messages "
+                "or the launcher's say why (the system kills a process without a word when memory "
+                f"runs out). {self._advice}".strip()
+            ) from error
+        finally:
+            timer.cancel()
 
 
 ALONE = World()
@@ -275,24 +322,17 @@ def apart() -> Iterator[None]:
     """Within, this process and those that it starts work by themselves."""
     global _here
     world = _here
-    watch = None if world is None else world._watch
     launcher = {key: os.environ.pop(key) for key in _LAUNCHED if key in os.environ}
     try:
         _here = ALONE
-        if watch is not None:
-            watch.patient = True
         yield
     finally:
-        if watch is not None:
-            watch.patient = False
         os.environ.update(launcher)
         _here = world
 
 
 def _joined() -> World:
     """Returns the world of the launcher's processes."""
-    from .spreading import share_of_gpus  # it asks for the world in its turn
-
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -306,24 +346,59 @@ def _joined() -> World:
         if owned:
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo",
-                store=fresh_store(rank, size),
+                store=_launcher_store(rank, size),
                 rank=rank,
                 world_size=size,
-                timeout=_PATIENCE,
+                timeout=_COLLECTIVE_TIME,
             )
-        hosts = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        world = World(rank, size, local_rank, local_size, hosts, _owned=owned, _home=home)
-        names = world.gather(f"Rank {rank} ({socket.gethostname()}, process {os.getpid()})")
-        world._watch = Watch(rank, names, connections(rank, size, world.gather))
+        hosts = dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIME)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise RankError(
             f"The {size} processes of the launcher do not find each other: {brief(error)}. Check "
             "its addresses, ports and network interfaces (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), "
             "and that all machines run the same versions."
         ) from error
+    world = World(rank, size, local_rank, local_size, hosts, _owned=owned, _home=home)
     # A program that is through may end before another one that is not.
     atexit.register(world._leave)
     return world
+
+
+def _launcher_store(rank: int, size: int) -> dist.Store:
+    """Returns the launcher's key-value store, at MASTER_ADDR and MASTER_PORT.
+
+    An agent of torchrun keeps one store for all its restarts (torch 2.13), with the addresses of
+    processes that have died; and agents of several machines do not count restarts alike. So the
+    processes of this start agree on a prefix that none of an earlier start knows: rank 0 draws it,
+    and answers every process with the number that this one has just drawn.
+
+    Raises:
+        RankError: Not all processes come.
+        RuntimeError: The store cannot be reached.
+    """
+    store, _, _ = next(rendezvous("env://", timeout=_MEETING_TIME))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    drawn, deadline = uuid.uuid4().hex, time.monotonic() + _MEETING_TIME.total_seconds()
+    store.set(f"locft/drawn/{rank}", drawn)
+    while time.monotonic() < deadline:
+        if rank == 0:
+            others = [_value(store, f"locft/drawn/{other}") for other in range(1, size)]
+            store.set("locft/answer", json.dumps([drawn, others]))
+            if all(_value(store, f"locft/heard/{r}") == drawn for r in range(1, size)):
+                return dist.PrefixStore(f"locft/{drawn}", store)
+        else:
+            prefix, answered = json.loads(_value(store, "locft/answer") or '["", []]')
+            if drawn in answered:
+                store.set(f"locft/heard/{rank}", prefix)
+                return dist.PrefixStore(f"locft/{prefix}", store)
+        time.sleep(_POLL_SECONDS)
+    raise RankError(f"Not all of the {size} processes of the launcher have come together.")
+
+
+def _value(store: dist.Store, key: str) -> str:
+    """Returns a value of a store, empty if there is none yet."""
+    return store.get(key).decode() if store.check([key]) else ""
 
 
 def brief(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from toys import REPOSITORY, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit import checkpoint, checkpoint_file, files
+from locft_easyedit import checkpoint, checkpoint_file, files, sampling
 from locft_easyedit.checkpoint import Checkpoints
 from locft_easyedit.checkpoint_file import read_checkpoint
 from locft_easyedit.editing import EditSession
@@ -370,7 +370,7 @@ def test_what_was_made_with_other_sampled_text_is_not_gone_on_with(tmp_path, mon
             edit(folder, **settings)
     shutil.rmtree(kept)
     with monkeypatch.context() as patch:  # as another device would sample it
-        patch.setattr(sampled, "seeded", lambda model, seed: seeded(model, seed + 1))
+        patch.setattr(sampling, "seeded", lambda model, seed: seeded(model, seed + 1))
         with pytest.raises(CheckpointError, match="made with other text in `preserve`"):
             edit(folder, **settings)
     shutil.rmtree(kept)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 from dataclasses import replace
@@ -289,14 +290,14 @@ def test_sigterm_ends_the_process_that_runs(tmp_path, monkeypatch):
     code = "import time; time.sleep(60)"
     monkeypatch.setattr(processes_module, "_command", lambda folder: [sys.executable, "-c", code])
     children = []
-    original = processes_module.subprocess.Popen
+    original = subprocess.Popen
 
     def popen(*args, **kwargs):
         children.append(original(*args, **kwargs))
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
         return children[-1]
 
-    monkeypatch.setattr(processes_module.subprocess, "Popen", popen)
+    monkeypatch.setattr(subprocess, "Popen", popen)
     with pytest.raises(SystemExit, match="143"):
         processes_module.run_process("FT", folder, False)
     assert children[0].returncode == -signal.SIGTERM
@@ -565,7 +566,7 @@ def test_without_covariances_the_others_run_beside_one_another(settings, stand_i
 def test_interrupted_all_processes_end(settings, stand_ins, monkeypatch, how, raised, message):
     stand_ins(seconds=60)
     started = []
-    original = processes_module.subprocess.Popen
+    original = subprocess.Popen
 
     def popen(*args, **kwargs):
         started.append(original(*args, **kwargs))
@@ -573,7 +574,7 @@ def test_interrupted_all_processes_end(settings, stand_ins, monkeypatch, how, ra
             threading.Timer(0.5, os.kill, (os.getpid(), how)).start()
         return started[-1]
 
-    monkeypatch.setattr(processes_module.subprocess, "Popen", popen)
+    monkeypatch.setattr(subprocess, "Popen", popen)
     # Ctrl-C as on a terminal: a shell starts what runs in the background without it.
     former = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -138,16 +138,6 @@ def test_smollm2(smollm2, shared_data):
         assert json.dumps(rank.value[1]) == json.dumps(metrics)
 
 
-def test_the_first_rank_tells_which_one_has_died():
-    began = time.monotonic()
-    first, second = launch(2, "distributed_runs:waits_while_another_dies", check=False)
-    assert (first.returncode, second.returncode) == (1, 9)
-    assert "Rank 1 (" in first.stderr
-    assert "of 2 ended before the others" in first.stderr
-    assert "Traceback" not in first.stderr
-    assert time.monotonic() - began < 60
-
-
 def test_nobody_ends_before_the_checkpoint_is_written(tmp_path):
     folder = tmp_path / "run"
     first, _ = launch(2, "distributed_runs:interrupted_while_the_disk_is_slow", str(folder))
@@ -212,17 +202,17 @@ def test_a_killed_rank_ends_the_run_and_any_number_of_processes_goes_on(folder):
     out = folder / "out"
     ranks = interrupted(3, out, lambda processes: processes[2].kill())
     assert [rank.returncode for rank in ranks] == [1, 1, -signal.SIGKILL]
-    assert "Rank 2 (" in ranks[0].stderr
-    assert "checkpoint.safetensors has the last checkpoint" in ranks[0].stderr
-    assert ranks[1].stderr.strip() == ""
-    assert "Traceback" not in ranks[0].stderr
+    for rank in ranks[:2]:
+        assert "has lost the other ranks in" in rank.stderr
+        assert "checkpoint.safetensors has the last checkpoint" in rank.stderr
+        assert "Traceback" not in rank.stderr
     saved = read_checkpoint(out / "checkpoint" / "checkpoint.safetensors")
     assert 0 < len(saved.progress.step_losses) < 60
 
     launch(1, [*EDIT, f"output={folder / 'alone'}"])
     # Killed once more, by two processes now, and finished by one.
     ranks = interrupted(2, out, lambda processes: processes[0].kill())
-    assert "Rank 0 (" in ranks[1].stderr  # the lowest that is left tells
+    assert "Rank 1 of 2 has lost the other ranks in" in ranks[1].stderr
     done = launch(1, [*EDIT, f"output={out}"])
     log = (out / "locft_edit.log").read_text()
     assert "training goes on in epoch" in log

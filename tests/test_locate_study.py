@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import os
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -17,6 +19,7 @@ from locft_easyedit.locate.places import MODULES, Location
 from locft_easyedit.locate.run import locate
 from locft_easyedit.locate.settings import StudySettings, coarse_to_fine
 from locft_easyedit.locate.study import Study, load_study
+from locft_easyedit.processes import WorkerPool
 
 GRID = {"layers": [1, 3], "modules": ["v", "down"], "rates": [1e-2]}
 
@@ -281,21 +284,20 @@ def test_a_process_that_cannot_work_is_told(study, monkeypatch):
 def test_interrupted_the_processes_end(study, monkeypatch):
     monkeypatch.setattr(run, "_command", _worker_that("time.sleep(600)"))
     started = []
-    original = run._start
+    original = subprocess.Popen
 
-    def start(*args):
-        started.append(original(*args))
+    def popen(*args, **kwargs):
+        started.append(original(*args, **kwargs))
         return started[-1]
 
-    def interrupted():
+    def interrupted(pool):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "_start", start)
-    monkeypatch.setattr(run, "_pause", interrupted)
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr(WorkerPool, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         locate(study(devices=["cpu", "cpu"]), progress=False)
-    assert len(started) == 2
-    assert all(one.process.poll() is not None for one in started)
+    assert [process.returncode for process in started] == [-signal.SIGTERM] * 2
 
 
 def test_processes_on_one_cpu_share_its_cores(study, monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from toys import CONTEXT, toy_model, toy_requests, toy_tokenizer
 
+from locft_easyedit import sampling
 from locft_easyedit.errors import DataError, ModelError, OutputError, PreserveError
 from locft_easyedit.preserve import sampled, statistics
 from locft_easyedit.preserve.asked import BEGINNINGS
@@ -240,7 +241,7 @@ def test_more_tokens_are_the_same_text_and_more(small, tmp_path):
 def test_interrupted_sampling_goes_on(small, tmp_path, monkeypatch, after):
     """Stopped within a round: whole rounds are kept, and nothing else is sampled again."""
     expected = measured(source=SAMPLED)
-    calls, draw = [], sampled.continuations
+    calls, draw = [], sampling.continuations
 
     def failing(*args, **options):
         if len(calls) == after:
@@ -248,13 +249,13 @@ def test_interrupted_sampling_goes_on(small, tmp_path, monkeypatch, after):
         calls.append(args)
         return draw(*args, **options)
 
-    monkeypatch.setattr(sampled, "continuations", failing)
+    monkeypatch.setattr(sampling, "continuations", failing)
     with pytest.raises(KeyboardInterrupt, match=r"^stop$"):
         measured(source=SAMPLED, cache=tmp_path)
     kept = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
     assert kept == [f"{number:05}.json" for number in range(after // 3)]
     again = []
-    monkeypatch.setattr(sampled, "continuations", lambda *a, **o: again.append(a) or draw(*a, **o))
+    monkeypatch.setattr(sampling, "continuations", lambda *a, **o: again.append(a) or draw(*a, **o))
     assert same(measured(source=SAMPLED, cache=tmp_path), expected)
     rounds = len(list(tmp_path.rglob("0*.json")))
     assert len(again) == 3 * (rounds - after // 3)
@@ -321,7 +322,7 @@ def test_computed_once(tmp_path, passes):
 
 def test_sampled_statistics_are_computed_once(small, tmp_path, passes, monkeypatch):
     first = measured(source=SAMPLED, cache=tmp_path)
-    monkeypatch.setattr(sampled, "continuations", lambda *_, **__: pytest.fail("sampled again"))
+    monkeypatch.setattr(sampling, "continuations", lambda *_, **__: pytest.fail("sampled again"))
     assert same(measured(source=SAMPLED, cache=tmp_path), first)
     assert passes == [MODULES, MODULES]  # once for each kind
 

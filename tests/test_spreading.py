@@ -16,7 +16,8 @@ from locft_easyedit.evaluate.choices import HowToRun
 from locft_easyedit.evaluate.evaluation import Evaluation
 from locft_easyedit.models import load_causal_lm, load_model
 from locft_easyedit.offload import left_on_disk
-from locft_easyedit.spreading import devices_of, full_map, share_of_gpus, spread_map
+from locft_easyedit.spreading import devices_of, full_map, spread_map
+from locft_easyedit.world import share_of_gpus
 
 LAYER = 4 * sum(p.numel() for p in toy_model().model.layers[0].parameters())
 ENDS = 4 * toy_model().lm_head.weight.numel()  # the embedding, and the head

@@ -1,6 +1,8 @@
 """What processes that work together tell each other; alone, nothing of it costs anything."""
 
+import logging
 import os
+import signal
 import time
 from datetime import timedelta
 
@@ -12,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launching import free_port, launch
 
-from locft_easyedit import rendezvous
+from locft_easyedit import world as world_module
 from locft_easyedit.errors import HyperParamsError, LocFTError, RankError
 from locft_easyedit.share import Share
 from locft_easyedit.world import ALONE, World, alone_environment, apart, here, launched
@@ -182,7 +184,59 @@ def test_whoever_leaves_is_not_waited_for():
     first, second = launch(2, "test_world:one_leaves", check=False)
     assert second.returncode == 3
     assert first.value[0] == "LostRankError"
-    assert "The 2 processes lost each other" in first.value[1]
+    assert "Rank 0 of 2 has lost the other ranks in all_gather (" in first.value[1]
+    assert "one of them has ended, or cannot be reached" in first.value[1]
+
+
+def dies_while_another_waits():
+    """Rank 1 is killed, as by the system when memory runs out, while rank 0 waits for it."""
+    from locft_easyedit.cli.mistakes import tell
+    from locft_easyedit.cli.ranks import run_in_world
+
+    def wait(arguments):
+        world = here()
+        world.advise("Last words.")
+        if world.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        world.gather(None)
+        return 0
+
+    try:
+        return run_in_world("edit", wait, [])
+    except LocFTError as error:
+        os._exit(tell("edit", error))
+
+
+@pytest.mark.parametrize("through", ["torchrun", "accelerate"])
+def test_a_launcher_ends_a_job_of_which_a_rank_was_killed(through):
+    began = time.monotonic()
+    first, _ = launch(2, "test_world:dies_while_another_waits", through=through, check=False)
+    assert first.returncode == 1
+    assert "locft edit: Rank 0 of 2 has lost the other ranks in all_gather (" in first.stderr
+    assert "when memory runs out). Last words." in first.stderr
+    assert "Signal 9 (SIGKILL)" in first.stderr  # of the launcher, about rank 1
+    assert time.monotonic() - began < 60
+
+
+def waits_for_long():
+    """Rank 1 is busy for longer than rank 0 waits without a word."""
+    records = []
+    world_module._WARN_SECONDS = 0.5
+    world_module.logger.addHandler(handler := logging.Handler())
+    handler.emit = lambda record: records.append(record.getMessage())
+    world = here()
+    world.gather("at once")
+    if world.rank == 1:
+        time.sleep(3)
+    world.most([1])
+    return records
+
+
+def test_a_rank_that_waits_says_so_once():
+    first, second = launch(2, "test_world:waits_for_long")
+    [told] = first.value
+    assert told.startswith("Rank 0 of 2 is still waiting for the other ranks in all_reduce, after")
+    assert second.value == []
 
 
 def not_started():
@@ -190,7 +244,7 @@ def not_started():
     from locft_easyedit.__main__ import main
 
     os.environ["WORLD_SIZE"] = "2"
-    rendezvous._PATIENCE = timedelta(seconds=2)
+    world_module._MEETING_TIME = timedelta(seconds=2)
     return main(["edit", "--config-name", "smollm2-135m", "data=none.json"])
 
 
@@ -201,25 +255,10 @@ def test_a_command_says_that_the_others_did_not_come():
     assert only.stderr.count("do not find each other") == 1
 
 
-def ends_with_an_error():
-    """Rank 1 fails with nobody waiting for it; rank 0 would work for minutes."""
-    if here().rank == 1:
-        raise RankError("on purpose")
-    time.sleep(600)
-
-
-@pytest.mark.processes
-def test_a_rank_that_fails_by_itself_ends_the_others_with_its_reason():
-    first, second = launch(2, "test_world:ends_with_an_error", check=False)
-    assert (first.returncode, second.returncode) == (1, 1)
-    assert "failed: RankError('on purpose')" in first.stderr
-    assert "Traceback" not in first.stderr
-
-
 def test_processes_that_do_not_come_together(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    monkeypatch.setattr(rendezvous, "_PATIENCE", timedelta(seconds=1))
+    monkeypatch.setattr(world_module, "_MEETING_TIME", timedelta(seconds=1))
     for key, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr("locft_easyedit.world._here", None)

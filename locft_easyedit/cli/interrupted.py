@@ -24,8 +24,6 @@ def say_interrupted(command: str, error: KeyboardInterrupt) -> int:
         number, message = error.number, str(error)
     if command in _RESUMABLE:
         message += " The same command goes on."
-    world = joined()
-    if world.first:
+    if joined().first:
         sys.stderr.write(f"\nlocft {command}: {message}\n")
-    world.fail(error)
     return 128 + number

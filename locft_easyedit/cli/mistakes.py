@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 from ..errors import LostRankError
-from ..watch import STATUS as LOST
 from ..world import joined
 
 OPTION = "--debug"
@@ -51,7 +50,8 @@ def debugging(on: bool) -> Iterator[None]:
 def tell(command: str, error: BaseException) -> int:
     """Writes an error to the terminal: its message, after its traceback with `--debug`.
 
-    Of several processes the first one does, whichever it was that met the error.
+    Of several processes the first one does, whichever it was that met the error. That a rank is
+    lost is told by the second one as well: it may have been the first.
 
     Returns:
         The exit status.
@@ -59,7 +59,7 @@ def tell(command: str, error: BaseException) -> int:
     world = joined()
     if _debug.get():
         traceback.print_exception(error)
-    if world.first and not getattr(error, "told", False):
+    lost = isinstance(error, LostRankError)
+    if world.first or (lost and world.rank == 1):
         sys.stderr.write(f"locft {command}: {error}\n")
-    world.fail(error)
-    return LOST if isinstance(error, LostRankError) else 2
+    return 1 if lost else 2

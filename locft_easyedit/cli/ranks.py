@@ -63,6 +63,8 @@ def _spoken_by_one(world: World) -> Iterator[None]:
         yield
         return
     logging.getLogger("locft_easyedit").setLevel(logging.ERROR)
+    # Which ranks wait tells which one hangs.
+    logging.getLogger(World.__module__).setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):

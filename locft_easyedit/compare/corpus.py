@@ -9,16 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..devices import input_device
 from ..errors import DataError, ModelError, one_message
-from ..files import output_errors, write_atomically
-from ..hashes import model_fingerprint
 from ..reading import pieces_of
-from ..sampling import continuations, first_token, seeded
+from ..sampling import TextKind, TextSampler, first_token
 
 _HASH_LENGTH = 10
 
@@ -97,8 +93,8 @@ def corpus_from_model(
 ) -> Corpus:
     """Returns `n_documents` documents sampled from the model itself.
 
-    Ancestral sampling at temperature 1, from BOS (or EOS where there is no BOS) until EOS: text
-    with the model's own statistics, which needs no data. Random states are left as they were.
+    They go from BOS (or EOS where there is no BOS) until EOS (see `TextSampler`): text with the
+    model's own statistics, which needs no data.
 
     Args:
         model: A causal language model.
@@ -118,20 +114,24 @@ def corpus_from_model(
     _check_counts(
         n_documents=n_documents, tokens_per_document=tokens_per_document, batch_size=batch_size
     )
-    sampling = f"{n_documents}-{tokens_per_document}-{seed}-{batch_size}"
-    key = _hash([model_fingerprint(model), sampling])
-    file = None if cache is None else Path(cache) / f"sampled-{key}.jsonl"
-    texts = None if file is None else _read_texts(file, n_documents)
-    if texts is None:
-        with seeded(model, seed):
-            texts = _sample(
-                model, tokenizer, n_documents, tokens_per_document, batch_size, progress
-            )
-        if file is not None:
-            lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-            with output_errors(file):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(file, lines.encode())
+    size = min(batch_size, n_documents)
+    kind = TextKind("documents", [[first_token(tokenizer)]], size, tokens_per_document)
+    folder = None if cache is None else Path(cache)
+    sampler = TextSampler(model, tokenizer, [kind], cache=folder, seed=seed)
+    texts: list[str] = []
+    n_blank = number = 0
+    with tqdm(
+        total=n_documents, desc="sampling a corpus", unit="document", disable=not progress
+    ) as bar:
+        while len(texts) < n_documents:
+            sampled = sampler.round(number)[kind.name]
+            kept = [text for text in sampled if text.strip()][: n_documents - len(texts)]
+            texts += kept
+            n_blank += sum(not text.strip() for text in sampled)
+            number += 1
+            if n_blank > 10 * n_documents + 100:
+                raise ModelError("The model samples blank texts. Give a folder of texts instead.")
+            bar.update(len(kept))
     description = (
         f"{n_documents} documents of at most {tokens_per_document} tokens sampled from the model"
     )
@@ -147,38 +147,3 @@ def _check_counts(**counts: int) -> None:
 def _hash(texts: Sequence[str]) -> str:
     # As JSON, so that ["ab", "c"] and ["a", "bc"] differ.
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:_HASH_LENGTH]
-
-
-def _read_texts(file: Path, n: int) -> list[str] | None:
-    """Returns the texts in a cache file, or `None` if it is not there or not whole."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-        texts = [json.loads(line)["text"] for line in lines]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return texts if len(texts) == n and all(isinstance(text, str) for text in texts) else None
-
-
-def _sample(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    n: int,
-    n_tokens: int,
-    batch_size: int,
-    progress: bool,
-) -> list[str]:
-    first = first_token(tokenizer)
-    texts: list[str] = []
-    blank = 0
-    with tqdm(total=n, desc="sampling a corpus", unit="document", disable=not progress) as bar:
-        while len(texts) < n:
-            size = min(batch_size, n - len(texts))
-            ids = torch.full((size, 1), first, device=input_device(model))
-            drawn = continuations(model, tokenizer, ids, torch.ones_like(ids), n_tokens)
-            kept = [text for text in drawn if text.strip()]
-            blank += len(drawn) - len(kept)
-            if blank > 10 * n + 100:
-                raise ModelError("The model samples blank texts. Give a folder of texts instead.")
-            texts += kept
-            bar.update(len(kept))
-    return texts

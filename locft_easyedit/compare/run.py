@@ -8,7 +8,7 @@ or beside one another where there are several devices.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,26 +44,25 @@ def _compared(
 ) -> Comparison:
     folders = {name: JobFolder(settings.output / _folder_of(name)) for name in jobs}
     _refuse_other_settings(jobs, folders)
-    before = _result(jobs[BEFORE], folders[BEFORE], settings.progress, again_if=_lacks_figures)
+    before = _results([jobs[BEFORE]], folders, settings, _lacks_figures)[BEFORE]
     if isinstance(before, str):
         raise LocFTError(f"The model could not be measured before editing: {before}")
     statistics: Any = None
     if covariance_modules:
-        statistics = _result(
-            jobs[STATISTICS], folders[STATISTICS], settings.progress, again_if=_files_are_gone
-        )
+        statistics = _results([jobs[STATISTICS]], folders, settings, _files_are_gone)[STATISTICS]
     outcomes: dict[str, Outcome] = {}
-    ready: dict[str, Job] = {}
+    ready: list[Job] = []
     for method in settings.methods:
         if not covariance_modules.get(method):
-            ready[method] = jobs[method]
+            ready.append(jobs[method])
         elif isinstance(statistics, str):
             reason = f"the key covariances could not be computed: {statistics}"
             log = str(folders[STATISTICS].log)
             outcomes[method] = Outcome(method, status="failed", reason=reason, log=log)
         else:
-            ready[method] = replace(jobs[method], statistics=statistics)
-    for method, result in _method_results(ready, folders, settings).items():
+            ready.append(replace(jobs[method], statistics=statistics))
+    results = _results(ready, folders, settings, _not_ok, settings.devices)
+    for method, result in results.items():
         outcome = (
             Outcome(method, status="failed", reason=result)
             if isinstance(result, str)
@@ -112,38 +111,36 @@ def _has_something(folder: JobFolder) -> bool:
     return folder.state.exists() if stored is None else not _not_ok(stored["result"])
 
 
-def _method_results(
-    jobs: Mapping[str, Job], folders: Mapping[str, JobFolder], settings: Settings
+def _results(
+    jobs: Sequence[Job],
+    folders: Mapping[str, JobFolder],
+    settings: Settings,
+    again_if: Callable[[Any], bool],
+    devices: Sequence[int | str] | None = None,
 ) -> dict[str, Any]:
-    """Returns what each method found; a text for one whose process failed."""
-    if settings.devices is None:
-        return {
-            method: _result(job, folders[method], settings.progress, again_if=_not_ok)
-            for method, job in jobs.items()
+    """Returns what jobs found, from their folders or by running them; a text for one that failed.
+
+    Args:
+        jobs: The jobs.
+        folders: Their folders by name.
+        settings: Of the comparison.
+        again_if: Whether what is in a folder is to be found anew.
+        devices: Where they run beside one another; one after another if `None`.
+    """
+    found = {job.name: _stored(folders[job.name], again_if) for job in jobs}
+    waiting = {name: folders[name] for name, result in found.items() if result is None}
+    for job in jobs:
+        if job.name in waiting:
+            _prepare(job, folders[job.name])
+    if not waiting:
+        return found
+    if devices is None:
+        reasons = {
+            name: run_process(name, folder, settings.progress) for name, folder in waiting.items()
         }
-    found = {method: _stored(folders[method], _not_ok) for method in jobs}
-    waiting = {method: folders[method] for method in jobs if found[method] is None}
-    for method in waiting:
-        _prepare(jobs[method], folders[method])
-    if waiting:
-        devices = [str(device) for device in settings.devices]
-        reasons = run_processes(waiting, devices, settings.progress)
-        found |= {method: _found(folders[method], reasons[method]) for method in waiting}
-    return found
-
-
-def _result(
-    job: Job,
-    folder: JobFolder,
-    progress: bool,
-    again_if: Callable[[Any], bool] = lambda result: False,
-) -> Any:
-    """Returns what a job found, from its folder or by running it; a text if it failed."""
-    stored = _stored(folder, again_if)
-    if stored is not None:
-        return stored
-    _prepare(job, folder)
-    return _found(folder, run_process(job.name, folder, progress))
+    else:
+        reasons = run_processes(waiting, [str(device) for device in devices], settings.progress)
+    return found | {name: _found(folders[name], reason) for name, reason in reasons.items()}
 
 
 def _stored(folder: JobFolder, again_if: Callable[[Any], bool]) -> Any:

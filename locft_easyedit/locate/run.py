@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import sys
-import time
-from dataclasses import dataclass
-from pathlib import Path
 
 from tqdm import tqdm
 
 from ..errors import LocFTError, one_message
-from ..files import output_errors
-from ..interrupts import ended_by_sigterm
-from ..processes import end_processes, ended_by, last_line, share_of_cores
+from ..processes import Worker, WorkerPool, worker_pool
 from .outcome import FAILED, OUT_OF_MEMORY, CellOutcome, StudyOutcome
 from .settings import ANY_DEVICE
 from .study import Study
-
-_POLL_SECONDS = 0.3
 
 
 def locate(study: Study, *, progress: bool = True) -> StudyOutcome:
@@ -43,21 +34,12 @@ def locate(study: Study, *, progress: bool = True) -> StudyOutcome:
     return study.outcome()
 
 
-@dataclass
-class _Worker:
-    """A process that works on the study, and the file that has what it prints."""
-
-    device: str
-    log: Path
-    process: subprocess.Popen[bytes]
-
-
 def _work(study: Study, progress: bool) -> list[str]:
     """Lets a process on each device work until nothing is left to try; returns what went wrong."""
     n_all, n_open = len(study.all_cells()), len(study.open_cells())
-    reasons, workers = [], []
+    reasons = []
     with (
-        ended_by_sigterm(),
+        worker_pool(_devices(study)) as pool,
         tqdm(
             total=n_all,
             initial=n_all - n_open,
@@ -66,31 +48,24 @@ def _work(study: Study, progress: bool) -> list[str]:
             disable=not progress,
         ) as bar,
     ):
-        try:
-            workers = [_start(study, device, i) for i, device in enumerate(_devices(study))]
-            while workers:
-                _pause()
-                bar.update(n_all - len(study.open_cells()) - bar.n)
-                for i, one in reversed(list(enumerate(workers))):
-                    status = one.process.poll()
-                    if status is None:
-                        continue
-                    if status < 0 and _marked(study, one, signal.Signals(-status)):
-                        # One cell was too much for it; the others are still to be tried.
-                        workers[i] = _start(study, one.device, i)
-                        continue
-                    if status != 0:
-                        said = last_line(one.log) or "it said nothing"
-                        reasons.append(f"{one.device}: {said} (see {one.log})")
-                    del workers[i]
-        finally:
-            end_processes([one.process for one in workers])
-        bar.update(n_all - len(study.open_cells()) - bar.n)
+        for slot in range(len(pool.devices)):
+            _start(study, pool, slot)
+        while pool.running:
+            for worker in pool.wait():
+                if worker.killed_by is not None and _marked(study, worker):
+                    # One cell was too much for it; the others are still to be tried.
+                    _start(study, pool, worker.slot)
+                elif worker.failure is not None:
+                    device = pool.devices[worker.slot]
+                    reasons.append(f"{device}: {worker.failure} (see {worker.log})")
+            bar.update(n_all - len(study.open_cells()) - bar.n)
     return reasons
 
 
-def _pause() -> None:
-    time.sleep(_POLL_SECONDS)
+def _start(study: Study, pool: WorkerPool, slot: int) -> None:
+    device = str(pool.devices[slot])
+    log = study.path / "logs" / f"{device.replace(':', '-')}-{slot}.txt"
+    pool.start(slot, "location study", _command(study, device), log)
 
 
 def _devices(study: Study) -> list[str]:
@@ -102,30 +77,18 @@ def _devices(study: Study) -> list[str]:
     return [ANY_DEVICE if own is None else str(own)]
 
 
-def _start(study: Study, device: str, number: int) -> _Worker:
-    log = study.path / "logs" / f"{device.replace(':', '-')}-{number}.txt"
-    environment = os.environ | share_of_cores(device, _devices(study).count(device))
-    with output_errors(log):
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as file:
-            process = subprocess.Popen(
-                _command(study, device), stdout=file, stderr=subprocess.STDOUT, env=environment
-            )
-    return _Worker(device, log, process)
-
-
 def _command(study: Study, device: str) -> list[str]:
     return [sys.executable, "-m", "locft_easyedit.locate.worker", str(study.path), device]
 
 
-def _marked(study: Study, worker: _Worker, number: signal.Signals) -> bool:
+def _marked(study: Study, worker: Worker) -> bool:
     """Marks the cell at which a process was killed; returns whether it was at one."""
     cell = study.at(worker.process.pid)
     if cell is None or study.result(cell) is not None:
         return False
-    if number == signal.SIGKILL:
-        study.write(CellOutcome(cell, OUT_OF_MEMORY, ended_by(number)))
+    reason = str(worker.failure)
+    if worker.killed_by == signal.SIGKILL:
+        study.write(CellOutcome(cell, OUT_OF_MEMORY, reason))
     else:
-        reason = f"{ended_by(number)} (see {worker.log})"
-        study.write(CellOutcome(cell, FAILED, reason))
+        study.write(CellOutcome(cell, FAILED, f"{reason} (see {worker.log})"))
     return True
