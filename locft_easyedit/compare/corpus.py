@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..devices import input_device
 from ..errors import DataError, ModelError, one_message
 from ..files import output_errors, write_atomically
-from ..hashes import model_fingerprint
+from ..hashes import json_sha256, model_fingerprint
 from ..reading import pieces_of
 from ..sampling import continuations, first_token, seeded
 
@@ -81,7 +79,7 @@ def corpus_from_folder(
     n = min(n_documents, len(documents))
     taken = [documents[i * len(documents) // n] for i in range(n)]
     description = f"{n} of {len(documents)} documents in {len(files)} .txt files of {folder}"
-    return Corpus(f"folder-{_hash(taken)}", description, taken)
+    return Corpus(f"folder-{json_sha256(taken)[:_HASH_LENGTH]}", description, taken)
 
 
 def corpus_from_model(
@@ -119,7 +117,7 @@ def corpus_from_model(
         n_documents=n_documents, tokens_per_document=tokens_per_document, batch_size=batch_size
     )
     sampling = f"{n_documents}-{tokens_per_document}-{seed}-{batch_size}"
-    key = _hash([model_fingerprint(model), sampling])
+    key = json_sha256([model_fingerprint(model), sampling])[:_HASH_LENGTH]
     file = None if cache is None else Path(cache) / f"sampled-{key}.jsonl"
     texts = None if file is None else _read_texts(file, n_documents)
     if texts is None:
@@ -135,18 +133,13 @@ def corpus_from_model(
     description = (
         f"{n_documents} documents of at most {tokens_per_document} tokens sampled from the model"
     )
-    return Corpus(f"sampled-{_hash(texts)}", description, texts)
+    return Corpus(f"sampled-{json_sha256(texts)[:_HASH_LENGTH]}", description, texts)
 
 
 def _check_counts(**counts: int) -> None:
     problems = [f"`{name}={n}` must be 1 or more." for name, n in counts.items() if n < 1]
     if problems:
         raise DataError(one_message("The corpus cannot be made:", problems))
-
-
-def _hash(texts: Sequence[str]) -> str:
-    # As JSON, so that ["ab", "c"] and ["a", "bc"] differ.
-    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:_HASH_LENGTH]
 
 
 def _read_texts(file: Path, n: int) -> list[str] | None:

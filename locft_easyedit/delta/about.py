@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..hashes import DTYPES as _DTYPES
-from ..hashes import SAMPLE_LENGTH, dtype_name, hash_of
+from ..hashes import SAMPLE_LENGTH, dtype_name, json_sha256
 
 FORMAT = 1
 DTYPES = {dtype_name(dtype): dtype for dtype in _DTYPES.values()}
@@ -42,7 +42,7 @@ def sealed(about: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `about` with the edit's id and a checksum of everything that is said."""
     about = {key: value for key, value in about.items() if key not in ("id", "checksum")}
     about["id"] = id_of(about)
-    return about | {"checksum": hash_of(about)}
+    return about | {"checksum": json_sha256(about)}
 
 
 def id_of(about: Mapping[str, Any]) -> str:
@@ -50,7 +50,7 @@ def id_of(about: Mapping[str, Any]) -> str:
 
     Two edits with the same id put the same numbers into the same model.
     """
-    return hash_of([about["matrices"], about["frozen"], about["requests"], about["lora"]])
+    return json_sha256([about["matrices"], about["frozen"], about["requests"], about["lora"]])
 
 
 def versions() -> dict[str, str]:
@@ -112,7 +112,7 @@ def problems_of(about: Any) -> list[str]:
         problems.append(f"`{both[0]}` is both changed and unchanged.")
     if about["id"] != id_of(about):
         problems.append("its `id` does not belong to its hashes.")
-    if about["checksum"] != hash_of({k: v for k, v in about.items() if k != "checksum"}):
+    if about["checksum"] != json_sha256({k: v for k, v in about.items() if k != "checksum"}):
         problems.append("what it says of the edit was changed: the checksum differs.")
     return problems
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import DeltaError, one_message
-from ..hashes import digest, dtype_name, hash_of, readable, sample_digest, sample_numbers
+from ..hashes import dtype_name, json_sha256, readable, sample_digest, tensor_sha256
 from ..hparams import LocFTBFHyperParams
 from ..requests import distinct_edits, with_leading_space
 from ..result import EditResult
@@ -71,8 +71,8 @@ class Delta:
             name: {
                 "dtype": dtype_name(new.dtype),
                 "shape": list(new.shape),
-                "new": digest(new),
-                "original": digest(result.original[name]),
+                "new": tensor_sha256(new),
+                "original": tensor_sha256(result.original[name]),
             }
             for name, new in result.new.items()
         }
@@ -83,7 +83,7 @@ class Delta:
             factors = {name: (low_rank.a[name], low_rank.b[name]) for name in matrices}
             rank = {"rank": low_rank.rank, "alpha": float(low_rank.alpha)}
             for name, (a, b) in factors.items():
-                matrices[name] |= {"lora_A": digest(a), "lora_B": digest(b)}
+                matrices[name] |= {"lora_A": tensor_sha256(a), "lora_B": tensor_sha256(b)}
         about = {
             "format": FORMAT,
             "base_model": printable(str(hparams.to_dict()["model_name"])),
@@ -136,7 +136,7 @@ class Delta:
             f"`{name}` is not there, or not what the edit replaced (sha256 "
             f"{described['original'][:12]}...)."
             for name, described in self.matrices.items()
-            if name not in values or digest(values[name]) != described["original"]
+            if name not in values or tensor_sha256(values[name]) != described["original"]
         ]
         if wrong:
             raise DeltaError(
@@ -161,7 +161,7 @@ def frozen_samples(model: nn.Module, edited: Mapping[str, Any]) -> dict[str, str
     A parameter that is not here (left on disk, quantized) has `None`.
     """
     return {
-        name: sample_digest(sample_numbers(p), p.shape) if readable(p) else None
+        name: sample_digest(p) if readable(p) else None
         for name, p in model.named_parameters()
         if name not in edited
     }
@@ -170,7 +170,7 @@ def frozen_samples(model: nn.Module, edited: Mapping[str, Any]) -> dict[str, str
 def requests_hash(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """Returns the sha256 and the number of (prompt, target) pairs; their order plays no part."""
     texts = sorted([prompt, with_leading_space(target)] for prompt, target in pairs)
-    return {"sha256": hash_of(texts), "count": len(texts)}
+    return {"sha256": json_sha256(texts), "count": len(texts)}
 
 
 def tensor_problems(delta: Delta) -> list[str]:
@@ -198,7 +198,7 @@ def _problem(tensor: torch.Tensor | None, described: Any, kind: str, lora: Any) 
             return f"{dtype_name(tensor.dtype)} {list(tensor.shape)} is not what is described."
     elif not _is_factor(tensor, kind, described["shape"], lora["rank"]):
         return f"{list(tensor.shape)} is no factor of rank {lora['rank']}."
-    if digest(tensor) != described[kind]:
+    if tensor_sha256(tensor) != described[kind]:
         return "its numbers are not the ones described: damaged, or tampered with."
     if not all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(2**24)):
         return "it holds values that are no finite numbers."

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..hashes import digest, dtype_name, readable, sample_digest, sample_numbers
+from ..hashes import dtype_name, readable, sample_digest, tensor_sha256
 from .about import DTYPES, problems_of
 from .delta import Delta, tensor_problems
 
@@ -200,7 +200,7 @@ class ModelWeights:
 
     def digest(self, name: str) -> str:
         """Returns the hash of all of a parameter."""
-        return digest(self.parameters[name])
+        return tensor_sha256(self.parameters[name])
 
     def samples(self, name: str) -> set[str]:
         """Returns the hash of a parameter's sample."""
@@ -216,6 +216,4 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 def sample_hashes(tensor: torch.Tensor) -> set[str]:
     """Returns the hash of a tensor's sample, none if it cannot be read."""
-    if not readable(tensor):
-        return set()
-    return {sample_digest(sample_numbers(tensor), tensor.shape)}
+    return {sample_digest(tensor)} if readable(tensor) else set()

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ..devices import context_length, input_device
 from ..errors import ModelError
 from ..files import write_atomically
-from ..hashes import hash_of, model_fingerprint
+from ..hashes import json_sha256, model_fingerprint
 from ..reading import is_file
 from ..sampling import continuations, first_token, seeded
 from ..tokens import ids_of, unended_ids
@@ -121,7 +121,7 @@ class _Rounds:
         begun = [self._openings, self._asked]
         words = [len(tokenizer), self._starts[0], tokenizer.eos_token_id, *begun]
         texts = [OPENINGS, BEGINNINGS]
-        self._key = hash_of([_FORMAT, model_fingerprint(model), seed, sizes, texts, words])
+        self._key = json_sha256([_FORMAT, model_fingerprint(model), seed, sizes, texts, words])
         self._folder = None if cache is None else cache / f"sampled-{self._key[:10]}"
 
     def get(self, number: int) -> SampledText:
@@ -163,7 +163,7 @@ class _Rounds:
 
     def _content(self, number: int, text: SampledText) -> dict[str, Any]:
         texts = dataclasses.asdict(text)
-        return {"of": self._key, "round": number, **texts, "sha256": hash_of(texts)}
+        return {"of": self._key, "round": number, **texts, "sha256": json_sha256(texts)}
 
     def _read(self, file: Path, number: int) -> SampledText | None:
         """Returns the round in a file; one that is of no use is reported."""
