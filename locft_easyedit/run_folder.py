@@ -1,8 +1,8 @@
 """A folder's results and the settings they were made with: the same goes on, another is refused.
 
 The settings lie as JSON beside the results (`SettingsFile`). Whoever is about to add results
-compares them with its own (`check_same`). `run_folder` is such a folder for one run: locked, and
-gone on with after a kill.
+compares them with its own and refuses what differs (`refuse_differences`). `run_folder` is such a
+folder for one run: locked, and gone on with after a kill.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def differences_of(now: Mapping[str, Any], found: Mapping[str, Any]) -> list[str
     ]
 
 
-def check_same(
+def refuse_differences(
     differences: Sequence[str], title: str, error: type[LocFTError] = OutputError
 ) -> None:
     """Refuses what was made with other settings.
@@ -190,7 +190,7 @@ def _opened(
             found = None  # it ended before there was anything to go on from
         if found is not None:
             run.finished = found["finished"]
-            check_same(
+            refuse_differences(
                 differences_of(settings, found["settings"]),
                 f"`output={folder}` holds the {'finished' if run.finished else 'interrupted'} run "
                 "of something else. Choose another output, or replace it with resume=false:",

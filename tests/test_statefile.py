@@ -248,7 +248,9 @@ def test_a_disk_that_is_full_in_the_middle(path, monkeypatch):
 
     file = StateFile.create(path, T, W, torch.float32)
     monkeypatch.setattr(os, "pwrite", soon_full)
-    with pytest.raises(OutputError, match=r"prefix\.safetensors`: .*No space left.*Free some room"):
+    with pytest.raises(
+        OutputError, match=r"prefix\.safetensors cannot be written: No space left.*Free some space"
+    ):
         file.put(torch.arange(0, T, 2), states()[::2])
     assert len(written) == 3
     refused(path, "there is none")

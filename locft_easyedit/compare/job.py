@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import output_errors, write_atomically
+from ..hashes import json_sha256
 from ..models import resolve_device
 from ..run_folder import differences_of
 
@@ -159,11 +160,8 @@ class Progress:
 
 def folder_hash(folder: str | Path, pattern: str) -> str:
     """Returns a short hash of the files below a folder whose names match `pattern`."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).rglob(pattern)):
-        digest.update(str(path.relative_to(folder)).encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    files = [path for path in sorted(Path(folder).rglob(pattern)) if path.is_file()]
+    return _short([[str(path.relative_to(folder)), file_hash(path)] for path in files])
 
 
 def model_id(model: str) -> str:
@@ -192,9 +190,10 @@ def model_hash(name: str) -> str:
     folder = Path(name)
     if not folder.is_dir():
         return name
-    parts = [
-        f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}"
-        for path in sorted(folder.iterdir())
-        if path.suffix in (".safetensors", ".bin", ".json", ".index")
-    ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    kinds = (".safetensors", ".bin", ".json", ".index")
+    files = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.suffix in kinds]
+    return _short([[name, status.st_size, status.st_mtime_ns] for name, status in files])
+
+
+def _short(value: Any) -> str:
+    return json_sha256(value)[:16]

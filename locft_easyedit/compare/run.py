@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import LocFTError
 from ..files import locked
 from ..reading import is_file
-from ..run_folder import check_same
+from ..run_folder import refuse_differences
 from .job import BEFORE, STATISTICS, Job, JobFolder
 from .outcome import Comparison, Outcome
 from .plan import Settings, planned
@@ -95,7 +95,7 @@ def _refuse_other_settings(jobs: Mapping[str, Job], folders: Mapping[str, JobFol
         stored = folders[name].read(folders[name].job)
         if stored is None or not _has_something(folders[name]):
             continue
-        check_same(
+        refuse_differences(
             job.differences(stored),
             f"{folders[name].path} holds results of other settings ({name}). Choose another "
             "`output`, or remove that folder to have them made anew:",

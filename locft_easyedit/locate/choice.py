@@ -12,7 +12,7 @@ from ..errors import CheckpointError, OutputError
 from ..files import output_errors
 from ..hparams import LocFTBFHyperParams
 from ..identity import Identity
-from ..run_folder import SettingsFile, check_same
+from ..run_folder import SettingsFile, refuse_differences
 from .outcome import Cell
 from .trial import Found
 
@@ -118,7 +118,7 @@ def kept_choice(folder: str | Path, identity: Identity) -> Choice | None:
         found, choice = Identity.from_dict(values["identity"]), Choice.from_dict(values["choice"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise file.unusable(f"{type(error).__name__}: {error}") from error
-    check_same(
+    refuse_differences(
         identity.differences(found),
         f"{file.path} holds the place that was chosen for another run. Take another "
         "`checkpoint_dir`, or remove it:",

@@ -22,7 +22,7 @@ from ..identity import run_settings
 from ..models import model_without_weights, resolve_device
 from ..report import prepare_folder, write_json
 from ..requests import distinct_edits
-from ..run_folder import SettingsFile, check_same, differences_of
+from ..run_folder import SettingsFile, differences_of, refuse_differences
 from .cell import figures_of
 from .outcome import OK, STATES, Cell, CellOutcome, StudyOutcome
 from .passages import read_passages
@@ -124,7 +124,7 @@ class Study:
         with self.held("study"):
             found = file.read(study=dict, settings=dict)
             if found is not None:
-                check_same(
+                refuse_differences(
                     differences_of(identity, found["study"]),
                     f"`output={path}` holds another study. Choose another output, or remove that "
                     "one:",
