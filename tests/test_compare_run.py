@@ -16,7 +16,7 @@ from locft_easyedit.compare import edits as edits_module
 from locft_easyedit.compare import processes as processes_module
 from locft_easyedit.compare import run as run_module
 from locft_easyedit.compare.edits import Edits, MethodEditor
-from locft_easyedit.compare.job import BEFORE, STATISTICS, Job, JobFolder, Progress
+from locft_easyedit.compare.job import BEFORE, STATISTICS, Job, JobFolder, Progress, folder_hash
 from locft_easyedit.compare.outcome import Outcome, read_comparison
 from locft_easyedit.compare.plan import Settings, planned
 from locft_easyedit.compare.run import compare
@@ -270,6 +270,15 @@ def test_the_identity_tells_what_results_depend_on(settings, tmp_path):
         "MEMIT": {"text"},
     }
     assert {"torch", "transformers", "easyedit"} < set(before["FT"].identity)
+
+
+def test_a_folder_of_tasks_may_have_folders(tmp_path):
+    (tmp_path / "group").mkdir()
+    (tmp_path / "group" / "task.yaml").write_text("one")
+    first = folder_hash(tmp_path, "*")
+    assert folder_hash(tmp_path, "*") == first
+    (tmp_path / "group" / "task.yaml").write_text("another")
+    assert folder_hash(tmp_path, "*") != first
 
 
 def test_a_process_that_is_killed(tmp_path, monkeypatch):

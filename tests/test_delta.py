@@ -1,6 +1,7 @@
 """An edit as a value: put in, taken out and recognised, bit for bit, in every precision."""
 
 import copy
+import hashlib
 
 import pytest
 import torch
@@ -292,6 +293,20 @@ def test_a_hash_in_parts_is_the_same(monkeypatch):
     whole = hashes.tensor_sha256(tensor)
     monkeypatch.setattr(hashes, "_CHUNK", 7)
     assert hashes.tensor_sha256(tensor) == whole
+
+
+def test_hashes_in_files_keep_their_values():
+    """Edits that users have on disk are verified by them."""
+    value, text = {"b": 1, "a": ["\u00e9", None]}, '{"a":["\\u00e9",null],"b":1}'
+    assert hashes.json_sha256(value) == hashlib.sha256(text.encode()).hexdigest()
+    listed = hashlib.sha256(f"[{text},[1.5,true]]".encode()).hexdigest()
+    assert hashes.json_sha256([value, [1.5, True]]) == listed
+    tensor = torch.arange(4096.0).view(64, 64)
+    head = b'["float32",[64,64]]'
+    whole = hashlib.sha256(head + tensor.numpy().tobytes()).hexdigest()
+    assert hashes.tensor_sha256(tensor) == whole
+    sample = hashlib.sha256(head + tensor.flatten()[::4].numpy().tobytes()).hexdigest()
+    assert hashes.sample_digest(tensor) == sample[:16]
 
 
 def test_an_id_names_the_edit():
