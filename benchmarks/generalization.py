@@ -20,7 +20,6 @@ and picture are made of all lines there; `--draw-only` makes no more than these.
 
 import argparse
 import dataclasses
-import hashlib
 import platform
 import random
 import re
@@ -32,13 +31,14 @@ import generalization_report as report
 from generalization_bench import Bench
 from tqdm import tqdm
 
-from locft_easyedit.compare.job import PACKAGES, model_id, version_of
+from locft_easyedit.compare.job import PACKAGES, file_hash, model_id, version_of
 from locft_easyedit.data import read_requests
 from locft_easyedit.errors import DataError, LocFTError, one_message
 from locft_easyedit.hparams import LocFTBFHyperParams, read_mapping
 from locft_easyedit.models import load_model
 from locft_easyedit.reading import ParseError, yaml_of
 from locft_easyedit.report import prepare_folder
+from locft_easyedit.run_folder import differences_of, refuse_differences
 
 VARIANTS = {
     "published": {},
@@ -163,10 +163,7 @@ def planned(options):
             plan.runs += [(*one, variant) for one in asked for variant in variants]
     if problems:
         raise DataError(one_message("Nothing was run:", problems))
-    plan.hashes = {
-        Path(path).name: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-        for path in options.data
-    }
+    plan.hashes = {Path(path).name: file_hash(path) for path in options.data}
     common = {k: v for k, v in base.items() if k not in ("model_name", "device", "seed")}
     plan.about = {"model": model_id(str(base["model_name"])), "hparams": common,
                   "half": options.half}  # fmt: skip
@@ -234,7 +231,7 @@ def make_runs(options):
     plan = planned(options)
     folder = prepare_folder(options.output)
     report.drop_torn_line_(folder)
-    check_same(folder, plan)
+    refuse_other_runs(folder, plan)
     open_runs = [run for run in plan.runs if not is_there(folder, plan, run)]
     if not open_runs:
         return
@@ -267,24 +264,21 @@ def is_there(folder, plan, run):
     return any(all(old[key] == line[key] for key in keys) for old in report.runs_in(folder))
 
 
-def check_same(folder, plan):
+def refuse_other_runs(folder, plan):
     """Refuses a folder whose runs are of another model, other hparams or other data."""
-    problems = {}
+    differences = {}  # as keys: many runs differ in the same
     for old in report.runs_in(folder):
+        data, variant = old["data"], old["variant"]
         now = {
             "model": plan.about["model"],
             "hparams": plan.about["hparams"],
-            "changes": plan.variants.get(old["variant"], old["changes"]),
-            "data_sha256": plan.hashes.get(old["data"], old["data_sha256"]),
+            f"changes of {variant}": plan.variants.get(variant, old["changes"]),
+            f"data_sha256 of {data}": plan.hashes.get(data, old["data_sha256"]),
         }
-        for key, new in now.items():
-            if old[key] != new:
-                of = {"changes": f" of {old['variant']}", "data_sha256": f" of {old['data']}"}
-                what = key + of.get(key, "")
-                problems[what] = f"{what}: {old[key]} there, {new} now."
-    if problems:
-        title = f"`--output {folder}` has runs of something else. Choose another folder."
-        raise DataError(one_message(title, list(problems.values())))
+        found = {key: old[key.partition(" ")[0]] for key in now}
+        differences |= dict.fromkeys(differences_of(now, found))
+    title = f"`--output {folder}` has runs of something else. Choose another folder."
+    refuse_differences(list(differences), title, DataError)
 
 
 if __name__ == "__main__":

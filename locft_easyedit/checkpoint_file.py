@@ -25,7 +25,7 @@ from .hparams_rules import CUTS
 from .identity import Identity
 from .progress import Progress
 
-_FORMAT = 1
+_FORMAT = 2
 _KEY = "locft_checkpoint"
 # Of `Progress`: kept as tensors, which hold every bit, or left to JSON.
 _SERIES = ("losses", "step_losses")

@@ -1,22 +1,18 @@
-"""Whether two runs have the same frozen model, texts and settings: one short text tells."""
+"""What recorded hidden states depend on, as one hash: the frozen weights, the texts, settings."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import nn
 
 from .cut import Cut
+from .hashes import arrays_sha256, checksum, configuration, json_sha256
 from .tokens import TokenizedTexts
-
-_CHUNK = 2**22  # numbers summed at a time
 
 
 def prefix_fingerprint(
@@ -43,29 +39,22 @@ def prefix_fingerprint(
     skipped = tuple(
         f"{cut.stack.path}.{i}." for i in range(cut.first_layer + 1, len(cut.stack.layers))
     )
-    digest = hashlib.sha256()
-    config = model.config.to_dict()
-    config.pop("_name_or_path", None)
-    settings = [
-        config,
-        cut.kind,
-        cut.first_layer,
-        packed,
-        str(model.dtype),
-        transformers.__version__,
-        torch.__version__,
-    ]
-    if cut.fold is not None:
-        settings.append(cut.fold.digest)
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for array in (texts.ids, texts.offsets):
-        digest.update(np.ascontiguousarray(array).tobytes())
     left_out = set(trained)
-    for name, parameter in model.named_parameters():
-        if name not in left_out and not name.startswith(skipped):
-            described = [name, list(parameter.shape), _content(model, name, parameter, weights_of)]
-            digest.update(json.dumps(described).encode())
-    return digest.hexdigest()
+    weights = [
+        [name, list(parameter.shape), _content(model, name, parameter, weights_of)]
+        for name, parameter in model.named_parameters()
+        if name not in left_out and not name.startswith(skipped)
+    ]
+    return json_sha256(
+        [
+            configuration(model),
+            str(model.dtype),
+            weights,
+            arrays_sha256(texts.ids, texts.offsets),
+            [cut.kind, cut.first_layer, None if cut.fold is None else cut.fold.digest, packed],
+            [transformers.__version__, torch.__version__],
+        ]
+    )
 
 
 def _content(
@@ -85,19 +74,3 @@ def _content(
         return checksum(weights[own_name])
     status = os.stat(path)
     return [os.path.basename(path), status.st_size, status.st_mtime_ns]
-
-
-def checksum(tensor: torch.Tensor) -> int:
-    """Returns a number that changes with any bit of `tensor`, computed where it lies."""
-    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    if flat.storage_offset() % 4:
-        flat = flat.clone()  # a view of other numbers begins at a multiple of their size
-    unit = torch.int32 if len(flat) % 4 == 0 else torch.uint8
-    numbers = flat.view(unit)
-    factors = torch.arange(1, min(_CHUNK, len(numbers)) + 1, device=tensor.device)
-    total = 0
-    for start in range(0, len(numbers), _CHUNK):
-        part = numbers[start : start + _CHUNK].long()
-        # Sums wrap around; a single changed bit still changes them.
-        total = (total * 31 + int((part * factors[: len(part)]).sum())) % 2**61
-    return total

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import nn
 
 from .devices import input_device
 from .errors import RankError, one_message
-from .fingerprint import checksum
-from .hashes import sample_digest, sample_numbers
+from .hashes import (
+    arrays_sha256,
+    checksum,
+    configuration,
+    dtype_name,
+    json_sha256,
+    sample_digest,
+)
 from .hparams import LocFTBFHyperParams
 from .place import Place
 from .preserve.sources import Source
+from .run_folder import differences_of
 from .tokens import TokenizedTexts
 
 # Hyper-parameters that leave the bits of the result as they are, or that are told elsewhere: the
@@ -71,7 +75,7 @@ class Identity:
     surroundings: dict[str, Any]
 
     @classmethod
-    def of(
+    def of_training(
         cls,
         model: Any,
         place: Place,
@@ -96,20 +100,23 @@ class Identity:
         on_gpu = device.type == "cuda"
         return cls(
             model={
-                "configuration": _configuration(model),
-                "precision": str(model.dtype).removeprefix("torch."),
+                "configuration": json_sha256([type(model).__name__, configuration(model)]),
+                "precision": dtype_name(model.dtype),
                 **_frozen(model, place),
-                "weights to be trained": digest(
+                "weights to be trained": json_sha256(
                     [
                         [name, list(value.shape), checksum(value)]
                         for name, value in place.parameters.items()
                     ]
                 ),
             },
-            edits={"number of edits": len(texts), "edits": _tokens(texts)},
+            edits={
+                "number of edits": len(texts),
+                "edits": arrays_sha256(texts.ids, texts.offsets, texts.target_start),
+            },
             settings=settings_of(hparams)
             | {f"preserve: {source.name}": source.digest() for source in sources}
-            | ({"preserve: wordings and subjects": digest(around)} if sources else {}),
+            | ({"preserve: wordings and subjects": json_sha256(list(around))} if sources else {}),
             surroundings={
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
@@ -144,11 +151,7 @@ class Identity:
             n_now, n_found = (x.edits.get("number of edits") for x in (self, other))
             what = f"{n_found} edits; now {n_now}" if n_now != n_found else "other edits, or order"
             lines.append(f"the edits are others ({what}).")
-        for key in sorted({*self.settings, *other.settings}):
-            now, found = self.settings.get(key), other.settings.get(key)
-            if _json(now) != _json(found):
-                lines.append(f"`{key}={found!r}`; now {now!r}.")
-        return lines
+        return lines + differences_of(self.settings, other.settings)
 
     def changes_of_surroundings(self, other: Identity) -> list[str]:
         """Returns a line for each version or device that `other`, which was found, had not."""
@@ -188,20 +191,17 @@ def settings_of(hparams: LocFTBFHyperParams) -> dict[str, Any]:
     return {k: v for k, v in (hparams.to_dict() | meant).items() if k not in _WITHOUT_EFFECT}
 
 
-def digest(value: Any) -> str:
-    """Returns a hash of a value that JSON can hold; the order of a mapping's keys plays no part."""
-    whole = hashlib.sha256()
-    for part in value if isinstance(value, list) else [value]:
-        # One after the other: the text of 100,000 requests would be hundreds of MiB.
-        whole.update(_json(part).encode("utf-8", "surrogatepass") + b"\n")
-    return whole.hexdigest()
-
-
-def _configuration(model: Any) -> str:
-    values = model.config.to_dict()
-    for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
-        values.pop(volatile, None)
-    return digest([type(model).__name__, values])
+def run_settings(
+    hparams: LocFTBFHyperParams, requests: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Returns what tells one run from another, known before the model is loaded."""
+    return {
+        "model_name": str(hparams.to_dict()["model_name"]),
+        "precision": hparams.dtype or ("float16" if hparams.fp16 else None),
+        "number of requests": len(requests),
+        "requests": json_sha256(list(requests)),
+        **settings_of(hparams),
+    }
 
 
 def _frozen(model: nn.Module, place: Place) -> dict[str, str | None]:
@@ -219,16 +219,5 @@ def _frozen(model: nn.Module, place: Place) -> dict[str, str | None]:
         if parameter.is_meta:
             samples[part] = None
         elif taken is not None and name not in place.parameters:
-            taken.append([name, sample_digest(sample_numbers(parameter), parameter.shape)])
-    return {part: None if taken is None else digest(taken) for part, taken in samples.items()}
-
-
-def _tokens(texts: TokenizedTexts) -> str:
-    whole = hashlib.sha256()
-    for array in (texts.ids, texts.offsets, texts.target_start):
-        whole.update(np.ascontiguousarray(array).tobytes())
-    return whole.hexdigest()
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=str)
+            taken.append([name, sample_digest(parameter)])
+    return {part: None if taken is None else json_sha256(taken) for part, taken in samples.items()}

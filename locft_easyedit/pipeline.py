@@ -23,8 +23,8 @@ from .evaluate.evaluation import Joined, shared_evaluation
 from .evaluate.shared import Shared
 from .evaluate.summary import summarize
 from .files import new_folder, output_errors
+from .hashes import json_sha256
 from .hparams import LocFTBFHyperParams
-from .identity import digest
 from .locate.choice import Choice
 from .locate.once import choose_once
 from .phases import timed
@@ -219,7 +219,7 @@ def _before(
     if session.checkpoints is None:
         return CompactRecords(evaluation.stream("before"))
     path = session.checkpoints.path.with_name("before.jsonl")
-    identity = session.checkpoints.identity.to_dict() | {"records": digest(requests)}
+    identity = session.checkpoints.identity.to_dict() | {"records": json_sha256(list(requests))}
     records = session.world.from_first(lambda: CompactRecords.read(path, identity))
     if records is not None:
         logger.info("%s has the metrics before the edit; they are not measured again.", path)

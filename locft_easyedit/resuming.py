@@ -41,7 +41,7 @@ def agreed_checkpoints(
     """
     if folder is None and not world.several:
         return None
-    identity = Identity.of(
+    identity = Identity.of_training(
         model,
         place,
         texts.texts,

@@ -22,7 +22,7 @@ from .devices import context_length, input_device
 from .errors import ModelError
 from .files import output_errors, write_atomically
 from .forward import head_sees
-from .hashes import hash_of, model_fingerprint
+from .hashes import json_sha256, model_fingerprint
 from .modes import evaluation_mode
 from .reading import is_file
 
@@ -89,7 +89,7 @@ class TextSampler:
         self._padding = first_token(tokenizer)  # decoding leaves it out
         words = [len(tokenizer), self._padding, tokenizer.eos_token_id]
         texts = [dataclasses.asdict(kind) for kind in kinds]
-        self._key = hash_of([_FORMAT, model_fingerprint(model), seed, words, texts])
+        self._key = json_sha256([_FORMAT, model_fingerprint(model), seed, words, texts])
         self._folder = None if cache is None else cache / f"sampled-{self._key[:10]}"
 
     def round(self, number: int) -> dict[str, list[str]]:
@@ -128,7 +128,7 @@ class TextSampler:
             )
 
     def _content(self, number: int, texts: dict[str, list[str]]) -> dict[str, Any]:
-        return {"of": self._key, "round": number, **texts, "sha256": hash_of(texts)}
+        return {"of": self._key, "round": number, **texts, "sha256": json_sha256(texts)}
 
     def _read(self, file: Path, number: int) -> dict[str, list[str]] | None:
         """Returns the round in a file; one that is of no use is reported."""

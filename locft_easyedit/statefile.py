@@ -12,7 +12,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,8 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from tqdm import tqdm
 
-from .errors import OutputError
-from .files import write_atomically
+from .files import output_errors, write_atomically
 
 _FORMAT = 1
 _ALIGNMENT = 4096  # a page: whoever maps the file can map the data on its own
@@ -65,12 +64,10 @@ class StateFile:
         Raises:
             OutputError: The disk has no room or cannot be written to.
         """
-        try:
+        with _disk_errors(Path(folder or tempfile.gettempdir())):
             if folder is not None:
                 Path(folder).mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(suffix=".states", prefix="locft-", dir=folder)
-        except OSError as error:
-            raise _disk_error(Path(folder or tempfile.gettempdir()), error) from error
         os.close(handle)
         return cls._made(Path(name), n_tokens, width, dtype, temporary=True)
 
@@ -80,19 +77,16 @@ class StateFile:
     ) -> StateFile:
         header = _header(n_tokens, width, dtype)
         size = len(header) + n_tokens * width * dtype.itemsize
-        with ExitStack() as undo:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                _seal_path(path).unlink(missing_ok=True)
-                file = open(path, "w+b")  # noqa: SIM115
-                undo.callback(_give_up, file, path)
-                if temporary and os.name == "posix":
-                    path.unlink()  # no name: nothing stays, whatever ends this process
-                file.write(header)
-                file.flush()
-                _reserve(file.fileno(), size)
-            except OSError as error:
-                raise _disk_error(path, error) from error
+        with _disk_errors(path), ExitStack() as undo:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _seal_path(path).unlink(missing_ok=True)
+            file = open(path, "w+b")  # noqa: SIM115
+            undo.callback(_give_up, file, path)
+            if temporary and os.name == "posix":
+                path.unlink()  # no name: nothing stays, whatever ends this process
+            file.write(header)
+            file.flush()
+            _reserve(file.fileno(), size)
             undo.pop_all()
         return cls(file, path, n_tokens, width, dtype)
 
@@ -136,7 +130,7 @@ class StateFile:
         Raises:
             OutputError: The disk is full or cannot be written to.
         """
-        with _telling_disk_errors(self.path):
+        with _disk_errors(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
         value = {
@@ -146,7 +140,7 @@ class StateFile:
             "block_bytes": _BLOCK,
             "crc32": self._checksums(progress),
         }
-        with _telling_disk_errors(self.path):
+        with _disk_errors(self.path):
             write_atomically(_seal_path(self.path), json.dumps(value).encode())
         self._whole = True
 
@@ -164,7 +158,7 @@ class StateFile:
         if not len(where):
             return
         data = states.contiguous().view(torch.uint8).numpy()
-        with _telling_disk_errors(self.path):
+        with _disk_errors(self.path):
             for first, last, offset in self._runs(where):
                 view, done = memoryview(data[first:last].tobytes()), 0
                 while done < len(view):
@@ -180,7 +174,7 @@ class StateFile:
         if not len(where):
             return rows
         data = rows.view(torch.uint8).numpy().data
-        with _telling_disk_errors(self.path):
+        with _disk_errors(self.path):
             for first, last, offset in self._runs(where):
                 self._fill(data[first:last].cast("B"), offset)
         return rows
@@ -251,16 +245,6 @@ def _reserve(descriptor: int, size: int) -> None:
         os.ftruncate(descriptor, size)
 
 
-@contextmanager
-def _telling_disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise _disk_error(path, error) from error
-
-
-def _disk_error(path: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"The hidden states cannot be written to `{path}`: {error}. Free some room, point "
-        "`prefix_dir` at a larger disk, or lower `prefix_disk_gib`."
-    )
+def _disk_errors(path: Path) -> AbstractContextManager[None]:
+    """Context manager that makes an error of the disk an `OutputError` with what to do."""
+    return output_errors(path, "point `prefix_dir` at a larger disk, or lower `prefix_disk_gib`")

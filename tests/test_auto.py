@@ -345,9 +345,9 @@ def test_a_resumed_run_does_not_choose_again(tmp_path, monkeypatch):
         model.model.layers[1].mlp.down_proj.weight.mul_(1.5)
     with pytest.raises(CheckpointError, match=r"chosen for another run.*(?s:.*)model"):
         chosen(model=model, checkpoint_dir=str(tmp_path))
-    for damaged in ("{", "[]", '{"format": 2}', '{"format": 1, "identity": {}}'):
+    for damaged in ("{", "[]", '{"format": 1}', '{"format": 2, "identity": {}}'):
         (tmp_path / FILE_NAME).write_text(damaged)
-        with pytest.raises(CheckpointError, match=r"cannot be used.*Remove it"):
+        with pytest.raises(CheckpointError, match=r"is damaged or of another version.*Remove it"):
             chosen(checkpoint_dir=str(tmp_path))
 
 

@@ -221,15 +221,15 @@ def unfinished(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"lr": 1e-3}, r"`lr=0\.005`; now 0\.001"),
-        ({"seed": 1}, "`seed=42`; now 1"),
-        ({"batch_size": 5}, "`batch_size=4`; now 5"),
-        ({"num_steps": 9}, "`num_steps=3`; now 9"),
-        ({"layers": [1]}, r"`layers=\[2\]`; now \[1\]"),
+        ({"lr": 1e-3}, r"`lr=0\.005` there; now 0\.001"),
+        ({"seed": 1}, "`seed=42` there; now 1"),
+        ({"batch_size": 5}, "`batch_size=4` there; now 5"),
+        ({"num_steps": 9}, "`num_steps=3` there; now 9"),
+        ({"layers": [1]}, r"`layers=\[2\]` there; now \[1\]"),
         ({"n": 13}, "edits are others .14 edits; now 13"),
-        ({"tuning": "lora"}, "`tuning='full'`; now 'lora'"),
-        ({"augment": 1}, "`augment=0`; now 1"),
-        ({"preserve": [KEPT_PROMPTS]}, r"`preserve=\[\]`; now \["),
+        ({"tuning": "lora"}, "`tuning='full'` there; now 'lora'"),
+        ({"augment": 1}, "`augment=0` there; now 1"),
+        ({"preserve": [KEPT_PROMPTS]}, r"`preserve=\[\]` there; now \["),
         ({"kind": "qwen2"}, "configuration is another"),
         ({"dtype": torch.bfloat16}, "precision is another .float32; now bfloat16"),
     ],
@@ -475,7 +475,7 @@ def changed(unfinished, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format=2), "has format 2; this version reads 1"),
+        (lambda c: c.update(format=1), "has format 1; this version reads 2"),
         (lambda c: c.pop("identity"), "KeyError"),
         (lambda c: c.update(identity=[1]), "damaged"),
         (lambda c: c["progress"].update(epoch="1"), "epoch is '1'"),

@@ -17,7 +17,7 @@ from locft_easyedit.compare import edits as edits_module
 from locft_easyedit.compare import processes as processes_module
 from locft_easyedit.compare import run as run_module
 from locft_easyedit.compare.edits import Edits, MethodEditor
-from locft_easyedit.compare.job import BEFORE, STATISTICS, Job, JobFolder, Progress
+from locft_easyedit.compare.job import BEFORE, STATISTICS, Job, JobFolder, Progress, folder_hash
 from locft_easyedit.compare.outcome import Outcome
 from locft_easyedit.compare.plan import Settings, planned
 from locft_easyedit.compare.run import compare
@@ -221,9 +221,9 @@ def test_results_of_other_settings_are_not_mixed_in(settings, monkeypatch, files
     processes = FakeProcesses(monkeypatch)
     compare(settings())
     processes.ran.clear()
-    with pytest.raises(LocFTError, match=r"(?s)results of other settings.*n: 4 there, 5 now"):
+    with pytest.raises(LocFTError, match=r"(?s)results of other settings.*`n=4` there; now 5"):
         compare(settings(n=5))
-    with pytest.raises(LocFTError, match=r"(?s)MEMIT holds results.*overrides: \{\} there"):
+    with pytest.raises(LocFTError, match=r"(?s)MEMIT holds results.*`overrides=\{\}` there"):
         compare(settings(peers={"MEMIT": {"v_lr": 0.1}}))
     files[1].write_text(json.dumps(toy_requests(11)))
     with pytest.raises(LocFTError, match=r"(?s)results of other settings.*identity"):
@@ -271,6 +271,15 @@ def test_the_identity_tells_what_results_depend_on(settings, tmp_path):
         "MEMIT": {"text"},
     }
     assert {"torch", "transformers", "easyedit"} < set(before["FT"].identity)
+
+
+def test_a_folder_of_tasks_may_have_folders(tmp_path):
+    (tmp_path / "group").mkdir()
+    (tmp_path / "group" / "task.yaml").write_text("one")
+    first = folder_hash(tmp_path, "*")
+    assert folder_hash(tmp_path, "*") == first
+    (tmp_path / "group" / "task.yaml").write_text("another")
+    assert folder_hash(tmp_path, "*") != first
 
 
 def test_a_process_that_is_killed(tmp_path, monkeypatch):
@@ -449,7 +458,7 @@ def test_a_damaged_result_is_none(tmp_path):
     assert folder.read(folder.result) is None
     job = Job("FT", "model", "data", 3, "cpu", "float32")
     assert job.differences(json.loads(json.dumps(vars(job)))) == []
-    assert job.differences({**vars(job), "n": 4}) == ["n: 4 there, 3 now"]
+    assert job.differences({**vars(job), "n": 4}) == ["`n=4` there; now 3."]
 
 
 # Several devices
@@ -602,7 +611,7 @@ def test_another_device_of_the_kind_is_no_other_setting():
     first = vars(job("cuda:0", device=0, lr=0.1))
     for device in ("cuda:3", "3", "cuda"):
         assert job(device, device="cuda:3", lr=0.1).differences(first | {"beside": 4}) == []
-    assert job("cpu", device=0, lr=0.1).differences(first)[0] == 'device: "cuda" there, "cpu" now'
+    assert job("cpu", device=0, lr=0.1).differences(first)[0] == "`device='cuda'` there; now 'cpu'."
     assert job("3", device=3, lr=0.2).differences(first) != []
     here = "cuda" if torch.cuda.is_available() else "cpu"
     assert job(None).differences(vars(job(here))) == []

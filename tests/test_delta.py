@@ -1,6 +1,7 @@
 """An edit as a value: put in, taken out and recognised, bit for bit, in every precision."""
 
 import copy
+import hashlib
 
 import pytest
 import torch
@@ -262,14 +263,14 @@ def test_hashes_tell_bits_types_and_shapes_apart():
         tensor.half(),
         tensor.bfloat16(),
     ]
-    assert len({hashes.digest(t) for t in several}) == len(several)
-    assert hashes.digest(tensor) == hashes.digest(tensor.clone().requires_grad_())
+    assert len({hashes.tensor_sha256(t) for t in several}) == len(several)
+    assert hashes.tensor_sha256(tensor) == hashes.tensor_sha256(tensor.clone().requires_grad_())
     # What lies elsewhere in memory holds the same numbers.
     wide = torch.stack([tensor, tensor], dim=1)[:, 0]
     assert not wide.is_contiguous()
-    assert hashes.digest(wide) == hashes.digest(tensor)
+    assert hashes.tensor_sha256(wide) == hashes.tensor_sha256(tensor)
     transposed = tensor.t()
-    assert hashes.digest(transposed) == hashes.digest(transposed.contiguous())
+    assert hashes.tensor_sha256(transposed) == hashes.tensor_sha256(transposed.contiguous())
 
 
 def test_samples(monkeypatch):
@@ -281,14 +282,28 @@ def test_samples(monkeypatch):
     assert torch.equal(numbers, hashes.sample_numbers(tensor.t().contiguous().t()))
     small = torch.randn(7)
     assert torch.equal(hashes.sample_numbers(small), small)
-    assert hashes.sample_digest(small, (7,)) != hashes.sample_digest(small, (7, 1))
+    assert hashes.sample_digest(small) != hashes.sample_digest(small[:, None])
 
 
 def test_a_hash_in_parts_is_the_same(monkeypatch):
     tensor = torch.randn(50, 3)
-    whole = hashes.digest(tensor)
+    whole = hashes.tensor_sha256(tensor)
     monkeypatch.setattr(hashes, "_CHUNK", 7)
-    assert hashes.digest(tensor) == whole
+    assert hashes.tensor_sha256(tensor) == whole
+
+
+def test_hashes_in_files_keep_their_values():
+    """Edits that users have on disk are verified by them."""
+    value, text = {"b": 1, "a": ["\u00e9", None]}, '{"a":["\\u00e9",null],"b":1}'
+    assert hashes.json_sha256(value) == hashlib.sha256(text.encode()).hexdigest()
+    listed = hashlib.sha256(f"[{text},[1.5,true]]".encode()).hexdigest()
+    assert hashes.json_sha256([value, [1.5, True]]) == listed
+    tensor = torch.arange(4096.0).view(64, 64)
+    head = b'["float32",[64,64]]'
+    whole = hashlib.sha256(head + tensor.numpy().tobytes()).hexdigest()
+    assert hashes.tensor_sha256(tensor) == whole
+    sample = hashlib.sha256(head + tensor.flatten()[::4].numpy().tobytes()).hexdigest()
+    assert hashes.sample_digest(tensor) == sample[:16]
 
 
 def test_an_id_names_the_edit():

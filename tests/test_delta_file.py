@@ -18,7 +18,7 @@ from locft_easyedit.delta.about import sealed
 from locft_easyedit.delta.delta import Delta
 from locft_easyedit.delta.file import METADATA_KEY
 from locft_easyedit.errors import DeltaError, OutputError
-from locft_easyedit.hashes import digest, hash_of
+from locft_easyedit.hashes import json_sha256, tensor_sha256
 
 PLACE = "model.layers.2.mlp.down_proj.weight"
 FRESH = settings(
@@ -87,7 +87,7 @@ def test_low_rank_factors_are_kept(tmp_path):
     delta = made_delta()
     about = dict(delta.metadata) | {"lora": {"rank": 4, "alpha": 8.0}}
     about["matrices"] = {
-        PLACE: about["matrices"][PLACE] | {"lora_A": digest(a), "lora_B": digest(b)}
+        PLACE: about["matrices"][PLACE] | {"lora_A": tensor_sha256(a), "lora_B": tensor_sha256(b)}
     }
     delta = Delta(delta.new, delta.original, sealed(about), {PLACE: (a, b)})
     delta.save(tmp_path / "edit")
@@ -404,7 +404,7 @@ def test_words_that_were_changed_afterwards(path, content):
     def renamed(about):
         about = {key: value for key, value in about.items() if key != "checksum"}
         about["id"] = "0" * 64
-        return about | {"checksum": hash_of(about)}
+        return about | {"checksum": json_sha256(about)}
 
     changed_about(path, renamed, seal=False)
     with pytest.raises(DeltaError, match="`id` does not belong to its hashes"):
@@ -417,7 +417,7 @@ def test_values_that_are_no_numbers(tmp_path):
         new = delta.new[PLACE].clone()
         new[3, 3] = value
         about = dict(delta.metadata)
-        about["matrices"] = {PLACE: about["matrices"][PLACE] | {"new": digest(new)}}
+        about["matrices"] = {PLACE: about["matrices"][PLACE] | {"new": tensor_sha256(new)}}
         path = tmp_path / "edit"
         text = json.dumps(sealed(about))
         tensors = {PLACE: new, f"original.{PLACE}": delta.original[PLACE]}

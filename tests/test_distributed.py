@@ -92,7 +92,7 @@ def test_what_goes_wrong_for_one_goes_wrong_for_all():
         (edits, _), (lr, _), _, (diverged, _) = rank.value
         assert edits.startswith("RankError: Rank 1 of 2 is about to make another edit than rank 0")
         assert "the edits are others (13 edits; now 14)" in edits
-        assert "`lr=0.001`; now 0.005." in lr
+        assert "`lr=0.001` there; now 0.005." in lr
         assert "NonFiniteLossError: The loss became" in diverged
         assert all(whole for _, whole in rank.value)
     assert ranks[0].value[2][0].startswith("RankError: Rank 1 of 2 failed: The frozen prefix of")

@@ -175,10 +175,11 @@ def test_the_folder_of_another_comparison_is_refused(run, no_model, toy_folder):
     (toy_folder / "out" / "runs.jsonl").write_text(json.dumps(old) + "\n")
     with pytest.raises(SystemExit, match=r"has runs of something else\. Choose another") as error:
         run(*TWO)
-    for what in ("hparams: {'lr': 1} there", "changes of faster: {'lr': 5} there, {'lr': '6e-2'",
-                 "data_sha256 of edits.json: x there"):  # fmt: skip
+    for what in ("`hparams={'lr': 1}` there",
+                 "`changes of faster={'lr': 5}` there; now {'lr': '6e-2'",
+                 "`data_sha256 of edits.json='x'` there"):  # fmt: skip
         assert what in str(error.value)
-    assert "model:" not in str(error.value)
+    assert "`model=" not in str(error.value)
 
 
 def test_halves(scripts):

@@ -178,9 +178,9 @@ def test_the_grid_may_grow(study):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n": 4}, r"`number of requests` is 4; there it is 6"),
-        ({"hparams": {"num_steps": 9}}, r"`num_steps` is 9; there it is 3"),
-        ({"capability": ["locft_basics"]}, r"`capability` is \['locft_basics'\]"),
+        ({"n": 4}, r"`number of requests=6` there; now 4"),
+        ({"hparams": {"num_steps": 9}}, r"`num_steps=3` there; now 9"),
+        ({"capability": ["locft_basics"]}, r"`capability=\[\]` there; now \['locft_basics'\]"),
     ],
 )
 def test_the_folder_of_another_study_is_refused(study, changes, message):
@@ -200,8 +200,10 @@ def test_a_damaged_folder_is_refused(study):
     (one.path / "study.json").write_text("{")
     with pytest.raises(OutputError, match="damaged or of another version"):
         study().open()
-    with pytest.raises(OutputError, match="holds no study"):
+    with pytest.raises(OutputError, match="damaged or of another version"):
         load_study(one.path)
+    with pytest.raises(OutputError, match=r"holds no study: it has no study\.json"):
+        load_study(one.path.parent)
 
 
 def test_a_process_reads_the_study_as_it_was_asked_for(study):

@@ -10,7 +10,8 @@ from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_toke
 
 from locft_easyedit.cut import layer_cut
 from locft_easyedit.errors import MemoryBudgetError, OutputError
-from locft_easyedit.fingerprint import checksum, prefix_fingerprint
+from locft_easyedit.fingerprint import prefix_fingerprint
+from locft_easyedit.hashes import checksum
 from locft_easyedit.models import load_model
 from locft_easyedit.pipeline import edit_and_measure, edit_model
 from locft_easyedit.place import find_layers
@@ -330,7 +331,7 @@ def test_settings_count():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_checksum_sees_each_bit_and_place(dtype, monkeypatch):
-    monkeypatch.setattr("locft_easyedit.fingerprint._CHUNK", 4)
+    monkeypatch.setattr("locft_easyedit.hashes._CHECKSUM_CHUNK", 4)
     tensor = torch.randn(3, 7, generator=torch.Generator().manual_seed(1)).to(dtype)
     bits = tensor.view(torch.int32 if dtype == torch.float32 else torch.int16).view(-1)
     before = checksum(tensor)

@@ -356,10 +356,7 @@ def test_other_models_texts_and_tokenizers_have_other_files(tmp_path, passes, ca
     [
         ({"model": edited()}, "of another model"),
         ({"source": Source("text", "b", TEXT.texts[1:] + TEXT.texts[:1])}, "of another text"),
-        (
-            {"source": Source("text", "b", TEXT.texts[1:])},
-            "of another text and of another number of tokens",
-        ),
+        ({"source": Source("text", "b", TEXT.texts[1:])}, "of another text and n_tokens"),
         ({"modules": [DOWN.format(1)]}, "of another module"),
     ],
 )

@@ -91,7 +91,7 @@ def test_an_interrupted_command_says_how_to_go_on(folder):
     refused = run("output=out", "lr=1e-3", "num_steps=100000")
     assert refused.returncode == 2
     assert "holds the interrupted run of something else" in refused.stderr
-    assert "`lr` is 0.001; there it is 0.01." in refused.stderr
+    assert "`lr=0.01` there; now 0.001." in refused.stderr
     assert "Traceback" not in refused.stderr
     assert left.exists()
 
@@ -147,7 +147,7 @@ def test_other_edits_under_the_same_name_are_another_run(tmp_path):
         folder.checkpoints.mkdir()
         (folder.checkpoints / "before.jsonl").write_text("something")
     with (
-        pytest.raises(OutputError, match="`requests` is 'b'; there it is 'a'"),
+        pytest.raises(OutputError, match="`requests='a'` there; now 'b'"),
         run_folder(tmp_path, {"requests": "b", "lr": 1e-3}, {}),
     ):
         pass
@@ -168,7 +168,7 @@ def test_a_run_that_ended_before_it_had_anything_gives_way(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", '{"format": 2}', "[" * 10**5, '{"format": 1, "finished": 1}']
+    "content", ["", "{", "[]", "{}", '{"format": 1}', "[" * 10**5, '{"format": 2, "finished": 1}']
 )
 def test_a_damaged_note_of_a_run_is_told(content, tmp_path):
     (tmp_path / "run.json").write_text(content)

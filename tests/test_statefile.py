@@ -210,10 +210,14 @@ def no_space(*args):
 def test_a_disk_that_is_full_at_the_beginning(path, monkeypatch):
     sealed(path)
     monkeypatch.setattr(os, "posix_fallocate", no_space)
-    with pytest.raises(OutputError, match=r"prefix\.safetensors`: .*No space.*`prefix_dir` at a"):
+    with pytest.raises(
+        OutputError, match=r"prefix\.safetensors cannot .*No space.*`prefix_dir` at a"
+    ):
         StateFile.create(path, T, W, torch.float32)
     assert list(path.parent.iterdir()) == []
-    with pytest.raises(OutputError, match=r"locft-.*\.states`: .*lower `prefix_disk_gib`"):
+    with pytest.raises(
+        OutputError, match=r"locft-.*\.states cannot be written.*lower `prefix_disk_gib`"
+    ):
         StateFile.temporary(T, W, torch.float32, str(path.parent))
     assert list(path.parent.iterdir()) == []
 
@@ -248,7 +252,9 @@ def test_a_disk_that_is_full_in_the_middle(path, monkeypatch):
 
     file = StateFile.create(path, T, W, torch.float32)
     monkeypatch.setattr(os, "pwrite", soon_full)
-    with pytest.raises(OutputError, match=r"prefix\.safetensors`: .*No space left.*Free some room"):
+    with pytest.raises(
+        OutputError, match=r"prefix\.safetensors cannot be written: No space left.*Free some space"
+    ):
         file.put(torch.arange(0, T, 2), states()[::2])
     assert len(written) == 3
     refused(path, "there is none")

@@ -17,12 +17,13 @@ from ..errors import HyperParamsError, OutputError
 from ..evaluate.summary import summarize
 from ..health_report import HealthReport
 from ..hparams import ALG_NAME, LocFTBFHyperParams
+from ..identity import run_settings
 from ..locate.auto import check_enough
 from ..models import load_model
 from ..pipeline import SAVE, check_save, edit_and_measure, write_run
 from ..report import health_table, metrics_table, seconds_table, show
 from ..requests import distinct_edits
-from ..run_folder import run_folder, run_settings, unfinished_run
+from ..run_folder import run_folder, unfinished_run
 from ..world import here
 from .application import run_application
 
@@ -109,7 +110,7 @@ def run_edit(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path)
     started_with = _without_output({**hparams.to_dict(), **command})
     world = here()
     with run_folder(
-        output, settings, started_with, resume=command["resume"], world=world
+        output, settings, started_with, resume=command["resume"], once=world.from_first
     ) as folder:
         if folder.finished:
             if world.first:

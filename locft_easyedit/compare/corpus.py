@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError, ModelError, one_message
+from ..hashes import json_sha256
 from ..reading import pieces_of
 from ..sampling import TextKind, TextSampler, first_token
 
@@ -77,7 +75,7 @@ def corpus_from_folder(
     n = min(n_documents, len(documents))
     taken = [documents[i * len(documents) // n] for i in range(n)]
     description = f"{n} of {len(documents)} documents in {len(files)} .txt files of {folder}"
-    return Corpus(f"folder-{_hash(taken)}", description, taken)
+    return Corpus(f"folder-{json_sha256(taken)[:_HASH_LENGTH]}", description, taken)
 
 
 def corpus_from_model(
@@ -135,15 +133,10 @@ def corpus_from_model(
     description = (
         f"{n_documents} documents of at most {tokens_per_document} tokens sampled from the model"
     )
-    return Corpus(f"sampled-{_hash(texts)}", description, texts)
+    return Corpus(f"sampled-{json_sha256(texts)[:_HASH_LENGTH]}", description, texts)
 
 
 def _check_counts(**counts: int) -> None:
     problems = [f"`{name}={n}` must be 1 or more." for name, n in counts.items() if n < 1]
     if problems:
         raise DataError(one_message("The corpus cannot be made:", problems))
-
-
-def _hash(texts: Sequence[str]) -> str:
-    # As JSON, so that ["ab", "c"] and ["a", "bc"] differ.
-    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:_HASH_LENGTH]

@@ -7,13 +7,15 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ..files import output_errors, write_atomically
+from ..hashes import json_sha256
 from ..models import resolve_device
+from ..run_folder import differences_of
 
 BEFORE = "before editing"
 STATISTICS = "key covariances"
@@ -76,22 +78,17 @@ class Job:
     beside: int = 1
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """Returns in words where a stored job is another one than this.
+        """Returns a line for each value in which a stored job is another one than this.
 
-        Of the device only its kind counts: which of several GPUs was free changes nothing.
+        Of the device only its kind counts: which of several GPUs was free changes nothing. What
+        the statistics found is no setting.
         """
-        mine = _without_number(json.loads(json.dumps(asdict(self))))
-        theirs = _without_number(other)
-        return [
-            f"{key}: {json.dumps(theirs.get(key))} there, {json.dumps(value)} now"
-            for key, value in mine.items()
-            if theirs.get(key) != value
-        ]
+        return differences_of(_settings(vars(self)), _settings(other))
 
 
-def _without_number(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a job's values with the kind of its device alone, and without who runs beside it."""
-    values = {key: value for key, value in job.items() if key != "beside"}
+def _settings(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values of a job on which its result depends, of its device the kind alone."""
+    values = {key: value for key, value in job.items() if key not in ("beside", "statistics")}
     values["device"] = device_kind(values.get("device"))
     if isinstance(values.get("hparams"), Mapping) and "device" in values["hparams"]:
         # As the job's: what the process is given is that of the job.
@@ -163,11 +160,8 @@ class Progress:
 
 def folder_hash(folder: str | Path, pattern: str) -> str:
     """Returns a short hash of the files below a folder whose names match `pattern`."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).rglob(pattern)):
-        digest.update(str(path.relative_to(folder)).encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    files = [path for path in sorted(Path(folder).rglob(pattern)) if path.is_file()]
+    return _short([[str(path.relative_to(folder)), file_hash(path)] for path in files])
 
 
 def model_id(model: str) -> str:
@@ -196,9 +190,10 @@ def model_hash(name: str) -> str:
     folder = Path(name)
     if not folder.is_dir():
         return name
-    parts = [
-        f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}"
-        for path in sorted(folder.iterdir())
-        if path.suffix in (".safetensors", ".bin", ".json", ".index")
-    ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    kinds = (".safetensors", ".bin", ".json", ".index")
+    files = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.suffix in kinds]
+    return _short([[name, status.st_size, status.st_mtime_ns] for name, status in files])
+
+
+def _short(value: Any) -> str:
+    return json_sha256(value)[:16]

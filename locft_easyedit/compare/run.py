@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import LocFTError, OutputError, one_message
+from ..errors import LocFTError
 from ..files import locked
 from ..reading import is_file
+from ..run_folder import refuse_differences
 from .job import BEFORE, STATISTICS, Job, JobFolder
 from .outcome import Comparison, Outcome
 from .plan import Settings, planned
@@ -93,16 +94,11 @@ def _refuse_other_settings(jobs: Mapping[str, Job], folders: Mapping[str, JobFol
         stored = folders[name].read(folders[name].job)
         if stored is None or not _has_something(folders[name]):
             continue
-        # What the statistics found is no setting.
-        differences = job.differences({**stored, "statistics": job.statistics})
-        if differences:
-            raise OutputError(
-                one_message(
-                    f"{folders[name].path} holds results of other settings ({name}). Choose "
-                    "another `output`, or remove that folder to have them made anew:",
-                    differences,
-                )
-            )
+        refuse_differences(
+            job.differences(stored),
+            f"{folders[name].path} holds results of other settings ({name}). Choose another "
+            "`output`, or remove that folder to have them made anew:",
+        )
 
 
 def _has_something(folder: JobFolder) -> bool:

@@ -17,12 +17,11 @@ from torch import nn
 from ..hashes import DTYPES as _DTYPES
 from ..hashes import (
     SAMPLE_LENGTH,
-    digest,
     dtype_name,
-    hash_of,
+    json_sha256,
     readable,
     sample_digest,
-    sample_numbers,
+    tensor_sha256,
 )
 from ..hparams import LocFTBFHyperParams
 from ..reading import shown
@@ -48,8 +47,8 @@ def metadata_of(
         name: {
             "dtype": dtype_name(new.dtype),
             "shape": list(new.shape),
-            "new": digest(new),
-            "original": digest(result.original[name]),
+            "new": tensor_sha256(new),
+            "original": tensor_sha256(result.original[name]),
         }
         for name, new in result.new.items()
     }
@@ -57,8 +56,8 @@ def metadata_of(
     if result.lora is not None:
         lora = {"rank": result.lora.rank, "alpha": float(result.lora.alpha)}
         for name, described in matrices.items():
-            described["lora_A"] = digest(result.lora.a[name])
-            described["lora_B"] = digest(result.lora.b[name])
+            described["lora_A"] = tensor_sha256(result.lora.a[name])
+            described["lora_B"] = tensor_sha256(result.lora.b[name])
     return sealed(
         {
             "format": FORMAT,
@@ -80,7 +79,7 @@ def sealed(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `metadata` with the edit's id and a checksum of everything that is said."""
     sealed = {key: value for key, value in metadata.items() if key not in ("id", "checksum")}
     sealed["id"] = _id_of(sealed)
-    return sealed | {"checksum": hash_of(sealed)}
+    return sealed | {"checksum": json_sha256(sealed)}
 
 
 def _id_of(metadata: Mapping[str, Any]) -> str:
@@ -88,7 +87,7 @@ def _id_of(metadata: Mapping[str, Any]) -> str:
 
     Two edits with the same id put the same numbers into the same model.
     """
-    return hash_of([metadata[key] for key in ("matrices", "frozen", "requests", "lora")])
+    return json_sha256([metadata[key] for key in ("matrices", "frozen", "requests", "lora")])
 
 
 def frozen_samples(model: nn.Module, edited: Collection[str]) -> dict[str, str | None]:
@@ -97,7 +96,7 @@ def frozen_samples(model: nn.Module, edited: Collection[str]) -> dict[str, str |
     A parameter that is not in memory as plain numbers (left on disk, quantized) has `None`.
     """
     return {
-        name: sample_digest(sample_numbers(p), p.shape) if readable(p) else None
+        name: sample_digest(p) if readable(p) else None
         for name, p in model.named_parameters()
         if name not in edited
     }
@@ -106,7 +105,7 @@ def frozen_samples(model: nn.Module, edited: Collection[str]) -> dict[str, str |
 def requests_hash(edits: Sequence[Edit]) -> dict[str, Any]:
     """Returns the sha256 and the number of (prompt, target) pairs; their order plays no part."""
     texts = sorted([edit.prompt, with_leading_space(edit.target)] for edit in edits)
-    return {"sha256": hash_of(texts), "count": len(texts)}
+    return {"sha256": json_sha256(texts), "count": len(texts)}
 
 
 def _versions() -> dict[str, str]:
@@ -161,7 +160,7 @@ def problems_of(metadata: Any) -> list[str]:
         problems.append(f"`{both[0]}` is both changed and unchanged.")
     if metadata["id"] != _id_of(metadata):
         problems.append("its `id` does not belong to its hashes.")
-    if metadata["checksum"] != hash_of({k: v for k, v in metadata.items() if k != "checksum"}):
+    if metadata["checksum"] != json_sha256({k: v for k, v in metadata.items() if k != "checksum"}):
         problems.append("what it says of the edit was changed: the checksum differs.")
     return problems
 

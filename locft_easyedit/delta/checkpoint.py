@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..errors import DeltaError, ModelError, one_message
 from ..hashes import DTYPES as _BY_CODE
-from ..hashes import digest_of_bytes, dtype_name, sample_digest, sample_positions
+from ..hashes import digest_of_sample, dtype_name, parts_sha256, sample_positions
 from ..reading import json_of, shown, text_of
 from .about import DTYPES
 from .header import Entry, opened, read_header
@@ -149,7 +149,7 @@ class CheckpointWeights(Weights):
     def _digest(self, name: str) -> str:
         shard, entry = self._checkpoint.places[name]
         dtype = dtype_name(_BY_CODE[entry.dtype])
-        return digest_of_bytes(dtype, entry.shape, self._parts(shard, entry))
+        return parts_sha256(dtype, entry.shape, self._parts(shard, entry))
 
     def _parts(self, shard: str, entry: Entry) -> Iterator[bytes]:
         with opened(self._checkpoint.shards[shard]) as file:
@@ -182,7 +182,7 @@ class CheckpointWeights(Weights):
                 for place in places.tolist()
             ]
         numbers = torch.frombuffer(bytearray().join(parts), dtype=dtype)
-        return {sample_digest(numbers.to(d), entry.shape) for d in DTYPES.values()}
+        return {digest_of_sample(numbers.to(d), entry.shape) for d in DTYPES.values()}
 
 
 def write_checkpoint(checkpoint: Checkpoint, values: dict[str, torch.Tensor], folder: Path) -> None:

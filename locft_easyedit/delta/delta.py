@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import DeltaError, one_message
-from ..hashes import digest
+from ..hashes import tensor_sha256
 from ..hparams import LocFTBFHyperParams
 from ..requests import distinct_edits
 from ..result import EditResult
@@ -187,7 +187,7 @@ class Delta:
             f"`{name}` is not there, or not what the edit replaced (sha256 "
             f"{described['original'][:12]}...)."
             for name, described in self.matrices.items()
-            if name not in values or digest(values[name]) != described["original"]
+            if name not in values or tensor_sha256(values[name]) != described["original"]
         ]
         if wrong:
             raise DeltaError(

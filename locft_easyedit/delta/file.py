@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from ..errors import DeltaError, one_message
 from ..files import output_errors, replacing
-from ..hashes import DTYPES, digest, dtype_name
+from ..hashes import DTYPES, dtype_name, tensor_sha256
 from ..reading import ParseError, json_of, shown
 from .about import PREFIXES, problems_of
 from .header import Entry, opened, read_header
@@ -107,7 +107,7 @@ def _problem(
             return f"it is {dtype} {shape}, described as {described['dtype']} {described['shape']}."
     elif not _is_factor(shape, kind, described["shape"], lora["rank"]):
         return f"{shape} is no factor of rank {lora['rank']}."
-    if digest(tensor) != described[kind]:
+    if tensor_sha256(tensor) != described[kind]:
         return "its numbers are not the ones described: damaged, or tampered with."
     if not all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(2**24)):
         return "it holds NaN or infinite values."

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..errors import DeltaError, one_message
-from ..hashes import digest, dtype_name, readable, sample_digest, sample_numbers
+from ..hashes import dtype_name, readable, sample_digest, tensor_sha256
 from .about import DTYPES
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Weights(ABC):
     @abstractmethod
     def _sample(self, name: str) -> set[str]: ...
 
-    def digest(self, name: str) -> str:
+    def tensor_sha256(self, name: str) -> str:
         """Returns the hash of all of a parameter."""
         if name not in self._digests:
             self._digests[name] = self._digest(name)
@@ -109,7 +109,7 @@ def compare(delta: Delta, weights: Weights) -> Report:
         elif kind[0] != described["dtype"]:
             other_precision.add((kind[0], described["dtype"]))
         else:
-            present = weights.digest(name)
+            present = weights.tensor_sha256(name)
             found[name] = {k for k in ("new", "original") if described[k] == present}
     for there, ours in sorted(other_precision):
         differences.append(
@@ -205,7 +205,7 @@ class ModelWeights(Weights):
         return dtype_name(parameter.dtype), tuple(parameter.shape)
 
     def _digest(self, name: str) -> str:
-        return digest(self.parameters[name])
+        return tensor_sha256(self.parameters[name])
 
     def _sample(self, name: str) -> set[str]:
         return sample_hashes(self.parameters[name])
@@ -222,7 +222,7 @@ def sample_hashes(tensor: torch.Tensor) -> set[str]:
     """Returns the hash of a tensor's sample, none if it cannot be read."""
     if not readable(tensor):
         return set()
-    return {sample_digest(sample_numbers(tensor), tensor.shape)}
+    return {sample_digest(tensor)}
 
 
 def values_after(

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, OutputError, one_message
-from ..files import output_errors, write_atomically
+from ..errors import CheckpointError, OutputError
+from ..files import output_errors
 from ..hparams import LocFTBFHyperParams
 from ..identity import Identity
-from ..reading import is_file, json_of, text_of
+from ..run_folder import SettingsFile, refuse_differences
 from .outcome import Cell
 from .trial import Found
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "choice.json"
-_FORMAT = 1
-_MOST_BYTES = 2**20
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -112,39 +110,35 @@ def kept_choice(folder: str | Path, identity: Identity) -> Choice | None:
     Raises:
         CheckpointError: It is damaged, or another run's.
     """
-    path = Path(folder) / FILE_NAME
-    if not is_file(path):
+    file = _file_in(folder)
+    values = file.read(identity=dict, choice=dict)
+    if values is None:
         return None
     try:
-        values = json_of(text_of(path, CheckpointError, most=_MOST_BYTES))
-        if values["format"] != _FORMAT:
-            raise ValueError(f"its format is {values['format']!r}")
         found, choice = Identity.from_dict(values["identity"]), Choice.from_dict(values["choice"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}, which holds the place that was chosen, cannot be used: {error}. Remove it to "
-            "choose anew, or take another `checkpoint_dir`."
-        ) from error
-    differences = identity.differences(found)
-    if differences:
-        raise CheckpointError(
-            one_message(
-                f"{path} holds the place that was chosen for another run. Take another "
-                "`checkpoint_dir`, or remove it:",
-                differences,
-            )
-        )
-    logger.info("%s: %s was chosen before; it is not chosen again.", path, choice.cell.key)
+        raise file.unusable(f"{type(error).__name__}: {error}") from error
+    refuse_differences(
+        identity.differences(found),
+        f"{file.path} holds the place that was chosen for another run. Take another "
+        "`checkpoint_dir`, or remove it:",
+        CheckpointError,
+    )
+    logger.info("%s: %s was chosen before; it is not chosen again.", file.path, choice.cell.key)
     return choice
 
 
 def keep_choice(folder: str | Path, identity: Identity, choice: Choice) -> None:
     """Writes a choice where `kept_choice` finds it; warns where the disk refuses."""
-    path = Path(folder) / FILE_NAME
-    content = {"format": _FORMAT, "identity": identity.to_dict(), "choice": choice.to_dict()}
+    file = _file_in(folder)
     try:
-        with output_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(content, indent=1, default=str).encode())
+        with output_errors(file.path):
+            file.path.parent.mkdir(parents=True, exist_ok=True)
+        file.write(identity=identity.to_dict(), choice=choice.to_dict())
     except OutputError as error:
         logger.warning("An interrupted run will choose its place again: %s", error)
+
+
+def _file_in(folder: str | Path) -> SettingsFile:
+    remedy = "Remove it to choose a place anew, or take another `checkpoint_dir`."
+    return SettingsFile(Path(folder) / FILE_NAME, _FORMAT, remedy, CheckpointError)

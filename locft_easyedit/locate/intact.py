@@ -6,7 +6,7 @@ import hashlib
 
 from torch import nn
 
-from ..hashes import sample_digest, sample_numbers
+from ..hashes import sample_digest
 from ..place import LayerList
 
 
@@ -42,6 +42,5 @@ class Intact:
                 continue
             number = 1 + int(name[len(inside) :].split(".")[0]) if name.startswith(inside) else 0
             if number < len(hashes):
-                digest = sample_digest(sample_numbers(parameter), parameter.shape)
-                hashes[number].update(f"{name} {digest} ".encode())
+                hashes[number].update(f"{name} {sample_digest(parameter)} ".encode())
         return [sha.hexdigest() for sha in hashes]

@@ -46,7 +46,7 @@ def choose_once(
     def choose() -> Choice:
         if folder is None:
             return choose_place(model, tokenizer, edits, hparams, progress=progress)
-        identity = Identity.of(model, Place({}, None, None), texts, hparams)
+        identity = Identity.of_training(model, Place({}, None, None), texts, hparams)
         kept = kept_choice(folder, identity)
         if kept is not None:
             return kept

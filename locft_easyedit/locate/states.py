@@ -7,7 +7,6 @@ layers below again.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from ..batches import in_batches
 from ..cut import layer_cut
 from ..devices import input_device, row_length
 from ..errors import MemoryBudgetError, OutputError, PlaceError
+from ..hashes import arrays_sha256, json_sha256
 from ..modes import evaluation_mode
 from ..packing import Rows, lay_out
 from ..place import LayerList, find_layers
@@ -53,12 +53,9 @@ class _Layout:
         The rows count as well: they move the last bits of a state, and what a place finds must not
         depend on which place came first.
         """
-        sha = hashlib.sha256(f"{self.batch_size} {self.row_tokens} {self.packed}".encode())
-        for part in (self.texts.ids, self.texts.offsets, self.first_position):
-            array = np.zeros(0, np.int64) if part is None else np.ascontiguousarray(part)
-            sha.update(f" {len(array)} ".encode())
-            sha.update(array.astype(np.int64, copy=False).data)
-        return sha.hexdigest()
+        first = np.zeros(0) if self.first_position is None else self.first_position
+        tokens = arrays_sha256(self.texts.ids, self.texts.offsets, first)
+        return json_sha256([self.batch_size, self.row_tokens, self.packed, tokens])
 
     def rows(self, batch: np.ndarray) -> Rows:
         return lay_out(

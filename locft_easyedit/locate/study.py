@@ -13,15 +13,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..data import read_requests
-from ..errors import HyperParamsError, LocFTError, OutputError, one_message
+from ..errors import HyperParamsError, OutputError, one_message
 from ..evaluate.compact import CompactRecords
 from ..evaluate.summary import summarize
 from ..files import output_errors
-from ..identity import digest
+from ..hashes import json_sha256
+from ..identity import run_settings
 from ..models import model_without_weights, resolve_device
 from ..report import prepare_folder, write_json
 from ..requests import distinct_edits
-from ..run_folder import differences_of, run_settings
+from ..run_folder import SettingsFile, differences_of, refuse_differences
 from .cell import figures_of
 from .outcome import OK, STATES, Cell, CellOutcome, StudyOutcome
 from .passages import read_passages
@@ -36,7 +37,7 @@ from .settings import (
     visited,
 )
 
-_FORMAT = 1
+_FORMAT = 2
 # What the cells differ in, or what has no part in them.
 _NOT_OF_THE_STUDY = ("layers", "rewrite_module_tmp", "lr", "health_check")
 
@@ -105,7 +106,7 @@ class Study:
         s = self.settings
         values = run_settings(s.hparams, self.requests)
         return {k: v for k, v in values.items() if k not in _NOT_OF_THE_STUDY} | {
-            "text": None if self.passages is None else digest(self.passages),
+            "text": None if self.passages is None else json_sha256(self.passages),
             "capability": list(s.capability),
             "capability_limit": s.capability_limit,
         }
@@ -119,24 +120,16 @@ class Study:
         path = prepare_folder(self.path)
         with output_errors(path):
             self.cells_folder.mkdir(exist_ok=True)
-        file, identity = path / "study.json", self.identity
+        file, identity = _file_in(path), self.identity
         with self.held("study"):
-            there = _read(file)
-            if there is None and file.exists():
-                raise OutputError(
-                    f"{file} is damaged or of another version. Choose another output, or remove it."
+            found = file.read(study=dict, settings=dict)
+            if found is not None:
+                refuse_differences(
+                    differences_of(identity, found["study"]),
+                    f"`output={path}` holds another study. Choose another output, or remove that "
+                    "one:",
                 )
-            if there is not None:
-                differences = differences_of(identity, there)
-                if differences:
-                    raise OutputError(
-                        one_message(
-                            f"`output={path}` holds another study. Choose another output, or "
-                            "remove that one:",
-                            differences,
-                        )
-                    )
-            write_json(file, {"format": _FORMAT, "study": identity, "settings": self._stored()})
+            file.write(study=identity, settings=self._stored())
             self._forget_marks()
 
     def _forget_marks(self) -> None:
@@ -263,23 +256,18 @@ def load_study(folder: Path) -> Study:
     """Returns the study whose folder this is, as it was asked for last.
 
     Raises:
-        OutputError: There is none.
+        OutputError: There is none, or it is damaged or of another version.
     """
+    file = _file_in(folder)
+    found = file.read(study=dict, settings=dict)
+    if found is None:
+        raise OutputError(f"{folder} holds no study: it has no {file.path.name}. Check its path.")
     try:
-        values = json.loads((folder / "study.json").read_text(encoding="utf-8"))
-        settings = StudySettings.from_dict(values["settings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, LocFTError):
-            raise
-        raise OutputError(f"{folder} holds no study: {error}.") from error
+        settings = StudySettings.from_dict(found["settings"])
+    except (KeyError, TypeError) as error:
+        raise file.unusable(f"{type(error).__name__}: {error}") from error
     return Study(settings, folder)
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    """Returns the identity in a study's file; `None` if there is none that can be read."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        identity = values["study"]
-        return dict(identity) if values["format"] == _FORMAT else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+def _file_in(folder: Path) -> SettingsFile:
+    return SettingsFile(folder / "study.json", _FORMAT, "Choose another output, or remove it.")

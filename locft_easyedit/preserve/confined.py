@@ -11,7 +11,6 @@ same output as before up to that rounding; in a half precision the rounding of W
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -22,7 +21,7 @@ from torch.nn import functional as F
 from ..change import Change, sides, unsuitable
 from ..cut import Cut, Fold
 from ..errors import PlaceError, one_message
-from ..fingerprint import checksum
+from ..hashes import checksum, json_sha256
 from ..weights import TrainedWeights
 
 
@@ -74,7 +73,7 @@ class Confined(Change):
             constant=self._forwards[name],
             inner=lambda x: F.linear(x, running),
             trained=lambda x: F.linear(x, a),
-            digest=hashlib.sha256(str(content).encode()).hexdigest(),
+            digest=json_sha256(content),
         )
         return replace(cut, fold=fold)
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import PreserveError
-from ..hashes import hash_of
+from ..hashes import json_sha256
 from ..hparams import LocFTBFHyperParams
 from ..hparams_rules import NEIGHBOURS, SAMPLED
 from ..key_moments import add_moment_, check_finite, end_moments, input_width, keys_of
@@ -104,7 +104,7 @@ def filters_for(
         measured.add_wordings(texts.wordings, texts.targets)
     of = {name: measured.filter(module, name) for module, name in names.items()}
     summary = {"strength": hparams.preserve_strength, "sources": measured.figures}
-    return Filters(of, summary, hash_of(measured.digests), bool(measured.moments))
+    return Filters(of, summary, json_sha256(measured.digests), bool(measured.moments))
 
 
 @dataclass

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, one_message
-from ..hashes import hash_of
+from ..hashes import json_sha256
 from ..hparams_rules import NEIGHBOURS, SAMPLED
 from ..reading import ParseError, bad_text, is_file, json_of, shown, text_of
 
@@ -40,7 +40,7 @@ class Source:
 
     def digest(self) -> str:
         """Returns a hash of the kind and the texts, wherever they were read from."""
-        return hash_of([self.kind, list(self.texts)])
+        return json_sha256([self.kind, list(self.texts)])
 
 
 def read_sources(preserve: Sequence[str]) -> list[Source]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..devices import context_length
 from ..errors import PreserveError
-from ..hashes import hash_of, model_fingerprint
+from ..hashes import json_sha256, model_fingerprint
 from ..hparams_rules import SAMPLED
 from ..key_moments import (
     BATCH_TOKENS,
@@ -200,7 +200,7 @@ def _kept(
         progress: Show a progress bar.
     """
     n_tokens = sum(1 if last_only else len(sequence) for part in parts for sequence in part)
-    text = hash_of(["last tokens", parts] if last_only else parts)
+    text = json_sha256(["last tokens", parts] if last_only else parts)
     origin = Origin(model_fingerprint(model), text, n_tokens)
     second = {} if cache is None else read_moments(cache, widths, origin)
     missing = [module for module in widths if module not in second]
@@ -265,7 +265,7 @@ def moments_of(
     for module in modules:
         second[module] = sums.pop(module).div_(n_tokens).to("cpu", torch.float32)
         check_finite(second[module], module)
-    return Moments(second, n_tokens, hash_of(sequences))
+    return Moments(second, n_tokens, json_sha256(sequences))
 
 
 def prompt_keys(

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,13 @@ from safetensors.torch import save_file
 
 from ..errors import one_message
 from ..files import output_errors, replacing
-from ..hashes import digest, hash_of
+from ..hashes import json_sha256, tensor_sha256
 from ..reading import is_file
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 _KEY, _TENSOR = "locft_key_moments", "second"
-# What a file says of itself, and what to say where that is not what is asked for.
-_OTHER = {
-    "format": "of another format",
-    "model": "of another model",
-    "module": "of another module",
-    "text": "of another text",
-    "n_tokens": "of another number of tokens",
-}
 
 
 @dataclass(frozen=True)
@@ -49,13 +41,7 @@ class Origin:
 
     def of(self, module: str) -> dict[str, Any]:
         """Returns what the file of a module says of itself."""
-        return {
-            "format": _FORMAT,
-            "model": self.model,
-            "module": module,
-            "text": self.text,
-            "n_tokens": self.n_tokens,
-        }
+        return {"format": _FORMAT, "module": module, **asdict(self)}
 
 
 def cache_errors(file: Path) -> AbstractContextManager[None]:
@@ -69,7 +55,7 @@ def cache_errors(file: Path) -> AbstractContextManager[None]:
 
 def moments_file(cache: Path, module: str, origin: Origin) -> Path:
     """Returns where the moments of a module are kept."""
-    return cache / f"{module}-{hash_of(origin.of(module))[:16]}.safetensors"
+    return cache / f"{module}-{json_sha256(origin.of(module))[:16]}.safetensors"
 
 
 def read_moments(cache: Path, widths: Mapping[str, int], origin: Origin) -> dict[str, torch.Tensor]:
@@ -102,7 +88,7 @@ def write_moments(cache: Path, module: str, second: torch.Tensor, origin: Origin
         OutputError: The file cannot be written.
     """
     file = moments_file(cache, module, origin)
-    about = origin.of(module) | {"sha256": digest(second)}
+    about = origin.of(module) | {"sha256": tensor_sha256(second)}
     with cache_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as temporary:
@@ -115,12 +101,12 @@ def _read(file: Path, expected: dict[str, Any], width: int) -> tuple[torch.Tenso
         with safe_open(file, framework="pt") as opened:
             about = json.loads((opened.metadata() or {})[_KEY])
             # A later format may say everything else in another way.
-            other = [what for key, what in _OTHER.items() if about[key] != expected[key]]
+            other = [key for key, value in expected.items() if about[key] != value]
             if other:
-                return None, " and ".join(other)
+                return None, f"of another {' and '.join(other)}"
             second: torch.Tensor = opened.get_tensor(_TENSOR)
             right = second.shape == (width, width) and second.dtype == torch.float32
-            if right and digest(second) == about["sha256"]:
+            if right and tensor_sha256(second) == about["sha256"]:
                 return second, ""
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         pass
