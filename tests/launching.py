@@ -107,26 +107,8 @@ def launch(
         files = [
             ((out / f"{i}.out").open("w"), (out / f"{i}.err").open("w")) for i in range(len(mine))
         ]
-        if through is None and environment is None:
-            start_servers(n)
-            processes: list[_Process] = [
-                start_python(command, environment=env, stdout=stdout, stderr=stderr, server=rank)
-                for rank, (env, (stdout, stderr)) in enumerate(zip(mine, files, strict=True))
-            ]
-        else:
-            processes = [
-                subprocess.Popen(
-                    [sys.executable, *command],
-                    env=env,
-                    cwd=os.getcwd(),
-                    stdin=subprocess.DEVNULL,
-                    stdout=stdout,
-                    stderr=stderr,
-                    text=True,
-                    start_new_session=True,  # to be ended with all that it starts
-                )
-                for env, (stdout, stderr) in zip(mine, files, strict=True)
-            ]
+        forked = through is None and environment is None
+        processes = (_fork if forked else _start)(command, mine, files)
         try:
             if meanwhile is not None:
                 meanwhile(processes)
@@ -157,6 +139,34 @@ def launch(
         )
         raise AssertionError(f"{n} processes of {what}: {why}\n{tails}")
     return ranks
+
+
+def _fork(command: Sequence[str], environments: Sequence[dict], files: Sequence) -> list[_Process]:
+    """Returns a forked process for each environment."""
+    start_servers(len(environments))
+    return [
+        start_python(command, environment=environment, stdout=stdout, stderr=stderr, server=rank)
+        for rank, (environment, (stdout, stderr)) in enumerate(
+            zip(environments, files, strict=True)
+        )
+    ]
+
+
+def _start(command: Sequence[str], environments: Sequence[dict], files: Sequence) -> list[_Process]:
+    """Returns a new interpreter for each environment."""
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=environment,
+            cwd=os.getcwd(),
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            text=True,
+            start_new_session=True,  # to be ended with all that it starts
+        )
+        for environment, (stdout, stderr) in zip(environments, files, strict=True)
+    ]
 
 
 def free_port() -> int:
