@@ -8,12 +8,13 @@ DEMO ?=
 
 export EASYEDIT_HOME
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test lint format docs clean
 
 help:
 	@echo "make demo     edit 100 facts into SmolLM2-135M (EASYEDIT_HOME=... for a clone of EasyEdit)"
 	@echo "make test     run the test suite"
 	@echo "make lint     ruff and mypy"
+	@echo "make docs     write the generated parts of README.md and docs/"
 
 install: $(VENV)/.installed
 
@@ -41,6 +42,9 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: install
+	$(BIN)/python scripts/build_docs.py
 
 clean:
 	rm -rf $(VENV) models outputs .pytest_cache .ruff_cache .mypy_cache

@@ -157,13 +157,21 @@ def results_block(found: Mapping[str, Any], source: str) -> str:
     setting += f", {when['date']} (commit `{when['commit']}`)."
     text = textwrap.fill(setting, 100, break_long_words=False, break_on_hyphens=False) + "\n\n"
     if found.get("commands"):
-        text += "```bash\n" + "\n".join(found["commands"]) + "\n```\n\n"
+        text += "```bash\n" + "".join(map(_wrapped, found["commands"])) + "```\n\n"
     shown = [
         [_cell(cell, column) for cell, column in zip(row, columns, strict=True)] for row in rows
     ]
     text += markdown_table([column["name"] for column in columns], shown)
     notes = [f"- {note}" for note in found.get("notes", [])]
     return text + ("\n" + "\n".join(notes) + "\n" if notes else "")
+
+
+def _wrapped(command: str) -> str:
+    """Returns a shell command on as many lines as it needs, each but the last continued."""
+    lines = textwrap.wrap(
+        command, 98, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
+    return " \\\n".join(lines) + "\n"
 
 
 def _cell(value: Any, column: Mapping[str, Any]) -> str:
@@ -206,7 +214,9 @@ def hyperparameters_table() -> str:
                 "<br>".join(conditions.get(field.name, [])),
             ]
         )
-    return markdown_table(["key", "type", "default", "meaning", "rules, as an error tells them"], rows)
+    return markdown_table(
+        ["key", "type", "default", "meaning", "rules, as an error tells them"], rows
+    )
 
 
 def attributes_of(docstring: str) -> dict[str, str]:
