@@ -155,23 +155,36 @@ def results_block(found: Mapping[str, Any], source: str) -> str:
     place = f" on {found['machine']}" if "machine" in found else ""
     setting = f"**{found['title']}.** {found['how']} {found['kind'].capitalize()}{place}"
     setting += f", {when['date']} (commit `{when['commit']}`)."
-    text = textwrap.fill(setting, 100, break_long_words=False, break_on_hyphens=False) + "\n\n"
+    text = _filled(setting) + "\n"
     if found.get("commands"):
         text += "```bash\n" + "".join(map(_wrapped, found["commands"])) + "```\n\n"
     shown = [
         [_cell(cell, column) for cell, column in zip(row, columns, strict=True)] for row in rows
     ]
     text += markdown_table([column["name"] for column in columns], shown)
-    notes = [f"- {note}" for note in found.get("notes", [])]
-    return text + ("\n" + "\n".join(notes) + "\n" if notes else "")
+    notes = [_filled(note, "- ", "  ") for note in found.get("notes", [])]
+    return text + ("\n" + "".join(notes) if notes else "")
+
+
+def _filled(text: str, first: str = "", others: str = "") -> str:
+    """Returns a paragraph in lines of 100 columns, with these beginnings."""
+    return "".join(f"{line}\n" for line in _lines(text, 100, first, others))
 
 
 def _wrapped(command: str) -> str:
     """Returns a shell command on as many lines as it needs, each but the last continued."""
-    lines = textwrap.wrap(
-        command, 98, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    return " \\\n".join(_lines(command, 98, "", "    ")) + "\n"
+
+
+def _lines(text: str, width: int, first: str, others: str) -> list[str]:
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=first,
+        subsequent_indent=others,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
-    return " \\\n".join(lines) + "\n"
 
 
 def _cell(value: Any, column: Mapping[str, Any]) -> str:
