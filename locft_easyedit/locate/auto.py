@@ -6,8 +6,8 @@ different modules and depths, are tried with a few edits and epochs, and the bes
 longer. What counts is `score`: the edits, their rewordings by template, and the drift on unrelated
 text. Of a request only its prompt and its target are looked at.
 
-What it loses against location studies of two models on two data sets stands in
-docs/results.md (`benchmarks/checks/auto.py` measures it).
+What it loses against location studies of two models on two data sets stands in the README
+(`examples/checks/auto.py` measures it).
 """
 
 from __future__ import annotations
