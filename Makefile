@@ -8,7 +8,7 @@ DEMO ?=
 
 export EASYEDIT_HOME
 
-.PHONY: help install demo test lint format docs clean
+.PHONY: help install demo test lint format clean
 
 help:
 	@echo "make demo     edit 100 facts into SmolLM2-135M (EASYEDIT_HOME=... for a clone of EasyEdit)"
@@ -43,6 +43,7 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+.PHONY: docs
 docs: install
 	$(BIN)/python scripts/build_docs.py
 

@@ -28,7 +28,7 @@ HYDRA_COMMANDS = ("edit", "locate", "compare", "plan")
 # Programs of others, whose arguments are theirs to check.
 OTHER_MODULES = ("nltk.downloader",)
 
-ids = {"ids": lambda path: path.name}
+BY_NAME = {"ids": lambda path: path.name}
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_every_file_of_results_is_shown_on_a_page():
     assert shown == {path.stem for path in RESULTS}
 
 
-@pytest.mark.parametrize("path", RESULTS, **ids)
+@pytest.mark.parametrize("path", RESULTS, **BY_NAME)
 def test_results_say_how_they_were_measured(path):
     found = json.loads(text_of(path))
     assert found["kind"] in ("measured", "planned")
@@ -196,7 +196,7 @@ def test_anchors():
     assert anchors_of(text) == {"a-b-cs-d", "01---x"}
 
 
-@pytest.mark.parametrize("page", PAGES, **ids)
+@pytest.mark.parametrize("page", PAGES, **BY_NAME)
 def test_links_lead_somewhere(page):
     broken = []
     for target in re.findall(r"\]\(([^)\s]+)\)", prose_of(text_of(page))):
@@ -209,7 +209,7 @@ def test_links_lead_somewhere(page):
     assert not broken
 
 
-@pytest.mark.parametrize("page", PAGES, **ids)
+@pytest.mark.parametrize("page", PAGES, **BY_NAME)
 def test_paths_in_the_text_exist(page):
     spans = re.findall(
         r"`(?:python )?((?:benchmarks|examples|scripts|hparams)/[^`\s]*)", text_of(page)
