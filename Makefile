@@ -18,6 +18,7 @@ help:
 	@echo "make test     run the tests, all but the slow ones (TESTS=... for some of the files)"
 	@echo "make test-all run all tests"
 	@echo "make lint     ruff and mypy"
+	@echo "make docs     write the generated parts of README.md and docs/"
 
 install: $(VENV)/.installed
 
@@ -48,6 +49,10 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+.PHONY: docs
+docs: install
+	$(BIN)/python scripts/build_docs.py
 
 clean:
 	rm -rf $(VENV) models outputs .pytest_cache .ruff_cache .mypy_cache

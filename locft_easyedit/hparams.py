@@ -111,7 +111,7 @@ class LocFTBFHyperParams:
         prefix_gpu_gib: What recorded hidden states may take of the GPU's memory, in GiB; `None` is
             a quarter of what is free.
         prefix_host_gib: The same of the host's memory; `None` is half of what is free.
-        prefix_disk_gib: The same of the disk; `None` is what is free.
+        prefix_disk_gib: The same of the disk; `None` is nine tenths of what is free.
         prefix_dir: Folder for hidden states on disk. They stay there, and a later run on the same
             model and edits uses them again; `None` is a temporary file, if one is needed.
         stream_frozen: Leave the frozen layers on disk and read them once, one after another, when

@@ -49,11 +49,18 @@ _MOST_STRENGTH = 1e6  # beyond it nothing is left of the directions that text us
 _MOST = 2**31  # of a count: what arrays are indexed with
 
 
-def broken_rules(values: Mapping[str, Any]) -> list[str]:
-    """Returns a line for each of the well-typed `values` that breaks a rule."""
+Rule = tuple[str, Callable[[Any], bool], str]
+
+
+def rules(values: Mapping[str, Any]) -> list[Rule]:
+    """Returns each rule: its key, a test of that key's value, and what the value must be.
+
+    Args:
+        values: The well-typed values; a few rules look at another key's.
+    """
     at_least_one = "must be 1 or more"
     off_at_zero = "must be 0 or more (0 turns it off)"
-    rules: list[tuple[str, Callable[[Any], bool], str]] = [
+    return [
         ("alg_name", lambda v: v in ALG_NAMES, f"must be {ALG_NAME} or {PLUS_NAME}"),
         ("model_name", _is_model, "must be a folder, a hub name, or a loaded (model, tokenizer)"),
         ("layers", bool, "is empty; name at least one layer"),
@@ -158,9 +165,13 @@ def broken_rules(values: Mapping[str, Any]) -> list[str]:
             f"must be null or one of {', '.join(EVALUATION_TYPES)}",
         ),
     ]
+
+
+def broken_rules(values: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each of the well-typed `values` that breaks a rule."""
     problems = [
         f"`{key}={shown(values[key])}` {rule}."
-        for key, holds, rule in rules
+        for key, holds, rule in rules(values)
         if key in values and not (key in OR_AUTO and values[key] == AUTO) and not holds(values[key])
     ]
     template = values.get("rewrite_module_tmp", AUTO)

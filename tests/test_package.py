@@ -1,4 +1,4 @@
-"""The package as a whole: a light import, EasyEdit in one place, and a README that keeps up."""
+"""The package as a whole: a light import, and EasyEdit in one place."""
 
 import ast
 import subprocess
@@ -108,73 +108,3 @@ def test_easyedit_is_imported_in_one_subpackage_only():
     importing = {path for path in MODULES if imports_of(path, "easyeditor")}
     assert importing
     assert all(path.startswith("locft_easyedit/easyedit/") for path in importing)
-
-
-# README
-
-
-def files_of_tree(lines):
-    """Returns the paths of all tokens that end in .py; folders are lines that end in `/`."""
-    folders, files = [], set()
-    for line in lines:
-        level = (len(line) - len(line.lstrip(" "))) // 2
-        parent = "".join(folders[:level])
-        tokens = line.split()
-        if tokens and tokens[0].endswith("/"):
-            folders[level:] = [tokens[0]]
-        files |= {parent + token for token in tokens if token.endswith(".py")}
-    return files
-
-
-def tree_of(readme):
-    """Returns the lines of the fenced block with the package, below a heading about files."""
-    heading, block, blocks = "", None, []
-    for line in readme.split("\n"):
-        if line.lstrip().startswith("```"):
-            if block is not None and "file" in heading and "locft_easyedit/" in "\n".join(block):
-                blocks.append(block)
-            block = [] if block is None else None
-        elif block is not None:
-            block.append(line)
-        elif line.startswith("#"):
-            heading = line.lower()
-    assert len(blocks) == 1
-    return blocks[0]
-
-
-SAMPLE = """# Title
-```
-locft_easyedit/other.py
-```
-## File tree
-```
-locft_easyedit/loop.py      the loop
-locft_easyedit/
-  tokens.py                 texts to ids
-  easyedit/                 the bridge
-    editor.py               the editor
-  place.py  weights.py      where
-tests/
-  toys.py                   models
-```
-"""
-
-
-def test_tree_is_read():
-    assert files_of_tree(tree_of(SAMPLE)) == {
-        "locft_easyedit/loop.py",
-        "locft_easyedit/tokens.py",
-        "locft_easyedit/easyedit/editor.py",
-        "locft_easyedit/place.py",
-        "locft_easyedit/weights.py",
-        "tests/toys.py",
-    }
-
-
-def test_readme_names_every_module():
-    path = REPOSITORY / "README.md"
-    readme = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if "```" not in readme:
-        pytest.skip("README.md is not written yet")
-    named = files_of_tree(tree_of(readme))
-    assert {path for path in named if path.startswith("locft_easyedit/")} == set(MODULES)
