@@ -19,8 +19,8 @@ from .editing import EditSession
 from .errors import ModelError, OutputError
 from .evaluate.choices import HowToRun
 from .evaluate.compact import CompactRecords
-from .evaluate.evaluation import Joined, shared_evaluation
-from .evaluate.shared import Shared
+from .evaluate.evaluation import PairedMetrics, shared_evaluation
+from .evaluate.shared import SharedMeasurement
 from .evaluate.summary import summarize
 from .files import new_folder, output_errors
 from .hashes import json_sha256
@@ -34,7 +34,7 @@ from .requests import distinct_edits
 from .result import EditResult
 from .sharding import sharded_layers
 from .tokens import tokenize_edits
-from .world import ALONE, here
+from .world import SINGLE_PROCESS, get_world
 
 logger = logging.getLogger(__name__)
 
@@ -152,8 +152,8 @@ def choose_place_for(
         LocFTError: The hyper-parameters or the requests cannot be used, or no place can be chosen
             (see `choose_place`).
     """
-    world = ALONE if alone else here()
-    with world.together():
+    world = SINGLE_PROCESS if alone else get_world()
+    with world.sharing_errors():
         hparams.check()
         read_sources(hparams.preserved)
         edits = distinct_edits(requests, None if alone else hparams.on_conflict).edits
@@ -171,7 +171,7 @@ def choose_place_for(
         hparams,
         None if alone else hparams.checkpoint_folder,
         world=world,
-        progress=progress and world.first,
+        progress=progress and world.is_main_process,
     )
 
 
@@ -209,24 +209,24 @@ def edit_and_measure(
         watch.lap("training")
         after = CompactRecords(evaluation.stream("after"))
         watch.lap("metrics after")
-    return Run(Joined(requests, before, after), result, watch.seconds)
+    return Run(PairedMetrics(requests, before, after), result, watch.seconds)
 
 
 def _before(
-    evaluation: Shared, requests: Sequence[Mapping[str, Any]], session: EditSession
+    evaluation: SharedMeasurement, requests: Sequence[Mapping[str, Any]], session: EditSession
 ) -> CompactRecords:
     """Returns the metrics before the edit; an interrupted run does not measure them twice."""
     if session.checkpoints is None:
         return CompactRecords(evaluation.stream("before"))
     path = session.checkpoints.path.with_name("before.jsonl")
     identity = session.checkpoints.identity.to_dict() | {"records": json_sha256(list(requests))}
-    records = session.world.from_first(lambda: CompactRecords.read(path, identity))
+    records = session.world.broadcast_from_main(lambda: CompactRecords.read(path, identity))
     if records is not None:
         logger.info("%s has the metrics before the edit; they are not measured again.", path)
         return records
     records = CompactRecords(evaluation.stream("before"))
     try:
-        if session.world.first:
+        if session.world.is_main_process:
             records.write(path, identity)
     except OutputError as error:
         logger.warning("The metrics before the edit are kept in memory alone: %s", error)

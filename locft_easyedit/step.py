@@ -16,7 +16,7 @@ from .errors import NonFiniteLossError
 from .hparams import LocFTBFHyperParams
 from .runner import Prepared, TextRunner
 from .sharding import lockstep
-from .share import Share
+from .share import Partition
 from .weights import TrainedWeights
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class TrainingStep:
         runner: TextRunner,
         weights: TrainedWeights,
         hparams: LocFTBFHyperParams,
-        share: Share,
+        share: Partition,
         *,
         texts_per_edit: int = 1,
         adam: Mapping[str, Any] | None = None,
@@ -161,7 +161,9 @@ class TrainingStep:
     def _summed_(self, parts: list[Prepared], n_texts: int) -> tuple[torch.Tensor, bool]:
         losses = []
         # Then what follows a loss below the threshold is saved.
-        known_at_once = self.host_may_sync and len(parts) == 1 and not self.share.world.several
+        known_at_once = (
+            self.host_may_sync and len(parts) == 1 and not self.share.world.is_distributed
+        )
         for part in parts:
             loss = self.runner.edit_losses(part).sum() / n_texts
             if known_at_once and not loss >= self.threshold:

@@ -168,10 +168,10 @@ def start_servers(n: int) -> None:
 
 def python_environment() -> dict[str, str]:
     """Returns an environment in which nobody launched anything yet, and each has one thread."""
-    from locft_easyedit.world import alone_environment
+    from locft_easyedit.world import single_process_environment
 
     path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
-    return alone_environment() | {
+    return single_process_environment() | {
         "PYTHONPATH": path.strip(os.pathsep),
         "OMP_NUM_THREADS": "1",  # equal sums want equal threads, and there are few cores
         "OMP_WAIT_POLICY": "PASSIVE",

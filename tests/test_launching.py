@@ -6,15 +6,15 @@ import time
 import pytest
 from launching import launch
 
-from locft_easyedit.world import here
+from locft_easyedit.world import get_world
 
 pytestmark = pytest.mark.processes
 ACCELERATE = pytest.param("accelerate", marks=pytest.mark.slow)
 
 
 def ranks_tell_each_other(base):
-    world = here()
-    found = world.gather(base + world.rank)
+    world = get_world()
+    found = world.all_gather(base + world.rank)
     world.close()
     return [world.rank, world.size, world.local_rank, world.local_size, found]
 
