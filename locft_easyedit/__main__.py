@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from .cli.interrupted import say_interrupted
 from .cli.mistakes import debugging, take_debug, tell
 from .errors import LocFTError
-from .world import launched
+from .world import is_launched
 
 USAGE = """LocFT-BF for EasyEdit: edit facts by localized, breadth-first fine-tuning.
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command, rest = arguments[0], arguments[1:]
     with debugging(debug):
-        if not launched():
+        if not is_launched():
             return _told(command, rest)
         from .cli.ranks import end, run_in_world
 

@@ -25,7 +25,7 @@ from .identity import Identity
 from .interrupts import Interrupts
 from .progress import Progress
 from .weights import TrainedWeights, write_
-from .world import ALONE, World
+from .world import SINGLE_PROCESS, World
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: str | Path, minutes: float, identity: Identity, world: World = ALONE
+        self, folder: str | Path, minutes: float, identity: Identity, world: World = SINGLE_PROCESS
     ) -> None:
         self.path = Path(folder) / FILE_NAME
         self.seconds = 60 * minutes
@@ -67,7 +67,7 @@ class Checkpoints:
         self.world = world
         self.saved = self._found()
         # A launcher passes on a Ctrl-C that its processes have got from the terminal already.
-        self._interrupts = Interrupts(patience=_PATIENCE if world.several else 0.0)
+        self._interrupts = Interrupts(patience=_PATIENCE if world.is_distributed else 0.0)
         self._asked: signal.Signals | None = None
         self._steps_left = 0
         self._last = self._started = time.monotonic()
@@ -123,8 +123,8 @@ class Checkpoints:
         progress, tensors = self.saved.progress, self.saved.tensors
         self.notes = dict(self.saved.notes)
         masters = weights.named_masters()
-        stepped = self.world.from_first(lambda: self._checked(masters, n_batches))
-        if self.world.first:
+        stepped = self.world.broadcast_from_main(lambda: self._checked(masters, n_batches))
+        if self.world.is_main_process:
             write_(masters, {name: tensors[f"master.{name}"] for name in masters})
         self.world.broadcast_(masters.values())
         weights.publish_()
@@ -132,7 +132,7 @@ class Checkpoints:
             assert optimizer is not None
             master = masters[name]
             state = {moment: _empty(moment, master) for moment in _MOMENTS}
-            if self.world.first:
+            if self.world.is_main_process:
                 write_(state, {moment: tensors[f"{moment}.{name}"] for moment in _MOMENTS})
             self.world.broadcast_(state.values())
             optimizer.state[master] = state
@@ -175,7 +175,7 @@ class Checkpoints:
 
     def check_room(self, weights: TrainedWeights) -> None:
         """Warns, hours before it would be missed, if the disk has no room for a checkpoint."""
-        if not self.world.first:
+        if not self.world.is_main_process:
             return
         folder = self.path.parent
         needed = _BYTES_A_NUMBER * sum(m.numel() for m in weights.masters)
@@ -212,12 +212,12 @@ class Checkpoints:
         now = time.monotonic()
         received = self._interrupts.received
         # The first rank's clock counts.
-        late = self.world.first and now - self._last >= self.seconds
+        late = self.world.is_main_process and now - self._last >= self.seconds
         seconds, steps = now - self._agreed[0], self._agreed[1]
         ahead = int(steps * min(_ASK_SECONDS, self.seconds) / max(seconds, 1e-9))
-        ahead = max(1, min(_MOST_STEPS, ahead)) if self.world.first else 1
-        answers = self.world.most([int(received or 0), int(late), ahead])
-        self._steps_left = answers[2] if self.world.several else 0
+        ahead = max(1, min(_MOST_STEPS, ahead)) if self.world.is_main_process else 1
+        answers = self.world.all_max([int(received or 0), int(late), ahead])
+        self._steps_left = answers[2] if self.world.is_distributed else 0
         self._agreed = now, max(1, self._steps_left)
         self._asked = signal.Signals(answers[0]) if answers[0] else None
         return self._asked is not None or bool(answers[1])
@@ -239,7 +239,7 @@ class Checkpoints:
                 tensors[f"{moment}.{name}"] = value
         progress.seconds = self._elapsed()
         # Nobody goes on, or ends, before it is written.
-        written = self.world.from_first(lambda: self._write(progress, tensors))
+        written = self.world.broadcast_from_main(lambda: self._write(progress, tensors))
         self._last = time.monotonic()
         self._end_if_asked(progress, written)
 
@@ -252,8 +252,8 @@ class Checkpoints:
         masters = weights.named_masters()
         progress.seconds = self._elapsed()
         kept = {f"master.{name}": master for name, master in masters.items()}
-        written = self.world.from_first(lambda: self._write(progress, kept))
-        [asked] = self.world.most([int(self._interrupts.received or 0)])
+        written = self.world.broadcast_from_main(lambda: self._write(progress, kept))
+        [asked] = self.world.all_max([int(self._interrupts.received or 0)])
         self._asked = signal.Signals(asked) if asked else None
         self._end_if_asked(progress, written)
 
@@ -277,7 +277,7 @@ class Checkpoints:
 
     def discard(self) -> None:
         """Removes the checkpoint."""
-        if self.world.first:
+        if self.world.is_main_process:
             self.path.unlink(missing_ok=True)
 
     def _elapsed(self) -> float:
@@ -305,7 +305,7 @@ class Checkpoints:
             whole = self._on_disk()
             return None if whole is None else dataclasses.replace(whole, tensors={})
 
-        without_tensors = self.world.from_first(look)
+        without_tensors = self.world.broadcast_from_main(look)
         return whole or without_tensors
 
     def _on_disk(self) -> Saved | None:

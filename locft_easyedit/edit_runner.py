@@ -93,7 +93,7 @@ class EditRunner:
         """
         runner = self.prepare(None)
         if runner.prefix is not None and not runner.replays:
-            with world.together(), timed(timings, "prefix", self.model):
+            with world.sharing_errors(), timed(timings, "prefix", self.model):
                 runner.prefix.ensure()
         return runner
 

@@ -35,14 +35,14 @@ from .result import EditResult
 from .resuming import agreed_checkpoints
 from .runner import TextRunner
 from .sharding import lockstep
-from .share import Share
+from .share import Partition
 from .shortcuts import Shortcuts
 from .store import Budget
 from .stream import FrozenStream
 from .tokens import TokenizedTexts
 from .training_texts import TrainingTexts, subjects_of
 from .weights import TrainedWeights
-from .world import ALONE, World, here
+from .world import SINGLE_PROCESS, World, get_world
 
 if TYPE_CHECKING:
     from .locate.choice import Choice
@@ -114,13 +114,13 @@ class EditSession:
     progress: bool = True
     alone: bool = False
     states: Recorded | None = None
-    world: World = field(default_factory=here)
+    world: World = field(default_factory=get_world)
     edits: EditSet = field(init=False)
     place: Place = field(init=False)
     timings: dict[str, float] = field(init=False, default_factory=dict)
     training_texts: TrainingTexts = field(init=False)
     sources: list[Source] = field(init=False, default_factory=list)
-    _share: Share = field(init=False)
+    _share: Partition = field(init=False)
     shortcuts: Shortcuts = field(init=False)
     budget: Budget = field(init=False)
     stream: FrozenStream | None = field(init=False, default=None)
@@ -142,9 +142,9 @@ class EditSession:
         """
         h = self.hparams
         if self.alone:
-            self.world = ALONE
-        self.progress = self.progress and self.world.first
-        with self.world.together(), self._timed("prepare"):
+            self.world = SINGLE_PROCESS
+        self.progress = self.progress and self.world.is_main_process
+        with self.world.sharing_errors(), self._timed("prepare"):
             h.check()
             self.sources = read_sources(h.preserved)
             self.edits = distinct_edits(self.requests, None if self.alone else h.on_conflict)
@@ -162,7 +162,7 @@ class EditSession:
                 self.choice = self._chosen()
             self.hparams = h = self.choice.applied(h)
             self._select()
-        self._share = Share.in_world(self.world, self._texts.input_lengths)
+        self._share = Partition.in_world(self.world, self._texts.input_lengths)
         self.checkpoints = agreed_checkpoints(
             self.model,
             self.place,
@@ -185,7 +185,7 @@ class EditSession:
         self.place = select_place(self.model, h.layers, h.templates)
         if h.tuning == "lora":
             check_low_rank(self.model, self.place.parameters, h.lora_rank)
-            if h.cannot_preserve and self.world.first:
+            if h.cannot_preserve and self.world.is_main_process:
                 logger.warning(
                     "`alg_name: %s` with `tuning: lora` only adds rewordings: a low-rank change is "
                     "not confined, and nothing is preserved. Set `tuning: full` to preserve.",
@@ -219,11 +219,11 @@ class EditSession:
             self.check()
         h = self.hparams
         with self._cleanup:
-            with self.world.together():
-                if self.checkpoints is not None and self.world.first:
+            with self.world.sharing_errors():
+                if self.checkpoints is not None and self.world.is_main_process:
                     self._cleanup.enter_context(locked(self.checkpoints.path.parent))
             self._cleanup.enter_context(only_trainable(self.model, self.place.parameters.values()))
-            with self.world.together(), self._timed("prefix"), with_gradients():
+            with self.world.sharing_errors(), self._timed("prefix"), with_gradients():
                 self.budget = Budget(
                     h.prefix_gpu_gib,
                     h.prefix_host_gib,
@@ -245,7 +245,9 @@ class EditSession:
                 kept = kept_in(h.prefix_dir, self.place.parameters, self.world)
                 self._edit_runner = EditRunner(
                     self.model,
-                    self._texts.subset(self._share.own) if self.world.several else self._texts,
+                    self._texts.subset(self._share.own)
+                    if self.world.is_distributed
+                    else self._texts,
                     h,
                     self.shortcuts,
                     self.budget,

@@ -24,10 +24,10 @@ from .hparams import LocFTBFHyperParams
 from .progress import Progress
 from .runner import Prepared, TextRunner
 from .sharding import lockstep
-from .share import Share
+from .share import Partition
 from .variants import Variants
 from .weights import TrainedWeights
-from .world import ALONE
+from .world import SINGLE_PROCESS
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def breadth_first_(
     indices: np.ndarray,
     hparams: LocFTBFHyperParams,
     *,
-    share: Share | None = None,
+    share: Partition | None = None,
     variants: Variants | None = None,
     adam: Mapping[str, Any] | None = None,
     describe: Callable[[int], str] = str,
@@ -65,7 +65,7 @@ def breadth_first_(
             to the caller, who holds the originals.
         EditInterrupted: Ctrl-C or SIGTERM, after a checkpoint.
     """
-    share = share or Share.in_world(ALONE, runner.texts.input_lengths)
+    share = share or Partition.in_world(SINGLE_PROCESS, runner.texts.input_lengths)
     variants = variants or Variants.alone(len(share.position))
     step = _Step(runner, weights, hparams, share, variants, adam)
     n_batches = math.ceil(len(indices) / hparams.batch_size)
@@ -162,7 +162,7 @@ class _Step:
         runner: TextRunner,
         weights: TrainedWeights,
         hparams: LocFTBFHyperParams,
-        share: Share,
+        share: Partition,
         variants: Variants,
         adam: Mapping[str, Any] | None,
     ) -> None:
@@ -249,7 +249,7 @@ class _Step:
     def _summed_(self, parts: list[Prepared], n_texts: int) -> tuple[torch.Tensor, bool]:
         losses = []
         # Then what follows a loss below the threshold is saved.
-        known_at_once = self.waits and len(parts) == 1 and not self.share.world.several
+        known_at_once = self.waits and len(parts) == 1 and not self.share.world.is_distributed
         for part in parts:
             loss = self.runner.edit_losses(part).sum() / n_texts
             if known_at_once and not loss >= self.threshold:

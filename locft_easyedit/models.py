@@ -27,7 +27,7 @@ from .place import match_parameters
 from .sharded_loading import Sharding, places, shard_
 from .spreading import DeviceMap, devices_of, room_on
 from .store import free_host_memory
-from .world import here, share_of_gpus
+from .world import get_world, share_of_gpus
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def resolve_device(device: int | str | None) -> torch.device:
             f"`device={device!r}` is no device. Use cpu, cuda, or the number of a GPU."
         ) from error
     if resolved.type == "cuda":
-        world = here()
+        world = get_world()
         if world.local_size > 1 and n_gpus:
             own, *_ = share_of_gpus(n_gpus, world.local_rank, world.local_size)
             return torch.device("cuda", own)
@@ -101,8 +101,8 @@ def load_model(
         )
     name = check_model_name(name)
     device, chosen = devices_of(hparams.model_parallel, hparams.device, device, gpus)
-    world = here()
-    if hparams.model_parallel and len(set(world.gather(len(chosen)))) > 1:
+    world = get_world()
+    if hparams.model_parallel and len(set(world.all_gather(len(chosen)))) > 1:
         raise HyperParamsError(
             "`model_parallel=true` with several processes needs as many GPUs for each of them. "
             "Start a number of processes that divides the GPUs of every machine."

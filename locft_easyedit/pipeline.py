@@ -18,8 +18,8 @@ from .editing import EditSession
 from .errors import ModelError, OutputError
 from .evaluate.choices import HowToRun
 from .evaluate.compact import CompactRecords
-from .evaluate.evaluation import Joined, shared_evaluation
-from .evaluate.shared import Shared
+from .evaluate.evaluation import PairedMetrics, shared_evaluation
+from .evaluate.shared import SharedMeasurement
 from .evaluate.summary import summarize
 from .files import new_folder, output_errors
 from .hparams import LocFTBFHyperParams
@@ -96,24 +96,24 @@ def edit_and_measure(
         watch.lap("training")
         after = CompactRecords(evaluation.stream("after"))
         watch.lap("metrics after")
-    return Run(Joined(requests, before, after), result, watch.seconds)
+    return Run(PairedMetrics(requests, before, after), result, watch.seconds)
 
 
 def _before(
-    evaluation: Shared, requests: Sequence[Mapping[str, Any]], session: EditSession
+    evaluation: SharedMeasurement, requests: Sequence[Mapping[str, Any]], session: EditSession
 ) -> CompactRecords:
     """Returns the metrics before the edit; an interrupted run does not measure them twice."""
     if session.checkpoints is None:
         return CompactRecords(evaluation.stream("before"))
     path = session.checkpoints.path.with_name("before.jsonl")
     identity = session.checkpoints.identity.to_dict() | {"records": digest(requests)}
-    records = session.world.from_first(lambda: CompactRecords.read(path, identity))
+    records = session.world.broadcast_from_main(lambda: CompactRecords.read(path, identity))
     if records is not None:
         logger.info("%s has the metrics before the edit; they are not measured again.", path)
         return records
     records = CompactRecords(evaluation.stream("before"))
     try:
-        if session.world.first:
+        if session.world.is_main_process:
             records.write(path, identity)
     except OutputError as error:
         logger.warning("The metrics before the edit are kept in memory alone: %s", error)

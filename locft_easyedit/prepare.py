@@ -113,7 +113,7 @@ def kept_in(
         trained: The names of what is trained: they do not depend on it.
         world: The processes that train together.
     """
-    if folder and world.several:
+    if folder and world.is_distributed:
         # The health check's text is the same on all ranks, and so would be its file.
         folder = str(Path(folder, f"rank-{world.rank}-of-{world.size}"))
     return (folder, trained) if folder else None

@@ -39,7 +39,7 @@ def agreed_checkpoints(
         RankError: A process is about to make another edit.
         CheckpointError: As for `Checkpoints`.
     """
-    if folder is None and not world.several:
+    if folder is None and not world.is_distributed:
         return None
     identity = Identity.of(
         model,
@@ -50,7 +50,7 @@ def agreed_checkpoints(
         sources,
         [*texts.wordings, texts.subjects],
     )
-    check_agreed(world.gather(identity))
+    check_agreed(world.all_gather(identity))
     if folder is None or hparams.checkpoint_minutes is None:
         return None
     checkpoints = Checkpoints(folder, hparams.checkpoint_minutes, identity, world)

@@ -16,7 +16,7 @@ from .files import LOCK, locked, output_errors
 from .hparams import LocFTBFHyperParams
 from .identity import digest, settings_of
 from .report import prepare_folder, write_json
-from .world import ALONE, World
+from .world import SINGLE_PROCESS, World
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def run_folder(
     command: dict[str, Any],
     *,
     resume: bool = True,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Iterator[RunFolder]:
     """Yields the output folder of a run, locked; an interrupted run there is gone on with.
 
@@ -109,7 +109,7 @@ def run_folder(
     """
     with ExitStack() as stack:
         opened = _opened(folder, settings, command, resume=resume)
-        yield world.from_first(lambda: stack.enter_context(opened))
+        yield world.broadcast_from_main(lambda: stack.enter_context(opened))
 
 
 @contextmanager

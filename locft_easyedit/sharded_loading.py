@@ -63,14 +63,14 @@ def places(
         ModelError: What is asked for does not suit this model, place or number of processes.
     """
     device_map = streaming_map(skeleton, hparams, device)
-    if not world.several:
+    if not world.is_distributed:
         if hparams.shard_frozen:
             raise ModelError(
                 "`shard_frozen=true` needs several processes, and this one is alone. Start them "
                 "with `accelerate launch` or `torchrun`, or leave it out."
             )
         return device_map, None
-    [somebody_streams] = world.most([device_map is not None])
+    [somebody_streams] = world.all_max([device_map is not None])
     if somebody_streams and device_map is None:
         device_map = streaming_map(skeleton, replace(hparams, stream_frozen=True), device)
     sharding = _sharding(skeleton, hparams, device, world, device_map)
@@ -122,7 +122,7 @@ def _sharding(
     free = USABLE * free_memory(device)
     if device.type != "cuda":
         free /= world.local_size  # they share the machine's memory
-    needed, too_much = world.most([by_itself and resident > free, share_of_machine > free])
+    needed, too_much = world.all_max([by_itself and resident > free, share_of_machine > free])
     if not layers or (by_itself and not needed):
         return None
     logger.info(
@@ -184,7 +184,10 @@ def shard_(
     mesh = _mesh(sharding, device, world)
     sharded = ShardedLayers(len(sharding.layers), world, mesh)
     for number in tqdm(
-        sharding.layers, desc="sharding", unit="layer", disable=not (progress and world.first)
+        sharding.layers,
+        desc="sharding",
+        unit="layer",
+        disable=not (progress and world.is_main_process),
     ):
         layer = stack.layers[number]
         _read_(layer, device)
@@ -223,7 +226,7 @@ def _mesh(sharding: Sharding, device: torch.device, world: World) -> Any:
     # Gathering within a machine is many times faster.
     in_order = world.rank == machine * world.local_size + world.local_rank
     even = in_order and world.size == n_machines * world.local_size
-    found = world.gather((even, world.local_size))
+    found = world.all_gather((even, world.local_size))
     alike = all(found_even and size == world.local_size for found_even, size in found)
     if sharding.within_machines and n_machines > 1 and alike:
         shape = (n_machines, world.local_size)

@@ -205,9 +205,9 @@ class ShardedLayers:
         self._make_up()
         while True:
             kinds = (_FORWARD, _BACKWARD, _FAILED)
-            forward, backward, failed = self.world.most([wanted == kind for kind in kinds])
+            forward, backward, failed = self.world.all_max([wanted == kind for kind in kinds])
             if failed:
-                self.world.end_if_failed(error)
+                self.world.share_error(error)
             # Backward first: it frees what the forward pass has left.
             agreed = _BACKWARD if backward else _FORWARD if forward else _DONE
             if agreed == wanted:

@@ -10,7 +10,7 @@ from .world import World
 
 
 @dataclass(eq=False)
-class Share:
+class Partition:
     """A rank's part of the edits.
 
     Attributes:
@@ -24,9 +24,9 @@ class Share:
     position: np.ndarray
 
     @classmethod
-    def in_world(cls, world: World, sizes: np.ndarray) -> Share:
+    def in_world(cls, world: World, sizes: np.ndarray) -> Partition:
         """Returns this rank's part of edits of these sizes, [N]."""
-        own = world.share(sizes)
+        own = world.partition(sizes)
         position = np.full(len(sizes), -1, np.int64)
         position[own] = np.arange(len(own))
         return cls(world, own, position)

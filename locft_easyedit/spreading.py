@@ -12,7 +12,7 @@ from accelerate.utils import get_balanced_memory, infer_auto_device_map
 from torch import nn
 
 from .errors import HyperParamsError
-from .world import here, share_of_gpus
+from .world import get_world, share_of_gpus
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def devices_of(
             "none. Leave one of them out."
         )
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    world = here()
+    world = get_world()
     own = share_of_gpus(n_gpus, world.local_rank, world.local_size)
     usable = own if gpus is None else list(gpus)
     if len(usable) < 2:

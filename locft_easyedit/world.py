@@ -52,12 +52,12 @@ _WARN_SECONDS = 600.0  # that a rank waits for the others before it says so
 _POLL_SECONDS = 0.05
 
 
-def launched() -> bool:
+def is_launched() -> bool:
     """Returns whether a launcher has started this process as one of several."""
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def alone_environment() -> dict[str, str]:
+def single_process_environment() -> dict[str, str]:
     """Returns an environment for a process that works by itself, whoever has started this one."""
     return {key: value for key, value in os.environ.items() if key not in _LAUNCHED}
 
@@ -87,8 +87,8 @@ def share_of_gpus(n_gpus: int, local_rank: int, local_size: int) -> list[int]:
 class World:
     """The processes of one program; by default one alone.
 
-    All methods but `share` and `advise` are collective: every rank has to call them, in the same
-    order. They raise a `LostRankError` if another rank has ended, or cannot be reached.
+    All methods but `partition` and `advise` are collective: every rank has to call them, in
+    the same order. They raise a `LostRankError` if another rank has ended, or cannot be reached.
 
     Attributes:
         rank: This process, counted from 0. Rank 0 writes, reports, and is asked where one decides.
@@ -107,16 +107,16 @@ class World:
     _advice: str = ""
 
     @property
-    def first(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the process that writes and reports."""
         return self.rank == 0
 
     @property
-    def several(self) -> bool:
+    def is_distributed(self) -> bool:
         """Whether there is more than one process."""
         return self.size > 1
 
-    def share(self, sizes: np.ndarray) -> np.ndarray:
+    def partition(self, sizes: np.ndarray) -> np.ndarray:
         """Returns which of N items are this rank's, ascending; every item is somebody's.
 
         Args:
@@ -126,7 +126,7 @@ class World:
 
     def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replaces each tensor by its sum over all ranks: the same bits on all of them."""
-        if self.several:
+        if self.is_distributed:
             # A GPU goes on by itself; the host waits for nobody.
             self._exchange(
                 "all_reduce", tensors, lambda tensor, group: dist.all_reduce(tensor, group=group)
@@ -134,40 +134,40 @@ class World:
 
     def broadcast_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replaces each tensor by that of rank 0."""
-        if self.several:
+        if self.is_distributed:
             self._exchange(
                 "broadcast", tensors, lambda tensor, group: dist.broadcast(tensor, 0, group=group)
             )
 
-    def most(self, values: Sequence[int]) -> list[int]:
+    def all_max(self, values: Sequence[int]) -> list[int]:
         """Returns the largest of each number over all ranks, on the host."""
-        if not self.several:
+        if not self.is_distributed:
             return list(values)
         found = torch.tensor(values)
         with self._waiting_for_others("all_reduce"):
             dist.all_reduce(found, dist.ReduceOp.MAX, group=self._hosts)
         return [int(value) for value in found]
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Returns what each rank has given, in their order, to all of them."""
-        if not self.several:
+        if not self.is_distributed:
             return [value]
         found: list[Any] = [None] * self.size
         with self._waiting_for_others("all_gather"):
             dist.all_gather_object(found, value, group=self._hosts)
         return found
 
-    def from_first(self, find: Callable[[], T]) -> T:
+    def broadcast_from_main(self, find: Callable[[], T]) -> T:
         """Returns what `find` gives on rank 0, where alone it is called, to all ranks.
 
         Raises:
             Exception: What it raised there, on all ranks.
         """
-        if not self.several:
+        if not self.is_distributed:
             return find()
         told: list[Any] = [None, None]
         error: Exception | None = None
-        if self.first:
+        if self.is_main_process:
             try:
                 told[0] = find()
             except Exception as raised:  # the others wait for an answer, whatever went wrong
@@ -185,13 +185,13 @@ class World:
         return found
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def sharing_errors(self) -> Iterator[None]:
         """Within, each rank does a part of its own; what goes wrong in one ends all of them.
 
         Raises:
             RankError: Another rank has failed.
         """
-        if not self.several:
+        if not self.is_distributed:
             yield
             return
         error: Exception | None = None
@@ -201,9 +201,9 @@ class World:
             raise
         except Exception as raised:  # the others would wait for this one
             error = raised
-        self.end_if_failed(error)
+        self.share_error(error)
 
-    def end_if_failed(self, error: Exception | None) -> None:
+    def share_error(self, error: Exception | None) -> None:
         """Tells all ranks what went wrong in each, and ends what they do together.
 
         Args:
@@ -213,7 +213,7 @@ class World:
             Exception: What went wrong here.
             RankError: Another rank has failed.
         """
-        failures = self.gather(None if error is None else brief(error))
+        failures = self.all_gather(None if error is None else brief(error))
         if error is not None:
             raise error
         failed = [(rank, failure) for rank, failure in enumerate(failures) if failure is not None]
@@ -223,9 +223,9 @@ class World:
 
     def close(self) -> None:
         """Waits for all ranks, and leaves them."""
-        if not self.several:
+        if not self.is_distributed:
             return
-        self.gather(None)
+        self.all_gather(None)
         self._leave()
 
     def _leave(self) -> None:
@@ -296,42 +296,42 @@ class World:
             timer.cancel()
 
 
-ALONE = World()
-_here: World | None = None
+SINGLE_PROCESS = World()
+_world: World | None = None
 
 
-def joined() -> World:
+def existing_world() -> World:
     """Returns the world of this process as far as it is set up; nobody is waited for."""
-    return _here or ALONE
+    return _world or SINGLE_PROCESS
 
 
-def here() -> World:
+def get_world() -> World:
     """Returns the world that this process is part of, set up when it is first asked for.
 
     Raises:
         RankError: The launcher's processes do not find each other.
     """
-    global _here
-    if _here is None:
-        _here = _joined() if launched() else ALONE
-    return _here
+    global _world
+    if _world is None:
+        _world = _launched_world() if is_launched() else SINGLE_PROCESS
+    return _world
 
 
 @contextmanager
-def apart() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """Within, this process and those that it starts work by themselves."""
-    global _here
-    world = _here
+    global _world
+    world = _world
     launcher = {key: os.environ.pop(key) for key in _LAUNCHED if key in os.environ}
     try:
-        _here = ALONE
+        _world = SINGLE_PROCESS
         yield
     finally:
         os.environ.update(launcher)
-        _here = world
+        _world = world
 
 
-def _joined() -> World:
+def _launched_world() -> World:
     """Returns the world of the launcher's processes."""
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -12,7 +12,7 @@ from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_toke
 from locft_easyedit.editing import edit_model
 from locft_easyedit.errors import LocFTError
 from locft_easyedit.pipeline import edit_and_measure
-from locft_easyedit.world import here
+from locft_easyedit.world import get_world
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,7 +30,7 @@ def edits(folder, cases):
     found = []
     for number, case in enumerate(cases):
         _, result = edited(**case)
-        if here().first:
+        if get_world().is_main_process:
             torch.save(dict(result.new), Path(folder, f"{number}.pt"))
         sums = [float(value.double().sum()) for value in result.new.values()]
         found.append([result.losses, result.step_losses, result.n_updates, sums])
@@ -43,7 +43,7 @@ def failures(cases):
     for everywhere, on_rank_1 in cases:
         model = toy_model()
         former = {name: p.detach().clone() for name, p in model.named_parameters()}
-        values = everywhere | (on_rank_1 if here().rank == 1 else {})
+        values = everywhere | (on_rank_1 if get_world().rank == 1 else {})
         n, lr = values.pop("n", 14), values.pop("lr", 5e-3)
         hparams = toy_hparams(batch_size=4, num_steps=3, lr=lr, **values)
         try:
@@ -95,7 +95,7 @@ def dies_once(folder, n_steps):
 
     def dying(self, *args):
         taken.append(1)
-        if first_life and here().rank == 1 and len(taken) == n_steps:
+        if first_life and get_world().rank == 1 and len(taken) == n_steps:
             os._exit(9)
         return take(self, *args)
 
@@ -134,7 +134,7 @@ def interrupted_while_the_disk_is_slow(folder):
 
     def signalled(self, *args):
         taken.append(1)
-        if here().rank == 1 and len(taken) == 3:
+        if get_world().rank == 1 and len(taken) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return take(self, *args)
 
@@ -142,7 +142,7 @@ def interrupted_while_the_disk_is_slow(folder):
     try:
         edited(checkpoint_dir=folder, checkpoint_minutes=60, num_steps=500)
     except EditInterrupted as interrupted:
-        if here().rank == 1:  # as the command does
+        if get_world().rank == 1:  # as the command does
             os._exit(0)
         return str(interrupted)
     return None

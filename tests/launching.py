@@ -169,7 +169,7 @@ def _python_arguments(
 
 def _environment(more: Mapping[str, str] | None) -> dict[str, str]:
     """Returns an environment in which nobody launched anything yet, and each has one thread."""
-    from locft_easyedit.world import alone_environment
+    from locft_easyedit.world import single_process_environment
 
     path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
     settings = {
@@ -180,7 +180,7 @@ def _environment(more: Mapping[str, str] | None) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": "lo",
         "TQDM_DISABLE": "1",
     }
-    return alone_environment() | settings | dict(more or {})
+    return single_process_environment() | settings | dict(more or {})
 
 
 def _rank_environment(rank: int, n: int, port: str, machines: int) -> dict[str, str]:

@@ -10,13 +10,13 @@ from toys import DOWN_PROJECTION, toy_hparams, toy_requests
 
 from locft_easyedit.delta.delta import frozen_samples
 from locft_easyedit.editing import edit_model
-from locft_easyedit.evaluate.shared import Shared
+from locft_easyedit.evaluate.shared import SharedMeasurement
 from locft_easyedit.models import load_model
 from locft_easyedit.offload import left_on_disk
 from locft_easyedit.pipeline import edit_and_measure
 from locft_easyedit.place import find_layers
 from locft_easyedit.sharding import sharded_layers
-from locft_easyedit.world import here
+from locft_easyedit.world import get_world
 
 
 def runs(out, *wanted):
@@ -27,7 +27,7 @@ def runs(out, *wanted):
         wanted: Runs: `name`, `kind` and `folder` of the model, `n` requests, `changes` of the
             hyper-parameters, whether to `measure`, and a `fault` (see `failing`).
     """
-    world = here()
+    world = get_world()
     found = {}
     for run in wanted:
         try:
@@ -54,7 +54,7 @@ def _run(world, out, name, kind, folder, n, changes, measure, fault):
         now = dict(model.named_parameters())
         assert all(torch.equal(value, now[n]) for n, value in originals.items()), "not restored"
         raise
-    if world.first:
+    if world.is_main_process:
         save_file(result.new, f"{out}/{name}")
     return {
         "losses": result.step_losses,
@@ -91,7 +91,7 @@ def failing(world, model, fault, faults):
     if fault is None or fault["rank"] != world.rank:
         yield
         return
-    measure, measuring = Shared.stream, []
+    measure, measuring = SharedMeasurement.stream, []
 
     def fail():
         if len(faults) < fault["times"]:
@@ -114,17 +114,17 @@ def failing(world, model, fault, faults):
     # The first that runs: what is gathered beyond the next layer is still owed then.
     number = 3 if fault["when"] == "backward" else 1
     hook = find_layers(model).layers[number].mlp.register_forward_hook(seen)
-    Shared.stream = noted
+    SharedMeasurement.stream = noted
     try:
         yield
     finally:
-        Shared.stream = measure
+        SharedMeasurement.stream = measure
         hook.remove()
 
 
 def most_memory(folder, shard):
     """Returns the bytes of what this process holds, and by how much loading raised the peak."""
-    world = here()
+    world = get_world()
     torch.set_num_threads(1)
     h = toy_hparams(model_name=folder, device="cpu", layers=[0], shard_frozen=shard)
     before = peak()
@@ -145,7 +145,7 @@ def peak():
 
 def shares(folder, changes):
     """Returns this process's numbers of each parameter."""
-    world = here()
+    world = get_world()
     model, _ = load_model(toy_hparams(model_name=folder, device="cpu", **changes))
     numel = {n: local(p).numel() for n, p in model.named_parameters()}
     world.close()
@@ -161,13 +161,13 @@ def interrupted(out, run, step):
 
     def signalled(self, *args):
         taken.append(1)
-        if here().first and len(taken) == step:
+        if get_world().is_main_process and len(taken) == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return take(self, *args)
 
     loop._Step.take_ = signalled
     try:
-        _run(here(), out, **run)
+        _run(get_world(), out, **run)
     except EditInterrupted as stopped:
         return [str(stopped), len(taken)]
     return None

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from locft_easyedit.evaluate.compact import CompactRecords
-from locft_easyedit.evaluate.evaluation import Joined
+from locft_easyedit.evaluate.evaluation import PairedMetrics
 from locft_easyedit.evaluate.summary import summarize
 from locft_easyedit.report import write_json
 
@@ -52,7 +52,7 @@ def test_there_is_no_record_beyond_the_last(index):
     with pytest.raises(IndexError, match=rf"record {index} of {N}"):
         kept[index]
     with pytest.raises(IndexError, match=rf"record {index} of {N}"):
-        Joined([{}] * N, kept, kept)[index]
+        PairedMetrics([{}] * N, kept, kept)[index]
 
 
 def test_records_take_a_fraction_of_the_memory():
@@ -67,7 +67,7 @@ def outputs(tokens):
 def joined():
     before = CompactRecords(outputs([i, 1]) for i in range(N))
     after = CompactRecords(outputs([0, 1]) for _ in range(N))
-    return Joined([{"prompt": str(i)} for i in range(N)], before, after)
+    return PairedMetrics([{"prompt": str(i)} for i in range(N)], before, after)
 
 
 def test_what_only_the_comparison_tells_is_there_at_every_look():
@@ -83,7 +83,7 @@ def test_what_only_the_comparison_tells_is_there_at_every_look():
 
 def test_records_of_one_measurement_alone_are_refused():
     with pytest.raises(ValueError, match="2 records, 2 measured before and 1 after"):
-        Joined([{}, {}], [{}, {}], [{}])
+        PairedMetrics([{}, {}], [{}, {}], [{}])
 
 
 def test_a_summary_looks_once():

@@ -13,7 +13,7 @@ from toys import REPOSITORY, toy_model, toy_tokenizer
 
 from locft_easyedit.data import read_requests
 from locft_easyedit.editing import edit_model
-from locft_easyedit.evaluate.evaluation import Evaluation, Joined
+from locft_easyedit.evaluate.evaluation import Evaluation, PairedMetrics
 from locft_easyedit.evaluate.summary import summarize
 from locft_easyedit.hparams import LocFTBFHyperParams
 
@@ -76,7 +76,7 @@ def edited_by_hand(requests, **changes):
     for key, value in changes.items():
         setattr(hparams, key, value)
     result = edit_model(model, tokenizer, requests, hparams, progress=False)
-    found = summarize(Joined(requests, before, evaluation.measure()))["post"]
+    found = summarize(PairedMetrics(requests, before, evaluation.measure()))["post"]
     pairs = list(zip(first, following(), strict=True))
     found["kl"] = np.mean([float((a.exp() * (a - b)).sum()) for a, b in pairs])
     found["top1_kept"] = np.mean([int(a.argmax() == b.argmax()) for a, b in pairs])

@@ -6,12 +6,12 @@ import time
 import pytest
 from launching import launch
 
-from locft_easyedit.world import here
+from locft_easyedit.world import get_world
 
 
 def ranks_tell_each_other(base):
-    world = here()
-    found = world.gather(base + world.rank)
+    world = get_world()
+    found = world.all_gather(base + world.rank)
     world.close()
     return [world.rank, world.size, world.local_rank, world.local_size, found]
 

@@ -78,7 +78,7 @@ def run(model, h, metrics=()):
             before = evaluation.measure("before")
         result = session.train_()
         if metrics:
-            measured = list(evaluation.joined(before, evaluation.measure("after")))
+            measured = list(evaluation.paired(before, evaluation.measure("after")))
         found = session.shortcuts
         prefix = session._runner.prefix
         if prefix is not None:

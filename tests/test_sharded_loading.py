@@ -13,7 +13,7 @@ from locft_easyedit.models import load_model, model_without_weights
 from locft_easyedit.pipeline import check_save
 from locft_easyedit.sharded_loading import places
 from locft_easyedit.sharding import ShardedLayers, note_sharded
-from locft_easyedit.world import ALONE, World
+from locft_easyedit.world import SINGLE_PROCESS, World
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -25,7 +25,7 @@ class Four(World):
     def __init__(self):
         super().__init__(rank=1, size=4, local_rank=1, local_size=2)
 
-    def most(self, values):
+    def all_max(self, values):
         return [int(value) for value in values]
 
 
@@ -101,14 +101,14 @@ def test_by_itself_where_what_must_be_resident_does_not_fit(folder, monkeypatch)
     assert by_itself(above - layer, stream_frozen=True)[1].within_machines
     assert not by_itself(above - layer - 1000, stream_frozen=True)[1].within_machines
     # Alone it is as before.
-    assert by_itself(above - 1000, world=ALONE, stream_frozen=True)[1] is None
+    assert by_itself(above - 1000, world=SINGLE_PROCESS, stream_frozen=True)[1] is None
 
 
 def test_processes_decide_alike(folder, monkeypatch):
     class Tight(Four):
         """The others have less room."""
 
-        def most(self, values):
+        def all_max(self, values):
             return [1] * len(values)
 
     device_map, sharding = decided(
@@ -200,7 +200,7 @@ def test_a_model_whose_folder_is_not_there_cannot_be_saved():
     model = toy_model()
     h = toy_hparams(model_name="somebody/a-model")
     check_save("model", model, h)
-    note_sharded(model, ShardedLayers(2, ALONE, None))
+    note_sharded(model, ShardedLayers(2, SINGLE_PROCESS, None))
     check_save("matrices", model, h)
     with pytest.raises(ModelError, match="`save=model`: no process holds the whole model"):
         check_save("model", model, h)

@@ -72,7 +72,7 @@ def edited(model, tokenizer, h, metrics=("accuracy",)):
         evaluation = Evaluation(model, tokenizer, toy_requests(4), how, metrics=metrics)
         before = evaluation.measure("before")
         result = session.train_()
-        metrics = list(evaluation.joined(before, evaluation.measure("after")))
+        metrics = list(evaluation.paired(before, evaluation.measure("after")))
         assert session.stream is None or len(metrics) > 1 or session.stream.n_passes == 1
     return json.dumps(metrics), result
 

@@ -68,7 +68,7 @@ def both(name, requests=None, **changes):
             evaluation = Evaluation(model, tokenizer, requests or records(), how, metrics=METRICS)
             before = evaluation.measure("before")
             result = session.train_()
-            runs.append((evaluation.joined(before, evaluation.measure("after")), result))
+            runs.append((evaluation.paired(before, evaluation.measure("after")), result))
             assert (session.stream is not None) == stream
         models.append(model)
     return runs, models

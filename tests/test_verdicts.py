@@ -9,7 +9,7 @@ from toys import DOWN_PROJECTION, toy_model, toy_requests, toy_tokenizer
 from locft_easyedit.evaluate.answers import exact_match
 from locft_easyedit.evaluate.choices import HowToRun
 from locft_easyedit.evaluate.decoding import GreedyDecoder
-from locft_easyedit.evaluate.evaluation import Evaluation, Joined
+from locft_easyedit.evaluate.evaluation import Evaluation, PairedMetrics
 from locft_easyedit.evaluate.generated import Generated
 from locft_easyedit.evaluate.questions import Questions
 from locft_easyedit.evaluate.summary import summarize
@@ -91,7 +91,7 @@ def test_the_figures_are_those_of_whole_answers(batch_size, monkeypatch):
         n_asked.append(0)
         evaluation = Evaluation(model, tokenizer, requests, how, before=against)
         after = evaluation.measure("after")
-        summaries.append(summarize(Joined(requests, before, after))["post"]["generated"])
+        summaries.append(summarize(PairedMetrics(requests, before, after))["post"]["generated"])
     whole, cut = summaries
     assert {name: cut[name] for name in FIGURES} == {name: whole[name] for name in FIGURES}
     assert 0 < whole["reliability"] < 1

@@ -16,14 +16,21 @@ from launching import free_port, launch
 
 from locft_easyedit import world as world_module
 from locft_easyedit.errors import HyperParamsError, LocFTError, RankError
-from locft_easyedit.share import Share
-from locft_easyedit.world import ALONE, World, alone_environment, apart, here, launched
+from locft_easyedit.share import Partition
+from locft_easyedit.world import (
+    SINGLE_PROCESS,
+    World,
+    get_world,
+    is_launched,
+    single_process,
+    single_process_environment,
+)
 
 
 @given(st.lists(st.integers(1, 400), max_size=60), st.integers(1, 9))
 def test_every_item_is_somebodys_and_the_work_is_even(sizes, n):
     sizes = np.array(sizes, np.int64)
-    shares = [World(rank, n).share(sizes) for rank in range(n)]
+    shares = [World(rank, n).partition(sizes) for rank in range(n)]
     assert sorted(np.concatenate(shares).tolist()) == list(range(len(sizes)))
     assert all((np.diff(share) > 0).all() for share in shares)
     work = [int(sizes[share].sum()) for share in shares]
@@ -38,7 +45,7 @@ def test_a_mini_batch_is_split_into_the_shares_in_its_order(n_edits, n, random):
     batch = np.array(random.sample(range(n_edits), random.randint(0, n_edits)), np.int64)
     found = []
     for rank in range(n):
-        share = Share.in_world(World(rank, n), sizes)
+        share = Partition.in_world(World(rank, n), sizes)
         mine = share.own[share.of(batch)]
         assert [i for i in batch if i in set(mine.tolist())] == mine.tolist()
         found += mine.tolist()
@@ -47,36 +54,36 @@ def test_a_mini_batch_is_split_into_the_shares_in_its_order(n_edits, n, random):
 
 def test_one_process_is_the_first_and_only_one():
     tensor = torch.ones(3)
-    ALONE.sum_([tensor])
-    ALONE.broadcast_([tensor])
+    SINGLE_PROCESS.sum_([tensor])
+    SINGLE_PROCESS.broadcast_([tensor])
     assert torch.equal(tensor, torch.ones(3))
-    assert (ALONE.first, ALONE.several) == (True, False)
-    assert ALONE.most([3, -1]) == [3, -1]
-    assert ALONE.gather("a") == ["a"]
-    assert ALONE.from_first(lambda: 5) == 5
-    with pytest.raises(KeyError), ALONE.together():
+    assert (SINGLE_PROCESS.is_main_process, SINGLE_PROCESS.is_distributed) == (True, False)
+    assert SINGLE_PROCESS.all_max([3, -1]) == [3, -1]
+    assert SINGLE_PROCESS.all_gather("a") == ["a"]
+    assert SINGLE_PROCESS.broadcast_from_main(lambda: 5) == 5
+    with pytest.raises(KeyError), SINGLE_PROCESS.sharing_errors():
         raise KeyError("passed on as it is")
-    ALONE.close()
-    assert here() is ALONE
+    SINGLE_PROCESS.close()
+    assert get_world() is SINGLE_PROCESS
 
 
 def test_an_environment_without_a_launcher(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("KEPT", "yes")
-    assert launched()
-    assert "RANK" not in alone_environment()
-    with apart():
-        assert not launched()
-        assert (here(), os.environ["KEPT"]) == (ALONE, "yes")
+    assert is_launched()
+    assert "RANK" not in single_process_environment()
+    with single_process():
+        assert not is_launched()
+        assert (get_world(), os.environ["KEPT"]) == (SINGLE_PROCESS, "yes")
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("1", "2")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert not launched()
+    assert not is_launched()
 
 
 def one_process():
     """What a launch of one process sets up: nothing."""
-    return [here() is ALONE, dist.is_initialized()]
+    return [get_world() is SINGLE_PROCESS, dist.is_initialized()]
 
 
 def test_a_launch_of_one_process_is_a_plain_one():
@@ -87,13 +94,21 @@ def test_a_launch_of_one_process_is_a_plain_one():
 
 def told():
     """Every operation once, on each rank."""
-    world = here()
+    world = get_world()
     summed, given = torch.full((2,), world.rank + 1.0), torch.full((2,), float(world.rank))
     leaf = torch.full((2,), float(world.rank), requires_grad=True)
     world.sum_([summed])
     world.broadcast_([given, leaf])
-    found = [summed.tolist(), given.tolist(), leaf.tolist(), world.most([world.rank, -world.rank])]
-    found += [world.gather(f"rank {world.rank}"), world.from_first(lambda: {"a": world.rank})]
+    found = [
+        summed.tolist(),
+        given.tolist(),
+        leaf.tolist(),
+        world.all_max([world.rank, -world.rank]),
+    ]
+    found += [
+        world.all_gather(f"rank {world.rank}"),
+        world.broadcast_from_main(lambda: {"a": world.rank}),
+    ]
     return found
 
 
@@ -107,7 +122,7 @@ def raised(act):
 
 def failing():
     """How errors of one rank reach the others."""
-    world = here()
+    world = get_world()
 
     def ours():
         raise HyperParamsError("`lr=0` is wrong.\nSecond line.")
@@ -116,16 +131,16 @@ def failing():
         raise ZeroDivisionError("first line\nsecond line")
 
     def part_of_one(error):
-        with world.together():
+        with world.sharing_errors():
             if world.rank == 2:
                 raise error
 
     return [
-        raised(lambda: world.from_first(ours)),
-        raised(lambda: world.from_first(theirs)),
+        raised(lambda: world.broadcast_from_main(ours)),
+        raised(lambda: world.broadcast_from_main(theirs)),
         raised(lambda: part_of_one(LocFTError("No room.\nBuy some."))),
         raised(lambda: part_of_one(IndexError("a\nb"))),
-        raised(lambda: part_of_one(None) if world.rank != 2 else world.gather(None)),
+        raised(lambda: part_of_one(None) if world.rank != 2 else world.all_gather(None)),
     ]
 
 
@@ -158,9 +173,9 @@ def test_the_error_of_one_is_an_error_of_all():
 
 def ends_early():
     """Rank 1 is through long before rank 0, which then still works."""
-    if here().rank == 0:
+    if get_world().rank == 0:
         time.sleep(3)
-    return here().rank
+    return get_world().rank
 
 
 def test_one_may_end_before_another():
@@ -169,10 +184,10 @@ def test_one_may_end_before_another():
 
 def one_leaves():
     """Rank 1 ends with a status of its own while rank 0 waits for it."""
-    world = here()
+    world = get_world()
     if world.rank == 1:
         raise SystemExit(3)
-    return raised(lambda: world.gather(None))
+    return raised(lambda: world.all_gather(None))
 
 
 def test_whoever_leaves_is_not_waited_for():
@@ -189,11 +204,11 @@ def dies_while_another_waits():
     from locft_easyedit.cli.ranks import run_in_world
 
     def wait(arguments):
-        world = here()
+        world = get_world()
         world.advise("Last words.")
         if world.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        world.gather(None)
+        world.all_gather(None)
         return 0
 
     try:
@@ -219,11 +234,11 @@ def waits_for_long():
     world_module._WARN_SECONDS = 0.5
     world_module.logger.addHandler(handler := logging.Handler())
     handler.emit = lambda record: records.append(record.getMessage())
-    world = here()
-    world.gather("at once")
+    world = get_world()
+    world.all_gather("at once")
     if world.rank == 1:
         time.sleep(3)
-    world.most([1])
+    world.all_max([1])
     return records
 
 
@@ -255,6 +270,6 @@ def test_processes_that_do_not_come_together(monkeypatch):
     monkeypatch.setattr(world_module, "_MEETING_TIME", timedelta(seconds=1))
     for key, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr("locft_easyedit.world._here", None)
+    monkeypatch.setattr("locft_easyedit.world._world", None)
     with pytest.raises(RankError, match="The 2 processes of the launcher do not find each other"):
-        here()
+        get_world()

@@ -10,7 +10,7 @@ from locft_easyedit.augment.wordings import reword_edits
 from locft_easyedit.editing import edit_model
 from locft_easyedit.errors import NonFiniteLossError
 from locft_easyedit.evaluate.choices import HowToRun
-from locft_easyedit.evaluate.evaluation import Evaluation, Joined
+from locft_easyedit.evaluate.evaluation import Evaluation, PairedMetrics
 from locft_easyedit.evaluate.summary import summarize
 from locft_easyedit.modes import evaluation_mode
 from locft_easyedit.requests import Edit
@@ -84,7 +84,7 @@ class Bench:
         posts = [{"post": one} for one in self.by_answer.measure(when)]
         answers = summarize(posts)["post"]
         new = [post for post, is_new in zip(posts, self.new, strict=True) if is_new]
-        tokens = summarize(Joined(self.measured, self.before, by_token))["post"]
+        tokens = summarize(PairedMetrics(self.measured, self.before, by_token))["post"]
         shares = {key: tokens[key] for key in ("rewrite_acc", "rephrase_acc") if key in tokens}
         for key in ("reliability", "generalization"):
             if key in answers["generated"]:

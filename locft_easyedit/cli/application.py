@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ..errors import HyperParamsError, LocFTError, one_message
 from ..hparams import LocFTBFHyperParams, read_mapping, typed_values
 from ..hparams_files import hparams_folder
-from ..world import here
+from ..world import get_world
 from .interrupted import say_interrupted
 from .mistakes import tell
 
@@ -73,7 +73,7 @@ def run_application(
     # Hydra adds keys to a dictionary only where a + says so; nobody should have to know.
     open_keys = tuple(f"{f.name}." for f in fields(config_class) if f.default_factory is dict)
     arguments = [f"++{a}" if open_keys and a.startswith(open_keys) else a for a in arguments]
-    if not here().first:  # what Hydra logs and writes is rank 0's to do
+    if not get_world().is_main_process:  # what Hydra logs and writes is rank 0's to do
         arguments += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
         arguments += ["hydra.output_subdir=null"]
     sys.argv = [f"locft {command}", *_with_stored_configs(arguments, command, config_class)]

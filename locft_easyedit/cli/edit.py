@@ -23,7 +23,7 @@ from ..pipeline import SAVE, check_save, edit_and_measure, write_run
 from ..report import health_table, metrics_table, seconds_table, show
 from ..requests import distinct_edits
 from ..run_folder import run_folder, run_settings, unfinished_run
-from ..world import here
+from ..world import get_world
 from .application import run_application
 
 HELP = f"""Edits a model with {ALG_NAME}.
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
         given = _without_output(given)
         key = json.dumps(given, sort_keys=True, default=str)
         if key not in outputs:
-            outputs[key] = here().from_first(lambda: _output(by_date, given))
+            outputs[key] = get_world().broadcast_from_main(lambda: _output(by_date, given))
         return outputs[key]
 
     OmegaConf.register_new_resolver("locft_output", output, replace=True)
@@ -107,12 +107,12 @@ def run_edit(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path)
         check_enough(len(edits))
     settings = run_settings(hparams, requests) | {"save": command["save"]}
     started_with = _without_output({**hparams.to_dict(), **command})
-    world = here()
+    world = get_world()
     with run_folder(
         output, settings, started_with, resume=command["resume"], world=world
     ) as folder:
         if folder.finished:
-            if world.first:
+            if world.is_main_process:
                 _show_again(folder.path)
             return
         model, tokenizer = load_model(hparams)
@@ -121,7 +121,7 @@ def run_edit(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path)
             hparams, checkpoint_dir=hparams.checkpoint_dir or str(folder.checkpoints)
         )
         run = edit_and_measure(model, tokenizer, requests, kept)
-        if not world.first:
+        if not world.is_main_process:
             return
         written = write_run(
             output, run, hparams, save=command["save"], model=model, tokenizer=tokenizer

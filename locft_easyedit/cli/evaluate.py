@@ -19,13 +19,13 @@ from ..errors import DataError, HyperParamsError
 from ..evaluate.choices import HowToRun
 from ..evaluate.evaluation import DEFAULT_METRICS, METRICS, finish_, shared_evaluation
 from ..evaluate.questions import Metrics
-from ..evaluate.shared import Shared
+from ..evaluate.shared import SharedMeasurement
 from ..evaluate.summary import summarize
 from ..models import load_causal_lm
 from ..pipeline import Stopwatch
 from ..reading import is_file
 from ..report import flat, metrics_table, prepare_folder, seconds_table, show, write_json
-from ..world import here
+from ..world import get_world
 from .arguments import read_arguments
 
 HELP = f"""Measures a model on editing data; nothing is edited.
@@ -90,8 +90,8 @@ def run_evaluate(config: EvaluateConfig) -> int:
     if _is_file(config.original):
         original = _stored(config, requests)
     delta = load_delta(config.delta) if config.delta is not None else None
-    world = here()
-    output = Path(world.from_first(lambda: str(prepare_folder(config.output))))
+    world = get_world()
+    output = Path(world.broadcast_from_main(lambda: str(prepare_folder(config.output))))
     if config.original is not None and original is None:
         model, tokenizer = _load(config, config.original)
         watch.lap("loading")
@@ -134,7 +134,7 @@ def run_evaluate(config: EvaluateConfig) -> int:
         sys.stdout.write(f"metrics: {written}\n")
         return _report_not_finite(summary)
 
-    return world.from_first(report)
+    return world.broadcast_from_main(report)
 
 
 def _check(config: EvaluateConfig) -> None:
@@ -162,9 +162,9 @@ def _load(config: EvaluateConfig, name: str) -> tuple[Any, Any]:
 
 def _evaluation(
     config: EvaluateConfig, model: Any, tokenizer: Any, requests: list[dict[str, Any]]
-) -> Shared:
-    world = here()
-    how = HowToRun(config.batch_size, config.row_tokens, progress=world.first)
+) -> SharedMeasurement:
+    world = get_world()
+    how = HowToRun(config.batch_size, config.row_tokens, progress=world.is_main_process)
     return shared_evaluation(world, model, tokenizer, requests, how, metrics=config.metrics)
 
 

@@ -6,7 +6,7 @@ import signal
 import sys
 
 from ..errors import EditInterrupted
-from ..world import joined
+from ..world import existing_world
 
 _RESUMABLE = ("edit", "compare", "locate")
 
@@ -24,6 +24,6 @@ def say_interrupted(command: str, error: KeyboardInterrupt) -> int:
         number, message = error.number, str(error)
     if command in _RESUMABLE:
         message += " The same command goes on."
-    if joined().first:
+    if existing_world().is_main_process:
         sys.stderr.write(f"\nlocft {command}: {message}\n")
     return 128 + number

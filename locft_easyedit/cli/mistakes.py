@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 from ..errors import LostRankError
-from ..world import joined
+from ..world import existing_world
 
 OPTION = "--debug"
 _HYDRA = "HYDRA_FULL_ERROR"
@@ -56,10 +56,10 @@ def tell(command: str, error: BaseException) -> int:
     Returns:
         The exit status.
     """
-    world = joined()
+    world = existing_world()
     if _debug.get():
         traceback.print_exception(error)
     lost = isinstance(error, LostRankError)
-    if world.first or (lost and world.rank == 1):
+    if world.is_main_process or (lost and world.rank == 1):
         sys.stderr.write(f"locft {command}: {error}\n")
     return 1 if lost else 2

@@ -15,7 +15,7 @@ from contextlib import contextmanager, redirect_stdout
 import torch
 from transformers.utils import logging as transformers_logging
 
-from ..world import World, apart, here
+from ..world import World, get_world, single_process
 
 Command = Callable[[Sequence[str]], int]
 
@@ -35,9 +35,9 @@ def run_in_world(command: str, run: Command, arguments: list[str]) -> int:
     """
     if command not in (*_SHARED, *_BY_DEVICE):  # one process is enough, and need not wait
         first = os.environ["RANK"] == "0"
-        with apart():
+        with single_process():
             return run(arguments) if first else 0
-    world = here()
+    world = get_world()
     with _spoken_by_one(world):
         if command in _BY_DEVICE:
             status = _by_device(command, world, run, arguments)
@@ -59,7 +59,7 @@ def end(status: int) -> None:
 @contextmanager
 def _spoken_by_one(world: World) -> Iterator[None]:
     """Within, every rank but the first is silent, unless it has something of its own to tell."""
-    if world.first:
+    if world.is_main_process:
         yield
         return
     logging.getLogger("locft_easyedit").setLevel(logging.ERROR)
@@ -77,11 +77,11 @@ def _by_device(command: str, world: World, run: Command, arguments: list[str]) -
     if not given:
         arguments = [*arguments, f"devices=[{','.join(_devices(world))}]"]
     # A study's folder may be worked on from several machines; a comparison's may not.
-    works = world.local_rank == 0 and (command == "locate" or world.first)
-    with apart():
+    works = world.local_rank == 0 and (command == "locate" or world.is_main_process)
+    with single_process():
         status = run(arguments) if works else 0
-        statuses = world.gather((works, status))
-        if world.first and sum(worked for worked, _ in statuses) > 1:
+        statuses = world.all_gather((works, status))
+        if world.is_main_process and sum(worked for worked, _ in statuses) > 1:
             status = run(arguments)  # nothing is left to do but to show what all have found
     return max([status, *(other for _, other in statuses)])
 

@@ -25,7 +25,7 @@ from ..requests import make_requests
 from ..result import EditResult
 from ..sharding import sharded_layers
 from ..weights import exchanged, write_
-from ..world import here
+from ..world import get_world
 from .algorithm import apply_locft_bf_to_model
 from .chat import chat_answers, check_chat
 from .loading import EasyEdit
@@ -290,7 +290,7 @@ class LocFTBFMethods:
                 entry["post"]["locality"] = {
                     key: value for key, value in locality.items() if not key.endswith("_output")
                 }
-        if verbose and here().first:
+        if verbose and get_world().is_main_process:
             logger.info("Metrics Summary: %s", json.dumps(summarize(metrics)))
         return metrics, self._seconds
 
@@ -320,7 +320,7 @@ class LocFTBFMethods:
                 entries = pre_edit
             else:
                 entries = [{"pre": value} for value in measure("before the edit")]
-                if pre_file is not None and here().first:
+                if pre_file is not None and get_world().is_main_process:
                     with (
                         output_errors(pre_file),
                         replacing(pre_file) as path,
@@ -336,7 +336,7 @@ class LocFTBFMethods:
                 self._seconds = time.perf_counter() - start + once
                 after = measure("after the edit")
         # A script's own files are written by all processes: they have to be the same.
-        self._seconds = here().from_first(lambda: self._seconds)
+        self._seconds = get_world().broadcast_from_main(lambda: self._seconds)
         for i, (entry, request, value) in enumerate(zip(entries, requests, after, strict=True)):
             entry.update({"case_id": i, "requested_rewrite": request, "post": value})
         return entries
@@ -373,7 +373,7 @@ class LocFTBFMethods:
             self.device,
             eval_metric=eval_metric,
             fluency=fluency,
-            progress=verbose and here().first,
+            progress=verbose and get_world().is_main_process,
         )
 
     def _check(self, session: EditSession) -> None:

@@ -15,12 +15,12 @@ from ..evaluate.choices import HowToRun
 from ..evaluate.fluency import fluency_of, word_tokenizer
 from ..evaluate.perplexity import PERPLEXITIES, Perplexity
 from ..evaluate.questions import PARTS, Metrics
-from ..evaluate.shared import Shared
+from ..evaluate.shared import SharedMeasurement
 from ..evaluate.teacher_forced import TeacherForced, finish_locality_
 from ..hparams import LocFTBFHyperParams
 from ..offload import left_on_disk
 from ..sharding import sharded_layers
-from ..world import ALONE, World
+from ..world import SINGLE_PROCESS, World
 from .cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
 from .loading import EasyEdit
 
@@ -65,7 +65,7 @@ class Measures:
     scores: bool = True
     words: Callable[[str], list[str]] | None = field(init=False, default=None)
     _requests: Sequence[Mapping[str, Any]] = field(init=False, default=())
-    _ours: list[Shared] = field(init=False, default_factory=list)
+    _ours: list[SharedMeasurement] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         if self.fluency:
@@ -121,7 +121,7 @@ class Measures:
                 one_message("`pre_edit` is of other requests. Measure again:", problems)
             )
 
-    def run_as(self, how: HowToRun, world: World = ALONE) -> None:
+    def run_as(self, how: HowToRun, world: World = SINGLE_PROCESS) -> None:
         """Tokenizes the requests, to be run in this way.
 
         Args:
@@ -134,7 +134,7 @@ class Measures:
         model, tokenizer = self.model, self.tokenizer
         parts = ("locality", "portability") if self.eval_metric in PERPLEXITIES else PARTS
         self._ours = [
-            Shared(
+            SharedMeasurement(
                 world,
                 model,
                 self._requests,
@@ -145,7 +145,7 @@ class Measures:
             metric = self.eval_metric
             self._ours.insert(
                 0,
-                Shared(
+                SharedMeasurement(
                     world,
                     model,
                     self._requests,

@@ -15,7 +15,7 @@ from .fluency import batched_fluency, word_tokenizer
 from .generated import Generated, finish_generated_
 from .perplexity import Perplexity
 from .questions import Metrics
-from .shared import Shared
+from .shared import SharedMeasurement
 from .teacher_forced import TeacherForced, finish_locality_
 
 METRICS = ("accuracy", "generated", "ppl", "fluency")
@@ -130,19 +130,19 @@ class Evaluation:
                 join(measured, next(values))
             yield measured
 
-    def joined(self, before: Sequence[Metrics], after: Sequence[Metrics]) -> list[Metrics]:
+    def paired(self, before: Sequence[Metrics], after: Sequence[Metrics]) -> list[Metrics]:
         """Returns EasyEdit's metric dictionaries: `case_id`, `requested_rewrite`, `pre`, `post`.
 
-        `Joined` makes them one at a time.
+        `PairedMetrics` makes them one at a time.
 
         Args:
             before: What was measured before the edit.
             after: What was measured after it.
         """
-        return list(Joined(self.records, before, after))
+        return list(PairedMetrics(self.records, before, after))
 
 
-class Joined(Sequence[dict[str, Any]]):
+class PairedMetrics(Sequence[dict[str, Any]]):
     """Records with their metrics before and after an edit, put together when they are looked at.
 
     In `post` is also what only the comparison tells (see `finish_`).
@@ -226,7 +226,7 @@ def shared_evaluation(
     how: HowToRun,
     *,
     metrics: Sequence[str] = DEFAULT_METRICS,
-) -> Shared:
+) -> SharedMeasurement:
     """Returns an `Evaluation` whose records the processes of `world` share.
 
     Args:
@@ -244,4 +244,4 @@ def shared_evaluation(
     def make(some: Sequence[Mapping[str, Any]], numbers: list[int]) -> Evaluation:
         return Evaluation(model, tokenizer, some, how, metrics=metrics, numbers=numbers)
 
-    return Shared(world, model, records, make)
+    return SharedMeasurement(world, model, records, make)

@@ -24,7 +24,7 @@ class Measurement(Protocol):
         """Returns each record's metrics; those of `only` if given."""
 
 
-class Shared:
+class SharedMeasurement:
     """A measurement of which every process of a world makes its share.
 
     All processes get all metrics. With one process it is the measurement itself.
@@ -48,11 +48,11 @@ class Shared:
     ) -> None:
         self.world = world
         self._model = model
-        if not world.several:
+        if not world.is_distributed:
             self._measurement = make(records, list(range(len(records))))
             return
-        with world.together(), lockstep(model):
-            self._own = world.share(np.diff(Questions(records).first_prompt))
+        with world.sharing_errors(), lockstep(model):
+            self._own = world.partition(np.diff(Questions(records).first_prompt))
             own = self._own.tolist()
             try:
                 self._measurement = make([records[i] for i in own], own)
@@ -73,14 +73,14 @@ class Shared:
     def stream(self, description: str = "", only: Sequence[int] | None = None) -> Iterator[Metrics]:
         """Measures; yields what `measure` returns."""
         stream = getattr(self._measurement, "stream", self._measurement.measure)
-        if not self.world.several:
+        if not self.world.is_distributed:
             yield from stream(description, only)
             return
         assert only is None
         # Of a model that is sharded, whoever is done goes on taking part in the others' passes.
-        with self.world.together(), lockstep(self._model):
+        with self.world.sharing_errors(), lockstep(self._model):
             found = CompactRecords(stream(description))
-        yield from _in_order(self.world.gather((self._own, found)))
+        yield from _in_order(self.world.all_gather((self._own, found)))
 
 
 def _in_order(shares: Sequence[tuple[np.ndarray, CompactRecords]]) -> Iterator[Metrics]:

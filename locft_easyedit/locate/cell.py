@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..editing import EditSession
 from ..errors import LocFTError, ModelError, NonFiniteLossError
 from ..evaluate.choices import FirstChoices, HowToRun
-from ..evaluate.evaluation import Evaluation, Joined
+from ..evaluate.evaluation import Evaluation, PairedMetrics
 from ..evaluate.questions import Metrics
 from ..evaluate.summary import summarize
 from ..health import health_texts
@@ -24,7 +24,7 @@ from ..hparams import LocFTBFHyperParams
 from ..requests import distinct_edits
 from ..shortcuts import can_pack
 from ..store import Budget
-from ..world import ALONE
+from ..world import SINGLE_PROCESS
 from .drift import Drift
 from .held_out import HeldOut
 from .outcome import DIVERGED, FAILED, OUT_OF_MEMORY, Cell, CellOutcome
@@ -114,7 +114,7 @@ class Bench:
                 h,
                 progress=False,
                 states=self._states,
-                world=ALONE,
+                world=SINGLE_PROCESS,
             )
             with session as one:
                 how = HowToRun.of_session(one, progress=False)
@@ -175,7 +175,7 @@ class Bench:
 
     def _figures(self, evaluation: Evaluation, asked: FirstChoices) -> dict[str, float]:
         after = evaluation.measure("after")
-        found = summarize(Joined(self.requests, self.before, after))["post"]
+        found = summarize(PairedMetrics(self.requests, self.before, after))["post"]
         figures = figures_of(found)
         figures["reworded"] = self._held_out.measure(asked)
         figures["drift"] = self._drift.measure()

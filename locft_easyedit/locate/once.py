@@ -54,4 +54,4 @@ def choose_once(
         keep_choice(folder, identity, choice)
         return choice
 
-    return world.from_first(choose)
+    return world.broadcast_from_main(choose)

@@ -22,7 +22,7 @@ from ..requests import Edit
 from ..runner import TextRunner
 from ..shortcuts import can_pack
 from ..tokens import TokenizedTexts, tokenize_edits
-from ..world import ALONE
+from ..world import SINGLE_PROCESS
 from .drift import Drift
 from .outcome import Cell
 from .rewordings import reword
@@ -131,7 +131,7 @@ class Trials:
         requests = [{"prompt": e.prompt, "target_new": e.target} for e in self.edits]
         try:
             with EditSession(
-                self.model, self.tokenizer, requests, h, progress=False, world=ALONE
+                self.model, self.tokenizer, requests, h, progress=False, world=SINGLE_PROCESS
             ) as session:
                 result = session.train_()
         except (NonFiniteLossError, torch.cuda.OutOfMemoryError) as error:
