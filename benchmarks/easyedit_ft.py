@@ -20,16 +20,15 @@ import torch
 from shared import parser_of, timed, write_figures
 
 from locft_easyedit import read_requests
+from locft_easyedit.api import edit_model
 from locft_easyedit.compare.edits import method_editor
 from locft_easyedit.compare.job import Job
 from locft_easyedit.easyedit.loading import load_easyedit
-from locft_easyedit.easyedit.peer import describe
-from locft_easyedit.evaluate.evaluation import Evaluation
-from locft_easyedit.evaluate.summary import summarize
-from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.hparams_files import hparams_folder
-from locft_easyedit.models import load_causal_lm
-from locft_easyedit.pipeline import edit_model
+from locft_easyedit.easyedit.peers.editor import describe
+from locft_easyedit.evaluation.evaluation import Evaluation
+from locft_easyedit.evaluation.summary import summarize
+from locft_easyedit.hparams import LocFTBFHyperParams, hparams_folder
+from locft_easyedit.modeling.loading import load_causal_lm
 
 
 def main():

@@ -14,15 +14,15 @@ from contextlib import nullcontext
 import torch
 from shared import parser_of, timed, write_figures
 
-from locft_easyedit.cut import layer_cut
-from locft_easyedit.data import read_requests
+from locft_easyedit.data.readers import read_requests
 from locft_easyedit.easyedit.cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
 from locft_easyedit.easyedit.loading import load_easyedit
-from locft_easyedit.evaluate.choices import HowToRun
-from locft_easyedit.evaluate.evaluation import Evaluation, finish_
+from locft_easyedit.evaluation.evaluation import Evaluation, finish_
+from locft_easyedit.evaluation.predictions import HowToRun
 from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.models import load_causal_lm
-from locft_easyedit.place import find_layers
+from locft_easyedit.modeling.loading import load_causal_lm
+from locft_easyedit.modeling.places import find_layers
+from locft_easyedit.prefix.cut import layer_cut
 
 
 def main():

@@ -32,13 +32,13 @@ from generalization_bench import Bench
 from tqdm import tqdm
 
 from locft_easyedit.compare.job import PACKAGES, file_hash, model_id, version_of
-from locft_easyedit.data import read_requests
+from locft_easyedit.data.readers import read_requests
 from locft_easyedit.errors import DataError, LocFTError, one_message
 from locft_easyedit.hparams import LocFTBFHyperParams, read_mapping
-from locft_easyedit.models import load_model
-from locft_easyedit.reading import ParseError, yaml_of
-from locft_easyedit.report import prepare_folder
-from locft_easyedit.run_folder import differences_of, refuse_differences
+from locft_easyedit.modeling.loading import load_model
+from locft_easyedit.utils.output import prepare_folder
+from locft_easyedit.utils.parsing import ParseError, yaml_of
+from locft_easyedit.utils.run_folder import differences_of, refuse_differences
 
 VARIANTS = {
     "published": {},

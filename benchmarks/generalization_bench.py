@@ -6,16 +6,16 @@ import math
 import numpy as np
 import torch
 
-from locft_easyedit.augment.wordings import reword_edits
+from locft_easyedit.api import edit_model
+from locft_easyedit.data.augment.reword import reword_edits
+from locft_easyedit.data.requests import Edit
+from locft_easyedit.data.tokenization import TokenizedTexts, ids_of
 from locft_easyedit.errors import NonFiniteLossError
-from locft_easyedit.evaluate.choices import HowToRun
-from locft_easyedit.evaluate.evaluation import Evaluation, PairedMetrics
-from locft_easyedit.evaluate.summary import summarize
-from locft_easyedit.modes import evaluation_mode
-from locft_easyedit.pipeline import edit_model
-from locft_easyedit.requests import Edit
-from locft_easyedit.runner import TextRunner
-from locft_easyedit.tokens import TokenizedTexts, ids_of
+from locft_easyedit.evaluation.evaluation import Evaluation, PairedMetrics
+from locft_easyedit.evaluation.predictions import HowToRun
+from locft_easyedit.evaluation.summary import summarize
+from locft_easyedit.modeling.modes import evaluation_mode
+from locft_easyedit.prefix.runner import TextRunner
 
 
 class Bench:

@@ -17,16 +17,16 @@ import torch
 from generalization_bench import Bench
 from tqdm import tqdm
 
-from locft_easyedit.compare.corpus import corpus_from_model
-from locft_easyedit.compare.covariance import stats_name, write_key_covariances
 from locft_easyedit.compare.edits import method_editor
 from locft_easyedit.compare.job import Job, model_id
-from locft_easyedit.compare.peers import peer_hparams
 from locft_easyedit.easyedit import register
-from locft_easyedit.health import HealthCheck
+from locft_easyedit.easyedit.peers.corpus import corpus_from_model
+from locft_easyedit.easyedit.peers.covariance import stats_name, write_key_covariances
+from locft_easyedit.easyedit.peers.hparams import peer_hparams
 from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.models import load_causal_lm
-from locft_easyedit.shortcuts import Shortcuts
+from locft_easyedit.modeling.loading import load_causal_lm
+from locft_easyedit.prefix.shortcuts import Shortcuts
+from locft_easyedit.training.health import HealthCheck
 
 METHODS = ("ROME", "MEMIT", "AlphaEdit")
 DTYPE = "float32"

@@ -1,7 +1,7 @@
 """The picture of generalization.py: edits known in other words against what else they moved."""
 
-from locft_easyedit.plotting import legend_below, look, new_figure, open_axes, plain_log_ticks
-from locft_easyedit.tables import one_line
+from locft_easyedit.utils.plotting import legend_below, look, new_figure, open_axes, plain_log_ticks
+from locft_easyedit.utils.tables import one_line
 
 LEAST_KL = 1e-6  # a logarithm needs more than nothing
 

@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from locft_easyedit.errors import DataError
-from locft_easyedit.files import output_errors, write_atomically
-from locft_easyedit.report import write_json, write_picture
-from locft_easyedit.tables import markdown_text, one_line
+from locft_easyedit.utils.files import output_errors, write_atomically
+from locft_easyedit.utils.output import write_json, write_picture
+from locft_easyedit.utils.tables import markdown_text, one_line
 
 RUNS = "runs.jsonl"
 BASELINE = "published"

@@ -28,10 +28,10 @@ from shared import interleaved, matmul_rate, parser_of, synchronize, write_figur
 from step import Ours, one_step, published, step_flop
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from locft_easyedit.compare.memory import peak_memory
-from locft_easyedit.editing import EditSession
 from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.models import load_model
+from locft_easyedit.modeling.loading import load_model
+from locft_easyedit.training.session import EditSession
+from locft_easyedit.utils.memory import peak_memory
 
 TEMPLATE = "model.layers.{}.mlp.down_proj.weight"
 LLAMA_3_8B = {

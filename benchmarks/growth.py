@@ -28,8 +28,9 @@ import torch
 from random_inputs import random_model, random_requests, word_tokenizer
 from shared import parser_of, write_figures
 
-from locft_easyedit import editing, pipeline
+from locft_easyedit import api as pipeline
 from locft_easyedit.hparams import LocFTBFHyperParams
+from locft_easyedit.training import session as editing
 
 GIB = 2**30
 PHASES = ("tokens", "prefix", "before", "epoch", "after", "report")

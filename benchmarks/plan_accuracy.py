@@ -20,18 +20,18 @@ import torch
 from shared import parser_of, write_figures
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from locft_easyedit.compare.memory import peak_memory
-from locft_easyedit.data import read_requests
-from locft_easyedit.editing import EditSession
-from locft_easyedit.evaluate.choices import HowToRun
-from locft_easyedit.evaluate.evaluation import Evaluation
+from locft_easyedit.data.readers import read_requests
+from locft_easyedit.data.requests import distinct_edits
+from locft_easyedit.data.tokenization import tokenize_edits
+from locft_easyedit.evaluation.evaluation import Evaluation
+from locft_easyedit.evaluation.predictions import HowToRun
 from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.models import load_model
+from locft_easyedit.modeling.loading import load_model
 from locft_easyedit.plan.memory import PHASES
 from locft_easyedit.plan.plan import make_plan
 from locft_easyedit.plan.workload import Machine, Workload
-from locft_easyedit.requests import distinct_edits
-from locft_easyedit.tokens import tokenize_edits
+from locft_easyedit.training.session import EditSession
+from locft_easyedit.utils.memory import peak_memory
 
 RANDOM = "random weights, 0.65 B"
 LIMIT = 0.15

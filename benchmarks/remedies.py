@@ -17,9 +17,9 @@ from rich.table import Column, Table
 from shared import interleaved, parser_of, write_figures
 from step import Ours, one_step
 
-from locft_easyedit.data import read_requests
-from locft_easyedit.models import load_causal_lm
-from locft_easyedit.report import show
+from locft_easyedit.data.readers import read_requests
+from locft_easyedit.modeling.loading import load_causal_lm
+from locft_easyedit.utils.output import show
 
 PLAIN = "published"
 # Of a loss near 9. Measured with SmolLM2: mostly the same, and at most 5e-3 apart in bfloat16.

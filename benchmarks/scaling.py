@@ -16,13 +16,12 @@ import json
 import math
 import sys
 
-from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.hparams_files import hparams_folder
+from locft_easyedit.hparams import LocFTBFHyperParams, hparams_folder
 from locft_easyedit.plan.cost import AFTERWARDS, AT_ONE_TIME
 from locft_easyedit.plan.plan import make_plan
 from locft_easyedit.plan.units import GIB, parse_size
 from locft_easyedit.plan.workload import Machine, Workload
-from locft_easyedit.report import prepare_folder, write_picture
+from locft_easyedit.utils.output import prepare_folder, write_picture
 
 A_NODE = 8
 # Twice the GPUs shall take at least a quarter off the time.

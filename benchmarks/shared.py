@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from locft_easyedit.demo.run import FACTS
+from locft_easyedit.cli.demo import FACTS
 
 RUNS = Path(__file__).resolve().parent / "results" / "runs"
 OPTIONS = {

@@ -36,8 +36,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from locft_easyedit.data import read_requests
-from locft_easyedit.requests import with_leading_space
+from locft_easyedit.data.readers import read_requests
+from locft_easyedit.data.requests import with_leading_space
 
 SPECIAL = ("<pad>", "<s>", "</s>")
 KINDS = ("prompts", "rephrase prompts", "locality prompts")

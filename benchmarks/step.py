@@ -15,12 +15,12 @@ import torch
 from shared import interleaved, matmul_rate, parser_of, write_figures
 from torch.nn import functional as F
 
-from locft_easyedit.data import read_requests
-from locft_easyedit.editing import EditSession
+from locft_easyedit.data.readers import read_requests
 from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.models import load_causal_lm
-from locft_easyedit.step import TrainingStep
-from locft_easyedit.weights import TrainedWeights
+from locft_easyedit.modeling.loading import load_causal_lm
+from locft_easyedit.training.session import EditSession
+from locft_easyedit.training.step import TrainingStep
+from locft_easyedit.training.trained_weights import TrainedWeights
 
 PUBLISHED = "published algorithm"
 # Each variant takes one more thing away from ours, down to a full padded forward pass: what is set

@@ -6,37 +6,37 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .data import read_requests
+    from .api import edit_model, open_session
+    from .data.readers import read_requests
+    from .data.requests import make_requests
     from .delta.apply import apply_deltas_, revert_deltas_
     from .delta.delta import Delta
     from .easyedit import register, unregister
-    from .editing import EditSession
     from .errors import LocFTError
-    from .evaluate.evaluation import Evaluation
-    from .evaluate.summary import summarize
+    from .evaluation.evaluation import Evaluation
+    from .evaluation.summary import summarize
     from .hparams import LocFTBFHyperParams
-    from .pipeline import edit_model, open_session
-    from .requests import make_requests
-    from .result import EditResult
+    from .training.result import EditResult
+    from .training.session import EditSession
 
 __version__ = "0.1.0"
 
 # Loaded on first use: `import locft_easyedit` must stay quick and without effects.
 _HOMES = {
     "Delta": "delta.delta",
-    "EditResult": "result",
-    "EditSession": "editing",
-    "Evaluation": "evaluate.evaluation",
+    "EditResult": "training.result",
+    "EditSession": "training.session",
+    "Evaluation": "evaluation.evaluation",
     "LocFTBFHyperParams": "hparams",
     "LocFTError": "errors",
     "apply_deltas_": "delta.apply",
-    "edit_model": "pipeline",
-    "make_requests": "requests",
-    "open_session": "pipeline",
-    "read_requests": "data",
+    "edit_model": "api",
+    "make_requests": "data.requests",
+    "open_session": "api",
+    "read_requests": "data.readers",
     "register": "easyedit",
     "revert_deltas_": "delta.apply",
-    "summarize": "evaluate.summary",
+    "summarize": "evaluation.summary",
     "unregister": "easyedit",
 }
 __all__ = [

@@ -6,10 +6,9 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
-from .cli.interrupted import say_interrupted
-from .cli.mistakes import debugging, take_debug, tell
+from .cli.messages import debugging, say_interrupted, take_debug, tell
+from .distributed.world import is_launched
 from .errors import LocFTError
-from .world import is_launched
 
 USAGE = """LocFT-BF for EasyEdit: edit facts by localized, breadth-first fine-tuning.
 
@@ -38,7 +37,7 @@ _APPLICATIONS = {
     "evaluate": ".cli.evaluate",
     "capability": ".cli.capability",
     "delta": ".cli.delta",
-    "demo": ".demo.run",
+    "demo": ".cli.demo",
 }
 
 
@@ -52,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with debugging(debug):
         if not is_launched():
             return _told(command, rest)
-        from .cli.ranks import end, run_in_world
+        from .cli.launched import end, run_in_world
 
         try:
             status = run_in_world(command, lambda given: _told(command, given), rest)

@@ -26,7 +26,7 @@ from .hparams_rules import (
     SAMPLED,
     broken_rules,
 )
-from .reading import bad_text, is_file, json_of, shown, text_of, yaml_of
+from .utils.parsing import bad_text, is_file, json_of, shown, text_of, yaml_of
 
 _MOST_BYTES = 2**20
 REQUIRED_IN_FILE = ("alg_name", "model_name", "layers", "rewrite_module_tmp", "lr")
@@ -420,3 +420,10 @@ def _unknown_key(key: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"Did you mean `{close[0]}`?" if close else f"Known keys: {', '.join(known)}."
     return f"`{name}` is not a key of {ALG_NAME}. {hint}"
+
+
+def hparams_folder() -> Path:
+    """Returns the folder of the YAMLs that come with this library."""
+    here = Path(__file__).resolve().parent
+    checkout = here.parent / "hparams" / ALG_NAME
+    return checkout if checkout.is_dir() else here / "hparams_yaml" / ALG_NAME

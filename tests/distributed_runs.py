@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
+from locft_easyedit.api import edit_and_measure, edit_model
+from locft_easyedit.distributed.world import get_world
 from locft_easyedit.errors import LocFTError
-from locft_easyedit.pipeline import edit_and_measure, edit_model
-from locft_easyedit.world import get_world
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -66,9 +66,9 @@ def measured(path, n):
 
 def smollm2(folder, data):
     """Edits SmolLM2 with a few facts in its last layers; returns losses and the metrics after."""
-    from locft_easyedit.data import read_requests
+    from locft_easyedit.data.readers import read_requests
     from locft_easyedit.hparams import LocFTBFHyperParams
-    from locft_easyedit.models import load_model
+    from locft_easyedit.modeling.loading import load_model
 
     hparams = LocFTBFHyperParams(
         model_name=folder,
@@ -88,7 +88,7 @@ def smollm2(folder, data):
 def dies_once(folder, n_steps):
     """Dies in the middle of the first training; a restart by the launcher goes on from there."""
 
-    from locft_easyedit.step import TrainingStep
+    from locft_easyedit.training.step import TrainingStep
 
     first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
     take, taken = TrainingStep.take_, []
@@ -123,9 +123,9 @@ def editor(path, n):
 
 def interrupted_while_the_disk_is_slow(folder):
     """A signal to rank 1 in training, and a checkpoint that takes rank 0 seconds to write."""
-    from locft_easyedit import checkpoint
     from locft_easyedit.errors import EditInterrupted
-    from locft_easyedit.step import TrainingStep
+    from locft_easyedit.training import checkpoints as checkpoint
+    from locft_easyedit.training.step import TrainingStep
 
     write, take, taken = checkpoint.write_checkpoint, TrainingStep.take_, []
 

@@ -168,7 +168,7 @@ def start_servers(n: int) -> None:
 
 def python_environment() -> dict[str, str]:
     """Returns an environment in which nobody launched anything yet, and each has one thread."""
-    from locft_easyedit.world import single_process_environment
+    from locft_easyedit.distributed.world import single_process_environment
 
     path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
     return single_process_environment() | {
@@ -235,7 +235,7 @@ def _import_everything() -> None:
 
     import locft_easyedit.cli.edit
     import locft_easyedit.cli.evaluate
-    import locft_easyedit.cli.ranks  # noqa: F401
+    import locft_easyedit.cli.launched  # noqa: F401
 
     # A fork has one thread alone; what another one held would be held for ever.
     if sys.platform == "linux":

@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import save_file
 from toys import DOWN_PROJECTION, toy_hparams, toy_requests
 
-from locft_easyedit.delta.about import frozen_samples
-from locft_easyedit.evaluate.shared import SharedMeasurement
-from locft_easyedit.models import load_model
-from locft_easyedit.offload import left_on_disk
-from locft_easyedit.pipeline import edit_and_measure, edit_model
-from locft_easyedit.place import find_layers
-from locft_easyedit.sharding import sharded_layers
-from locft_easyedit.world import get_world
+from locft_easyedit.api import edit_and_measure, edit_model
+from locft_easyedit.delta.metadata import frozen_samples
+from locft_easyedit.distributed.world import get_world
+from locft_easyedit.evaluation.evaluation import SharedMeasurement
+from locft_easyedit.modeling.device_map import left_on_disk
+from locft_easyedit.modeling.fsdp import sharded_layers
+from locft_easyedit.modeling.loading import load_model
+from locft_easyedit.modeling.places import find_layers
 
 
 def runs(out, *wanted):
@@ -154,7 +154,7 @@ def shares(folder, changes):
 def interrupted(out, run, step):
     """Edits until a signal comes at a step; returns what was said. The checkpoint is left."""
     from locft_easyedit.errors import EditInterrupted
-    from locft_easyedit.step import TrainingStep
+    from locft_easyedit.training.step import TrainingStep
 
     take, taken = TrainingStep.take_, []
 

@@ -27,11 +27,11 @@ import torch
 from toys import REPOSITORY, SHARED_DATA
 from tqdm import tqdm
 
-from locft_easyedit.data import read_requests
-from locft_easyedit.demo.model import NAME, prepare_smollm2
+from locft_easyedit.cli.demo import NAME, prepare_smollm2
+from locft_easyedit.data.readers import read_requests
 from locft_easyedit.easyedit.loading import load_easyedit
 from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.models import load_causal_lm
+from locft_easyedit.modeling.loading import load_causal_lm
 
 STORED = Path(__file__).parent / "data" / "easyedit_metrics.json"
 SLICES = (

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from locft_easyedit.ahead import ahead
+from locft_easyedit.prefix.prefetch import ahead
 
 CPU = torch.device("cpu")
 

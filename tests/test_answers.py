@@ -6,9 +6,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from locft_easyedit.data import read_requests
+from locft_easyedit.data.readers import read_requests
 from locft_easyedit.easyedit.loading import load_easyedit
-from locft_easyedit.evaluate.answers import (
+from locft_easyedit.evaluation.answers import (
     accepted_for,
     accepted_old,
     accepted_targets,

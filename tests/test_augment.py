@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import toy_requests
 
-from locft_easyedit.augment import frames, wordings
-from locft_easyedit.augment.english import SLOT
-from locft_easyedit.augment.wordings import MOST, holds, reword_edits
-from locft_easyedit.locate import rewordings as held_out
-from locft_easyedit.requests import Edit, distinct_edits
+from locft_easyedit.data.augment import reword as wordings
+from locft_easyedit.data.augment import templates as frames
+from locft_easyedit.data.augment.grammar import SLOT
+from locft_easyedit.data.augment.reword import MOST, holds, reword_edits
+from locft_easyedit.data.requests import Edit, distinct_edits
+from locft_easyedit.locate import held_out
 
 
 def pool(prompt, subject=None, target="Zzyzx", seeds=20):
@@ -189,8 +190,8 @@ def test_same_in_another_process_and_other_for_another_seed():
     found = reword_edits(edits, [None] * 12, seed=1).prompts
     program = (
         "import json, sys\n"
-        "from locft_easyedit.augment.wordings import reword_edits\n"
-        "from locft_easyedit.requests import Edit\n"
+        "from locft_easyedit.data.augment.reword import reword_edits\n"
+        "from locft_easyedit.data.requests import Edit\n"
         "prompts = json.load(sys.stdin)\n"
         "edits = [Edit(p, 'Oslo', 0) for p in prompts]\n"
         "print(json.dumps(reword_edits(edits, [None] * 12, seed=1).prompts))"

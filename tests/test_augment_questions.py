@@ -4,12 +4,12 @@ import re
 
 import pytest
 
-from locft_easyedit.augment.canonical import canonical
-from locft_easyedit.augment.english import SLOT, finite
-from locft_easyedit.augment.question_relations import _rendered, _written, same_questions
-from locft_easyedit.augment.questions import questions
-from locft_easyedit.augment.wordings import reword_edits
-from locft_easyedit.requests import Edit
+from locft_easyedit.data.augment.canonical import canonical
+from locft_easyedit.data.augment.grammar import SLOT, finite
+from locft_easyedit.data.augment.question_phrases import _rendered, _written, same_questions
+from locft_easyedit.data.augment.questions import questions
+from locft_easyedit.data.augment.reword import reword_edits
+from locft_easyedit.data.requests import Edit
 
 
 def reworded(question):

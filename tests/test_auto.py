@@ -8,8 +8,10 @@ import torch
 from test_cli import run
 from toys import loaded_hparams, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit import offload
+from locft_easyedit.api import edit_and_measure, edit_model, open_session, write_run
 from locft_easyedit.cli import edit
+from locft_easyedit.data.requests import distinct_edits
+from locft_easyedit.data.tokenization import TokenizedTexts, tokenize_edits
 from locft_easyedit.delta.delta import Delta
 from locft_easyedit.errors import (
     CheckpointError,
@@ -20,16 +22,13 @@ from locft_easyedit.errors import (
     RequestError,
 )
 from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.locate import auto, once, trial
-from locft_easyedit.locate.budget import RUN_EPOCHS, Costs
-from locft_easyedit.locate.candidates import diverse
-from locft_easyedit.locate.choice import FILE_NAME, Choice
-from locft_easyedit.locate.places import Location
+from locft_easyedit.locate import auto, trial
+from locft_easyedit.locate import auto as once
+from locft_easyedit.locate.candidates import RUN_EPOCHS, Costs, diverse
 from locft_easyedit.locate.sensitivity import Sensitivity, sensitivities
-from locft_easyedit.pipeline import edit_and_measure, edit_model, open_session, write_run
-from locft_easyedit.place import find_layers
-from locft_easyedit.requests import distinct_edits
-from locft_easyedit.tokens import TokenizedTexts, tokenize_edits
+from locft_easyedit.modeling import device_map as offload
+from locft_easyedit.modeling.places import Location, find_layers
+from locft_easyedit.training.choice import FILE_NAME, Choice
 
 ALL_AUTO = {"layers": "auto", "rewrite_module_tmp": "auto", "lr": "auto"}
 N = 9

@@ -14,10 +14,10 @@ import torch
 from rich.console import Console
 from toys import toy_model, toy_tokenizer
 
-from locft_easyedit.capability import metrics
-from locft_easyedit.capability.metrics import OWN_TASKS, PAPER_TASKS, choose_metric
 from locft_easyedit.cli.capability import main
 from locft_easyedit.errors import HyperParamsError, LocFTError, MissingDependencyError
+from locft_easyedit.evaluation.capability import metrics
+from locft_easyedit.evaluation.capability.metrics import OWN_TASKS, PAPER_TASKS, choose_metric
 
 pytest.importorskip("lm_eval", reason='pip install "locft_easyedit[capability]"')
 
@@ -25,14 +25,14 @@ import huggingface_hub
 import lm_eval.tasks
 from huggingface_hub import constants
 
-from locft_easyedit.capability import prepare
-from locft_easyedit.capability.harness import (
+from locft_easyedit.evaluation.capability import prepare
+from locft_easyedit.evaluation.capability.harness import (
     capability_table,
     measure_capability,
     measure_ready,
 )
-from locft_easyedit.capability.prepare import CapabilityError, prepare_tasks
-from locft_easyedit.capability.surroundings import padded_copy
+from locft_easyedit.evaluation.capability.prepare import CapabilityError, prepare_tasks
+from locft_easyedit.evaluation.capability.surroundings import padded_copy
 
 FULL_INDEX = lm_eval.tasks.TaskManager
 
@@ -589,7 +589,7 @@ def test_the_command_writes_what_it_shows(folder, capsys):
 
 
 def test_the_command_compares_with_the_original(folder, capsys, monkeypatch):
-    import locft_easyedit.models as models
+    import locft_easyedit.modeling.loading as models
 
     load, alive, together = models.load_causal_lm, [], []
 
@@ -626,7 +626,7 @@ def test_the_command_tells_of_nan(folder, capsys):
 
 
 def test_the_command_finds_mistakes_before_it_loads_a_model(folder, monkeypatch):
-    import locft_easyedit.models as models
+    import locft_easyedit.modeling.loading as models
 
     monkeypatch.setattr(models, "load_causal_lm", lambda *_, **__: pytest.fail("loaded"))
     for arguments, error, message in (

@@ -15,17 +15,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from toys import REPOSITORY, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit import checkpoint, checkpoint_file, files, sampling
-from locft_easyedit.checkpoint import Checkpoints
-from locft_easyedit.checkpoint_file import read_checkpoint
-from locft_easyedit.editing import EditSession
+from locft_easyedit.api import edit_model
 from locft_easyedit.errors import CheckpointError, EditInterrupted, NonFiniteLossError, OutputError
-from locft_easyedit.pipeline import edit_model
-from locft_easyedit.preserve import sampled
-from locft_easyedit.progress import Progress
-from locft_easyedit.sampling import seeded
-from locft_easyedit.step import TrainingStep
-from locft_easyedit.weights import TrainedWeights
+from locft_easyedit.modeling import sampling
+from locft_easyedit.modeling.sampling import seeded
+from locft_easyedit.training import checkpoint_file
+from locft_easyedit.training import checkpoints as checkpoint
+from locft_easyedit.training.checkpoint_file import read_checkpoint
+from locft_easyedit.training.checkpoints import Checkpoints
+from locft_easyedit.training.preserve import sampled_text as sampled
+from locft_easyedit.training.progress import Progress
+from locft_easyedit.training.session import EditSession
+from locft_easyedit.training.step import TrainingStep
+from locft_easyedit.training.trained_weights import TrainedWeights
+from locft_easyedit.utils import files
 
 N = 14
 KEPT_PROMPTS = str(REPOSITORY / "tests" / "data" / "kept_prompts.json")
@@ -131,7 +134,7 @@ def test_a_finished_training_computes_no_prefix(tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("nothing is left to train")
 
-    monkeypatch.setattr("locft_easyedit.edit_runner.prepare_runner", never)
+    monkeypatch.setattr("locft_easyedit.training.edit_runner.prepare_runner", never)
     _, again = edit(tmp_path)
     assert_same(again.new, result.new)
     assert (again.packed, again.frozen_prefix) == (result.packed, result.frozen_prefix)

@@ -9,9 +9,9 @@ from toys import TOY_YAML, toy_model, toy_requests, toy_tokenizer
 from transformers import AutoModelForCausalLM
 
 from locft_easyedit.__main__ import main
+from locft_easyedit.api import edit_model
 from locft_easyedit.delta.delta import Delta
 from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.pipeline import edit_model
 
 pytestmark = pytest.mark.processes
 

@@ -9,8 +9,8 @@ from toys import made_delta, toy_model, toy_requests, toy_tokenizer
 from transformers import AutoModelForCausalLM
 
 from locft_easyedit.__main__ import main
-from locft_easyedit.evaluate.evaluation import Evaluation, finish_
-from locft_easyedit.evaluate.summary import summarize
+from locft_easyedit.evaluation.evaluation import Evaluation, finish_
+from locft_easyedit.evaluation.summary import summarize
 
 PLACE = "model.layers.2.mlp.down_proj.weight"
 

@@ -5,10 +5,10 @@ import math
 
 import pytest
 
-from locft_easyedit.evaluate.compact import CompactRecords
-from locft_easyedit.evaluate.evaluation import PairedMetrics
-from locft_easyedit.evaluate.summary import summarize
-from locft_easyedit.report import write_json
+from locft_easyedit.evaluation.evaluation import PairedMetrics
+from locft_easyedit.evaluation.records import CompactRecords
+from locft_easyedit.evaluation.summary import summarize
+from locft_easyedit.utils.output import write_json
 
 N = 150  # more than two blocks
 

@@ -9,15 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from locft_easyedit.compare.outcome import (
-    Comparison,
-    Outcome,
-    accuracies,
-    checked,
-    headline,
-)
-from locft_easyedit.compare.outcome_fields import write_dataclass
+from locft_easyedit.compare.outcome import Comparison, Outcome, accuracies, checked, headline
 from locft_easyedit.errors import DataError, OutputError
+from locft_easyedit.utils.json_fields import write_dataclass
 
 FIGURES = {
     "rewrite_acc": 0.5,

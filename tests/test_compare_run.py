@@ -19,11 +19,11 @@ from locft_easyedit.compare import run as run_module
 from locft_easyedit.compare.edits import Edits, MethodEditor
 from locft_easyedit.compare.job import BEFORE, STATISTICS, Job, JobFolder, Progress, folder_hash
 from locft_easyedit.compare.outcome import Outcome
-from locft_easyedit.compare.plan import Settings, planned
 from locft_easyedit.compare.run import compare
+from locft_easyedit.compare.settings import Settings, planned
 from locft_easyedit.errors import LocFTError, OutputError
-from locft_easyedit.evaluate.choices import HowToRun
-from locft_easyedit.files import locked
+from locft_easyedit.evaluation.predictions import HowToRun
+from locft_easyedit.utils.files import locked
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from test_tables import NASTY
 
 from locft_easyedit.compare.outcome import Comparison, Outcome
 from locft_easyedit.compare.table import comparison_markdown, comparison_table
-from locft_easyedit.tables import one_line
+from locft_easyedit.utils.tables import one_line
 
 HEADS = [
     "reliability ↑", "generalization ↑", "portability ↑", "locality ↑", "rewrite_acc ↑",

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from toys import toy_model, toy_tokenizer
 from transformers import GenerationConfig
 
-from locft_easyedit import sampling
-from locft_easyedit.compare.corpus import corpus_from_folder, corpus_from_model
+from locft_easyedit.easyedit.peers.corpus import corpus_from_folder, corpus_from_model
 from locft_easyedit.errors import DataError, ModelError
-from locft_easyedit.hashes import model_fingerprint
-from locft_easyedit.reading import pieces_of
+from locft_easyedit.modeling import sampling
+from locft_easyedit.utils.hashing import model_fingerprint
+from locft_easyedit.utils.parsing import pieces_of
 
 
 def write(folder, **files):

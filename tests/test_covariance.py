@@ -5,12 +5,16 @@ import pytest
 import torch
 from toys import CONTEXT, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit import key_moments
-from locft_easyedit.compare import covariance as module
-from locft_easyedit.compare.corpus import Corpus
-from locft_easyedit.compare.covariance import covariance_file, stats_name, write_key_covariances
 from locft_easyedit.easyedit.loading import load_easyedit
+from locft_easyedit.easyedit.peers import covariance as module
+from locft_easyedit.easyedit.peers.corpus import Corpus
+from locft_easyedit.easyedit.peers.covariance import (
+    covariance_file,
+    stats_name,
+    write_key_covariances,
+)
 from locft_easyedit.errors import DataError, ModelError, OutputError
+from locft_easyedit.training.preserve import input_moments as key_moments
 
 DOWN = {
     "llama": "model.layers.{}.mlp.down_proj",

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from locft_easyedit import cross_entropy
-from locft_easyedit.cross_entropy import Head
+from locft_easyedit.modeling import cross_entropy
+from locft_easyedit.modeling.cross_entropy import Head
 
 N_TOKENS, WIDTH, VOCABULARY = 23, 16, 101
 

@@ -17,9 +17,9 @@ from toys import (
     toy_tokenizer,
 )
 
-from locft_easyedit.anatomy import tracing
-from locft_easyedit.editing import EditSession
-from locft_easyedit.pipeline import edit_model
+from locft_easyedit.api import edit_model
+from locft_easyedit.modeling.layer_trace import tracing
+from locft_easyedit.training.session import EditSession
 
 # As in test_loop_reference: float32 rounding.
 TOLERANCE = 5e-6

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from locft_easyedit.data import read_requests
+from locft_easyedit.data.readers import read_requests
+from locft_easyedit.data.requests import distinct_edits
 from locft_easyedit.errors import DataError
-from locft_easyedit.requests import distinct_edits
 
 
 @pytest.fixture

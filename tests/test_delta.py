@@ -7,12 +7,12 @@ import pytest
 import torch
 from toys import DOWN_PROJECTION, made_delta, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit import hashes
-from locft_easyedit.delta.about import requests_hash
+from locft_easyedit.api import edit_model
+from locft_easyedit.data.requests import distinct_edits
 from locft_easyedit.delta.delta import Delta
+from locft_easyedit.delta.metadata import requests_hash
 from locft_easyedit.errors import DeltaError
-from locft_easyedit.pipeline import edit_model
-from locft_easyedit.requests import distinct_edits
+from locft_easyedit.utils import hashing as hashes
 
 PLACE = DOWN_PROJECTION["llama"].format(2)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -50,7 +50,7 @@ def test_show(files, capsys):
 
 
 def test_show_takes_no_text_for_markup_and_no_text_for_a_number(files, capsys):
-    from locft_easyedit.delta.about import sealed
+    from locft_easyedit.delta.metadata import sealed
 
     delta = Delta.load("0.safetensors")
     said = {"base_model": "[red]x[/nothing]", "metrics": {"post": {"a[/b]": "text", "c[/d]": 0.5}}}

@@ -18,10 +18,10 @@ from toys import (
 from transformers import AutoModelForCausalLM
 
 from locft_easyedit.__main__ import main
+from locft_easyedit.api import edit_model
 from locft_easyedit.delta.delta import Delta
 from locft_easyedit.delta.low_rank import low_rank_factors
 from locft_easyedit.errors import DeltaError, OutputError
-from locft_easyedit.pipeline import edit_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDS = torch.arange(3, 63).view(3, 20)

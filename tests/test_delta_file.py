@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from toys import made_delta, toy_model
 
-from locft_easyedit.delta.about import sealed
 from locft_easyedit.delta.delta import Delta
 from locft_easyedit.delta.file import METADATA_KEY
+from locft_easyedit.delta.metadata import sealed
 from locft_easyedit.errors import DeltaError, OutputError
-from locft_easyedit.hashes import json_sha256, tensor_sha256
+from locft_easyedit.utils.hashing import json_sha256, tensor_sha256
 
 PLACE = "model.layers.2.mlp.down_proj.weight"
 FRESH = settings(

@@ -10,9 +10,9 @@ from toys import DOWN_PROJECTION, made_delta, toy_model, toy_tokenizer
 from transformers import AutoModelForCausalLM
 
 from locft_easyedit.delta import folder as module
-from locft_easyedit.delta.checkpoint import INDEX
 from locft_easyedit.delta.delta import Delta
 from locft_easyedit.delta.folder import write_changed_folder
+from locft_easyedit.delta.weights_folder import INDEX
 from locft_easyedit.errors import DeltaError, ModelError, OutputError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

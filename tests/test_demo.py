@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from locft_easyedit.demo.run import main
+from locft_easyedit.cli.demo import main
 
 
 @pytest.mark.slow

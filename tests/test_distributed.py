@@ -11,7 +11,7 @@ from launching import launch
 from safetensors.torch import load_file
 from toys import REPOSITORY, toy_requests
 
-from locft_easyedit.checkpoint_file import read_checkpoint
+from locft_easyedit.training.checkpoint_file import read_checkpoint
 
 # Sums are taken in another order. Of a loss, relatively, and of a matrix, over the norm of what the
 # edit changed.

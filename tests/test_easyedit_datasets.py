@@ -19,9 +19,9 @@ from types import SimpleNamespace
 import pytest
 from toys import REPOSITORY
 
-from locft_easyedit.data import read_requests
+from locft_easyedit.data.readers import read_requests
 from locft_easyedit.easyedit.script import run_script
-from locft_easyedit.evaluate.answers import accepted_for
+from locft_easyedit.evaluation.answers import accepted_for
 
 HPARAMS = REPOSITORY / "hparams" / "LocFT-BF" / "smollm2-135m.yaml"
 # Ours are those of the file; the locality of WikiBigEdit has the name that ZsRE's has.

@@ -11,6 +11,7 @@ import torch
 from toys import loaded_hparams, toy_model, toy_requests, toy_tokenizer
 
 import locft_easyedit
+from locft_easyedit.api import edit_model
 from locft_easyedit.easyedit import chat, editor_class
 from locft_easyedit.errors import (
     EditInterrupted,
@@ -20,10 +21,9 @@ from locft_easyedit.errors import (
     OutputError,
     RequestError,
 )
-from locft_easyedit.evaluate.teacher_forced import score_records
+from locft_easyedit.evaluation.teacher_forced import score_records
 from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.pipeline import edit_model
-from locft_easyedit.step import TrainingStep
+from locft_easyedit.training.step import TrainingStep
 
 YAML = """
 alg_name: LocFT-BF
@@ -368,7 +368,7 @@ def test_bad_input_is_refused_before_the_model_is_touched(editor, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("the model was measured")
 
-    monkeypatch.setattr("locft_easyedit.evaluate.teacher_forced.TeacherForced.measure", never)
+    monkeypatch.setattr("locft_easyedit.evaluation.teacher_forced.TeacherForced.measure", never)
     before = weights(editor.model)
     with pytest.raises(RequestError, match="empty"):
         editor.edit_requests([], verbose=False)

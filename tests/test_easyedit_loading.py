@@ -17,8 +17,7 @@ import pytest
 import torch
 
 from locft_easyedit.easyedit.cuda_as_cpu import CudaAsCPU
-from locft_easyedit.easyedit.loading import load_easyedit
-from locft_easyedit.easyedit.shield import shielded
+from locft_easyedit.easyedit.loading import load_easyedit, shielded
 from locft_easyedit.easyedit.standins import standing_in
 from locft_easyedit.errors import EasyEditNotFoundError, LocFTError, MissingDependencyError
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from toys import toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit.data import read_requests
+from locft_easyedit.data.readers import read_requests
 from locft_easyedit.easyedit.cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
 from locft_easyedit.easyedit.loading import load_easyedit
-from locft_easyedit.evaluate.fluency import fluency_of
-from locft_easyedit.evaluate.summary import summarize
-from locft_easyedit.evaluate.teacher_forced import finish_locality_, score_records
+from locft_easyedit.evaluation.fluency import fluency_of
+from locft_easyedit.evaluation.summary import summarize
+from locft_easyedit.evaluation.teacher_forced import finish_locality_, score_records
 from locft_easyedit.hparams import LocFTBFHyperParams
 
 HPARAMS = LocFTBFHyperParams(

@@ -6,12 +6,12 @@ from test_easyedit_editor import columns, same, weights
 from torch import nn
 from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
+from locft_easyedit.api import edit_model
+from locft_easyedit.data.requests import distinct_edits, make_requests
 from locft_easyedit.errors import LocFTError, PlaceError, RequestError
 from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.pipeline import edit_model
-from locft_easyedit.place import select_place
-from locft_easyedit.requests import distinct_edits, make_requests
-from locft_easyedit.weights import TrainedWeights
+from locft_easyedit.modeling.places import select_place
+from locft_easyedit.training.trained_weights import TrainedWeights
 
 HPARAMS = toy_hparams(num_steps=2)
 

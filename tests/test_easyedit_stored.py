@@ -12,13 +12,13 @@ import pytest
 from store_easyedit_metrics import N_RECORDS, SLICES, STORED, change_, model_and_tokenizer
 from toys import REPOSITORY
 
-from locft_easyedit.cut import layer_cut
-from locft_easyedit.data import read_requests
-from locft_easyedit.evaluate.choices import HowToRun
-from locft_easyedit.evaluate.evaluation import Evaluation, finish_
-from locft_easyedit.evaluate.perplexity import Perplexity
-from locft_easyedit.evaluate.summary import summarize
-from locft_easyedit.place import find_layers
+from locft_easyedit.data.readers import read_requests
+from locft_easyedit.evaluation.evaluation import Evaluation, finish_
+from locft_easyedit.evaluation.perplexity import Perplexity
+from locft_easyedit.evaluation.predictions import HowToRun
+from locft_easyedit.evaluation.summary import summarize
+from locft_easyedit.modeling.places import find_layers
+from locft_easyedit.prefix.cut import layer_cut
 
 # float32 rounding of a mean of token losses; EasyEdit runs each text alone.
 PPL_TOLERANCE = 1e-4

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit.editing import EditSession
+from locft_easyedit.api import edit_model
 from locft_easyedit.errors import (
     LocFTError,
     ModelError,
@@ -15,8 +15,8 @@ from locft_easyedit.errors import (
     PlaceError,
     RequestError,
 )
-from locft_easyedit.pipeline import edit_model
-from locft_easyedit.prefix import FrozenPrefix
+from locft_easyedit.prefix.frozen_prefix import FrozenPrefix
+from locft_easyedit.training.session import EditSession
 
 
 def weights(model):
@@ -279,7 +279,7 @@ def test_running_out_of_memory_halves_the_micro_batch_and_keeps_the_mathematics(
     caplog, monkeypatch
 ):
     whole = losses_of(toy_model("llama"), batch_size=8)
-    from locft_easyedit.runner import TextRunner
+    from locft_easyedit.prefix.runner import TextRunner
 
     original = TextRunner.edit_losses
 

@@ -16,18 +16,18 @@ from toys import (
     toy_tokenizer,
 )
 
-from locft_easyedit.batches import in_batches
-from locft_easyedit.cut import layer_cut
-from locft_easyedit.editing import EditSession
+from locft_easyedit.data.batching import in_batches
+from locft_easyedit.data.tokenization import TokenizedTexts
 from locft_easyedit.errors import HyperParamsError, RequestError
-from locft_easyedit.evaluate import choices
-from locft_easyedit.evaluate.choices import HowToRun
-from locft_easyedit.evaluate.evaluation import Evaluation, finish_
-from locft_easyedit.evaluate.perplexity import Perplexity
-from locft_easyedit.evaluate.teacher_forced import TeacherForced
-from locft_easyedit.place import find_layers
-from locft_easyedit.store import Budget
-from locft_easyedit.tokens import TokenizedTexts
+from locft_easyedit.evaluation import predictions as choices
+from locft_easyedit.evaluation.evaluation import Evaluation, finish_
+from locft_easyedit.evaluation.perplexity import Perplexity
+from locft_easyedit.evaluation.predictions import HowToRun
+from locft_easyedit.evaluation.teacher_forced import TeacherForced
+from locft_easyedit.modeling.places import find_layers
+from locft_easyedit.prefix.cut import layer_cut
+from locft_easyedit.prefix.store import Budget
+from locft_easyedit.training.session import EditSession
 
 ALL = ("accuracy", "generated", "ppl")
 

@@ -10,15 +10,16 @@ import torch
 from safetensors.torch import save_file
 from toys import made_delta, toy_hparams
 
-from locft_easyedit import pipeline
+from locft_easyedit import api as pipeline
+from locft_easyedit.api import Run
 from locft_easyedit.cli import compare as cli
 from locft_easyedit.compare.outcome import Comparison
-from locft_easyedit.compare.outcome_fields import write_dataclass
 from locft_easyedit.compare.picture import write_comparison_picture
 from locft_easyedit.errors import OutputError
-from locft_easyedit.files import new_folder, output_errors, replacing, write_atomically
-from locft_easyedit.pipeline import Run
-from locft_easyedit.report import write_json, write_loss_curve
+from locft_easyedit.evaluation.report import write_loss_curve
+from locft_easyedit.utils.files import new_folder, output_errors, replacing, write_atomically
+from locft_easyedit.utils.json_fields import write_dataclass
+from locft_easyedit.utils.output import write_json
 
 FAILURES = [OSError(28, "stopped"), KeyboardInterrupt("stopped")]
 

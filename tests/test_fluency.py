@@ -5,8 +5,8 @@ import pytest
 import torch
 from toys import toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit.evaluate import fluency
-from locft_easyedit.evaluate.fluency import batched_fluency, fluency_of
+from locft_easyedit.evaluation import fluency
+from locft_easyedit.evaluation.fluency import batched_fluency, fluency_of
 
 
 def values(entries):

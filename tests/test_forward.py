@@ -4,9 +4,9 @@ import pytest
 import torch
 from toys import toy_model, toy_tokenizer
 
-from locft_easyedit.forward import run_next
-from locft_easyedit.modes import forward_replaced, only_trainable
-from locft_easyedit.sampling import continuations, seeded
+from locft_easyedit.modeling.forward import run_next
+from locft_easyedit.modeling.modes import forward_replaced, only_trainable
+from locft_easyedit.modeling.sampling import continuations, seeded
 
 IDS = torch.tensor([[0, 7, 8, 9], [5, 6, 7, 8], [4, 3, 9, 8]])
 

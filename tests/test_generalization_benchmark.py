@@ -11,11 +11,11 @@ import pytest
 import torch
 from toys import REPOSITORY, toy_model, toy_tokenizer
 
-from locft_easyedit.data import read_requests
-from locft_easyedit.evaluate.evaluation import Evaluation, PairedMetrics
-from locft_easyedit.evaluate.summary import summarize
+from locft_easyedit.api import edit_model
+from locft_easyedit.data.readers import read_requests
+from locft_easyedit.evaluation.evaluation import Evaluation, PairedMetrics
+from locft_easyedit.evaluation.summary import summarize
 from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.pipeline import edit_model
 
 # Log probabilities of float32, packed and alone, differ by less than 1e-6 (7e-8 in the mean here).
 ROUNDING = 1e-6

@@ -9,14 +9,14 @@ from torch import nn
 from toys import CONTEXT, FEW_KINDS, toy_model, toy_requests, toy_tokenizer
 from transformers import GenerationConfig
 
-from locft_easyedit.evaluate.choices import HowToRun
-from locft_easyedit.evaluate.decoding import GreedyDecoder
-from locft_easyedit.evaluate.fluency import fluency_of
-from locft_easyedit.evaluate.generated import (
+from locft_easyedit.evaluation.decoding import GreedyDecoder
+from locft_easyedit.evaluation.fluency import fluency_of
+from locft_easyedit.evaluation.generated import (
     finish_generated_,
     generate_answers,
     generated_metrics,
 )
+from locft_easyedit.evaluation.predictions import HowToRun
 
 PROMPTS = [request["prompt"] for request in toy_requests(12)]
 
@@ -265,7 +265,7 @@ def test_close_choices_are_settled_by_the_prompt_alone(monkeypatch):
     model, tokenizer = toy_model(), toy_tokenizer()
     drafts = ManyDrafts(model, tokenizer, 6)
     for module in ("decoding", "choices"):
-        monkeypatch.setattr(f"locft_easyedit.evaluate.{module}.too_close", always)
+        monkeypatch.setattr(f"locft_easyedit.evaluation.{module}.too_close", always)
     alone = []
     original = GreedyDecoder._alone
     monkeypatch.setattr(

@@ -18,22 +18,23 @@ from toys import (
     toy_tokenizer,
 )
 
-from locft_easyedit import health, weight_norms
-from locft_easyedit.devices import context_length
-from locft_easyedit.editing import EditSession
-from locft_easyedit.health import health_texts
-from locft_easyedit.health_report import (
+from locft_easyedit.api import edit_model
+from locft_easyedit.evaluation.report import health_table
+from locft_easyedit.modeling.devices import context_length
+from locft_easyedit.modeling.loading import load_model
+from locft_easyedit.prefix.frozen_prefix import FrozenPrefix
+from locft_easyedit.prefix.runner import TextRunner
+from locft_easyedit.training import health, weight_norms
+from locft_easyedit.training.health import health_texts
+from locft_easyedit.training.health_report import (
     PERPLEXITY_RATIO,
     RELATIVE_CHANGE,
     HealthReport,
     damages,
 )
-from locft_easyedit.models import load_model
-from locft_easyedit.pipeline import edit_model
-from locft_easyedit.prefix import FrozenPrefix
-from locft_easyedit.report import health_table, write_json
-from locft_easyedit.runner import TextRunner
-from locft_easyedit.weight_norms import change_of, spectral_norm
+from locft_easyedit.training.session import EditSession
+from locft_easyedit.training.weight_norms import change_of, spectral_norm
+from locft_easyedit.utils.output import write_json
 
 NAME = "model.layers.2.mlp.down_proj.weight"
 
@@ -59,8 +60,8 @@ def edited(model, tokenizer=None, n=6, **changes):
 @pytest.fixture
 def warned(caplog):
     """Returns the warnings about the model's health so far."""
-    caplog.set_level(logging.WARNING, "locft_easyedit.health")
-    return lambda: [r.message for r in caplog.records if r.name == "locft_easyedit.health"]
+    caplog.set_level(logging.WARNING, "locft_easyedit.training.health")
+    return lambda: [r.message for r in caplog.records if r.name == "locft_easyedit.training.health"]
 
 
 # What is measured

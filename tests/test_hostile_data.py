@@ -11,11 +11,11 @@ from toys import toy_requests
 
 from locft_easyedit.cli.evaluate import EvaluateConfig, _stored
 from locft_easyedit.compare.job import JobFolder
-from locft_easyedit.data import read_requests
+from locft_easyedit.data.readers import read_requests
+from locft_easyedit.data.requests import distinct_edits
 from locft_easyedit.errors import DataError, RequestError
-from locft_easyedit.evaluate.questions import Questions
-from locft_easyedit.requests import distinct_edits
-from locft_easyedit.statefile import StateFile
+from locft_easyedit.evaluation.prompts import Questions
+from locft_easyedit.prefix.state_file import StateFile
 
 NAMES = (
     "prompt target_new src alt ans answers pred rephrase subject loc loc_ans portability locality "

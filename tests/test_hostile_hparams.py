@@ -12,7 +12,7 @@ from toys import toy_hparams, toy_model, toy_tokenizer
 
 from locft_easyedit.errors import HyperParamsError, ModelError
 from locft_easyedit.hparams import LocFTBFHyperParams, read_mapping
-from locft_easyedit.models import load_model
+from locft_easyedit.modeling.loading import load_model
 
 GOOD = {
     "alg_name": "LocFT-BF",

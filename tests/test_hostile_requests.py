@@ -6,10 +6,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from toys import toy_model, toy_requests, toy_tokenizer
 
+from locft_easyedit.data.requests import distinct_edits, make_requests, with_leading_space
+from locft_easyedit.data.tokenization import tokenize_edits
 from locft_easyedit.errors import RequestError
-from locft_easyedit.evaluate.questions import Questions
-from locft_easyedit.requests import distinct_edits, make_requests, with_leading_space
-from locft_easyedit.tokens import tokenize_edits
+from locft_easyedit.evaluation.prompts import Questions
 
 KEYS = st.sampled_from(
     ["prompt", "target_new", "ground_truth", "rephrase_prompt", "locality", "portability", "x"]
@@ -97,7 +97,7 @@ def test_what_was_given_comes_back(prompts, target):
 def test_requests_are_refused_before_the_model_is_touched():
     from toys import toy_hparams
 
-    from locft_easyedit.pipeline import edit_model
+    from locft_easyedit.api import edit_model
 
     model = toy_model()
     before = [p.clone() for p in model.parameters()]

@@ -8,8 +8,7 @@ import torch
 import yaml
 
 from locft_easyedit.errors import HyperParamsError
-from locft_easyedit.hparams import OTHER_METHODS_KEYS, LocFTBFHyperParams
-from locft_easyedit.hparams_files import hparams_folder
+from locft_easyedit.hparams import OTHER_METHODS_KEYS, LocFTBFHyperParams, hparams_folder
 
 TEMPLATE = "model.layers.{}.mlp.down_proj.weight"
 VALID = {

@@ -6,7 +6,7 @@ import time
 import pytest
 from launching import launch
 
-from locft_easyedit.world import get_world
+from locft_easyedit.distributed.world import get_world
 
 pytestmark = pytest.mark.processes
 ACCELERATE = pytest.param("accelerate", marks=pytest.mark.slow)

@@ -6,16 +6,15 @@ import pytest
 import torch
 from toys import DOWN_PROJECTION, REPOSITORY, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit.editing import EditSession
+from locft_easyedit.api import edit_and_measure
 from locft_easyedit.errors import PlaceError
-from locft_easyedit.evaluate.summary import summarize
-from locft_easyedit.health import health_texts
-from locft_easyedit.locate.cell import Bench, figures_of, measure_before
-from locft_easyedit.locate.drift import Drift
-from locft_easyedit.locate.outcome import DIVERGED, FAILED, OK, OUT_OF_MEMORY
-from locft_easyedit.locate.places import Location, find_locations, select_locations
-from locft_easyedit.locate.score import score
-from locft_easyedit.pipeline import edit_and_measure
+from locft_easyedit.evaluation.summary import summarize
+from locft_easyedit.locate.score import Drift, score
+from locft_easyedit.locate.study.cell import Bench, figures_of, measure_before
+from locft_easyedit.locate.study.outcome import DIVERGED, FAILED, OK, OUT_OF_MEMORY
+from locft_easyedit.modeling.places import Location, find_locations, select_locations
+from locft_easyedit.training.health import health_texts
+from locft_easyedit.training.session import EditSession
 
 KEPT_PROMPTS = str(REPOSITORY / "tests" / "data" / "kept_prompts.json")
 SEEN = ("reliability", "reworded", "drift", "score")

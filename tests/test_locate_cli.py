@@ -18,7 +18,7 @@ def locate(*arguments):
 @pytest.fixture
 def in_process(monkeypatch):
     """Lets the study's work be done here: no process has to start."""
-    from locft_easyedit.locate import run, worker
+    from locft_easyedit.locate.study import run, worker
 
     def work(study, progress):
         worker.work(study)
@@ -57,7 +57,7 @@ def test_the_yaml_that_it_writes_is_ready_to_use(toy_folder, in_process, capsys)
 
 
 def test_the_same_command_goes_on(toy_folder, in_process, capsys, monkeypatch):
-    from locft_easyedit.locate.study import Study
+    from locft_easyedit.locate.study.study import Study
 
     original, written = Study.write, []
 

@@ -12,19 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit.data import read_requests
-from locft_easyedit.health import health_texts
-from locft_easyedit.locate.drift import Drift
-from locft_easyedit.locate.outcome import (
-    DIVERGED,
-    FIGURES,
-    Cell,
-    CellOutcome,
-    StudyOutcome,
-)
-from locft_easyedit.locate.places import Location
-from locft_easyedit.locate.rewordings import reword
-from locft_easyedit.locate.score import score
+from locft_easyedit.data.readers import read_requests
+from locft_easyedit.locate.held_out import reword
+from locft_easyedit.locate.score import Drift, score
+from locft_easyedit.locate.study.outcome import DIVERGED, FIGURES, CellOutcome, StudyOutcome
+from locft_easyedit.modeling.places import Location
+from locft_easyedit.training.choice import Cell
+from locft_easyedit.training.health import health_texts
 
 DOWN = "model.layers.{}.mlp.down_proj.weight"
 SHARES = st.floats(0.0, 1.0)

@@ -15,10 +15,10 @@ from test_locate_outcome import cell, study
 from test_locate_table import marked
 
 from locft_easyedit.errors import OutputError
-from locft_easyedit.locate.front import front_figure, pareto_front, write_front
-from locft_easyedit.locate.outcome import DIVERGED, FAILED, OUT_OF_MEMORY
-from locft_easyedit.locate.picture import heat_figure, write_heat_maps
-from locft_easyedit.locate.places import MODULES
+from locft_easyedit.locate.study.heat_maps import heat_figure, write_heat_maps
+from locft_easyedit.locate.study.outcome import DIVERGED, FAILED, OUT_OF_MEMORY
+from locft_easyedit.locate.study.pareto import front_figure, pareto_front, write_front
+from locft_easyedit.modeling.places import MODULES
 
 PENDING = "#e4e4e4"
 

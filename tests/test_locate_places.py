@@ -7,13 +7,13 @@ from toys import N_LAYERS, TOY_KINDS, toy_model
 from transformers import OPTConfig, OPTForCausalLM
 
 from locft_easyedit.errors import ModelError
-from locft_easyedit.locate.places import (
+from locft_easyedit.modeling.places import (
     MODULES,
     Location,
     find_locations,
     select_locations,
+    select_place,
 )
-from locft_easyedit.place import select_place
 
 SEPARATE = ["q", "k", "v", "o", "gate", "up", "down", "mlp", "layer"]
 MODULES_OF = {

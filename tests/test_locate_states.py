@@ -9,20 +9,19 @@ import pytest
 import torch
 from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit.cut import layer_cut
-from locft_easyedit.editing import EditSession
+from locft_easyedit.data.tokenization import TokenizedTexts
 from locft_easyedit.errors import OutputError, PlaceError
-from locft_easyedit.evaluate import choices
-from locft_easyedit.evaluate.choices import HowToRun
-from locft_easyedit.evaluate.evaluation import Evaluation
-from locft_easyedit.locate.intact import Intact
-from locft_easyedit.locate.states import LayerStates
-from locft_easyedit.place import find_layers
-from locft_easyedit.prefix import FrozenPrefix
-from locft_easyedit.shortcuts import find_shortcuts
-from locft_easyedit.statefile import StateFile
-from locft_easyedit.store import Budget, StateStore
-from locft_easyedit.tokens import TokenizedTexts
+from locft_easyedit.evaluation import predictions as choices
+from locft_easyedit.evaluation.evaluation import Evaluation
+from locft_easyedit.evaluation.predictions import HowToRun
+from locft_easyedit.modeling.places import find_layers
+from locft_easyedit.prefix.cut import layer_cut
+from locft_easyedit.prefix.frozen_prefix import FrozenPrefix
+from locft_easyedit.prefix.shared_states import Intact, LayerStates
+from locft_easyedit.prefix.shortcuts import find_shortcuts
+from locft_easyedit.prefix.state_file import StateFile
+from locft_easyedit.prefix.store import Budget, StateStore
+from locft_easyedit.training.session import EditSession
 
 # Side by side attention and MLP (GPT-J) leave no cut at the MLP's norm.
 CASES = [
@@ -170,7 +169,7 @@ def test_the_second_place_runs_no_frozen_layer(not_close, monkeypatch):
             calls.clear()  # it runs a few texts with and without each shortcut
             return found
 
-        monkeypatch.setattr("locft_easyedit.readied.find_shortcuts", probing)
+        monkeypatch.setattr("locft_easyedit.prefix.shortcuts.find_shortcuts", probing)
         for number, (layer, template) in enumerate(places):
             with session(layer=layer, model=model, states=states, template=template) as one:
                 how = HowToRun.of_session(one, progress=False)
@@ -527,7 +526,7 @@ def test_recorded_in_evaluation_mode_outside_of_inference_mode():
 def test_a_budget_that_is_left_open_gets_a_size_once(monkeypatch):
     model, texts = toy_model(), small_texts()
     one = int(texts.input_offsets[-1]) * 32 * 4
-    monkeypatch.setattr("locft_easyedit.store.free_host_memory", lambda: 2 * one)
+    monkeypatch.setattr("locft_easyedit.prefix.store.free_host_memory", lambda: 2 * one)
     # Half of what is free: one layer of three; taken anew each time it would be all three.
     budget = Budget(disk_gib=0.0)
     with LayerStates(model, [1, 2, 3], budget) as states:

@@ -13,13 +13,14 @@ from toys import toy_model, toy_tokenizer
 
 from locft_easyedit.errors import DataError, HyperParamsError, LocFTError, OutputError
 from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.locate import run, worker
-from locft_easyedit.locate.outcome import DIVERGED, FAILED, OK, OUT_OF_MEMORY, Cell, CellOutcome
-from locft_easyedit.locate.places import MODULES, Location
-from locft_easyedit.locate.run import locate
-from locft_easyedit.locate.settings import StudySettings, coarse_to_fine
-from locft_easyedit.locate.study import Study, load_study
-from locft_easyedit.processes import WorkerPool
+from locft_easyedit.locate.study import run, worker
+from locft_easyedit.locate.study.outcome import DIVERGED, FAILED, OK, OUT_OF_MEMORY, CellOutcome
+from locft_easyedit.locate.study.run import locate
+from locft_easyedit.locate.study.settings import StudySettings, coarse_to_fine
+from locft_easyedit.locate.study.study import Study, load_study
+from locft_easyedit.modeling.places import MODULES, Location
+from locft_easyedit.training.choice import Cell
+from locft_easyedit.utils.subprocesses import WorkerPool
 
 GRID = {"layers": [1, 3], "modules": ["v", "down"], "rates": [1e-2]}
 
@@ -251,7 +252,7 @@ def _worker_that(code):
     """Returns what starts a process that knows the study, the folder and `cells`."""
     start = (
         "import os, signal, sys, time\nfrom pathlib import Path\n"
-        "from locft_easyedit.locate.study import load_study\n"
+        "from locft_easyedit.locate.study.study import load_study\n"
         "study = load_study(Path(sys.argv[1]))\n"
         "cells = study.open_cells()\n"
     )

@@ -13,31 +13,27 @@ from rich.console import Console
 from test_locate_outcome import DOWN, cell, study
 from toys import toy_hparams, toy_model, toy_tokenizer
 
-from locft_easyedit.compare.outcome_fields import write_dataclass
 from locft_easyedit.errors import OutputError, PlaceError
 from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.locate.outcome import (
+from locft_easyedit.locate.study.files import CSV_COLUMNS, write_cells_csv, write_chosen_yaml
+from locft_easyedit.locate.study.outcome import (
     DIVERGED,
     FAILED,
     FIGURES,
     OUT_OF_MEMORY,
-    Cell,
     CellOutcome,
     StudyOutcome,
 )
-from locft_easyedit.locate.places import MODULES, Location
-from locft_easyedit.locate.record import (
-    CSV_COLUMNS,
-    write_cells_csv,
-    write_chosen_yaml,
-)
-from locft_easyedit.locate.table import (
+from locft_easyedit.locate.study.tables import (
     best_of_modules,
     best_places,
     figure_text,
     study_markdown,
     study_table,
 )
+from locft_easyedit.modeling.places import MODULES, Location
+from locft_easyedit.training.choice import Cell
+from locft_easyedit.utils.json_fields import write_dataclass
 
 
 def marked(layer, state, reason="", module="down", lr=1e-3):
@@ -275,6 +271,6 @@ def test_a_cell_of_every_module_is_ranked_in_order():
 
 
 def test_tables_and_files_need_no_matplotlib():
-    code = "import sys, locft_easyedit.locate.record; print('matplotlib' in sys.modules)"
+    code = "import sys, locft_easyedit.locate.study.files; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

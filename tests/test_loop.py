@@ -5,9 +5,9 @@ import pytest
 import torch
 from toys import toy_hparams, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit import editing
-from locft_easyedit.pipeline import edit_model
-from locft_easyedit.step import MicroBatch, TrainingStep
+from locft_easyedit.api import edit_model
+from locft_easyedit.training import session as editing
+from locft_easyedit.training.step import MicroBatch, TrainingStep
 
 
 def run(**changes):

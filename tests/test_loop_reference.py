@@ -8,10 +8,10 @@ import torch
 from reference import naive_locft_bf
 from toys import DOWN_PROJECTION, TOY_KINDS, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit.editing import EditSession
+from locft_easyedit.api import edit_model
+from locft_easyedit.data.requests import make_requests
 from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.pipeline import edit_model
-from locft_easyedit.requests import make_requests
+from locft_easyedit.training.session import EditSession
 
 # Measured over 20 steps: losses differ by 9.5e-7 at most on the toys, and the trained change by
 # 1.0e-6 of its norm (float32 rounding). The real model is larger: see there.
@@ -157,7 +157,7 @@ def test_part_of_a_session_is_a_run_of_its_own():
 def test_the_real_model_agrees_with_the_reference(smollm2):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from locft_easyedit.demo.run import FACTS
+    from locft_easyedit.cli.demo import FACTS
 
     records = json.loads(FACTS.read_text(encoding="utf-8"))[:8]
     requests = make_requests([r["prompt"] for r in records], [r["target_new"] for r in records])

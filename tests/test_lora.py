@@ -9,14 +9,14 @@ from peft import LoraConfig, get_peft_model
 from reference import naive_locft_bf
 from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
-import locft_easyedit.lora
-import locft_easyedit.models
-from locft_easyedit.editing import EditSession
+import locft_easyedit.modeling.loading
+import locft_easyedit.training.lora
+from locft_easyedit.api import edit_model
 from locft_easyedit.errors import NonFiniteLossError, PlaceError
-from locft_easyedit.lora import LowRank, low_rank_of
-from locft_easyedit.models import load_model
-from locft_easyedit.pipeline import edit_model
-from locft_easyedit.place import select_place
+from locft_easyedit.modeling.loading import load_model
+from locft_easyedit.modeling.places import select_place
+from locft_easyedit.training.lora import LowRank, low_rank_of
+from locft_easyedit.training.session import EditSession
 
 # Measured over 20 steps: losses differ by 2.9e-6 at most, the change by 5.2e-6 of its norm and A
 # and B by 2.4e-5 (float32 rounding: rows are packed, peft's model runs each edit alone; Adam
@@ -305,7 +305,7 @@ def test_an_interruption_after_the_sum_was_written_leaves_the_model_as_it_was(er
         raise error
 
     name = DOWN_PROJECTION["llama"].format(1)
-    monkeypatch.setattr(locft_easyedit.lora, "LoraAdapter", interrupted)
+    monkeypatch.setattr(locft_easyedit.training.lora, "LoraAdapter", interrupted)
     with pytest.raises(error):
         edit(model, lora_hparams(layers=[1, 2]))
     assert seen == [False]
@@ -315,7 +315,7 @@ def test_an_interruption_after_the_sum_was_written_leaves_the_model_as_it_was(er
 def test_a_layer_that_cannot_be_made_leaves_the_model_as_it_was(monkeypatch):
     model = toy_model()
     before, state = state_of(model), torch.get_rng_state()
-    original, calls = locft_easyedit.lora._layer, 0
+    original, calls = locft_easyedit.training.lora._layer, 0
 
     def fails(*args):
         nonlocal calls
@@ -324,7 +324,7 @@ def test_a_layer_that_cannot_be_made_leaves_the_model_as_it_was(monkeypatch):
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(locft_easyedit.lora, "_layer", fails)
+    monkeypatch.setattr(locft_easyedit.training.lora, "_layer", fails)
     with pytest.raises(KeyboardInterrupt):
         edit(model, lora_hparams(layers=[1, 2]))
     assert_as_before(model, before)
@@ -503,7 +503,7 @@ def test_a_wrong_place_shows_before_the_weights_are_loaded(tmp_path, monkeypatch
     def loaded(*args, **kwargs):
         raise AssertionError("the weights are loaded first")
 
-    monkeypatch.setattr(locft_easyedit.models, "load_causal_lm", loaded)
+    monkeypatch.setattr(locft_easyedit.modeling.loading, "load_causal_lm", loaded)
     h = lora_hparams(model_name=str(tmp_path), device="cpu", lora_rank=33)
     with pytest.raises(PlaceError, match="`lora_rank=33` is above 32"):
         load_model(h)

@@ -6,7 +6,7 @@ import pytest
 from rank_pool import run_python
 
 from locft_easyedit.__main__ import USAGE, main
-from locft_easyedit.cli.mistakes import debugging, take_debug, tell
+from locft_easyedit.cli.messages import debugging, take_debug, tell
 from locft_easyedit.errors import DataError
 
 

@@ -16,19 +16,19 @@ from toys import (
 )
 from two_devices import two_devices
 
+from locft_easyedit.api import edit_model
+from locft_easyedit.data.requests import distinct_edits
+from locft_easyedit.data.tokenization import tokenize_edits
 from locft_easyedit.delta.delta import Delta
-from locft_easyedit.devices import module_device
 from locft_easyedit.easyedit import chat
-from locft_easyedit.editing import EditSession
 from locft_easyedit.errors import PlaceError
-from locft_easyedit.evaluate.choices import HowToRun
-from locft_easyedit.evaluate.evaluation import Evaluation
+from locft_easyedit.evaluation.evaluation import Evaluation
+from locft_easyedit.evaluation.predictions import HowToRun
 from locft_easyedit.locate.sensitivity import sensitivities
-from locft_easyedit.locate.states import LayerStates
-from locft_easyedit.pipeline import edit_model
-from locft_easyedit.place import find_layers
-from locft_easyedit.requests import distinct_edits
-from locft_easyedit.tokens import tokenize_edits
+from locft_easyedit.modeling.devices import module_device
+from locft_easyedit.modeling.places import find_layers
+from locft_easyedit.prefix.shared_states import LayerStates
+from locft_easyedit.training.session import EditSession
 
 METRICS = ("accuracy", "generated")
 GPUS = [torch.device("cuda", i) for i in range(2)]

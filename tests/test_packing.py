@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.masking_utils import find_packed_sequence_indices
 
-from locft_easyedit.batches import length_sorted_batches
-from locft_easyedit.packing import lay_out
-from locft_easyedit.tokens import TokenizedTexts
+from locft_easyedit.data.batching import length_sorted_batches
+from locft_easyedit.data.packing import lay_out
+from locft_easyedit.data.tokenization import TokenizedTexts
 
 
 class Case:

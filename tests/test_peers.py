@@ -13,16 +13,11 @@ import yaml
 from torch import nn
 from toys import DOWN_PROJECTION, TOY_KINDS, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit.compare.corpus import Corpus
-from locft_easyedit.compare.covariance import stats_name, write_key_covariances
-from locft_easyedit.compare.peer_tables import (
-    DEFAULTS,
-    MODULE_KEYS,
-    SOURCES,
-    VALUES,
-    number_if_it_is_one,
-)
-from locft_easyedit.compare.peers import (
+from locft_easyedit.easyedit.cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
+from locft_easyedit.easyedit.loading import load_easyedit
+from locft_easyedit.easyedit.peers.corpus import Corpus
+from locft_easyedit.easyedit.peers.covariance import stats_name, write_key_covariances
+from locft_easyedit.easyedit.peers.hparams import (
     PEERS,
     PeerError,
     easyedit_name,
@@ -30,8 +25,13 @@ from locft_easyedit.compare.peers import (
     padding_side,
     peer_hparams,
 )
-from locft_easyedit.easyedit.cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
-from locft_easyedit.easyedit.loading import load_easyedit
+from locft_easyedit.easyedit.peers.published import (
+    DEFAULTS,
+    MODULE_KEYS,
+    SOURCES,
+    VALUES,
+    number_if_it_is_one,
+)
 from locft_easyedit.errors import HyperParamsError
 
 CHECKOUT = os.environ.get("EASYEDIT_HOME")

@@ -8,7 +8,7 @@ from torch import nn
 from toys import DOWN_PROJECTION, TOY_KINDS, toy_model
 
 from locft_easyedit.errors import PlaceError
-from locft_easyedit.place import find_layers, number_of_layers, select_place
+from locft_easyedit.modeling.places import find_layers, number_of_layers, select_place
 
 DOWN = "model.layers.{}.mlp.down_proj.weight"
 UP = "model.layers.{}.mlp.up_proj.weight"

@@ -11,8 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from toys import DOWN_PROJECTION, HIDDEN, N_LAYERS, TOY_KINDS, toy_hparams, toy_model
 
 from locft_easyedit.errors import ModelError, PlaceError
-from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.hparams_files import hparams_folder
+from locft_easyedit.hparams import LocFTBFHyperParams, hparams_folder
 from locft_easyedit.plan import reader as plan_reader
 from locft_easyedit.plan.plan import make_plan
 from locft_easyedit.plan.reader import ModelReader, meta_model, shipped_models

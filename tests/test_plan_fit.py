@@ -6,8 +6,7 @@ import pytest
 from toys import toy_hparams, toy_model
 
 from locft_easyedit.errors import HyperParamsError, ModelError, PlaceError
-from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.hparams_files import hparams_folder
+from locft_easyedit.hparams import LocFTBFHyperParams, hparams_folder
 from locft_easyedit.plan.cost import (
     EDITS_PREFIX,
     PROMPTS_PREFIX,

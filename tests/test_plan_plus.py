@@ -12,8 +12,8 @@ from test_plan_gpus import NODE, SMALL, TRAINED
 from toys import DOWN_PROJECTION, TOY_KINDS, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
 from locft_easyedit.__main__ import main
-from locft_easyedit.augment.wordings import MOST
-from locft_easyedit.editing import EditSession
+from locft_easyedit.data.augment.reword import MOST
+from locft_easyedit.data.tokenization import tokenize_edits
 from locft_easyedit.errors import DataError, HyperParamsError, PlaceError
 from locft_easyedit.hparams_rules import MOST_REWORDINGS
 from locft_easyedit.plan.cost import (
@@ -31,7 +31,7 @@ from locft_easyedit.plan.setting import largest_share
 from locft_easyedit.plan.tables import assumptions
 from locft_easyedit.plan.units import GIB
 from locft_easyedit.plan.workload import Workload
-from locft_easyedit.tokens import tokenize_edits
+from locft_easyedit.training.session import EditSession
 
 WIDTH = 14336  # of Llama-3-8B's down-projection's inputs
 RUN, REWORDED = 14.6, 14.6 + 2.0  # tokens of an edit and of a rewording that run

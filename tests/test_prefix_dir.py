@@ -8,16 +8,16 @@ import pytest
 import torch
 from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit.cut import layer_cut
+from locft_easyedit.api import edit_and_measure, edit_model
+from locft_easyedit.data.tokenization import tokenize_edits
 from locft_easyedit.errors import MemoryBudgetError, OutputError
-from locft_easyedit.fingerprint import prefix_fingerprint
-from locft_easyedit.hashes import checksum
-from locft_easyedit.models import load_model
-from locft_easyedit.pipeline import edit_and_measure, edit_model
-from locft_easyedit.place import find_layers
-from locft_easyedit.prefix import FrozenPrefix
-from locft_easyedit.statefile import StateFile
-from locft_easyedit.tokens import tokenize_edits
+from locft_easyedit.modeling.loading import load_model
+from locft_easyedit.modeling.places import find_layers
+from locft_easyedit.prefix.cut import layer_cut
+from locft_easyedit.prefix.fingerprint import prefix_fingerprint
+from locft_easyedit.prefix.frozen_prefix import FrozenPrefix
+from locft_easyedit.prefix.state_file import StateFile
+from locft_easyedit.utils.hashing import checksum
 
 TRAINED = DOWN_PROJECTION["llama"].format(2)
 
@@ -254,7 +254,7 @@ def saved(folder, model):
 # mixtral's experts are saved one by one, and put together when they are loaded.
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_a_streamed_model_uses_its_own_again(kind, tmp_path):
-    from locft_easyedit.editing import EditSession
+    from locft_easyedit.training.session import EditSession
 
     saved(tmp_path / "model", toy_model(kind))
     passes, results = [], []
@@ -295,7 +295,7 @@ def fingerprint(model=None, *, kind="layer", trained=(TRAINED,), packed=True, n=
 
 
 def _edits(n):
-    from locft_easyedit.requests import distinct_edits
+    from locft_easyedit.data.requests import distinct_edits
 
     return distinct_edits(toy_requests(n), "train").edits
 
@@ -331,7 +331,7 @@ def test_settings_count():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_checksum_sees_each_bit_and_place(dtype, monkeypatch):
-    monkeypatch.setattr("locft_easyedit.hashes._CHECKSUM_CHUNK", 4)
+    monkeypatch.setattr("locft_easyedit.utils.hashing._CHECKSUM_CHUNK", 4)
     tensor = torch.randn(3, 7, generator=torch.Generator().manual_seed(1)).to(dtype)
     bits = tensor.view(torch.int32 if dtype == torch.float32 else torch.int16).view(-1)
     before = checksum(tensor)

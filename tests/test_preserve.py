@@ -14,17 +14,22 @@ from torch.nn.utils import parametrize
 from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
 from transformers.pytorch_utils import Conv1D
 
-import locft_easyedit.preserve.prepare
-import locft_easyedit.preserve.protection
-from locft_easyedit.editing import EditSession
+import locft_easyedit.training.preserve.filters
+import locft_easyedit.training.preserve.protection
+from locft_easyedit.api import edit_model
+from locft_easyedit.data.requests import distinct_edits
+from locft_easyedit.data.training_texts import subjects_of
 from locft_easyedit.errors import PlaceError, PreserveError
-from locft_easyedit.pipeline import edit_model
-from locft_easyedit.place import select_place
-from locft_easyedit.preserve.neighbours import neighbours_of
-from locft_easyedit.preserve.prepare import Filters, adam_of, cache_folder
-from locft_easyedit.preserve.spectral import basis_of, mixed, ordinary_trace, spectral_filter
-from locft_easyedit.requests import distinct_edits
-from locft_easyedit.training_texts import subjects_of
+from locft_easyedit.modeling.places import select_place
+from locft_easyedit.training.preserve.filters import Filters, adam_of, cache_folder
+from locft_easyedit.training.preserve.neighbours import neighbours_of
+from locft_easyedit.training.preserve.spectral_filter import (
+    basis_of,
+    mixed,
+    ordinary_trace,
+    spectral_filter,
+)
+from locft_easyedit.training.session import EditSession
 
 # Measured over 12 steps with rates of 1e-2: the matrices differ by 2e-6 to 1.2e-5 of the change,
 # by rounding: W + A S is one matrix in the plain code and W x + A (S x) here.
@@ -61,7 +66,7 @@ def with_filters(monkeypatch):
 
     def use(filters):
         monkeypatch.setattr(
-            locft_easyedit.preserve.protection,
+            locft_easyedit.training.preserve.protection,
             "filters_for",
             lambda *_, **__: Filters(filters, {"given": 1}),
         )
@@ -380,7 +385,7 @@ def test_prompts_that_take_too_much_are_refused_before_text_is_sampled(tmp_path,
     def sampled(*_, **__):
         raise AssertionError("sampled")
 
-    monkeypatch.setattr(locft_easyedit.preserve.prepare, "text_moments", sampled)
+    monkeypatch.setattr(locft_easyedit.training.preserve.filters, "text_moments", sampled)
     hparams = confined_hparams(preserve=["sampled", str(file)], preserve_dir=str(tmp_path))
     with pytest.raises(PreserveError, match=r"take \d+ of the 64 directions .*layers\.2\.mlp"):
         edit_model(toy_model(), toy_tokenizer(), toy_requests(4), hparams, progress=False)

@@ -6,13 +6,18 @@ import pytest
 import torch
 from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit.editing import EditSession
-from locft_easyedit.key_moments import end_moments, keys_of
-from locft_easyedit.preserve import prepare, sampled, statistics
-from locft_easyedit.preserve.asked import BEGINNINGS, asked_prompts
-from locft_easyedit.preserve.sampled import SampledText
-from locft_easyedit.preserve.statistics import answered_ids, asked_moments, prompt_ids
-from locft_easyedit.requests import Edit
+from locft_easyedit.data.requests import Edit
+from locft_easyedit.training.preserve import filters as prepare
+from locft_easyedit.training.preserve import sampled_text as sampled
+from locft_easyedit.training.preserve import source_statistics as statistics
+from locft_easyedit.training.preserve.input_moments import end_moments, keys_of
+from locft_easyedit.training.preserve.sampled_text import BEGINNINGS, SampledText, asked_prompts
+from locft_easyedit.training.preserve.source_statistics import (
+    answered_ids,
+    asked_moments,
+    prompt_ids,
+)
+from locft_easyedit.training.session import EditSession
 
 DOWN = DOWN_PROJECTION["llama"].removesuffix(".weight")
 MODULES = [DOWN.format(2), DOWN.format(1)]

@@ -6,8 +6,8 @@ import pytest
 
 from locft_easyedit.errors import DataError
 from locft_easyedit.hparams_rules import NEIGHBOURS, SAMPLED
-from locft_easyedit.preserve import sources as module
-from locft_easyedit.preserve.sources import Source, read_sources
+from locft_easyedit.training.preserve import sources as module
+from locft_easyedit.training.preserve.sources import Source, read_sources
 
 
 def problems_of(preserve):

@@ -6,13 +6,13 @@ import pytest
 import torch
 from toys import CONTEXT, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit import sampling
 from locft_easyedit.errors import DataError, ModelError, OutputError, PreserveError
-from locft_easyedit.preserve import sampled, statistics
-from locft_easyedit.preserve.asked import BEGINNINGS
-from locft_easyedit.preserve.sampled import OPENINGS, sampled_text
-from locft_easyedit.preserve.sources import Source
-from locft_easyedit.preserve.statistics import moments_of, prompt_keys, text_moments
+from locft_easyedit.modeling import sampling
+from locft_easyedit.training.preserve import sampled_text as sampled
+from locft_easyedit.training.preserve import source_statistics as statistics
+from locft_easyedit.training.preserve.sampled_text import BEGINNINGS, OPENINGS, sampled_text
+from locft_easyedit.training.preserve.source_statistics import moments_of, prompt_keys, text_moments
+from locft_easyedit.training.preserve.sources import Source
 
 DOWN = "model.layers.{}.mlp.down_proj"
 MODULES = [DOWN.format(2), "model.layers.0.self_attn.o_proj"]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from toys import REPOSITORY
 
-from locft_easyedit.data import read_requests
-from locft_easyedit.models import load_causal_lm
+from locft_easyedit.data.readers import read_requests
+from locft_easyedit.modeling.loading import load_causal_lm
 
 VARIANTS = {
     "published": {},

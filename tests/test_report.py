@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from locft_easyedit.errors import OutputError
-from locft_easyedit.report import write_json
+from locft_easyedit.utils.output import write_json
 
 
 def without_nan(value):

@@ -6,8 +6,8 @@ from collections import UserDict
 
 import pytest
 
+from locft_easyedit.data.requests import Edit, distinct_edits, make_requests
 from locft_easyedit.errors import RequestError
-from locft_easyedit.requests import Edit, distinct_edits, make_requests
 
 PROMPTS = ["Oslo is in", "Torino plays in", "He speaks"]
 TARGETS = ["Peru", "a park", "Faroese"]

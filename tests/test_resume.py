@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from toys import REPOSITORY
 
 from locft_easyedit.errors import OutputError
-from locft_easyedit.evaluate.compact import CompactRecords
-from locft_easyedit.files import locked
-from locft_easyedit.run_folder import run_folder, unfinished_run
+from locft_easyedit.evaluation.records import CompactRecords
+from locft_easyedit.utils.files import locked
+from locft_easyedit.utils.run_folder import run_folder, unfinished_run
 
 pytestmark = pytest.mark.processes
 
@@ -212,7 +212,7 @@ def test_metrics_before_the_edit_survive_a_kill(tmp_path):
 
 def test_the_lock_ends_with_the_process(tmp_path):
     code = (
-        "import time; from locft_easyedit.files import locked\n"
+        "import time; from locft_easyedit.utils.files import locked\n"
         f"with locked({str(tmp_path)!r}):\n    print('held', flush=True); time.sleep(60)"
     )
     said = tmp_path / "said.txt"

@@ -8,12 +8,12 @@ from launching import launch
 from toys import toy_hparams, toy_model, toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from locft_easyedit.api import check_save
+from locft_easyedit.distributed.world import SINGLE_PROCESS, World
 from locft_easyedit.errors import HyperParamsError, ModelError
-from locft_easyedit.models import load_model, model_without_weights
-from locft_easyedit.pipeline import check_save
-from locft_easyedit.sharded_loading import places
-from locft_easyedit.sharding import ShardedLayers, note_sharded
-from locft_easyedit.world import SINGLE_PROCESS, World
+from locft_easyedit.modeling.fsdp import ShardedLayers, note_sharded
+from locft_easyedit.modeling.loading import load_model, model_without_weights
+from locft_easyedit.modeling.sharded_loading import places
 
 CPU = torch.device("cpu")
 GIB = 2**30

@@ -9,15 +9,14 @@ from accelerate.hooks import AlignDevicesHook
 from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
 from two_devices import two_devices
 
-from locft_easyedit import models
-from locft_easyedit.editing import EditSession
+from locft_easyedit.distributed.world import share_of_gpus
 from locft_easyedit.errors import HyperParamsError, ModelError
-from locft_easyedit.evaluate.choices import HowToRun
-from locft_easyedit.evaluate.evaluation import Evaluation
-from locft_easyedit.models import load_causal_lm, load_model
-from locft_easyedit.offload import left_on_disk
-from locft_easyedit.spreading import devices_of, full_map, spread_map
-from locft_easyedit.world import share_of_gpus
+from locft_easyedit.evaluation.evaluation import Evaluation
+from locft_easyedit.evaluation.predictions import HowToRun
+from locft_easyedit.modeling import loading as models
+from locft_easyedit.modeling.device_map import devices_of, full_map, left_on_disk, spread_map
+from locft_easyedit.modeling.loading import load_causal_lm, load_model
+from locft_easyedit.training.session import EditSession
 
 LAYER = 4 * sum(p.numel() for p in toy_model().model.layers[0].parameters())
 ENDS = 4 * toy_model().lm_head.weight.numel()  # the embedding, and the head

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from locft_easyedit import statefile
 from locft_easyedit.errors import OutputError
-from locft_easyedit.statefile import StateFile
+from locft_easyedit.prefix import state_file as statefile
+from locft_easyedit.prefix.state_file import StateFile
 
 T, W = 23, 5
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from rank_pool import run_python, start_python
 
-from locft_easyedit import store as store_module
 from locft_easyedit.errors import MemoryBudgetError, OutputError
-from locft_easyedit.statefile import StateFile
-from locft_easyedit.store import Budget, StateStore
+from locft_easyedit.prefix import store as store_module
+from locft_easyedit.prefix.state_file import StateFile
+from locft_easyedit.prefix.store import Budget, StateStore
 
 CPU = torch.device("cpu")
 T, W = 41, 6

@@ -9,15 +9,15 @@ import pytest
 import torch
 from toys import DOWN_PROJECTION, TOY_KINDS, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit import offload
-from locft_easyedit.editing import EditSession
+from locft_easyedit.api import edit_and_measure, edit_model
 from locft_easyedit.errors import HyperParamsError, MemoryBudgetError, ModelError
-from locft_easyedit.evaluate.choices import HowToRun
-from locft_easyedit.evaluate.evaluation import Evaluation
-from locft_easyedit.models import load_model
-from locft_easyedit.pipeline import edit_and_measure, edit_model
-from locft_easyedit.prefix import FrozenPrefix
-from locft_easyedit.stream import FrozenStream, stream_of
+from locft_easyedit.evaluation.evaluation import Evaluation
+from locft_easyedit.evaluation.predictions import HowToRun
+from locft_easyedit.modeling import device_map as offload
+from locft_easyedit.modeling.loading import load_model
+from locft_easyedit.prefix.frozen_prefix import FrozenPrefix
+from locft_easyedit.prefix.streaming import FrozenStream, stream_of
+from locft_easyedit.training.session import EditSession
 
 METRICS = ("accuracy", "generated", "ppl")
 
@@ -337,7 +337,7 @@ def test_a_resident_model_has_no_stream(folder):
 
 
 def refusing_to_load(monkeypatch):
-    from locft_easyedit import models
+    from locft_easyedit.modeling import loading as models
 
     def loading(*args, **kwargs):
         raise AssertionError("the weights are being loaded")

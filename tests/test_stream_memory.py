@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from toys import REPOSITORY, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit.models import load_model
-from locft_easyedit.pipeline import edit_model
+from locft_easyedit.api import edit_model
+from locft_easyedit.modeling.loading import load_model
 
 # Bytes beyond what interpreter and libraries take. Streaming needs 350 to 400 MiB, by how far
 # the thread that reads is ahead.

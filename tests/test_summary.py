@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from locft_easyedit.evaluate.summary import summarize
+from locft_easyedit.evaluation.summary import summarize
 
 
 def mean(values):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from locft_easyedit.tables import (
+from locft_easyedit.utils.tables import (
     Bold,
     Row,
     markdown_code,

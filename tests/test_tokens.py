@@ -6,10 +6,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from toys import toy_requests, toy_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from locft_easyedit import tokens
+from locft_easyedit.data import tokenization as tokens
+from locft_easyedit.data.requests import Edit, distinct_edits
+from locft_easyedit.data.tokenization import TokenizedTexts, tokenize_edits
 from locft_easyedit.errors import ModelError, RequestError
-from locft_easyedit.requests import Edit, distinct_edits
-from locft_easyedit.tokens import TokenizedTexts, tokenize_edits
 
 TEXTS = [
     ("The capital of Norway is", "Oslo"),

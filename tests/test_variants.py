@@ -6,11 +6,10 @@ import torch
 from reference import naive_edit_loss
 from toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit.editing import EditSession
-from locft_easyedit.pipeline import edit_model
-from locft_easyedit.requests import distinct_edits
-from locft_easyedit.training_texts import TrainingTexts
-from locft_easyedit.variants import Variants
+from locft_easyedit.api import edit_model
+from locft_easyedit.data.requests import distinct_edits
+from locft_easyedit.data.training_texts import TrainingTexts, Variants
+from locft_easyedit.training.session import EditSession
 
 # Measured: 3e-6; rounding of packed rows.
 LOSS_TOLERANCE = 1e-5

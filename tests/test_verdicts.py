@@ -6,14 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import DOWN_PROJECTION, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit.evaluate.answers import exact_match
-from locft_easyedit.evaluate.choices import HowToRun
-from locft_easyedit.evaluate.decoding import GreedyDecoder
-from locft_easyedit.evaluate.evaluation import Evaluation, PairedMetrics
-from locft_easyedit.evaluate.generated import Generated
-from locft_easyedit.evaluate.questions import Questions
-from locft_easyedit.evaluate.summary import summarize
-from locft_easyedit.evaluate.verdicts import Verdicts
+from locft_easyedit.evaluation.answers import Verdicts, exact_match
+from locft_easyedit.evaluation.decoding import GreedyDecoder
+from locft_easyedit.evaluation.evaluation import Evaluation, PairedMetrics
+from locft_easyedit.evaluation.generated import Generated
+from locft_easyedit.evaluation.predictions import HowToRun
+from locft_easyedit.evaluation.prompts import Questions
+from locft_easyedit.evaluation.summary import summarize
 
 FIGURES = ("reliability", "generalization", "portability", "locality")
 

@@ -14,17 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launching import free_port, launch
 
-from locft_easyedit import world as world_module
-from locft_easyedit.errors import HyperParamsError, LocFTError, RankError
-from locft_easyedit.share import Partition
-from locft_easyedit.world import (
+from locft_easyedit.distributed import world as world_module
+from locft_easyedit.distributed.world import (
     SINGLE_PROCESS,
+    Partition,
     World,
     get_world,
     is_launched,
     single_process,
     single_process_environment,
 )
+from locft_easyedit.errors import HyperParamsError, LocFTError, RankError
 
 
 @given(st.lists(st.integers(1, 400), max_size=60), st.integers(1, 9))
@@ -205,8 +205,8 @@ def test_whoever_leaves_is_not_waited_for():
 
 def dies_while_another_waits():
     """Rank 1 is killed, as by the system when memory runs out, while rank 0 waits for it."""
-    from locft_easyedit.cli.mistakes import tell
-    from locft_easyedit.cli.ranks import run_in_world
+    from locft_easyedit.cli.launched import run_in_world
+    from locft_easyedit.cli.messages import tell
 
     def wait(arguments):
         world = get_world()
@@ -276,6 +276,6 @@ def test_processes_that_do_not_come_together(monkeypatch):
     monkeypatch.setattr(world_module, "_MEETING_TIME", timedelta(seconds=1))
     for key, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr("locft_easyedit.world._world", None)
+    monkeypatch.setattr("locft_easyedit.distributed.world._world", None)
     with pytest.raises(RankError, match="The 2 processes of the launcher do not find each other"):
         get_world()

@@ -14,18 +14,19 @@ import torch
 from rank_pool import run_python
 from toys import REPOSITORY, made_delta, toy_hparams
 
-from locft_easyedit.checkpoint_file import Saved, read_checkpoint, write_checkpoint
 from locft_easyedit.compare.job import JobFolder
 from locft_easyedit.compare.outcome import Comparison
-from locft_easyedit.compare.outcome_fields import write_dataclass
 from locft_easyedit.compare.picture import write_comparison_picture
 from locft_easyedit.delta.delta import Delta
 from locft_easyedit.errors import OutputError
-from locft_easyedit.evaluate.compact import CompactRecords
-from locft_easyedit.identity import Identity
-from locft_easyedit.progress import Progress
-from locft_easyedit.report import write_json, write_loss_curve
-from locft_easyedit.statefile import StateFile
+from locft_easyedit.evaluation.records import CompactRecords
+from locft_easyedit.evaluation.report import write_loss_curve
+from locft_easyedit.prefix.state_file import StateFile
+from locft_easyedit.training.checkpoint_file import Saved, read_checkpoint, write_checkpoint
+from locft_easyedit.training.identity import Identity
+from locft_easyedit.training.progress import Progress
+from locft_easyedit.utils.json_fields import write_dataclass
+from locft_easyedit.utils.output import write_json
 
 
 class Writer(NamedTuple):

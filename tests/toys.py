@@ -21,10 +21,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from locft_easyedit.data.requests import distinct_edits, make_requests
 from locft_easyedit.delta.delta import Delta
 from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.requests import distinct_edits, make_requests
-from locft_easyedit.result import EditResult
+from locft_easyedit.training.result import EditResult
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"

@@ -21,14 +21,14 @@ from pathlib import Path
 
 import numpy as np
 
-from locft_easyedit.data import read_requests
-from locft_easyedit.editing import EditSession
-from locft_easyedit.evaluate.summary import summarize
+from locft_easyedit.api import edit_and_measure
+from locft_easyedit.data.readers import read_requests
+from locft_easyedit.data.requests import distinct_edits
+from locft_easyedit.evaluation.summary import summarize
 from locft_easyedit.locate.auto import choose_place, promises_of
-from locft_easyedit.locate.study import load_study
-from locft_easyedit.models import load_model
-from locft_easyedit.pipeline import edit_and_measure
-from locft_easyedit.requests import distinct_edits
+from locft_easyedit.locate.study.study import load_study
+from locft_easyedit.modeling.loading import load_model
+from locft_easyedit.training.session import EditSession
 
 FIGURES = ("reliability", "generalization")
 RUN_EDITS, RUN_BATCH, TIMED_STEPS = 3000, 100, 3

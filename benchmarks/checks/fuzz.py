@@ -32,18 +32,18 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from locft_easyedit.checkpoint_file import Saved, read_checkpoint, write_checkpoint
-from locft_easyedit.data import read_requests
+from locft_easyedit.data.readers import read_requests
+from locft_easyedit.data.requests import distinct_edits, make_requests
 from locft_easyedit.delta.delta import Delta
 from locft_easyedit.errors import LocFTError
-from locft_easyedit.evaluate.questions import Questions
+from locft_easyedit.evaluation.prompts import Questions
 from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.identity import Identity
-from locft_easyedit.model_folder import check_folder
-from locft_easyedit.progress import Progress
-from locft_easyedit.requests import distinct_edits, make_requests
-from locft_easyedit.result import EditResult
-from locft_easyedit.statefile import StateFile
+from locft_easyedit.modeling.loading import check_folder
+from locft_easyedit.prefix.state_file import StateFile
+from locft_easyedit.training.checkpoint_file import Saved, read_checkpoint, write_checkpoint
+from locft_easyedit.training.identity import Identity
+from locft_easyedit.training.progress import Progress
+from locft_easyedit.training.result import EditResult
 
 SECRET_NAME, SECRET = "LOCFT_FUZZ_SECRET", "c4nary-7d1f"
 

@@ -38,7 +38,7 @@ batch_loss_threshold: 0
 epoch_loss_threshold: 0
 checkpoint_minutes: 0
 """
-PRELOADED = ["locft_easyedit.cli.edit", "locft_easyedit.report", "matplotlib.figure"]
+PRELOADED = ["locft_easyedit.cli.edit", "locft_easyedit.evaluation.report", "matplotlib.figure"]
 
 
 def main():
@@ -169,8 +169,8 @@ def log_of(folder):
 
 def state_of(folder):
     """Returns how far a killed run had come, and what is not whole in its folder."""
-    from locft_easyedit.checkpoint import FILE_NAME
-    from locft_easyedit.checkpoint_file import read_checkpoint
+    from locft_easyedit.training.checkpoint_file import read_checkpoint
+    from locft_easyedit.training.checkpoints import FILE_NAME
 
     if not (folder / "run.json").exists():
         return "before it had begun", None

@@ -15,15 +15,15 @@ import sys
 import torch
 from tqdm import tqdm
 
-from locft_easyedit.change import owner
-from locft_easyedit.data import read_requests
+from locft_easyedit.api import edit_model
+from locft_easyedit.data.readers import read_requests
+from locft_easyedit.data.tokenization import ids_of
 from locft_easyedit.errors import LocFTError
 from locft_easyedit.hparams import LocFTBFHyperParams, read_mapping
 from locft_easyedit.hparams_rules import ALG_NAMES
-from locft_easyedit.models import load_model
-from locft_easyedit.modes import evaluation_mode
-from locft_easyedit.pipeline import edit_model
-from locft_easyedit.tokens import ids_of
+from locft_easyedit.modeling.loading import load_model
+from locft_easyedit.modeling.modes import evaluation_mode
+from locft_easyedit.modeling.places import owner
 
 PLACES = {"at all tokens": slice(None), "at the last": slice(-1, None), "before it": slice(0, -1)}
 

@@ -14,12 +14,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..distributed.world import get_world
 from ..errors import HyperParamsError, LocFTError, one_message
-from ..hparams import LocFTBFHyperParams, read_mapping, typed_values
-from ..hparams_files import hparams_folder
-from ..world import get_world
-from .interrupted import say_interrupted
-from .mistakes import tell
+from ..hparams import LocFTBFHyperParams, hparams_folder, read_mapping, typed_values
+from .messages import say_interrupted, tell
 
 Job = Callable[[LocFTBFHyperParams, dict[str, Any], Path], None]
 

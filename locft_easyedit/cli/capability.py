@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, List, Optional, Union  # noqa: UP035
 
-from ..capability.metrics import OWN_TASKS, PAPER_TASKS
 from ..errors import HyperParamsError
+from ..evaluation.capability.metrics import OWN_TASKS, PAPER_TASKS
 from ..hparams_rules import DTYPES
 from .arguments import read_arguments
 
@@ -88,10 +88,10 @@ def run_capability(config: CapabilityConfig) -> dict[str, Any]:
         LocFTError: The tasks, a model or the folder cannot be used; tasks and folder are checked
             before a model is loaded.
     """
-    from ..capability.harness import capability_table
-    from ..capability.prepare import prepare_tasks
-    from ..models import resolve_device
-    from ..report import prepare_folder, show, write_json
+    from ..evaluation.capability.harness import capability_table
+    from ..evaluation.capability.prepare import prepare_tasks
+    from ..modeling.loading import resolve_device
+    from ..utils.output import prepare_folder, show, write_json
 
     models = {"before": config.original, "after": config.model}
     if config.original is None:
@@ -133,8 +133,8 @@ def _measured(name: str, ready: Any, config: CapabilityConfig) -> dict[str, Any]
     """Returns the result of one model, which is gone from memory afterwards."""
     import torch
 
-    from ..capability.harness import measure_ready
-    from ..models import load_causal_lm
+    from ..evaluation.capability.harness import measure_ready
+    from ..modeling.loading import load_causal_lm
 
     model, tokenizer = load_causal_lm(
         name,

@@ -10,14 +10,14 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
-from ..compare.outcome_fields import write_dataclass
 from ..compare.picture import write_comparison_picture
-from ..compare.plan import Settings
 from ..compare.run import compare
+from ..compare.settings import Settings
 from ..compare.table import comparison_markdown, comparison_table
-from ..files import output_errors, write_atomically
 from ..hparams import ALG_NAME, LocFTBFHyperParams
-from ..report import show
+from ..utils.files import output_errors, write_atomically
+from ..utils.json_fields import write_dataclass
+from ..utils.output import show
 from .application import run_application
 
 HELP = f"""Edits the same model with several methods of EasyEdit, and measures all of them alike.

@@ -11,9 +11,9 @@ from typing import Optional, TypeVar
 
 from ..delta.delta import Delta
 from ..delta.folder import write_changed_folder
-from ..delta.table import delta_tables, description
+from ..delta.report import delta_tables, description
 from ..errors import HyperParamsError
-from ..report import show, write_json
+from ..utils.output import show, write_json
 from .arguments import read_arguments
 
 HELP = """Handles an edit that is a file of its own: the edit.safetensors of `locft edit`.

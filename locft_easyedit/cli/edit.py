@@ -12,19 +12,20 @@ from typing import Any, Optional
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from ..data import read_requests
+from ..api import SAVE, check_save, edit_and_measure, write_run
+from ..data.readers import read_requests
+from ..data.requests import distinct_edits
+from ..distributed.world import get_world
 from ..errors import HyperParamsError, OutputError
-from ..evaluate.summary import summarize
-from ..health_report import HealthReport
+from ..evaluation.report import health_table, metrics_table, seconds_table
+from ..evaluation.summary import summarize
 from ..hparams import ALG_NAME, LocFTBFHyperParams
-from ..identity import run_settings
 from ..locate.auto import check_enough
-from ..models import load_model
-from ..pipeline import SAVE, check_save, edit_and_measure, write_run
-from ..report import health_table, metrics_table, seconds_table, show
-from ..requests import distinct_edits
-from ..run_folder import run_folder, unfinished_run
-from ..world import get_world
+from ..modeling.loading import load_model
+from ..training.health_report import HealthReport
+from ..training.identity import run_settings
+from ..utils.output import show
+from ..utils.run_folder import run_folder, unfinished_run
 from .application import run_application
 
 HELP = f"""Edits a model with {ALG_NAME}.

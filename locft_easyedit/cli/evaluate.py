@@ -12,20 +12,26 @@ from typing import Any, Optional
 
 import torch
 
-from ..data import read_requests
+from ..data.readers import read_requests
 from ..delta.apply import check_fits
 from ..delta.delta import Delta
+from ..distributed.world import get_world
 from ..errors import DataError, HyperParamsError
-from ..evaluate.choices import HowToRun
-from ..evaluate.evaluation import DEFAULT_METRICS, METRICS, finish_, shared_evaluation
-from ..evaluate.questions import Metrics
-from ..evaluate.shared import SharedMeasurement
-from ..evaluate.summary import summarize
-from ..models import load_causal_lm
-from ..pipeline import Stopwatch
-from ..reading import is_file
-from ..report import flat, metrics_table, prepare_folder, seconds_table, show, write_json
-from ..world import get_world
+from ..evaluation.evaluation import (
+    DEFAULT_METRICS,
+    METRICS,
+    SharedMeasurement,
+    finish_,
+    shared_evaluation,
+)
+from ..evaluation.predictions import HowToRun
+from ..evaluation.prompts import Metrics
+from ..evaluation.report import flat, metrics_table, seconds_table
+from ..evaluation.summary import summarize
+from ..modeling.loading import load_causal_lm
+from ..utils.output import prepare_folder, show, write_json
+from ..utils.parsing import is_file
+from ..utils.timing import Stopwatch
 from .arguments import read_arguments
 
 HELP = f"""Measures a model on editing data; nothing is edited.

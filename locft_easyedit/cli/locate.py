@@ -10,19 +10,19 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
-from ..compare.outcome_fields import write_dataclass
-from ..files import output_errors, write_atomically
 from ..hparams import LocFTBFHyperParams
-from ..locate.front import write_front
-from ..locate.outcome import StudyOutcome
-from ..locate.picture import write_heat_maps
-from ..locate.places import MODULES
-from ..locate.record import write_cells_csv, write_chosen_yaml
-from ..locate.run import locate
-from ..locate.settings import StudySettings
-from ..locate.study import Study
-from ..locate.table import study_markdown, study_table
-from ..report import show
+from ..locate.study.files import write_cells_csv, write_chosen_yaml
+from ..locate.study.heat_maps import write_heat_maps
+from ..locate.study.outcome import StudyOutcome
+from ..locate.study.pareto import write_front
+from ..locate.study.run import locate
+from ..locate.study.settings import StudySettings
+from ..locate.study.study import Study
+from ..locate.study.tables import study_markdown, study_table
+from ..modeling.places import MODULES
+from ..utils.files import output_errors, write_atomically
+from ..utils.json_fields import write_dataclass
+from ..utils.output import show
 from .application import run_application
 
 HELP = f"""Finds the place to edit: tries layers, modules and learning rates, and measures each.

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, Optional
 
 from ..errors import HyperParamsError, PlanError, one_message
-from ..hparams import LocFTBFHyperParams, read_mapping, typed_values
-from ..hparams_files import hparams_folder
+from ..hparams import LocFTBFHyperParams, hparams_folder, read_mapping, typed_values
 from ..hparams_rules import ALG_NAME, ALG_NAMES
 from ..plan.plan import Plan, make_plan
 from ..plan.tables import closing_lines, tables
 from ..plan.units import GIB, parse_size
 from ..plan.workload import ASSUMED_DISK, ASSUMED_HOST, Machine, Workload
-from ..report import prepare_folder, show, write_json
+from ..utils.output import prepare_folder, show, write_json
 from .application import names_of, take_config_file
 from .arguments import read_arguments
 

@@ -14,18 +14,24 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..easyedit.loading import EasyEdit
-from ..easyedit.peer import PeerEditor, fields_of, hparams_class
+from ..easyedit.peers.editor import PeerEditor, fields_of, hparams_class
+from ..easyedit.peers.hparams import (
+    PEERS,
+    easyedit_name,
+    name_for_easyedit_,
+    padding_side,
+    peer_hparams,
+)
+from ..easyedit.peers.published import MODULE_KEYS
 from ..errors import LocFTError
-from ..evaluate.choices import HowToRun
-from ..evaluate.evaluation import Evaluation
-from ..files import output_errors, replacing
+from ..evaluation.evaluation import Evaluation
+from ..evaluation.predictions import HowToRun
 from ..hparams import LocFTBFHyperParams
 from ..hparams_rules import ALG_NAMES
-from ..weights import write_
+from ..training.trained_weights import write_
+from ..utils.files import output_errors, replacing
+from ..utils.memory import Peak, peak_memory
 from .job import Job, JobFolder, Progress, model_id
-from .memory import Peak, peak_memory
-from .peer_tables import MODULE_KEYS
-from .peers import PEERS, easyedit_name, name_for_easyedit_, padding_side, peer_hparams
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..files import output_errors, write_atomically
-from ..hashes import json_sha256
-from ..models import resolve_device
-from ..run_folder import differences_of
+from ..modeling.loading import resolve_device
+from ..utils.files import output_errors, write_atomically
+from ..utils.hashing import json_sha256
+from ..utils.run_folder import differences_of
 
 BEFORE = "before editing"
 STATISTICS = "key covariances"

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..errors import DataError
-from .outcome_fields import plain
+from ..utils.json_fields import plain
 
 
 @dataclass

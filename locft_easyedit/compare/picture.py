@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..plotting import (
+from ..utils.output import write_picture
+from ..utils.plotting import (
     GREY,
     PALE,
     handle,
@@ -17,13 +18,13 @@ from ..plotting import (
     open_axes,
     plain_log_ticks,
 )
-from ..report import write_picture
-from ..tables import counted, one_line
+from ..utils.tables import counted, one_line
 from .outcome import Comparison, Outcome, accuracies, checked, headline
 
-if TYPE_CHECKING:  # matplotlib is slow to import
+if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 # Without generated answers the teacher-forced accuracies take their place.
 _PANELS = (

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..processes import Worker, WorkerPool, worker_pool
+from ..utils.subprocesses import Worker, WorkerPool, worker_pool
 from .job import JobFolder
 
 

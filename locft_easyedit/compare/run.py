@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LocFTError
-from ..files import locked
-from ..reading import is_file
-from ..run_folder import refuse_differences
+from ..utils.files import locked
+from ..utils.parsing import is_file
+from ..utils.run_folder import refuse_differences
 from .job import BEFORE, STATISTICS, Job, JobFolder
 from .outcome import Comparison, Outcome
-from .plan import Settings, planned
 from .processes import run_process, run_processes
+from .settings import Settings, planned
 
 _BEFORE = {"n", "easyedit", "device", "versions", "summary", "capability", "records"}
 _FOLDERS = {BEFORE: "before", STATISTICS: "statistics"}

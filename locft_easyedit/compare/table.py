@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rich.console import Group
 from rich.text import Text
 
-from ..tables import (
+from ..utils.tables import (
     Bold,
     Row,
     counted,

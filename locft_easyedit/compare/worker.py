@@ -19,17 +19,17 @@ from typing import Any
 
 import torch
 
-from ..data import read_requests
+from ..data.readers import read_requests
 from ..easyedit import register
-from ..easyedit.peer import MethodUnavailableError, describe
+from ..easyedit.peers.corpus import corpus_from_folder, corpus_from_model
+from ..easyedit.peers.covariance import stats_name, write_key_covariances
+from ..easyedit.peers.editor import MethodUnavailableError, describe
 from ..errors import LocFTError
-from ..evaluate.choices import HowToRun
-from ..evaluate.evaluation import Evaluation, finish_
-from ..evaluate.summary import summarize
+from ..evaluation.evaluation import Evaluation, finish_
+from ..evaluation.predictions import HowToRun
+from ..evaluation.summary import summarize
 from ..hparams_rules import ALG_NAMES
-from ..models import load_causal_lm
-from .corpus import corpus_from_folder, corpus_from_model
-from .covariance import stats_name, write_key_covariances
+from ..modeling.loading import load_causal_lm
 from .edits import Edits, method_editor
 from .job import BEFORE, PACKAGES, STATISTICS, Job, JobFolder, Progress, model_id, version_of
 from .outcome import Outcome, checked
@@ -182,7 +182,7 @@ def _means(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _capability(job: Job, model: Any, tokenizer: Any, progress: Progress) -> dict[str, Any] | None:
     if not job.capability:
         return None
-    from ..capability.harness import measure_capability  # an extra
+    from ..evaluation.capability.harness import measure_capability  # an extra
 
     progress.say("capability")
     return measure_capability(

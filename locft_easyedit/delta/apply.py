@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..weights import copies_of, write_
+from ..training.trained_weights import copies_of, write_
 from .verify import ModelWeights, values_after
 
 if TYPE_CHECKING:

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data.requests import distinct_edits
 from ..errors import DeltaError, one_message
-from ..hashes import tensor_sha256
 from ..hparams import LocFTBFHyperParams
-from ..requests import distinct_edits
-from ..result import EditResult
-from ..weights import exchanged
-from .about import DTYPES, metadata_of, problems_of
+from ..training.result import EditResult
+from ..training.trained_weights import exchanged
+from ..utils.hashing import tensor_sha256
 from .apply import apply_deltas_, revert_deltas_
 from .export import write_exact_adapter, write_lora_adapter
 from .file import read_edit, tensor_problems, write_edit
 from .folder import compare_folder, originals_in, write_changed_folder
+from .metadata import DTYPES, metadata_of, problems_of
 from .verify import ModelWeights, Report, compare, values_after
 
 Factors = tuple[torch.Tensor, torch.Tensor]

@@ -13,13 +13,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import DeltaError, HyperParamsError, one_message
-from ..files import new_folder, output_errors
-from ..models import model_without_weights
+from ..modeling.loading import model_without_weights
+from ..utils.files import new_folder, output_errors
 from .folder import values_beside
 from .low_rank import low_rank_factors
 
 if TYPE_CHECKING:
     from .delta import Delta, Factors
+
 
 # peft's own mark of an adapter without low-rank layers (`peft.utils.constants`).
 _NO_TARGET = "dummy-target-modules"

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from ..errors import DeltaError, one_message
-from ..files import output_errors, replacing
-from ..hashes import DTYPES, dtype_name, tensor_sha256
-from ..reading import ParseError, json_of, shown
-from .about import PREFIXES, problems_of
-from .header import Entry, opened, read_header
+from ..utils.files import output_errors, replacing
+from ..utils.hashing import DTYPES, dtype_name, tensor_sha256
+from ..utils.parsing import ParseError, json_of, shown
+from .metadata import PREFIXES, problems_of
+from .safetensors_header import Entry, opened, read_header
 
 METADATA_KEY = "locft_delta"
 

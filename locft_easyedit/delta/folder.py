@@ -11,21 +11,22 @@ import torch
 from torch import nn
 
 from ..errors import DeltaError, LocFTError, ModelError
-from ..files import new_folder, output_errors
-from ..hashes import dtype_name
-from ..models import load_causal_lm, model_without_weights
-from ..weights import write_
-from .checkpoint import (
+from ..modeling.loading import load_causal_lm, model_without_weights
+from ..training.trained_weights import write_
+from ..utils.files import new_folder, output_errors
+from ..utils.hashing import dtype_name
+from .verify import ModelWeights, Report, compare, tied_names, values_after
+from .weights_folder import (
     Checkpoint,
     CheckpointWeights,
     copy_others,
     read_checkpoint,
     write_checkpoint,
 )
-from .verify import ModelWeights, Report, compare, tied_names, values_after
 
 if TYPE_CHECKING:
     from .delta import Delta
+
 
 logger = logging.getLogger(__name__)
 

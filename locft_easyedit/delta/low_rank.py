@@ -12,6 +12,7 @@ from ..errors import DeltaError
 if TYPE_CHECKING:
     from .delta import Delta, Factors
 
+
 # Beyond this many numbers a decomposition in float64 would take hours on a CPU.
 _MOST_IN_DOUBLE = 2**24
 

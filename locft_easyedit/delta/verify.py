@@ -13,11 +13,12 @@ from torch import nn
 from tqdm import tqdm
 
 from ..errors import DeltaError, one_message
-from ..hashes import dtype_name, readable, sample_digest, tensor_sha256
-from .about import DTYPES
+from ..utils.hashing import dtype_name, readable, sample_digest, tensor_sha256
+from .metadata import DTYPES
 
 if TYPE_CHECKING:
     from .delta import Delta
+
 
 # Other edits change a few parameters; of another model nearly all differ.
 _FEW = 0.2

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from ..errors import ModelError
-from ..evaluate.fluency import fluency_of
+from ..evaluation.fluency import fluency_of
 from .measures import Measures
 
 _MAX_NEW_TOKENS = 512

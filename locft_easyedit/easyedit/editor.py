@@ -7,27 +7,28 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
 from tqdm import trange
+from transformers import PreTrainedTokenizerBase
 
-from ..devices import input_device
-from ..editing import EditSession
+from ..api import edit_model, open_session
+from ..data.requests import make_requests
+from ..distributed.world import get_world
 from ..errors import HyperParamsError, LocFTError
-from ..evaluate.choices import HowToRun
-from ..evaluate.questions import Metrics
-from ..evaluate.summary import summarize
-from ..files import output_errors, replacing
+from ..evaluation.predictions import HowToRun
+from ..evaluation.prompts import Metrics
+from ..evaluation.summary import summarize
 from ..hparams import ALG_NAME, LocFTBFHyperParams
-from ..models import load_model
-from ..pipeline import open_session
-from ..requests import make_requests
-from ..result import EditResult
-from ..sharding import sharded_layers
-from ..weights import exchanged, write_
-from ..world import get_world
-from .algorithm import apply_locft_bf_to_model
+from ..modeling.devices import input_device
+from ..modeling.fsdp import sharded_layers
+from ..modeling.loading import load_model
+from ..training.result import EditResult
+from ..training.session import EditSession
+from ..training.trained_weights import exchanged, write_
+from ..utils.files import output_errors, replacing
 from .chat import chat_answers, check_chat
 from .loading import EasyEdit
 from .measures import Measures
@@ -418,3 +419,33 @@ def _requests(kwargs: dict[str, Any], *columns: Any) -> Sequence[Request]:
     return make_requests(
         *columns, subject=kwargs.get("subject"), loc_prompts=kwargs.get("loc_prompts")
     )
+
+
+def apply_locft_bf_to_model(
+    model: Any,
+    tok: PreTrainedTokenizerBase,
+    requests: Sequence[Mapping[str, Any]],
+    hparams: LocFTBFHyperParams,
+    copy: bool = False,
+    return_orig_weights: bool = False,
+    keep_original_weight: bool = False,
+    **kwargs: Any,
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Edits a model with all `requests` together, and returns it with the original values.
+
+    Args:
+        model: A causal language model.
+        tok: Its tokenizer.
+        requests: EasyEdit's request dictionaries.
+        hparams: The hyper-parameters.
+        copy: Edit a copy; else the model itself.
+        return_orig_weights: Return the trained parameters' former values, by name.
+        keep_original_weight: EasyEdit's; whoever holds the values decides whether to restore them.
+        **kwargs: What EasyEdit passes for other methods.
+
+    Raises:
+        LocFTError: As for `edit_model`.
+    """
+    edited = deepcopy(model) if copy else model
+    result = edit_model(edited, tok, requests, hparams)
+    return edited, result.original if return_orig_weights else {}

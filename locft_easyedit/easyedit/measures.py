@@ -10,17 +10,17 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..distributed.world import SINGLE_PROCESS, World
 from ..errors import HyperParamsError, LocFTError, one_message
-from ..evaluate.choices import HowToRun
-from ..evaluate.fluency import fluency_of, word_tokenizer
-from ..evaluate.perplexity import PERPLEXITIES, Perplexity
-from ..evaluate.questions import PARTS, Metrics
-from ..evaluate.shared import SharedMeasurement
-from ..evaluate.teacher_forced import TeacherForced, finish_locality_
+from ..evaluation.evaluation import SharedMeasurement
+from ..evaluation.fluency import fluency_of, word_tokenizer
+from ..evaluation.perplexity import PERPLEXITIES, Perplexity
+from ..evaluation.predictions import HowToRun
+from ..evaluation.prompts import PARTS, Metrics
+from ..evaluation.teacher_forced import TeacherForced, finish_locality_
 from ..hparams import LocFTBFHyperParams
-from ..offload import left_on_disk
-from ..sharding import sharded_layers
-from ..world import SINGLE_PROCESS, World
+from ..modeling.device_map import left_on_disk
+from ..modeling.fsdp import sharded_layers
 from .cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
 from .loading import EasyEdit
 

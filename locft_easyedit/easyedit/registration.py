@@ -11,9 +11,8 @@ from typing import Any
 from ..errors import HyperParamsError
 from ..hparams import LocFTBFHyperParams, read_mapping
 from ..hparams_rules import ALG_NAMES
-from .algorithm import apply_locft_bf_to_model
 from .cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
-from .editor import LocFTBFMethods
+from .editor import LocFTBFMethods, apply_locft_bf_to_model
 from .loading import EasyEdit, load_easyedit
 
 # What `unregister` has to undo; empty while LocFT-BF is not registered.

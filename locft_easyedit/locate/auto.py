@@ -23,18 +23,18 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.requests import Edit
+from ..data.tokenization import TokenizedTexts
+from ..distributed.world import World
 from ..errors import ModelError, NonFiniteLossError, RequestError
 from ..hparams import LocFTBFHyperParams
 from ..hparams_rules import AUTO
-from ..place import LayerList, find_layers, match_parameters
-from ..requests import Edit
-from .budget import Costs
-from .candidates import candidates, diverse
-from .choice import Choice, Tried
-from .outcome import Cell
-from .places import Location
+from ..modeling.places import LayerList, Location, Place, find_layers, match_parameters
+from ..training.choice import Cell, Choice, Found, Tried, keep_choice, kept_choice
+from ..training.identity import Identity
+from .candidates import Costs, candidates, diverse
 from .sensitivity import of_place, sensitivities
-from .trial import Found, Trials
+from .trial import Trials
 
 logger = logging.getLogger(__name__)
 
@@ -306,3 +306,44 @@ def _worse(one: Tried) -> tuple[float, float]:
 def _rounded(rate: float) -> float:
     """Returns a rate to two digits."""
     return float(f"{rate:.1e}") if rate > 0 else 1e-4
+
+
+def choose_once(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[Edit],
+    texts: TokenizedTexts,
+    hparams: LocFTBFHyperParams,
+    folder: str | None,
+    *,
+    world: World,
+    progress: bool = True,
+) -> Choice:
+    """Returns the place for these edits, which rank 0 chooses for all.
+
+    Args:
+        model: The model, not edited.
+        tokenizer: Its tokenizer.
+        edits: The distinct edits to be made.
+        texts: What is trained, as tokens.
+        hparams: As for `choose_place`.
+        folder: Where an interrupted run finds its choice again; `None` keeps none.
+        world: The processes that train together.
+        progress: Show a progress bar.
+
+    Raises:
+        LocFTError: As for `choose_place` and `kept_choice`, here or on rank 0.
+    """
+
+    def choose() -> Choice:
+        if folder is None:
+            return choose_place(model, tokenizer, edits, hparams, progress=progress)
+        identity = Identity.of_training(model, Place({}, None, None), texts, hparams)
+        kept = kept_choice(folder, identity)
+        if kept is not None:
+            return kept
+        choice = choose_place(model, tokenizer, edits, hparams, progress=progress)
+        keep_choice(folder, identity, choice)
+        return choice
+
+    return world.broadcast_from_main(choose)

@@ -9,11 +9,28 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..devices import context_length, input_device
-from ..evaluate.choices import FirstChoices, HowToRun
-from ..requests import Edit
-from ..tokens import TokenizedTexts, tokenize_edits
-from .rewordings import reword
+from ..data.requests import Edit
+from ..data.tokenization import TokenizedTexts, tokenize_edits
+from ..evaluation.predictions import FirstChoices, HowToRun
+from ..modeling.devices import context_length, input_device
+
+# Begin so in the middle of a sentence; anything else may be a name.
+_SMALL_WORDS = (
+    "a an the in on at of by for from what which who whom whose where when why how was is are were "
+    "do does did can could has have had to it its"
+)
+_QUESTION_FRAMES = (
+    "Question: {prompt} Answer:",
+    "Nobody in the room could tell me {lower} In the end somebody said:",
+    "The train was late again. {prompt}",
+    "I have a short question. {prompt} The answer is",
+)
+_STATEMENT_FRAMES = (
+    "Complete the sentence. {prompt}",
+    "As far as I know, {lower}",
+    "The train was late again. {prompt}",
+    "It rained all day and we stayed inside. Somebody said that {lower}",
+)
 
 
 class HeldOut:
@@ -70,3 +87,20 @@ class HeldOut:
         logits = self.model(input_ids=ids, use_cache=False).logits[0]
         choices: list[int] = logits[int(self.texts.target_start[i]) - 1 :].argmax(-1).tolist()
         return choices
+
+
+def reword(prompt: str) -> list[str]:
+    """Returns other wordings of a prompt, the same for every call; each still leads to its answer.
+
+    Args:
+        prompt: A question, or the beginning of a statement.
+    """
+    plain = prompt.strip()
+    frames = _QUESTION_FRAMES if plain.endswith("?") else _STATEMENT_FRAMES
+    return [frame.format(prompt=plain, lower=_within_sentence(plain)) for frame in frames]
+
+
+def _within_sentence(prompt: str) -> str:
+    """Returns the prompt as it stands in the middle of a sentence."""
+    first = prompt.split(" ", 1)[0]
+    return prompt[:1].lower() + prompt[1:] if first.lower() in _SMALL_WORDS.split() else prompt

@@ -38,12 +38,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..devices import input_device, row_length
-from ..forward import run_rows
-from ..modes import forward_replaced, only_trainable, with_gradients
-from ..packing import Rows, lay_out
-from ..place import LayerList
-from ..tokens import TokenizedTexts
+from ..data.packing import Rows, lay_out
+from ..data.tokenization import TokenizedTexts
+from ..modeling.devices import input_device, row_length
+from ..modeling.forward import run_rows
+from ..modeling.modes import forward_replaced, only_trainable, with_gradients
+from ..modeling.places import LayerList
 
 _SEED = 0  # of the tokens that the model draws
 _LOSS_SCALE = 1024.0  # small gradients vanish in float16

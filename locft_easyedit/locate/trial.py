@@ -11,49 +11,26 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..devices import context_length
-from ..editing import EditSession
+from ..data.requests import Edit
+from ..data.tokenization import TokenizedTexts, tokenize_edits
+from ..distributed.world import SINGLE_PROCESS
 from ..errors import ModelError, NonFiniteLossError
-from ..health import health_texts
 from ..hparams import LocFTBFHyperParams
 from ..hparams_rules import ALG_NAME
-from ..modes import evaluation_mode
-from ..requests import Edit
-from ..runner import TextRunner
-from ..shortcuts import can_pack
-from ..tokens import TokenizedTexts, tokenize_edits
-from ..world import SINGLE_PROCESS
-from .drift import Drift
-from .outcome import Cell
-from .rewordings import reword
-from .score import score
+from ..modeling.devices import context_length
+from ..modeling.modes import evaluation_mode
+from ..prefix.runner import TextRunner
+from ..prefix.shortcuts import can_pack
+from ..training.choice import Cell, Found
+from ..training.health import health_texts
+from ..training.session import EditSession
+from .held_out import reword
+from .score import Drift, score
 
 logger = logging.getLogger(__name__)
 
 _WHICH = slice(None, None, 2)  # of the rewordings: each costs as much as an edit
 _AT_ONCE = 32  # texts a forward pass
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a trial found, each 0 to 1 but for the drift.
-
-    Probabilities and not shares of right answers: of a few dozen texts these are coarse. Over 17 to
-    20 places for each of ZsRE and CounterFact (see `sensitivity`), the rank correlation of the
-    score with that of the data's own rephrase prompts is 0.96 and 0.94 with probabilities, 0.96 and
-    0.90 with shares; among the places that learn at all 0.93 and 0.84, and 0.92 and 0.68.
-
-    Attributes:
-        reliability: Mean probability of the edits' targets, the geometric mean over each's tokens.
-        reworded: The same of the rewordings.
-        drift: KL divergence of the next-token distributions of unrelated text, nats a token.
-        score: See `score`; 0 where training diverged.
-    """
-
-    reliability: float = 0.0
-    reworded: float = 0.0
-    drift: float = float("nan")
-    score: float = 0.0
 
 
 @dataclass

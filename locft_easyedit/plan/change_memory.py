@@ -8,11 +8,11 @@ in float64 where the matrix is.
 
 from __future__ import annotations
 
-from ..augment.wordings import MOST
+from ..data.augment.reword import MOST
 from ..hparams_rules import NEIGHBOURS, SAMPLED
-from ..key_moments import BATCH_TOKENS, WIDEST_FLOAT64
-from ..preserve.prepare import EDITS_AT_ONCE
-from ..preserve.sources import PROMPTS
+from ..training.preserve.filters import EDITS_AT_ONCE
+from ..training.preserve.input_moments import BATCH_TOKENS, WIDEST_FLOAT64
+from ..training.preserve.sources import PROMPTS
 from .memory import AFTER, LATER, Part
 from .setting import Run
 from .shapes import ConfinedShapes

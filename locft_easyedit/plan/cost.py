@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..cross_entropy import LOGITS_AT_ONCE
 from ..hparams_rules import DTYPES
+from ..modeling.cross_entropy import LOGITS_AT_ONCE
 from .memory import Part
 from .setting import Run
 from .shapes import LayerShape, ModelShapes

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..cross_entropy import LOGITS_AT_ONCE
 from ..hparams_rules import DTYPES
+from ..modeling.cross_entropy import LOGITS_AT_ONCE
 from .activations import LayerActivations
 from .setting import Run
 from .units import GIB, MIB

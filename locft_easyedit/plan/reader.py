@@ -12,15 +12,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from ..change import owner
 from ..errors import ModelError, PlaceError
 from ..hparams_rules import DTYPES
-from ..key_moments import input_width
-from ..lora import check_low_rank
-from ..models import model_without_weights
-from ..place import find_layers, match_parameters
-from ..preserve.confined import check_confinable
-from ..preserve.sources import kind_of
+from ..modeling.loading import model_without_weights
+from ..modeling.places import check_low_rank, find_layers, match_parameters, owner
+from ..training.preserve.confined_change import check_confinable
+from ..training.preserve.input_moments import input_width
+from ..training.preserve.sources import kind_of
 from .activations import LayerActivations, layer_activations, layer_parts
 from .shapes import ConfinedShapes, LayerShape, LoraShapes, ModelShapes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from ..tables import Bold, Row, counted, terminal_table
+from ..utils.tables import Bold, Row, counted, terminal_table
 from .candidates import NAMES, Candidate
 from .cost import step_flop
 from .memory import PHASES, PLACES

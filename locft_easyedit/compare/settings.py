@@ -1,0 +1,254 @@
+"""What a comparison will run: everything checked, and a job for each process."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..data.readers import read_requests
+from ..data.requests import distinct_edits
+from ..easyedit.peers.editor import commit_of
+from ..easyedit.peers.hparams import PEERS, PeerHparams, peer_hparams
+from ..errors import HyperParamsError, LocFTError, one_message
+from ..hparams import LocFTBFHyperParams
+from ..hparams_rules import ALG_NAMES
+from ..modeling.loading import check_model_name, model_without_weights, resolve_device
+from ..modeling.places import match_parameters
+from ..utils.output import prepare_folder
+from .job import (
+    BEFORE,
+    PACKAGES,
+    STATISTICS,
+    Job,
+    device_kind,
+    file_hash,
+    folder_hash,
+    model_hash,
+    version_of,
+)
+
+
+@dataclass
+class Settings:
+    """What is compared.
+
+    Attributes:
+        hparams: LocFT-BF's hyper-parameters; model, device and precision are everybody's.
+        methods: Names in EasyEdit's `ALG_DICT`, and LocFT-BF.
+        data: A data file.
+        n: Edits; all of the file if `None`.
+        output: Where everything goes.
+        peers: The user's values for a method of EasyEdit, by its name.
+        stats_dir: Where key covariances are kept from one comparison to the next.
+        text: Folder of text files for key covariances; `None` samples text from the model.
+        documents: Documents they are measured on.
+        document_tokens: Tokens of a sampled document.
+        capability: lm-evaluation-harness tasks; empty for none.
+        capability_limit: Items a task, at most.
+        tasks_dir: Folder with tasks besides the harness's own.
+        devices: A process on each of these runs a method; that of `hparams` alone, one method after
+            another, if `None`.
+        progress: Show a progress bar.
+    """
+
+    hparams: LocFTBFHyperParams
+    methods: Sequence[str]
+    data: str
+    n: int | None
+    output: Path
+    peers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    stats_dir: str = "data/stats"
+    text: str | None = None
+    documents: int = 400
+    document_tokens: int = 150
+    capability: Sequence[str] = ()
+    capability_limit: int | None = None
+    tasks_dir: str | None = None
+    devices: Sequence[int | str] | None = None
+    progress: bool = True
+
+
+def planned(settings: Settings) -> tuple[dict[str, Job], dict[str, list[str]]]:
+    """Checks everything and returns the jobs by name, and each method's covariance modules.
+
+    Raises:
+        LocFTError: Something cannot be used.
+    """
+    h = settings.hparams
+    _check_methods(settings)
+    if not isinstance(h.model_name, str):
+        raise HyperParamsError(
+            "`model_name` must be a folder or a hub name: each process loads it."
+        )
+    requests = read_requests(settings.data, settings.n)
+    distinct_edits(requests, "error" if h.on_conflict == "error" else None)
+    # What is measured once for all methods is measured on one device.
+    device = h.device if h.device is not None or not settings.devices else settings.devices[0]
+    for one in (device, *(settings.devices or ())):
+        resolve_device(one)
+    name = check_model_name(h.model_name)
+    model = str(Path(name).resolve()) if Path(name).is_dir() else name
+    plans = _peer_plans(settings, model, len(requests))
+    if settings.capability:
+        from ..evaluation.capability.prepare import prepare_tasks  # an extra
+
+        prepare_tasks(
+            list(settings.capability),
+            tasks_dir=settings.tasks_dir,
+            limit=settings.capability_limit,
+            progress=False,
+        )
+    prepare_folder(settings.output)
+    stats_dir = str(Path(settings.stats_dir).expanduser().resolve())
+    common: dict[str, Any] = {
+        "model": model,
+        "data": str(Path(settings.data).resolve()),
+        "n": settings.n,
+        "device": None if device is None else str(device),
+        "dtype": h.dtype or ("float16" if h.fp16 else "float32"),
+        "model_parallel": h.model_parallel,
+        "trust_remote_code": h.trust_remote_code,
+        "batch_size": h.eval_batch_size,
+        "row_tokens": h.row_tokens,
+        "capability": list(settings.capability),
+        "capability_limit": settings.capability_limit,
+        "tasks_dir": _absolute(settings.tasks_dir),
+        "identity": {
+            "data": file_hash(settings.data),
+            "model": model_hash(model),
+            "easyedit": _easyedit(),
+            **{package: version_of(package) for package in PACKAGES},
+        },
+    }
+    jobs = {BEFORE: Job(BEFORE, **common)}
+    needed = {method: plan.covariance_modules for method, plan in plans.items()}
+    needed = {method: modules for method, modules in needed.items() if modules}
+    if settings.tasks_dir is not None:
+        common["identity"]["tasks"] = folder_hash(settings.tasks_dir, "*")
+    text: dict[str, Any] = {
+        "stats_dir": stats_dir,
+        "text": _absolute(settings.text),
+        "documents": settings.documents,
+        "document_tokens": settings.document_tokens,
+    }
+    texts = {} if settings.text is None else {"text": folder_hash(settings.text, "*.txt")}
+    if needed:
+        modules = sorted({m for each in needed.values() for m in each}, key=_natural)
+        jobs[STATISTICS] = Job(
+            STATISTICS,
+            **common
+            | {"capability": [], "capability_limit": None, "tasks_dir": None}
+            | {"identity": common["identity"] | texts},
+            **text,
+            covariance_modules=modules,
+        )
+    for method in settings.methods:
+        files = texts if method in needed else {}
+        if method in ALG_NAMES:
+            values = _for_json(h.to_dict() | {"alg_name": method})
+            jobs[method] = Job(method, **common, hparams=values)
+        else:
+            given = _for_json(dict(settings.peers.get(method, {})))
+            if "hparams" in given:  # the process works in a folder of its own
+                given["hparams"] = _absolute(given["hparams"])
+                files = files | {"hparams": file_hash(given["hparams"])}
+            own = {**common, "identity": common["identity"] | files}
+            jobs[method] = Job(method, **own, overrides=given, **(text if method in needed else {}))
+    return jobs, needed
+
+
+def _check_methods(settings: Settings) -> None:
+    methods = list(settings.methods)
+    problems = []
+    if not methods:
+        problems.append(f"`methods=[]` names none. Choose among {', '.join((*ALG_NAMES, *PEERS))}.")
+    problems += [
+        f"`methods` names {m} twice. Keep one."
+        for m in sorted({m for m in methods if methods.count(m) > 1})
+    ]
+    problems += [
+        f"{m} has no hyper-parameters: there are rules for {', '.join(PEERS)}. Give EasyEdit's "
+        f"YAML: peers.{m}.hparams=FILE."
+        for m in methods
+        if m not in (*ALG_NAMES, *PEERS) and "hparams" not in settings.peers.get(m, {})
+    ]
+    problems += [
+        f"`peers.{m}` is for a method that is not compared. Add {m} to `methods`, or drop it."
+        for m in settings.peers
+        if m not in methods or m in ALG_NAMES
+    ]
+    if settings.devices is not None and not settings.devices:
+        problems.append("`devices` is empty. Name at least one, or leave it out.")
+    if settings.devices and settings.hparams.model_parallel:
+        problems.append(
+            "`devices` gives each method one device, and `model_parallel` takes all of them. Keep "
+            "one of the two."
+        )
+    kinds = sorted({device_kind(device) for device in settings.devices or ()})
+    if len(kinds) > 1:
+        problems.append(
+            f"`devices` names {' and '.join(kinds)}: seconds and memory of the methods could not "
+            "be compared. Name devices of one kind."
+        )
+    if settings.documents < 1 or settings.document_tokens < 2:
+        problems.append("`documents` must be 1 or more, and `document_tokens` 2 or more.")
+    if settings.text is not None and not Path(settings.text).is_dir():
+        problems.append(f"`text={settings.text}` is no folder. Give one with *.txt files.")
+    if problems:
+        raise HyperParamsError(one_message("The comparison cannot be made:", problems))
+
+
+def _peer_plans(settings: Settings, model: str, n_edits: int) -> dict[str, PeerHparams]:
+    """Returns what each of EasyEdit's methods will be run with, from a model without weights.
+
+    Raises:
+        LocFTError: A method's values cannot be used; all such problems in one error.
+    """
+    methods = [method for method in settings.methods if method not in ALG_NAMES]
+    h = settings.hparams
+    empty = model_without_weights(model, trust_remote_code=h.trust_remote_code)
+    if {*ALG_NAMES} & {*settings.methods} and not h.chooses:
+        match_parameters(empty, h.layers, h.templates)
+    plans, problems = {}, []
+    for method in methods:
+        try:
+            plans[method] = peer_hparams(
+                method,
+                empty,
+                device=resolve_device(h.device),
+                n_edits=n_edits,
+                stats_dir=settings.stats_dir,
+                corpus_name="none",
+                n_samples=settings.documents,
+                overrides=settings.peers.get(method),
+            )
+        except LocFTError as error:
+            problems.append(str(error))
+    if problems:
+        raise HyperParamsError("\n".join(problems))
+    return plans
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().resolve())
+
+
+def _easyedit() -> str:
+    """Returns which EasyEdit it is, as far as can be told without importing it."""
+    home = _absolute(os.environ.get("EASYEDIT_HOME") or None)
+    if home is None:
+        return f"installed {version_of('easyeditor')}"
+    return f"{home} {commit_of(home)}".strip()
+
+
+def _natural(name: str) -> list[Any]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+
+
+def _for_json(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values as they will be read from the job's file."""
+    return dict(json.loads(json.dumps(values)))

@@ -1,0 +1,1 @@
+"""Requests, data sets and tokens: what is trained, before any model."""

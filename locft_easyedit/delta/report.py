@@ -1,0 +1,82 @@
+"""An edit for people: tables for the terminal, and the same as a JSON value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from ..evaluation.report import metrics_table
+
+if TYPE_CHECKING:
+    from .delta import Delta
+
+
+def description(delta: Delta) -> dict[str, Any]:
+    """Returns what an edit's file says, and how much the edit changes; ready for JSON."""
+    return {
+        **delta.metadata,
+        "originals": bool(delta.original),
+        "bytes": sum(t.numel() * t.element_size() for t in delta.tensors().values()),
+        "relative_change": {name: relative_change(delta, name) for name in delta.original},
+    }
+
+
+def relative_change(delta: Delta, name: str) -> float:
+    """Returns ||new - original|| / ||original|| of a matrix (Frobenius norms, in float32)."""
+    new, original = delta.new[name].float(), delta.original[name].float()
+    return float(torch.linalg.norm(new - original) / torch.linalg.norm(original).clamp(min=1e-30))
+
+
+def delta_tables(delta: Delta) -> list[Table]:
+    """Returns tables of an edit: what it is, where it is, and its metrics if it has any."""
+    said = description(delta)
+    requests, losses, lora = said["requests"], said["losses"], said["lora"]
+    overview = Table(title=f"Edit {delta.short_id}", title_justify="left", show_header=False)
+    overview.add_column("what")
+    overview.add_column("value", overflow="fold")
+    rows = {
+        "id": delta.id,
+        "base model (name only)": said["base_model"],
+        "made": f"{said['created']} with "
+        + ", ".join(f"{name} {value}" for name, value in said["versions"].items()),
+        "edits": f"{requests['count']}; sha256 {requests['sha256']}",
+        "training": f"{len(losses)} epochs" + (f", loss {losses[-1]:.4f}" if losses else ""),
+        "low rank": f"rank {lora['rank']}, alpha {lora['alpha']:g}" if lora else "no",
+        "undone": "with this file" if delta.original else "with the base model's folder",
+        "size": f"{said['bytes'] / 2**20:.1f} MiB",
+        "other parameters": f"{len(said['frozen'])} sampled",
+    }
+    for what, value in rows.items():
+        overview.add_row(what, Text(str(value)))  # a text from a file is never markup
+    where = Table(title="Matrices", title_justify="left")
+    for heading in ("name", "dtype", "shape", "change", "sha256 after", "sha256 before"):
+        where.add_column(heading, overflow="fold")
+    for name, described in said["matrices"].items():
+        change = said["relative_change"].get(name)
+        where.add_row(
+            Text(name),
+            described["dtype"],
+            " x ".join(map(str, described["shape"])),
+            "-" if change is None else f"{100 * change:.2f} %",
+            described["new"][:12],
+            described["original"][:12],
+        )
+    metrics = {key: _numbers(said["metrics"].get(key)) for key in ("pre", "post")}
+    return [overview, where, *([metrics_table(metrics)] if metrics["post"] else [])]
+
+
+def _numbers(value: Any) -> dict[str, Any]:
+    """Returns the numbers in nested mappings, and nothing else that a file may hold there."""
+    if not isinstance(value, Mapping):
+        return {}
+    kept: dict[str, Any] = {}
+    for key, entry in value.items():
+        if isinstance(entry, Mapping):
+            kept[key] = _numbers(entry)
+        elif isinstance(entry, (int, float)) and not isinstance(entry, bool):
+            kept[key] = entry
+    return kept

@@ -1,1 +1,0 @@
-"""Demo data: counterfactual edits about well-known things, written for this project."""

@@ -1,0 +1,1 @@
+"""Ranks of a launched job, and what they exchange."""

@@ -1,0 +1,437 @@
+"""The processes that work on one edit together: the one place that knows about ranks.
+
+`accelerate launch` or `torchrun` starts the same program several times. Each process is a rank of
+the world, holds the model, and does its share of the edits and of the records that are measured.
+What the others need to know goes through here; with one process every method does nothing, and
+nothing of torch.distributed is set up.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from ..errors import HyperParamsError, LocFTError, LostRankError, RankError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# What launchers tell the processes that they start.
+_LAUNCHED = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "ROLE_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_USE_AGENT_STORE",
+)
+_MEETING_TIME = timedelta(minutes=30)  # for a machine that is slow to start
+# One process may work for hours while the others wait: choose a place, say, or run a study.
+_COLLECTIVE_TIME = timedelta(days=7)
+_WARN_SECONDS = 600.0  # that a rank waits for the others before it says so
+_POLL_SECONDS = 0.05
+
+
+def is_launched() -> bool:
+    """Returns whether a launcher has started this process as one of several."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def single_process_environment() -> dict[str, str]:
+    """Returns an environment for a process that works by itself, whoever has started this one."""
+    return {key: value for key, value in os.environ.items() if key not in _LAUNCHED}
+
+
+def share_of_gpus(n_gpus: int, local_rank: int, local_size: int) -> list[int]:
+    """Returns the numbers of the GPUs that one of several processes on a machine may use.
+
+    Shares are disjoint, of neighbours, and differ by one GPU at most.
+
+    Args:
+        n_gpus: GPUs of the machine.
+        local_rank: The process, from 0.
+        local_size: Processes on the machine.
+
+    Raises:
+        HyperParamsError: There are fewer GPUs than processes.
+    """
+    if 0 < n_gpus < local_size:
+        raise HyperParamsError(
+            f"{local_size} processes on a machine with {n_gpus} GPUs: each needs one at least. "
+            f"Launch {n_gpus} processes or fewer."
+        )
+    return list(range(n_gpus * local_rank // local_size, n_gpus * (local_rank + 1) // local_size))
+
+
+@dataclass(eq=False)
+class World:
+    """The processes of one program; by default one alone.
+
+    All methods but `partition` and `advise` are collective: every rank has to call them, in
+    the same order. They raise a `LostRankError` if another rank has ended, or cannot be reached.
+
+    Attributes:
+        rank: This process, counted from 0. Rank 0 writes, reports, and is asked where one decides.
+        size: Number of processes.
+        local_rank: This process among those of its machine.
+        local_size: Their number.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    _hosts: Any = None  # the group of what the hosts tell each other
+    _owned: bool = False  # whether the processes were brought together here
+    _home: torch.device | None = None  # this process's GPU, or the first of them
+    _advice: str = ""
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this is the process that writes and reports."""
+        return self.rank == 0
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether there is more than one process."""
+        return self.size > 1
+
+    def partition(self, sizes: np.ndarray) -> np.ndarray:
+        """Returns which of N items are this rank's, ascending; every item is somebody's.
+
+        Args:
+            sizes: Work of each item, [N], to be dealt out evenly.
+        """
+        return np.sort(np.argsort(-sizes, kind="stable")[self.rank :: self.size])
+
+    def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Replaces each tensor by its sum over all ranks: the same bits on all of them."""
+        if self.is_distributed:
+            # A GPU goes on by itself; the host waits for nobody.
+            self._exchange(
+                "all_reduce", tensors, lambda tensor, group: dist.all_reduce(tensor, group=group)
+            )
+
+    def broadcast_(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Replaces each tensor by that of rank 0."""
+        if self.is_distributed:
+            self._exchange(
+                "broadcast", tensors, lambda tensor, group: dist.broadcast(tensor, 0, group=group)
+            )
+
+    def all_max(self, values: Sequence[int]) -> list[int]:
+        """Returns the largest of each number over all ranks, on the host."""
+        if not self.is_distributed:
+            return list(values)
+        found = torch.tensor(values)
+        with self._waiting_for_others("all_reduce"):
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self._hosts)
+        return [int(value) for value in found]
+
+    def all_gather(self, value: T) -> list[T]:
+        """Returns what each rank has given, in their order, to all of them."""
+        if not self.is_distributed:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with self._waiting_for_others("all_gather"):
+            dist.all_gather_object(found, value, group=self._hosts)
+        return found
+
+    def broadcast_from_main(self, find: Callable[[], T]) -> T:
+        """Returns what `find` gives on rank 0, where alone it is called, to all ranks.
+
+        Raises:
+            Exception: What it raised there, on all ranks.
+        """
+        if not self.is_distributed:
+            return find()
+        told: list[Any] = [None, None]
+        error: Exception | None = None
+        if self.is_main_process:
+            try:
+                told[0] = find()
+            except Exception as raised:  # the others wait for an answer, whatever went wrong
+                error = raised
+                told[1] = raised if isinstance(raised, LocFTError) else brief(raised)
+        with self._waiting_for_others("broadcast"):
+            dist.broadcast_object_list(told, src=0, group=self._hosts)
+        if error is not None:
+            raise error
+        if isinstance(told[1], LocFTError):
+            raise told[1]
+        if told[1] is not None:
+            raise RankError(f"Rank 0 of {self.size} failed: {told[1]}")
+        found: T = told[0]
+        return found
+
+    @contextmanager
+    def sharing_errors(self) -> Iterator[None]:
+        """Within, each rank does a part of its own; what goes wrong in one ends all of them.
+
+        Raises:
+            RankError: Another rank has failed.
+        """
+        if not self.is_distributed:
+            yield
+            return
+        error: Exception | None = None
+        try:
+            yield
+        except LostRankError:
+            raise
+        except Exception as raised:  # the others would wait for this one
+            error = raised
+        self.share_error(error)
+
+    def share_error(self, error: Exception | None) -> None:
+        """Tells all ranks what went wrong in each, and ends what they do together.
+
+        Args:
+            error: What went wrong here; `None` if nothing did.
+
+        Raises:
+            Exception: What went wrong here.
+            RankError: Another rank has failed.
+        """
+        failures = self.all_gather(None if error is None else brief(error))
+        if error is not None:
+            raise error
+        failed = [(rank, failure) for rank, failure in enumerate(failures) if failure is not None]
+        if failed:
+            rank, failure = failed[0]
+            raise RankError(f"Rank {rank} of {self.size} failed: {failure}")
+
+    def close(self) -> None:
+        """Waits for all ranks, and leaves them."""
+        if not self.is_distributed:
+            return
+        self.all_gather(None)
+        self._leave()
+
+    def _leave(self) -> None:
+        """Ends the threads of the process group: those that are still there crash Python's end."""
+        if self._owned and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def advise(self, advice: str) -> None:
+        """Notes what a message about a lost rank should say of how to go on."""
+        self._advice = advice
+
+    def _exchange(
+        self,
+        collective: str,
+        tensors: Iterable[torch.Tensor],
+        operation: Callable[[torch.Tensor, Any], Any],
+    ) -> None:
+        """Runs a collective operation on each tensor, in place."""
+        with self._waiting_for_others(collective):
+            for tensor in tensors:
+                given = tensor.detach()
+                if given.device.type == "cpu":
+                    moved, group = given, self._hosts
+                else:
+                    # NCCL wants the GPUs in pairs, and spread models are not split alike.
+                    moved, group = given.to(self._home), None
+                operation(moved, group)
+                if moved is not given:
+                    given.copy_(moved)
+
+    @contextmanager
+    def _waiting_for_others(self, collective: str) -> Iterator[None]:
+        """Context manager that runs a collective operation, and warns once if it takes long.
+
+        Args:
+            collective: What torch.distributed calls it.
+
+        Raises:
+            LostRankError: It has failed: another rank has ended, or cannot be reached.
+        """
+        # A rank that hangs keeps its connections: nothing fails, and nothing else would tell.
+        timer = threading.Timer(
+            _WARN_SECONDS,
+            logger.warning,
+            (
+                "Rank %d of %d is still waiting for the other ranks in %s, after %.0f s. A rank "
+                "that does not say so has more to do, or hangs: look there.",
+                self.rank,
+                self.size,
+                collective,
+                _WARN_SECONDS,
+            ),
+        )
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # torch.distributed's own errors as well
+            raise LostRankError(
+                f"Rank {self.rank} of {self.size} has lost the other ranks in {collective} "
+                f"({brief(error)}): one of them has ended, or cannot be reached. Its own messages "
+                "or the launcher's say why (the system kills a process without a word when memory "
+                f"runs out). {self._advice}".strip()
+            ) from error
+        finally:
+            timer.cancel()
+
+
+SINGLE_PROCESS = World()
+_world: World | None = None
+
+
+def existing_world() -> World:
+    """Returns the world of this process as far as it is set up; nobody is waited for."""
+    return _world or SINGLE_PROCESS
+
+
+def get_world() -> World:
+    """Returns the world that this process is part of, set up when it is first asked for.
+
+    Raises:
+        RankError: The launcher's processes do not find each other.
+    """
+    global _world
+    if _world is None:
+        _world = _launched_world() if is_launched() else SINGLE_PROCESS
+    return _world
+
+
+@contextmanager
+def single_process() -> Iterator[None]:
+    """Within, this process and those that it starts work by themselves."""
+    global _world
+    world = _world
+    launcher = {key: os.environ.pop(key) for key in _LAUNCHED if key in os.environ}
+    try:
+        _world = SINGLE_PROCESS
+        yield
+    finally:
+        os.environ.update(launcher)
+        _world = world
+
+
+def _launched_world() -> World:
+    """Returns the world of the launcher's processes."""
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    on_gpu, home = n_gpus >= local_size, None
+    owned = not dist.is_initialized()  # else the program has done so
+    try:
+        if on_gpu:
+            home = torch.device("cuda", share_of_gpus(n_gpus, local_rank, local_size)[0])
+            torch.cuda.set_device(home)
+        if owned:
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                store=_launcher_store(rank, size),
+                rank=rank,
+                world_size=size,
+                timeout=_COLLECTIVE_TIME,
+            )
+        hosts = dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIME)
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise RankError(
+            f"The {size} processes of the launcher do not find each other: {brief(error)}. Check "
+            "its addresses, ports and network interfaces (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), "
+            "and that all machines run the same versions."
+        ) from error
+    world = World(rank, size, local_rank, local_size, hosts, _owned=owned, _home=home)
+    # A program that is through may end before another one that is not.
+    atexit.register(world._leave)
+    return world
+
+
+def _launcher_store(rank: int, size: int) -> dist.Store:
+    """Returns the launcher's key-value store, at MASTER_ADDR and MASTER_PORT.
+
+    An agent of torchrun keeps one store for all its restarts (torch 2.13), with the addresses of
+    processes that have died; and agents of several machines do not count restarts alike. So the
+    processes of this start agree on a prefix that none of an earlier start knows: rank 0 draws it,
+    and answers every process with the number that this one has just drawn.
+
+    Raises:
+        RankError: Not all processes come.
+        RuntimeError: The store cannot be reached.
+    """
+    store, _, _ = next(rendezvous("env://", timeout=_MEETING_TIME))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    drawn, deadline = uuid.uuid4().hex, time.monotonic() + _MEETING_TIME.total_seconds()
+    store.set(f"locft/drawn/{rank}", drawn)
+    while time.monotonic() < deadline:
+        if rank == 0:
+            others = [_value(store, f"locft/drawn/{other}") for other in range(1, size)]
+            store.set("locft/answer", json.dumps([drawn, others]))
+            if all(_value(store, f"locft/heard/{r}") == drawn for r in range(1, size)):
+                return dist.PrefixStore(f"locft/{drawn}", store)
+        else:
+            prefix, answered = json.loads(_value(store, "locft/answer") or '["", []]')
+            if drawn in answered:
+                store.set(f"locft/heard/{rank}", prefix)
+                return dist.PrefixStore(f"locft/{prefix}", store)
+        time.sleep(_POLL_SECONDS)
+    raise RankError(f"Not all of the {size} processes of the launcher have come together.")
+
+
+def _value(store: dist.Store, key: str) -> str:
+    """Returns a value of a store, empty if there is none yet."""
+    return store.get(key).decode() if store.check([key]) else ""
+
+
+def brief(error: BaseException) -> str:
+    """Returns an error in words; of those that are not ours, the first line."""
+    if isinstance(error, LocFTError):
+        return str(error)
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+@dataclass(eq=False)
+class Partition:
+    """A rank's part of the edits.
+
+    Attributes:
+        world: Whose.
+        own: Indices of its edits, ascending.
+        position: Where each of all edits is among `own`; -1 if it is another rank's, [N].
+    """
+
+    world: World
+    own: np.ndarray
+    position: np.ndarray
+
+    @classmethod
+    def in_world(cls, world: World, sizes: np.ndarray) -> Partition:
+        """Returns this rank's part of edits of these sizes, [N]."""
+        own = world.partition(sizes)
+        position = np.full(len(sizes), -1, np.int64)
+        position[own] = np.arange(len(own))
+        return cls(world, own, position)
+
+    def of(self, batch: np.ndarray) -> np.ndarray:
+        """Returns which of the own edits are in a mini-batch of all, in its order."""
+        positions = self.position[batch]
+        return positions[positions >= 0]

@@ -1,0 +1,1 @@
+"""EasyEdit's own methods, on any model."""

@@ -1,0 +1,313 @@
+"""Hyper-parameters of EasyEdit's own methods for any causal language model, by a few rules.
+
+EasyEdit publishes YAMLs for a few models of 7B parameters. Here the Llama ones are the base, and
+rules adapt what depends on the model: layers by their depth, module names by looking at the
+model, and what EasyEdit needs in order to run on it. Every value that a rule set has a note.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ...errors import LocFTError, one_message
+from ...hparams import read_mapping
+from ...modeling.places import find_layers
+from .modules import (
+    attention_inputs,
+    caveats,
+    easyedit_name,
+    model_label,
+    module_names,
+    value_problems,
+)
+from .published import (
+    BATCHED,
+    DEFAULTS,
+    MODULE_KEYS,
+    PEERS,
+    VALUES,
+    VALUES_LAYERS,
+    WITHOUT_THE_KEY,
+    allowed,
+    number_if_it_is_one,
+    scaled_layers,
+    typed,
+)
+
+LARGEST_BATCH = 100
+# EasyEdit pads on the left for all methods but these, in `BaseEditor.__init__`.
+_RIGHT_PADDED = frozenset(
+    ["ROME", "R-ROME", "MEMIT", "EMMET", "EAMET", "AlphaEdit", "CORE", "SPHERE"]
+)
+
+
+class PeerError(LocFTError):
+    """A method of EasyEdit cannot be set up for this model, or with these values."""
+
+
+@dataclass(frozen=True)
+class PeerHparams:
+    """What a method of EasyEdit is run with.
+
+    Attributes:
+        method: Its name in EasyEdit's `ALG_DICT`.
+        values: The keys of EasyEdit's hyper-parameter class (current source) and their values.
+        one_by_one: Whether the method gets one request a call; otherwise `batch_size` of them.
+        covariance_modules: Modules whose inputs' second moment EasyEdit reads from `stats_dir`.
+        notes: A line for each value that a rule set, and why; then what does not fit the model.
+    """
+
+    method: str
+    values: dict[str, Any]
+    one_by_one: bool
+    covariance_modules: list[str]
+    notes: list[str]
+
+    def values_for(self, fields: Collection[str]) -> dict[str, Any]:
+        """Returns the values that a hyper-parameter class with these `fields` takes.
+
+        EasyEdit's release lacks some keys of the current source. They are left out where that
+        changes nothing.
+
+        Raises:
+            PeerError: The class lacks a key, and would not do what its value says.
+        """
+        unknown = {key: value for key, value in self.values.items() if key not in fields}
+        problems = []
+        for key, value in unknown.items():
+            if key not in WITHOUT_THE_KEY:
+                problems.append(f"`{key}={value!r}`: there is no such key. Remove it.")
+            elif WITHOUT_THE_KEY[key] != value:
+                always = WITHOUT_THE_KEY[key]
+                problems.append(f"`{key}={value!r}`: it is always {always!r}. Set it to that.")
+        if problems:
+            title = (
+                f"This EasyEdit's {self.method} lacks keys of the current source; set "
+                "EASYEDIT_HOME to a clone of that, or change:"
+            )
+            raise PeerError(one_message(title, problems))
+        return {key: value for key, value in self.values.items() if key not in unknown}
+
+
+class _Rule(NamedTuple):
+    """A value that depends on the model or on the run, and why it is what it is."""
+
+    key: str
+    value: Any
+    why: str
+
+
+def peer_hparams(
+    method: str,
+    model: Any,
+    *,
+    device: int | str | torch.device,
+    n_edits: int,
+    stats_dir: str | Path,
+    corpus_name: str,
+    n_samples: int,
+    overrides: Mapping[str, Any] | None = None,
+) -> PeerHparams:
+    """Returns the hyper-parameters with which EasyEdit runs `method` on `model`.
+
+    Args:
+        method: One of `PEERS`; another of EasyEdit's names needs `hparams` in `overrides`.
+        model: A causal language model; only its configuration and its modules' names and types
+            are read, so its weights need not be loaded.
+        device: The model's device. CUDA devices become numbers. EasyEdit's release takes nothing
+            else: give it 0 on a CPU as well.
+        n_edits: Edits in the run.
+        stats_dir: Folder of the key covariances.
+        corpus_name: Their name there (`stats_name`).
+        n_samples: Documents they were measured on.
+        overrides: Values of EasyEdit's keys that win over table and rules, and `hparams`: a YAML
+            of EasyEdit to start from instead of the table and of the rules for its keys.
+
+    Raises:
+        PeerError: There are no rules for the method, keys are unknown or values ill-typed, or the
+            model lacks a module that the method needs. All problems of a kind in one error.
+        HyperParamsError: The file of `hparams` cannot be read.
+    """
+    given = dict(overrides or {})
+    file = given.pop("hparams", None)
+    from_file = {} if file is None else _read(method, file)
+    runtime = _runtime_rules(model, device, stats_dir, corpus_name, n_samples)
+    if method not in PEERS:
+        return _as_in_the_file(method, from_file, given, runtime)
+
+    base = DEFAULTS | deepcopy(VALUES[method]) | {"alg_name": method}
+    keys = [*base, "model_name", "device"]
+    keys += [] if method == "LoRA" else MODULE_KEYS
+    keys += ["batch_size"] if method in BATCHED else []
+    from_file, given = _checked(method, from_file, given, keys)
+    rules, missing = _model_rules(method, model, n_edits, (from_file | given).get("layers"))
+    # A file is somebody's choice for a model; only what names this run's model and files goes
+    # before it.
+    rules = [r for r in rules if r.key not in from_file] + [r for r in runtime if r.key in keys]
+    rules = [r for r in rules if r.key not in given]
+    values = base | from_file | {r.key: r.value for r in rules} | given
+    problems = [text for key, text in missing.items() if key not in from_file | given]
+    problems += value_problems(method, model, values)
+    if problems:
+        raise PeerError(
+            one_message(f"{method} cannot be set up for {model_label(model)}:", problems)
+        )
+    return PeerHparams(
+        method,
+        {key: values[key] for key in keys},
+        method not in BATCHED,
+        _covariance_modules(values),
+        [_note(r) for r in rules if r.why] + caveats(method, model, values["layers"]),
+    )
+
+
+def name_for_easyedit_(model: Any, model_id: str) -> None:
+    """Gives a model the names by which EasyEdit finds covariances and samples context templates.
+
+    The current source looks for covariances below the last part of `config._name_or_path`, the
+    release below the whole of it: a name without a slash is the same to both. And unless
+    `name_or_path` holds "llama", the sampling that ROME, MEMIT and AlphaEdit begin with passes an
+    attention mask of one column where the past has many: what it samples then ignores the text.
+
+    Args:
+        model: The model, on which both names are set.
+        model_id: As for `write_key_covariances`.
+    """
+    model.config._name_or_path = model_id
+    model.name_or_path = "llama"
+
+
+def padding_side(method: str) -> str:
+    """Returns the side on which EasyEdit pads for this method."""
+    return "right" if method in _RIGHT_PADDED else "left"
+
+
+def _note(rule: _Rule) -> str:
+    return f"{rule.key}={rule.value!r}: {rule.why}"
+
+
+def _read(method: str, file: Any) -> dict[str, Any]:
+    path, config = read_mapping(file)
+    name = config.get("alg_name")
+    if name != method:
+        raise PeerError(
+            f"`alg_name={name!r}` in {path} is another method. Give a file of {method}."
+        )
+    return {key: number_if_it_is_one(value) for key, value in config.items()}
+
+
+def _as_in_the_file(
+    method: str, from_file: dict[str, Any], given: dict[str, Any], runtime: list[_Rule]
+) -> PeerHparams:
+    """Returns what a file says for a method without rules, with this run's model and files."""
+    if not from_file:
+        raise PeerError(
+            f"`{method}`: there are rules for {', '.join(PEERS)} only. For another method of "
+            "EasyEdit give its YAML: `hparams: FILE.yaml`."
+        )
+    used = [r for r in runtime if r.key in from_file and r.key not in given]
+    used += [r for r in runtime if r.key in ("model_name", "device") and r not in used]
+    values = from_file | {r.key: r.value for r in used} | given
+    size = number_if_it_is_one(values.get("batch_size"))
+    batched = isinstance(size, (int, float)) and size > 1
+    notes = [_note(r) for r in used if r.why]
+    return PeerHparams(method, values, not batched, _covariance_modules(values), notes)
+
+
+def _checked(
+    method: str, from_file: dict[str, Any], given: dict[str, Any], keys: list[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns a file's values and the user's, converted to the types of their keys.
+
+    Raises:
+        PeerError: Keys are unknown or values ill-typed.
+    """
+    result: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    problems = []
+    for source, values, into in ((" in the file", from_file, result[0]), ("", given, result[1])):
+        for key, value in values.items():
+            if key not in keys:
+                problems.append(f"`{key}`{source} is not a key of {method}. Remove it.")
+                continue
+            try:
+                into[key] = typed(key, value)
+            except (TypeError, ValueError):
+                problems.append(f"`{key}={value!r}`{source} must be {allowed(key)}.")
+    if given.get("alg_name", method) != method:
+        problems.append(f"`alg_name={given['alg_name']!r}` is another method. Remove it.")
+    if problems:
+        problems.append(f"The keys are: {', '.join(keys)}.")
+        raise PeerError(one_message(f"Values for {method}:", problems, limit=len(problems)))
+    return result
+
+
+def _runtime_rules(
+    model: Any, device: int | str | torch.device, stats_dir: str | Path, corpus: str, n: int
+) -> list[_Rule]:
+    """Returns the values that say which model, device and files this run uses."""
+    number = "0" if str(device) == "cuda" else str(device).removeprefix("cuda:")
+    where = "key covariances of this very model, measured on this run's corpus"
+    return [
+        _Rule("model_name", easyedit_name(model), "the path in EasyEdit's code for such a model"),
+        _Rule("device", int(number) if number.isdigit() else number, ""),
+        _Rule("stats_dir", str(stats_dir), where),
+        _Rule("mom2_dataset", corpus, where),
+        _Rule("mom2_n_samples", n, "documents in that corpus"),
+        _Rule("P_loc", "null_space_project.pt", "where AlphaEdit itself saves it"),
+    ]
+
+
+def _model_rules(
+    method: str, model: Any, n_edits: int, layers: list[int] | None
+) -> tuple[list[_Rule], dict[str, str]]:
+    """Returns the values that depend on the model, and a problem for each key without one.
+
+    Args:
+        method: One of `PEERS`.
+        model: The model.
+        n_edits: Edits in the run.
+        layers: The user's choice, if any.
+    """
+    stack = find_layers(model)
+    if stack is None or not len(stack.layers):
+        raise PeerError(f"{model_label(model)} has no list of layers to edit. Take another model.")
+    n = len(stack.layers)
+    if method == "LoRA":
+        targets, problem = attention_inputs(stack)
+        why = "peft's AdaLoRA needs `total_step`, which EasyEdit does not give"
+        rules = [_Rule("lora_type", "lora", why)]
+        if problem:
+            return rules, {"target_modules": problem}
+        return [*rules, _Rule("target_modules", targets, "the attention of this model")], {}
+    published = VALUES[method]["layers"]
+    scaled = scaled_layers(published, n)
+    why = f"the depth of {published} in {VALUES_LAYERS} layers, here in {n}"
+    rules = [_Rule("layers", scaled, why)]
+    if method == "FT":
+        why = "FT-M; prompt_last would train every target token at the prompt's last position"
+        rules.append(_Rule("objective_optimization", "target_new", why))
+    else:
+        rules.append(_Rule("v_loss_layer", n - 1, "the last layer"))
+    if method == "ROME":
+        rules.append(_Rule("fp16", False, "the model is loaded already, in its own precision"))
+    if method in BATCHED:
+        size = min(n_edits, LARGEST_BATCH)
+        rules.append(_Rule("batch_size", size, f"{n_edits} edits, at most {LARGEST_BATCH} at once"))
+    chosen = [i for i in layers or scaled if 0 <= i < n] or scaled
+    names, missing = module_names(method, model, stack, chosen[0])
+    rules += [_Rule(key, name, "from this model's modules") for key, name in names.items()]
+    return rules, missing
+
+
+def _covariance_modules(values: Mapping[str, Any]) -> list[str]:
+    """Returns the modules whose covariance EasyEdit reads, by the values that make it do so."""
+    template = values.get("rewrite_module_tmp")
+    if not values.get("mom2_adjustment") or not isinstance(template, str):
+        return []
+    return [template.format(layer) for layer in values.get("layers", [])]

@@ -1,0 +1,182 @@
+"""When an answer counts: normalisation, exact match, containment, and the accepted answers."""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .prompts import Metrics, Question, Questions
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+# Thai, Lao, Burmese, Khmer, kana and Chinese characters: written without spaces between words.
+_UNSPACED = re.compile(
+    r"([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    r"\U00020000-\U0003ffff])"
+)
+
+_PART_OF_ARTICLE = re.compile(r"\bth?\W*$", re.IGNORECASE)
+_CUT_CHARACTER = "\ufffd"  # what a tokenizer makes of the first bytes of a character
+
+
+def normalize_answer(text: str) -> str:
+    """Returns `text` in lower case, without punctuation, articles and repeated spaces.
+
+    The normalisation of SQuAD (arXiv 1606.05250), which EasyEdit and the paper (arXiv 2509.22072)
+    use: only ASCII punctuation and English articles are known to it.
+    """
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def exact_match(answer: str, target: str) -> bool:
+    """Returns whether two answers are the same after normalisation."""
+    return normalize_answer(answer) == normalize_answer(target)
+
+
+def matches_any(answer: str, accepted: Sequence[str]) -> bool:
+    """Returns whether the answer is the same as one of the accepted after normalisation.
+
+    With a single accepted answer it is `exact_match`, also where that is odd: "The" normalises to
+    nothing, and so an empty answer matches it.
+    """
+    normal = normalize_answer(answer)
+    return any(normal == normalize_answer(text) for text in accepted)
+
+
+def contains_any(answer: str, accepted: Sequence[str]) -> bool:
+    """Returns whether an accepted answer's words stand in the answer, whole and in a row.
+
+    The words are those of the normalised texts; other punctuation than ASCII separates them as
+    well. Where a script puts no spaces between words, every character counts as a word.
+    An accepted answer without any word ("The", "?") would stand in every answer: it counts only if
+    it is the whole answer, spaces around it and case aside.
+    """
+    said = _words(answer)
+    for text in accepted:
+        words = _words(text)
+        if words in said if words else text.strip().lower() == answer.strip().lower():
+            return True
+    return False
+
+
+def accepted_targets(request: Mapping[str, Any]) -> list[str]:
+    """Returns all accepted forms of a request's new answer, `target_new` first."""
+    return _distinct([request["target_new"], *(request.get("target_aliases") or ())])
+
+
+def accepted_old(request: Mapping[str, Any]) -> list[str]:
+    """Returns a request's former answers; empty if none is known.
+
+    Without those that are accepted as new: whoever gives them may have learned the edit.
+    """
+    truth = request.get("ground_truth")
+    truths = truth if isinstance(truth, (list, tuple)) else [truth]
+    new = {_key(text) for text in accepted_targets(request)}
+    former = _distinct([*truths, *(request.get("ground_truth_aliases") or ())])
+    return [text for text in former if _key(text) not in new]
+
+
+def accepted_for(entry: Mapping[str, Any], i: int) -> list[str]:
+    """Returns all accepted answers to a prompt of a locality or portability entry.
+
+    Args:
+        entry: Its `prompt` and `ground_truth` (a list of N, or one text) and perhaps `aliases`
+            (a list of N lists).
+        i: Index of the prompt, 0 to N - 1.
+    """
+    truths = entry["ground_truth"]
+    aliases = entry.get("aliases")
+    truth = truths if isinstance(truths, str) else truths[i]
+    return _distinct([truth, *(aliases[i] if aliases else ())])
+
+
+def _words(text: str) -> str:
+    """Returns the words of a text, a space around each; empty if it has none."""
+    normal = normalize_answer(text)
+    if not normal.isascii():
+        plain = (" " if unicodedata.category(c).startswith("P") else c for c in normal)
+        normal = _UNSPACED.sub(r" \1 ", "".join(plain))
+    words = normal.split()
+    return f" {' '.join(words)} " if words else ""
+
+
+def _key(text: str) -> str:
+    """Returns what makes two answers the same; "A" and "The" differ."""
+    return normalize_answer(text) or text.strip().lower()
+
+
+def _distinct(texts: Iterable[Any]) -> list[str]:
+    """Returns the texts that are neither blank nor repeated, in their order."""
+    found: dict[str, str] = {}
+    for text in texts:
+        if isinstance(text, str) and text.strip():
+            found.setdefault(text.strip(), text)
+    return list(found.values())
+
+
+class Verdicts:
+    """What the answer to each prompt is compared with, word by word.
+
+    Args:
+        questions: The questions.
+        records: The records they are of.
+        before: Each record's metrics before the edit: locality compares with the answers there.
+
+    Raises:
+        ValueError: The answers before the edit are not there for every locality prompt.
+    """
+
+    def __init__(
+        self,
+        questions: Questions,
+        records: Sequence[Mapping[str, Any]],
+        before: Sequence[Metrics],
+    ) -> None:
+        if len(before) != len(records):
+            raise ValueError(f"{len(records)} records, {len(before)} measured before the edit.")
+        accepted = [
+            texts
+            for i, record in enumerate(records)
+            for question in questions.of(i)
+            for texts in _accepted(question, record, before[i])
+        ]
+        self.drafts = [texts[0] for texts in accepted]
+        self._accepted = [{_squeezed(text) for text in texts} for texts in accepted]
+
+    def open(self, prompt: int, text: str) -> bool:
+        """Returns whether an answer that begins with `text` may still count.
+
+        Args:
+            prompt: Number of the prompt.
+            text: The answer so far; the last word may be a part of one.
+        """
+        if text.endswith(_CUT_CHARACTER):
+            return True
+        # "th" may become an article, which does not count.
+        begun = {_squeezed(text), _squeezed(_PART_OF_ARTICLE.sub("", text))}
+        return any(full.startswith(tuple(begun)) for full in self._accepted[prompt])
+
+
+def _accepted(question: Question, record: Mapping[str, Any], before: Metrics) -> list[list[str]]:
+    """Returns, for each prompt of a question, the answers that count."""
+    if question.part in ("rewrite", "rephrase"):
+        return [accepted_targets(record) for _ in question.prompts]
+    if question.part == "portability":
+        entry = record["portability"][question.name]
+        return [accepted_for(entry, i) for i in range(len(question.prompts))]
+    found = before.get("generated", {}).get("locality_answers", {}).get(question.name)
+    if found is None or len(found) != len(question.prompts):
+        raise ValueError(f"{question.where}: its answers before the edit are missing.")
+    return [[answer] for answer in found]
+
+
+def _squeezed(text: str) -> str:
+    """Returns the normalised text without spaces.
+
+    The beginning of an answer gives the beginning of what the whole gives: a tokenizer may yet
+    take a space away, and a sigma that ends the text may not end its word.
+    """
+    return normalize_answer(text).replace(" ", "").replace("ς", "σ")

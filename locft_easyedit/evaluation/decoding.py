@@ -1,0 +1,322 @@
+"""Batched decoding with a cache: rows leave the batch as soon as they are done.
+
+`GreedyDecoder` gives each prompt the answer that it would get alone, without a cache: where the
+two best tokens are so close that rounding could decide, that prompt is run alone.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.batching import in_batches
+from ..data.tokenization import CHUNK, GrowingTexts, TokenizedTexts, ids_of
+from ..modeling.devices import input_device
+from ..modeling.forward import run_next
+from ..modeling.modes import evaluation_mode
+from .predictions import Choices, FirstChoices, HowToRun, too_close
+
+STOPS = (".", "\n")
+
+# Next tokens, [B], from logits [B, V], the B texts' indices and their tokens so far.
+Pick = Callable[[torch.Tensor, np.ndarray, list[list[int]]], torch.Tensor]
+# Whether text i is complete, with the tokens it has got.
+Done = Callable[[int, list[int]], bool]
+
+
+@torch.no_grad()
+def decode_(
+    model: PreTrainedModel,
+    lengths: np.ndarray,
+    begin: Callable[[int], list[int]],
+    end: Callable[[int, list[int]], None],
+    *,
+    pick: Pick,
+    done: Done,
+    batch_size: int,
+    description: str,
+    progress: bool = False,
+) -> None:
+    """Appends tokens to each of N texts until it is done.
+
+    Args:
+        model: A causal language model.
+        lengths: Tokens of each text, [N].
+        begin: Gives text i's tokens, to be changed.
+        end: Takes all tokens of text i when it is done.
+        pick: Chooses next tokens.
+        done: Called after each token; a text is asked for at least one.
+        batch_size: Texts at a time.
+        description: Label of the progress bar.
+        progress: Show a progress bar.
+    """
+
+    def run(batch: np.ndarray) -> None:
+        grown = [begin(int(i)) for i in batch]
+        _decode_batch(model, batch, grown, pick, done)
+        for i, ids in zip(batch, grown, strict=True):
+            end(int(i), ids)
+
+    with evaluation_mode(model):
+        in_batches(lengths, batch_size, run, description=description, progress=progress)
+
+
+def _decode_batch(
+    model: Any, texts: np.ndarray, grown: list[list[int]], pick: Pick, done: Done
+) -> None:
+    device = input_device(model)
+    width = max(map(len, grown))
+    # Any token fills the left side: the mask hides it.
+    ids = torch.zeros(len(grown), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, known in enumerate(grown):
+        ids[row, width - len(known) :] = torch.tensor(known)
+        mask[row, width - len(known) :] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    ids, mask, positions = ids.to(device), mask.to(device), positions.to(device)
+    rows = np.arange(len(grown))  # which member each row of the tensors is
+    cache: Any = None
+    while True:
+        logits, cache = run_next(
+            model, cache, input_ids=ids, attention_mask=mask, position_ids=positions
+        )
+        tokens = pick(logits, texts[rows], [grown[i] for i in rows]).to(device)  # [B]
+        for member, token in zip(rows, tokens.tolist(), strict=True):
+            grown[member].append(token)
+        going = np.array([not done(int(texts[member]), grown[member]) for member in rows])
+        if not going.any():
+            return
+        new, next_position = tokens[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        if cache is None:  # the model reads all of it again
+            new, next_position = torch.cat([ids, new], 1), torch.cat([positions, next_position], 1)
+        ids, positions = new, next_position
+        if not going.all():
+            keep = torch.from_numpy(np.flatnonzero(going)).to(device)
+            if cache is not None:
+                # Every kind of layer knows it, and brings the index to its own device.
+                cache.reorder_cache(keep)
+            ids, mask, positions, rows = ids[keep], mask[keep], positions[keep], rows[going]
+
+
+class GreedyDecoder:
+    """Greedy answers to a fixed set of prompts, to be taken before and after an edit.
+
+    An answer that is expected (an edit's target, say) is checked in one forward pass over prompt
+    and answer, as a draft in speculative decoding is. Only where the model's own first choice
+    differs is the rest generated token by token. The answers are those of plain greedy decoding.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        prompts: Plain prompts; no chat template is applied.
+        drafts: The answer that is expected of each prompt, or `None` for no guess.
+        how: How prompts are run.
+        max_new_tokens: Tokens of an answer, at most.
+        still_open: Says of prompt i whether the rest of an answer that begins so is wanted; `None`
+            wants all answers whole.
+
+    Attributes:
+        not_finite: Prompts for which the last measurement met logits that are NaN or infinite;
+            their answers are meaningless.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[str],
+        drafts: Sequence[str] | None,
+        how: HowToRun,
+        *,
+        max_new_tokens: int,
+        still_open: Callable[[int, str], bool] | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.how = how
+        self._still_open = still_open
+        self.max_new_tokens = max_new_tokens
+        self.ends = end_tokens(model, tokenizer)
+        self.stops = stop_tokens(tokenizer)
+        self.not_finite: set[int] = set()
+        self._n_prompts = len(prompts)
+        self._texts = self._tokenized(prompts, drafts)
+        self._choices: FirstChoices | None = None
+        if prompts and drafts is not None:
+            self._choices = FirstChoices(model, self._texts, how, alone=self._draft_alone)
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """Tokens of each prompt, [N]."""
+        return self._texts.target_start
+
+    def _tokenized(self, prompts: Sequence[str], drafts: Sequence[str] | None) -> TokenizedTexts:
+        """Returns each prompt with what is expected after it."""
+        growing = GrowingTexts()
+        for first in range(0, len(prompts), CHUNK):
+            part = slice(first, first + CHUNK)
+            alone = ids_of(self.tokenizer, prompts[part])
+            expected: list[list[int]] = [[] for _ in alone]
+            if drafts is not None:
+                expected = self._tokenized_drafts(prompts[part], alone, drafts[part])
+            for ids, draft in zip(alone, expected, strict=True):
+                growing.add(ids + draft, len(ids))
+        return growing.finished()
+
+    def answers(self, description: str, only: np.ndarray | None = None) -> list[str]:
+        """Returns the answer to each prompt, up to EOS, "." or the end of the line.
+
+        Args:
+            description: Label of the progress bar.
+            only: Indices of the prompts that are asked; the others' answers are empty.
+        """
+        indices = range(self._n_prompts) if only is None else only.tolist()
+        self.not_finite = set()
+        chosen: Choices | None = None
+        if self._choices is not None:
+            chosen = self._choices.take(description, only)
+            self.not_finite |= self._choices.not_finite
+            description = f"{description}, word by word"
+        answers = [""] * self._n_prompts
+        open_, lengths = array("q"), array("q")
+        for i in indices:
+            if i in self.not_finite:
+                continue
+            ids = self._begun(i, chosen)
+            if self._complete(i, ids):
+                answers[i] = self._text(i, ids)
+            else:
+                open_.append(i)
+                lengths.append(len(ids))
+
+        def done(j: int, ids: list[int]) -> bool:
+            if ids[-1] < 0:
+                self.not_finite.add(open_[j])
+            return ids[-1] < 0 or self._complete(open_[j], ids)
+
+        def end(j: int, ids: list[int]) -> None:
+            if open_[j] not in self.not_finite:
+                answers[open_[j]] = self._text(open_[j], ids)
+
+        if self.how.stream is not None:
+            sequences = [self._begun(i, chosen) for i in open_]
+            self._stream_out_(sequences, done, description)
+            for j, ids in enumerate(sequences):
+                end(j, ids)
+        else:
+            decode_(
+                self.model,
+                np.array(lengths, np.int64),
+                lambda j: self._begun(open_[j], chosen),
+                end,
+                pick=self._pick,
+                done=done,
+                batch_size=self.how.batch_size,
+                description=description,
+                progress=self.how.progress and only is None and bool(open_),
+            )
+        return answers
+
+    def _begun(self, i: int, chosen: Choices | None) -> list[int]:
+        """Returns prompt i with as much of its answer as the draft has shown."""
+        return self._prompt(i) + ([] if chosen is None else self._accepted(i, chosen[i]))
+
+    def _prompt(self, i: int) -> list[int]:
+        first = int(self._texts.offsets[i])
+        ids: list[int] = self._texts.ids[first : first + int(self.prompt_lengths[i])].tolist()
+        return ids
+
+    def _stream_out_(self, sequences: list[list[int]], done: Done, description: str) -> None:
+        """Appends a token to every open sequence in each pass over frozen layers on disk."""
+        open_ = list(range(len(sequences)))
+        while open_:
+            # What comes last is only predicted: any token holds its place.
+            texts = TokenizedTexts.from_lists(
+                [[*sequences[i], 0] for i in open_], [len(sequences[i]) for i in open_]
+            )
+            choices = FirstChoices(self.model, texts, self.how, alone=lambda i: [])
+            taken = choices.take(description)
+            for k, i in enumerate(open_):
+                sequences[i].append(-1 if k in choices.not_finite else taken[k][0])
+            choices.close()
+            open_ = [i for i in open_ if not done(i, sequences[i])]
+
+    def _tokenized_drafts(
+        self, prompts: Sequence[str], alone: list[list[int]], drafts: Sequence[str]
+    ) -> list[list[int]]:
+        """Returns each draft's tokens after its prompt, with an end token: at least one."""
+        end = self.ends[:1] or [0]
+        both = [f"{p} {d.strip()}" for p, d in zip(prompts, drafts, strict=True)]
+        tokenized = []
+        for prompt, ids in zip(alone, ids_of(self.tokenizer, both), strict=True):
+            # Where a token reaches over the end of the prompt there is no draft to be had.
+            follows = ids[: len(prompt)] == prompt
+            draft = [i for i in ids[len(prompt) :] if i not in self.ends] if follows else []
+            tokenized.append((draft + end)[: self.max_new_tokens])
+        return tokenized
+
+    def _accepted(self, i: int, choices: list[int]) -> list[int]:
+        """Returns the first choices as far as they followed from the draft."""
+        draft = self._texts.target(i)
+        agreed = next((k for k, c in enumerate(choices) if c != draft[k]), len(choices) - 1)
+        answer = choices[: agreed + 1]
+        for k, token in enumerate(answer):
+            if token in self.ends or token in self.stops:
+                return answer[: k + 1]
+        return answer
+
+    def _draft_alone(self, i: int) -> list[int]:
+        logits = self._alone((self._prompt(i) + self._texts.target(i))[:-1])
+        first: list[int] = logits[int(self.prompt_lengths[i]) - 1 :].argmax(-1).tolist()
+        return first
+
+    def _alone(self, ids: list[int]) -> torch.Tensor:
+        """Returns the logits of one text run by itself, [L, V]."""
+        inputs = torch.tensor([ids], device=input_device(self.model))
+        logits: torch.Tensor = self.model(input_ids=inputs, use_cache=False).logits[0]
+        return logits
+
+    def _pick(
+        self, logits: torch.Tensor, texts: np.ndarray, sequences: list[list[int]]
+    ) -> torch.Tensor:
+        best = logits.topk(2, dim=-1)
+        tokens = best.indices[:, 0].clone()
+        near = too_close(best.values, self.model)
+        for row in near.nonzero().flatten().tolist():
+            tokens[row] = int(self._alone(sequences[row])[-1].argmax())
+        return torch.where(torch.isfinite(best.values[:, 0]), tokens, -1)
+
+    def _complete(self, i: int, ids: list[int]) -> bool:
+        n_new = len(ids) - int(self.prompt_lengths[i])
+        if n_new <= 0:
+            return False
+        if n_new >= self.max_new_tokens or ids[-1] in self.ends or ids[-1] in self.stops:
+            return True
+        return self._still_open is not None and not self._still_open(i, self._text(i, ids))
+
+    def _text(self, i: int, ids: list[int]) -> str:
+        """Returns the answer in the ids of prompt i and what follows, up to the first stop."""
+        ids = ids[int(self.prompt_lengths[i]) :]
+        end = next((i for i, token in enumerate(ids) if token in self.ends), len(ids))
+        text = str(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
+        cut = min((text.find(stop) for stop in STOPS if stop in text), default=len(text))
+        return text[:cut].strip()
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Returns the tokens whose text holds a stop."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return frozenset(i for i, text in enumerate(texts) if any(stop in text for stop in STOPS))
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the tokenizer's EOS and those that the model's own generation settings name."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    more = configured if isinstance(configured, list) else [configured]
+    return list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *more) if i is not None))

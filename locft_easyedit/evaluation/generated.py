@@ -1,0 +1,216 @@
+"""Generated metrics of the paper: greedy answers to the plain prompt, compared exactly.
+
+Reliability is the share of edits whose answer is the new target; generalization is the same for
+reworded prompts (arXiv 2509.22072, section 5; EasyEdit's WILD protocol without a chat template).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .answers import (
+    Verdicts,
+    accepted_for,
+    accepted_old,
+    accepted_targets,
+    contains_any,
+    matches_any,
+    normalize_answer,
+)
+from .decoding import GreedyDecoder
+from .predictions import HowToRun, warn_not_finite
+from .prompts import Metrics, Questions, check_lengths
+
+MAX_NEW_TOKENS = 32
+
+
+class Generated:
+    """Generated metrics of the same records, to be taken before and after an edit.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        records: Requests, as for `TeacherForced`.
+        how: How prompts are run.
+        max_new_tokens: Tokens of an answer, at most.
+        before: Each record's metrics before the edit, where only what counts is wanted: an answer
+            that cannot count any more is not generated to its end, and no answers are given.
+
+    Raises:
+        RequestError: A prompt is no text or blank, or beyond the model's context with its answer.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        records: Sequence[Mapping[str, Any]],
+        how: HowToRun,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        before: Sequence[Metrics] | None = None,
+    ) -> None:
+        self.records = records
+        self.questions = Questions(records)
+        prompts = [prompt for question in self.questions for prompt in question.prompts]
+        expected = [answer for question in self.questions for answer in question.answers]
+        self._verdicts = None if before is None else Verdicts(self.questions, records, before)
+        self._decoder = GreedyDecoder(
+            model,
+            tokenizer,
+            prompts,
+            expected if self._verdicts is None else self._verdicts.drafts,
+            how,
+            max_new_tokens=max_new_tokens,
+            still_open=None if self._verdicts is None else self._verdicts.open,
+        )
+        check_lengths(model, self.questions, self._decoder.prompt_lengths, max_new_tokens)
+
+    def measure(self, description: str, only: Sequence[int] | None = None) -> list[Metrics]:
+        """Returns each record's generated answers and what they are worth; see `stream`."""
+        return list(self.stream(description, only))
+
+    def stream(self, description: str, only: Sequence[int] | None = None) -> Iterator[Metrics]:
+        """Measures; yields each record's generated answers and what they are worth.
+
+        Args:
+            description: Label of the progress bar.
+            only: Records to measure; all if `None`.
+
+        Yields:
+            For each record, where 1.0 is yes and 0.0 no: `reliability` (the answer is the target or
+            one of its aliases) with the `answer`, `contains_target` and, where an old answer is
+            known, `old_answer` (the answer contains it). With rewordings `generalization` and
+            `rephrase_answers`; with portability prompts `portability` and `portability_answers`;
+            with locality prompts `locality_answers` (see `finish_generated_`). Shares are over a
+            record's prompts.
+        """
+        asked = None if only is None else self.questions.prompts_of(only)
+        answers = self._decoder.answers(description, asked)
+        not_finite = self._decoder.not_finite
+        warn_not_finite(len(not_finite), len(answers))
+        damaged = {self.questions.record_of(prompt) for prompt in not_finite}
+        for i in range(len(self.records)) if only is None else only:
+            found = self._metrics(i, answers)
+            if i in damaged:
+                numbers = {key for key, value in found.items() if isinstance(value, float)}
+                found |= dict.fromkeys(numbers, float("nan"))
+            yield found
+
+    def _metrics(self, i: int, answers: Sequence[str]) -> Metrics:
+        record, found = self.records[i], Metrics()
+        first = int(self.questions.first_prompt[i])
+        for question in self.questions.of(i):
+            own = list(answers[first : first + len(question.prompts)])
+            first += len(own)
+            if question.part == "rewrite":
+                found |= _rewrite(record, own[0])
+            elif question.part == "rephrase":
+                found |= _rephrase(record, own)
+            else:
+                found.setdefault(f"{question.part}_answers", {})[question.name] = own
+        found |= _portability(record, found)
+        if self._verdicts is not None:  # these would need answers that are complete
+            for key in ("answer", "contains_target", "old_answer", "rephrase_answers"):
+                found.pop(key, None)
+        return found
+
+
+def _rewrite(record: Mapping[str, Any], answer: str) -> Metrics:
+    targets, old = accepted_targets(record), accepted_old(record)
+    metrics: Metrics = {
+        "reliability": float(matches_any(answer, targets)),
+        "answer": answer,
+        "contains_target": float(contains_any(answer, targets)),
+    }
+    if old:
+        metrics["old_answer"] = float(contains_any(answer, old))
+    return metrics
+
+
+def _rephrase(record: Mapping[str, Any], answers: list[str]) -> Metrics:
+    targets = accepted_targets(record)
+    return {
+        "generalization": float(np.mean([matches_any(answer, targets) for answer in answers])),
+        "rephrase_answers": answers,
+    }
+
+
+def _portability(record: Mapping[str, Any], found: Metrics) -> Metrics:
+    right = [
+        matches_any(answer, accepted_for(record["portability"][name], i))
+        for name, answers in found.get("portability_answers", {}).items()
+        for i, answer in enumerate(answers)
+    ]
+    return {"portability": float(np.mean(right))} if right else {}
+
+
+def finish_generated_(pre: Mapping[str, Any], post: Metrics) -> None:
+    """Adds `locality` to `post`: the share of locality prompts whose answer is as before the edit.
+
+    Args:
+        pre: A record's generated metrics before the edit.
+        post: The same after it.
+    """
+    after = post.get("locality_answers", {})
+    same = [
+        normalize_answer(one) == normalize_answer(other)
+        for name, answers in pre.get("locality_answers", {}).items()
+        for one, other in zip(answers, after[name], strict=True)
+    ]
+    if same:
+        unmeasured = any(np.isnan(m.get("reliability", 0.0)) for m in (pre, post))
+        post["locality"] = float("nan") if unmeasured else float(np.mean(same))
+
+
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    batch_size: int = 64,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    progress: bool = False,
+    description: str = "generation",
+) -> list[str]:
+    """Returns the model's greedy answer to each prompt, up to EOS, "." or the end of the line.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        prompts: Plain prompts; no chat template is applied.
+        batch_size: Prompts generated together; the answers do not depend on it.
+        max_new_tokens: Tokens at most.
+        progress: Show a progress bar.
+        description: Its label.
+
+    Raises:
+        RequestError: A prompt and its answer are beyond the model's context.
+    """
+    how = HowToRun(batch_size, progress=progress)
+    decoder = GreedyDecoder(model, tokenizer, prompts, None, how, max_new_tokens=max_new_tokens)
+    as_questions = Questions([{"prompt": p, "target_new": "-"} for p in prompts])
+    check_lengths(model, as_questions, decoder.prompt_lengths, max_new_tokens)
+    return decoder.answers(description)
+
+
+def generated_metrics(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Mapping[str, Any]],
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+    description: str = "generation",
+) -> list[Metrics]:
+    """Returns each record's generated metrics, once; see `Generated.measure`.
+
+    Raises:
+        RequestError: As `Generated`.
+    """
+    how = HowToRun(batch_size, progress=progress)
+    return Generated(model, tokenizer, records, how).measure(description)

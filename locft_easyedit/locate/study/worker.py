@@ -1,0 +1,125 @@
+"""One process of a study: `python -m locft_easyedit.locate.study.worker FOLDER DEVICE`.
+
+It takes the places that nobody is at, one after the other, until none is left. Any number of such
+processes work on one folder, on this machine or on others that see it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ...errors import LocFTError
+from ...evaluation.prompts import Metrics
+from ...evaluation.records import CompactRecords
+from ...modeling.loading import load_causal_lm, resolve_device
+from .cell import Bench, measure_before
+from .settings import ANY_DEVICE
+from .study import Study, load_study
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Works on the study whose folder is named; returns the exit status."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    folder, device = arguments
+    try:
+        work(load_study(Path(folder)), None if device == ANY_DEVICE else device)
+    except LocFTError as error:
+        # The last line of the log is what the user is told.
+        sys.stderr.write(f"{' '.join(str(error).split())}\n")
+        return 2
+    return 0
+
+
+def work(study: Study, device: int | str | None = None) -> None:
+    """Tries all places that nobody else is at.
+
+    Args:
+        study: The study, its folder opened.
+        device: As EasyEdit's `device` key; the study's own if `None`.
+
+    Raises:
+        LocFTError: The model cannot be loaded or measured, or a result cannot be written.
+    """
+    bench: Bench | None = None
+    while True:
+        worked = False
+        for location in study.locations:
+            if not study.open_rates(location):
+                continue
+            with study.held(f"layer-{location.layer:02d}-{location.module}", wait=False) as mine:
+                rates = study.open_rates(location) if mine else []
+                if not rates:
+                    continue
+                if bench is None:
+                    bench = _bench(study, device)
+                for outcome in bench.cells(location, rates, study.begin):
+                    study.write(outcome)
+                    logger.info("%s: %s", outcome.cell.key, outcome.reason or outcome.figures)
+                    worked = True
+        if not worked:
+            return
+
+
+def _bench(study: Study, device: int | str | None) -> Bench:
+    """Returns the loaded model with all that its cells share."""
+    h = study.settings.hparams
+    if device is not None:
+        h = replace(h, device=device)
+    model, tokenizer = load_causal_lm(
+        h.model_name,
+        device=h.device,
+        dtype=h.dtype_on(resolve_device(h.device)),
+        model_parallel=h.model_parallel,
+        trust_remote_code=h.trust_remote_code,
+    )
+    before = _before(study, model, tokenizer)
+    capability = None
+    if study.settings.capability:
+        capability = _Capability(study, model, tokenizer)
+    layers = {location.layer for location in study.locations}
+    return Bench(model, tokenizer, study.requests, h, before, layers, study.passages, capability)
+
+
+def _before(study: Study, model: Any, tokenizer: Any) -> list[Metrics]:
+    """Returns the metrics before an edit: the first process measures, the others wait for it."""
+    with study.held("before"):
+        there = CompactRecords.read(study.before, study.identity)
+        if there is None or len(there) != len(study.requests):
+            records = measure_before(
+                model, tokenizer, study.requests, study.settings.hparams, progress=True
+            )
+            there = CompactRecords(records)
+            there.write(study.before, study.identity)
+    return list(there)
+
+
+class _Capability:
+    """The mean over the tasks that a study asks for."""
+
+    def __init__(self, study: Study, model: Any, tokenizer: Any) -> None:
+        self._asked = study.settings, model, tokenizer
+
+    def __call__(self) -> float:
+        from ...evaluation.capability.harness import measure_capability  # an extra
+
+        settings, model, tokenizer = self._asked
+        found = measure_capability(
+            model,
+            tokenizer,
+            list(settings.capability),
+            tasks_dir=settings.tasks_dir,
+            limit=settings.capability_limit,
+            progress=False,
+        )
+        return float("nan") if found["mean"] is None else float(found["mean"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""The model: loading it, finding places in it, running parts of it."""

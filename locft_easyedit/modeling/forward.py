@@ -1,0 +1,183 @@
+"""One forward pass, with logits only where they are asked for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..data.packing import Rows
+
+
+def run_rows(
+    model: PreTrainedModel,
+    rows: Rows,
+    *,
+    input_ids: torch.Tensor | None = None,
+    inputs_embeds: torch.Tensor | None = None,
+    narrowed: bool = False,
+) -> torch.Tensor:
+    """Returns the logits at the scored cells, [S, V].
+
+    Args:
+        model: A causal language model.
+        rows: The layout, on the model's device.
+        input_ids: Token ids, [R, L].
+        inputs_embeds: Instead of ids, [R, L, D].
+        narrowed: The model's last layer gives the scored cells alone already.
+    """
+    with head_sees(model, _narrow(rows, narrowed)) as seen:  # [1, S, D]
+        output = _run(model, rows, input_ids, inputs_embeds)
+    logits: torch.Tensor = output.logits  # [1, S, V], or [R, L, V] without a head to hook
+    return logits[0] if seen or narrowed else _scored(logits, rows)
+
+
+def run_to_head(
+    model: PreTrainedModel,
+    rows: Rows,
+    *,
+    input_ids: torch.Tensor | None = None,
+    inputs_embeds: torch.Tensor | None = None,
+    narrowed: bool = False,
+) -> torch.Tensor:
+    """Returns what the output embedding would be given for the scored cells, [S, D].
+
+    Args:
+        model: A causal language model with an output embedding.
+        rows: As for `run_rows`.
+        input_ids: As for `run_rows`.
+        inputs_embeds: As for `run_rows`.
+        narrowed: As for `run_rows`.
+    """
+    hidden: list[torch.Tensor] = []
+
+    def leave(given: torch.Tensor) -> torch.Tensor:
+        hidden.append(_narrow(rows, narrowed)(given))
+        raise Stop
+
+    with head_sees(model, leave), suppress(Stop):
+        _run(model, rows, input_ids, inputs_embeds)
+    return hidden[0][0]
+
+
+def _run(
+    model: PreTrainedModel,
+    rows: Rows,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+) -> Any:
+    return model(
+        input_ids=input_ids,
+        inputs_embeds=inputs_embeds,
+        position_ids=rows.position_ids,
+        attention_mask=rows.attention_mask,
+        use_cache=False,
+    )
+
+
+def _narrow(rows: Rows, narrowed: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda hidden: hidden if narrowed else _scored(hidden, rows).unsqueeze(0)
+
+
+def run_next(model: PreTrainedModel, cache: Any, **inputs: Any) -> tuple[torch.Tensor, Any]:
+    """Returns the logits after the last column, [B, V], and the cache, as `run_cached` does.
+
+    Args:
+        model: A causal language model.
+        cache: As for `run_cached`.
+        **inputs: As for `run_cached`.
+    """
+    with head_sees(model, lambda hidden: hidden[:, -1:]):
+        output, cache = run_cached(model, cache, **inputs)
+    return output.logits[:, -1], cache
+
+
+def run_cached(model: PreTrainedModel, cache: Any, **inputs: Any) -> tuple[Any, Any]:
+    """Returns the model's output, and its cache: with `None`, the next call needs all tokens again.
+
+    Args:
+        model: A causal language model.
+        cache: What the last call gave; `None` for the first.
+        **inputs: The model's `input_ids`, [B, L]: those that the cache does not hold. Where they
+            are padded on the left, `attention_mask` and `position_ids` as well.
+    """
+    name = _cache_argument(model)
+    if name is None:
+        return model(**inputs, use_cache=False), None
+    output = model(**inputs, **{name: cache}, use_cache=True)
+    cache = getattr(output, name, None)
+    return output, cache if _counts_tokens(cache) else None
+
+
+def _cache_argument(model: PreTrainedModel) -> str | None:
+    """Returns what the model calls its cache; `None` if it takes none under a name known here.
+
+    transformers renamed it in 5.24, models with code of their own keep the former name, and a
+    model may swallow a name that it does not know.
+    """
+    own = getattr(model, "get_base_model", lambda: model)()  # what peft wraps
+    known = inspect.signature(own.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in known), None)
+
+
+def _counts_tokens(cache: Any) -> bool:
+    """Returns whether it is a cache of attention, which knows how many tokens it holds.
+
+    Models like Mamba keep states alone. They take masks of the new tokens, not of all.
+    """
+    try:
+        cache.get_seq_length()
+    except (AttributeError, ValueError):
+        return False
+    return True
+
+
+@contextmanager
+def head_sees(
+    model: PreTrainedModel, select: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[list[bool]]:
+    """Within, the output embedding gets `select(hidden states)`; yields a list, filled if it did.
+
+    The output embedding is the largest matrix of many models, and most positions' logits are not
+    asked for. What it gets is contiguous: by a slice of [B, L, D], and a weight without gradients,
+    PyTorch multiplies on a CPU as if each of the B rows had a matrix of its own, and copies it.
+
+    Args:
+        model: A causal language model.
+        select: Makes what the output embedding gets of what it was to get, [B, L, D].
+    """
+    seen: list[bool] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        seen.append(True)
+        return (select(args[0]).contiguous(), *args[1:])
+
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    handle = head.register_forward_pre_hook(hook) if head is not None else None
+    try:
+        yield seen
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def _scored(values: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Returns the scored cells of [R, L, any], [S, any]."""
+    return values.flatten(0, 1)[rows.scored.to(values.device)]
+
+
+def mean_by_owner(values: torch.Tensor, owner: torch.Tensor, n_owners: int) -> torch.Tensor:
+    """Returns the mean of the values of each owner, [n_owners]; `values` and `owner` are [S]."""
+    counts = torch.zeros(n_owners, dtype=values.dtype, device=values.device)
+    counts.index_add_(0, owner, torch.ones_like(values))
+    sums = torch.zeros_like(counts).index_add(0, owner, values)
+    return sums / counts
+
+
+class Stop(Exception):
+    """Ends a forward pass; never leaves the code that asked for it."""

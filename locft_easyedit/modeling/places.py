@@ -1,0 +1,364 @@
+"""Localized selection: from layers and templates to exact parameters."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import ModelError, PlaceError, one_message
+
+# What models call the matrices of a layer, by the part they play in it.
+_ATTENTION = {
+    "q": ("q_proj",),
+    "k": ("k_proj",),
+    "v": ("v_proj",),
+    "qkv": ("c_attn", "query_key_value", "qkv_proj", "wqkv"),
+    "o": ("o_proj", "c_proj", "out_proj", "dense", "wo"),
+}
+_MLP = {
+    "gate": ("gate_proj",),
+    "up": ("up_proj", "c_fc", "fc_in", "fc1", "dense_h_to_4h"),
+    "gate_up": ("gate_up_proj",),
+    "down": ("down_proj", "c_proj", "fc_out", "fc2", "dense_4h_to_h"),
+}
+WHOLE = ("mlp", "layer")
+MODULES = (*_ATTENTION, *_MLP, *WHOLE)
+_ATTENTION_NAMES = ("attn", "attention")
+
+
+@dataclass(frozen=True)
+class LayerList:
+    """A model's stack of layers: the path of its `nn.ModuleList` and the list itself."""
+
+    path: str
+    layers: nn.ModuleList
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is trained.
+
+    Attributes:
+        parameters: The parameters by their full names.
+        first_layer: The lowest layer that holds one of them, or `None` if one lies outside the
+            stack of layers (an embedding, a final norm).
+        stack: The model's stack of layers, or `None` if it was not found.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    first_layer: int | None
+    stack: LayerList | None
+
+
+def find_layers(model: nn.Module) -> LayerList | None:
+    """Returns the `nn.ModuleList` whose length is the configuration's number of layers.
+
+    The list nearest to the root counts where there are several. `None` if there is none.
+    """
+    n_layers = number_of_layers(model)
+    found = [
+        LayerList(path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
+    ]
+    return min(found, key=lambda stack: stack.path.count("."), default=None)
+
+
+def number_of_layers(model: nn.Module) -> int | None:
+    """Returns the number of layers that the model's configuration names, if it does."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return None
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return getattr(config, "num_hidden_layers", None)
+
+
+def select_place(model: nn.Module, layers: Sequence[int], templates: Sequence[str]) -> Place:
+    """Returns the parameters that `layers` and `templates` name.
+
+    A template names a parameter (`model.layers.{}.mlp.down_proj.weight`) or a module with all its
+    parameters (`model.layers.{}`, also written `model.layers.{}.`). Whole path components are
+    compared: layer 2 is never taken for layer 20.
+
+    Args:
+        model: The model.
+        layers: Layers, counted from 0.
+        templates: Templates with `{}` for the layer.
+
+    Raises:
+        PlaceError: A layer is out of range, a template matches nothing, or a parameter is
+            quantized, tied, or not loaded. All such problems in one error.
+    """
+    selected, problems = _match(model, layers, templates)
+    everywhere = dict(model.named_parameters(remove_duplicate=False))
+    stack = find_layers(model)
+    owners = Counter(_memory(parameter) for parameter in everywhere.values())
+    problems += [
+        problem
+        for name, parameter in selected.items()
+        if (problem := _untrainable(name, parameter, everywhere, owners))
+    ]
+    if problems:
+        raise PlaceError(one_message("Nothing is trained:", problems))
+    return Place(selected, first_layer_of(selected, stack), stack)
+
+
+def match_parameters(
+    model: nn.Module, layers: Sequence[int], templates: Sequence[str]
+) -> dict[str, nn.Parameter]:
+    """Returns the parameters that `layers` and `templates` name, trainable or not.
+
+    Args:
+        model: The model; its weights need not be loaded.
+        layers: Layers, counted from 0.
+        templates: Templates with `{}` for the layer.
+
+    Raises:
+        PlaceError: A layer is out of range, or a template matches nothing.
+    """
+    selected, problems = _match(model, layers, templates)
+    if problems:
+        raise PlaceError(one_message("Nothing is trained:", problems))
+    return selected
+
+
+def _match(
+    model: nn.Module, layers: Sequence[int], templates: Sequence[str]
+) -> tuple[dict[str, nn.Parameter], list[str]]:
+    """Returns the parameters that match, and a line for each layer or template that does not."""
+    stack = find_layers(model)
+    n_layers = number_of_layers(model) if stack is None else len(stack.layers)
+    outside = [layer for layer in layers if n_layers is not None and not 0 <= layer < n_layers]
+    problems = []
+    if outside:
+        problems.append(
+            f"`layers={outside}` is out of range; {_model_name(model)} has {n_layers} layers "
+            f"(0 to {(n_layers or 1) - 1}). Choose among them."
+        )
+    everywhere = dict(model.named_parameters(remove_duplicate=False))
+    selected: dict[str, nn.Parameter] = {}
+    for layer in (layer for layer in layers if layer not in outside):
+        for template in templates:
+            wanted = template.replace("{}", str(layer)).strip(".").split(".")
+            matches = {
+                name: parameter
+                for name, parameter in everywhere.items()
+                if name.split(".")[: len(wanted)] == wanted
+            }
+            if not matches:
+                problems.append(_no_match(model, template, layer, stack))
+            selected |= matches
+    return selected, problems
+
+
+def _model_name(model: nn.Module) -> str:
+    config = getattr(model, "config", None)
+    return getattr(config, "_name_or_path", "") or type(model).__name__
+
+
+def _no_match(model: nn.Module, template: str, layer: int, stack: LayerList | None) -> str:
+    path = template.replace("{}", str(layer)).strip(".").removesuffix(".weight")
+    if any(name.startswith(path + ".qweight") for name, _ in model.named_buffers()):
+        return f"`{path}` is quantized (it has `qweight`); load the model unquantized."
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    prefix = f"{stack.path}.{layer}." if stack else ""
+    inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    shown = ", ".join(inside[:40]) + (", ..." if len(inside) > 40 else "")
+    where = f"`{stack.path}.{{}}` has: {shown}" if stack else f"The model has: {shown}"
+    return (
+        f"`rewrite_module_tmp={template!r}` matches nothing in layer {layer}. {where}. "
+        "Choose among them."
+    )
+
+
+def _untrainable(
+    name: str, parameter: nn.Parameter, everywhere: dict[str, nn.Parameter], owners: Counter[int]
+) -> str | None:
+    """Returns why a parameter cannot be trained, or `None`."""
+    if parameter.is_meta:
+        return f"`{name}` is not loaded (meta device). Load the model's weights first."
+    if not parameter.is_floating_point() or hasattr(parameter, "quant_state"):
+        kind = "quantized" if hasattr(parameter, "quant_state") else str(parameter.dtype)
+        return f"`{name}` is {kind}; only floating-point weights train. Load it unquantized."
+    if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"`{name}` is {parameter.dtype}; train float32, bfloat16 or float16 weights."
+    if owners[_memory(parameter)] > 1:
+        others = [
+            o for o, p in everywhere.items() if o != name and _memory(p) == _memory(parameter)
+        ]
+        tied = ", ".join(others)
+        return f"`{name}` is tied to {tied}; an edit would change both. Choose another place."
+    return None
+
+
+def _memory(parameter: nn.Parameter) -> int:
+    """Returns what two names have in common when they share their numbers."""
+    return id(parameter) if parameter.is_meta else parameter.data_ptr()
+
+
+def first_layer_of(selected: Iterable[str], stack: LayerList | None) -> int | None:
+    """Returns the lowest layer of the parameters with these names; `None` if one lies outside."""
+    if stack is None:
+        return None
+    layers = []
+    for name in selected:
+        if not name.startswith(stack.path + "."):
+            return None
+        layers.append(int(name[len(stack.path) + 1 :].split(".")[0]))
+    return min(layers)
+
+
+@dataclass(frozen=True, order=True)
+class Location:
+    """One place of a model.
+
+    Attributes:
+        layer: The layer, counted from 0.
+        module: What is trained in it: one of `MODULES`.
+        templates: The `rewrite_module_tmp` that selects it.
+    """
+
+    layer: int
+    module: str
+    templates: tuple[str, ...]
+
+    @property
+    def rewrite_module_tmp(self) -> str | list[str]:
+        """The templates as a YAML has them."""
+        return self.templates[0] if len(self.templates) == 1 else list(self.templates)
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} {self.module}"
+
+
+def find_locations(model: Any) -> list[Location]:
+    """Returns every place of a model, by layer and in the order of `MODULES`.
+
+    A module that a layer does not have (a fused query-key-value projection in place of three) is
+    simply absent. The experts of a mixture are one place together.
+
+    Args:
+        model: The model; its weights need not be loaded.
+
+    Raises:
+        ModelError: The model's layers cannot be found.
+    """
+    stack = find_layers(model)
+    if stack is None:
+        raise ModelError(
+            f"{type(model).__name__} has no list of layers as long as its configuration says. Name "
+            "`layers` and `rewrite_module_tmp` by hand."
+        )
+    found = []
+    for i, layer in enumerate(stack.layers):
+        own = _modules_of(layer)
+        found += [
+            Location(i, module, tuple(f"{stack.path}.{{}}{path}" for path in own[module]))
+            for module in MODULES
+            if module in own
+        ]
+    return found
+
+
+def _modules_of(layer: nn.Module) -> dict[str, list[str]]:
+    """Returns what a layer has of `MODULES`: paths within it, each with a leading dot."""
+    found: dict[str, list[str]] = {}
+    for name, parameter in layer.named_parameters():
+        path = name.removesuffix(".weight")
+        module = _role(path) if parameter.ndim > 1 else None
+        if module is not None:
+            found.setdefault(module, []).append(f".{name}")
+    mlp = {paths[0].split(".")[1] for module, paths in found.items() if module in _MLP}
+    # Where the matrices are the layer's own children (OPT's), no module is the MLP.
+    if len(mlp) == 1 and any(True for _ in layer.get_submodule(*mlp).children()):
+        found["mlp"] = [f".{next(iter(mlp))}"]
+    found["layer"] = [""]
+    return found
+
+
+def _role(path: str) -> str | None:
+    """Returns which of a layer's modules the matrix at `path` is; `None` if it is none of them."""
+    *above, last = path.split(".")
+    in_attention = any(word in part for part in above for word in _ATTENTION_NAMES)
+    names = _ATTENTION if in_attention else _MLP
+    return next((role for role, known in names.items() if last in known), None)
+
+
+def select_locations(
+    locations: Sequence[Location],
+    layers: Sequence[int] | None = None,
+    modules: Sequence[str] | None = None,
+) -> list[Location]:
+    """Returns the places in some layers and modules; all layers, or modules, if `None`."""
+    return [
+        location
+        for location in locations
+        if (layers is None or location.layer in layers)
+        and (modules is None or location.module in modules)
+    ]
+
+
+def unsuitable(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], why: str, remedy: str
+) -> dict[str, str]:
+    """Returns a complaint for each parameter that is not the weight of a linear layer.
+
+    Args:
+        model: The model; its weights need not be loaded.
+        parameters: The parameters by name.
+        why: What such a parameter cannot have, as the end of a sentence.
+        remedy: What to set where no other place is wanted.
+    """
+    return {
+        name: f"`{name}` is no matrix of a linear layer (it belongs to {type(module).__name__}), "
+        f"and {why}. Name matrices in `rewrite_module_tmp`, for example "
+        f'"model.layers.{{}}.mlp.down_proj.weight", or set {remedy}.'
+        for name, module in ((name, owner(model, name)) for name in parameters)
+        if not (isinstance(module, (nn.Linear, Conv1D)) and name.endswith(".weight"))
+    }
+
+
+def owner(model: nn.Module, name: str) -> nn.Module:
+    """Returns the module that a parameter belongs to."""
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def sides(module: nn.Module) -> tuple[int, int]:
+    """Returns a linear module's (out, in)."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    first, second = weight.shape
+    return (second, first) if isinstance(module, Conv1D) else (first, second)
+
+
+def check_low_rank(model: nn.Module, parameters: Mapping[str, nn.Parameter], rank: int) -> None:
+    """Checks that LoRA of this rank can be trained at a place.
+
+    Args:
+        model: The model; its weights need not be loaded.
+        parameters: The place's parameters by name.
+        rank: The rank.
+
+    Raises:
+        PlaceError: Lists every parameter that is not the weight of a linear layer, and every one
+            whose smaller side is below the rank.
+    """
+    problems = unsuitable(model, parameters, "LoRA changes nothing else", remedy="`tuning: full`")
+    for name, parameter in parameters.items():
+        if name not in problems and rank > min(parameter.shape):
+            shape = " x ".join(str(n) for n in parameter.shape)
+            problems[name] = (
+                f"`lora_rank={rank}` is above {min(parameter.shape)}, the largest rank that "
+                f"`{name}` ({shape}) can have. Lower it, or set `tuning: full`."
+            )
+    if problems:
+        raise PlaceError(
+            one_message("`tuning: lora` cannot be trained here:", [*problems.values()])
+        )

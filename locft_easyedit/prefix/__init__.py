@@ -1,0 +1,1 @@
+"""The frozen prefix: hidden states below the first trained matrix, recorded once."""

@@ -1,0 +1,330 @@
+"""The hidden states that enter each layer: recorded in one pass, lent to the prefix of every place.
+
+The frozen part of a place in layer 20 begins with that of a place in layer 12. One pass over a set
+of texts keeps what enters each layer that a study visits; no place, and no learning rate, runs the
+layers below again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..data.batching import in_batches
+from ..data.packing import Rows, lay_out
+from ..data.tokenization import TokenizedTexts
+from ..errors import MemoryBudgetError, OutputError, PlaceError
+from ..modeling.devices import input_device, row_length
+from ..modeling.modes import evaluation_mode
+from ..modeling.places import LayerList, find_layers
+from ..utils.hashing import arrays_sha256, json_sha256, sample_digest
+from .cut import layer_cut
+from .frozen_prefix import FrozenPrefix
+from .store import Budget, StateStore
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """Texts, and the rows in which they are run."""
+
+    texts: TokenizedTexts
+    batch_size: int
+    row_tokens: int
+    packed: bool
+    first_position: np.ndarray | None
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.texts.input_offsets[-1])
+
+    def key(self) -> str:
+        """Returns what tells these texts in these rows from all others.
+
+        The rows count as well: they move the last bits of a state, and what a place finds must not
+        depend on which place came first.
+        """
+        first = np.zeros(0) if self.first_position is None else self.first_position
+        tokens = arrays_sha256(self.texts.ids, self.texts.offsets, first)
+        return json_sha256([self.batch_size, self.row_tokens, self.packed, tokens])
+
+    def rows(self, batch: np.ndarray) -> Rows:
+        return lay_out(
+            self.texts,
+            batch,
+            row_tokens=self.row_tokens,
+            packed=self.packed,
+            first_position=self.first_position,
+        )
+
+
+class LayerStates:
+    """What enters some layers of a model, for every set of texts that somebody asks for.
+
+    A context manager; leaving it gives all states back. Made before any edit. A set of texts is
+    recorded when the first prefix over it is filled; a changed model is noticed by a sample of its
+    weights, and only layers below which nothing has changed are recorded or lent.
+
+    Args:
+        model: The model, not edited yet.
+        layers: The layers that places will be in.
+        budget: Where the states may lie, all of them together. What prefixes inside a layer take
+            is counted by their own budgets, on top.
+        progress: Show progress bars.
+
+    Attributes:
+        n_passes: Passes over a set of texts so far.
+
+    Raises:
+        PlaceError: The model has no such layer.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Iterable[int],
+        budget: Budget | None = None,
+        *,
+        progress: bool = False,
+    ) -> None:
+        self.model = model
+        self.layers = tuple(sorted(set(layers)))
+        self.progress = progress
+        self.n_passes = 0
+        self._stack = find_layers(model)
+        n_layers = len(self._stack.layers) if self._stack is not None else 0
+        outside = [layer for layer in self.layers if not 0 <= layer < n_layers]
+        if self._stack is not None and outside:
+            raise PlaceError(
+                f"`layers={outside}` is out of range; the model has {n_layers} layers (0 to "
+                f"{n_layers - 1}). Choose among them."
+            )
+        self._given = budget or Budget()
+        self._budget: Budget | None = None
+        self._stores: dict[str, dict[int, StateStore]] = {}
+        self._refused: set[str] = set()
+        self._warned = False
+        self._intact: Intact | None = None
+        if self._stack is not None and self.layers:
+            self._intact = Intact(model, self._stack, self.layers[-1])
+
+    def __enter__(self) -> LayerStates:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives all states back; prefixes that borrowed some cannot be replayed any more."""
+        for stores in self._stores.values():
+            for store in stores.values():
+                store.close()
+        self._stores = {}
+
+    @property
+    def n_bytes(self) -> int:
+        """What all states take, in bytes."""
+        return sum(
+            store.n_tokens * store.width * store.dtype.itemsize
+            for stores in self._stores.values()
+            for store in stores.values()
+        )
+
+    def fill(
+        self,
+        prefix: FrozenPrefix,
+        texts: TokenizedTexts,
+        *,
+        batch_size: int,
+        row_tokens: int,
+        packed: bool,
+        first_position: np.ndarray | None = None,
+    ) -> bool:
+        """Returns whether `prefix` is complete now; if not, it is as it was.
+
+        Where it ends at the input of a layer it borrows the states; where it ends inside one, that
+        layer alone runs, up to the cut, from what was recorded.
+
+        Args:
+            prefix: An empty prefix of this model, which can begin at the input of its layer.
+            texts: The sequences.
+            batch_size: Sequences a forward pass.
+            row_tokens: As for `lay_out`.
+            packed: As for `lay_out`.
+            first_position: As for `lay_out`.
+        """
+        row_tokens = row_length(self.model, row_tokens)
+        layout = _Layout(texts, batch_size, row_tokens, packed, first_position)
+        # What is recorded outlives this call, and a caller's inference mode with it.
+        with evaluation_mode(self.model), torch.inference_mode(False), torch.no_grad():
+            store = self._store_of(layout, prefix)
+            if store is None:
+                return False
+            if prefix.cut.kind == "layer":
+                prefix.borrow(store)
+                return True
+            try:
+                prefix.record(
+                    texts,
+                    torch.from_numpy(texts.ids).to(input_device(self.model)),
+                    batch_size=batch_size,
+                    row_tokens=row_tokens,
+                    packed=packed,
+                    progress=self.progress,
+                    first_position=first_position,
+                    below=store,
+                )
+            except (MemoryBudgetError, OutputError) as error:
+                logger.debug("Not from the shared states: %s", error)
+                return False
+            return True
+
+    def _store_of(self, layout: _Layout, prefix: FrozenPrefix) -> StateStore | None:
+        """Returns what enters the layer of `prefix`, recorded now if need be; `None` if not."""
+        layer, key = prefix.cut.first_layer, layout.key()
+        ours = prefix.model is self.model and layer in self.layers and layout.n_tokens > 0
+        if not ours or self._stack is None or self._intact is None:
+            return None
+        intact = self._intact.up_to()
+        if layer > intact:
+            return None
+        stores = self._stores.get(key, {})
+        if layer not in stores:
+            if key in self._refused:
+                return None
+            missing = [i for i in self.layers if i <= intact and i not in stores]
+            try:
+                self._stores[key] = stores | self._recorded(self._stack, layout, missing)
+            except (MemoryBudgetError, OutputError) as error:
+                self._refused.add(key)
+                self._warn(layout, missing, error)
+                return None
+        return self._stores[key][layer]
+
+    def _recorded(
+        self, stack: LayerList, layout: _Layout, layers: Sequence[int]
+    ) -> dict[int, StateStore]:
+        """Runs the model once over all texts, up to the last of `layers`; returns what enters each.
+
+        Raises:
+            MemoryBudgetError: The budget cannot hold the states.
+            OutputError: The disk is full or cannot be written to.
+        """
+        stores: dict[int, StateStore] = {}
+        device = input_device(self.model)
+        ids = torch.from_numpy(layout.texts.ids).to(device)
+
+        def keep(
+            layer: int, cells: torch.Tensor, where: torch.Tensor, states: torch.Tensor
+        ) -> None:
+            if layer not in stores:
+                stores[layer] = StateStore(
+                    layout.n_tokens,
+                    states.shape[-1],
+                    states.dtype,
+                    states.device,
+                    self._resolved(device),
+                )
+            stores[layer].put(where, states.flatten(0, 1)[cells.to(states.device)])
+
+        def run(batch: np.ndarray) -> None:
+            on_host = layout.rows(batch)
+            rows = on_host.to(device)
+            cells = on_host.real.flatten().nonzero().squeeze(1)
+            where = on_host.state_index.flatten()[cells]
+            with ExitStack() as hooks:
+                for layer in layers:
+                    cut = layer_cut(stack, layer)
+                    go_on = layer != layers[-1]
+                    hooks.enter_context(
+                        cut.recording(partial(keep, layer, cells, where), go_on=go_on)
+                    )
+                self.model(
+                    input_ids=ids[rows.gather_index],
+                    position_ids=rows.position_ids,
+                    attention_mask=rows.attention_mask,
+                    use_cache=False,
+                )
+
+        self.n_passes += 1
+        try:
+            in_batches(
+                layout.texts.lengths,
+                layout.batch_size,
+                run,
+                description=f"hidden states of {len(layers)} layers",
+                unit="text",
+                progress=self.progress,
+            )
+        except BaseException:
+            for store in stores.values():
+                store.close()
+            raise
+        return stores
+
+    def _resolved(self, device: torch.device) -> Budget:
+        """Returns the budget with a size for each tier.
+
+        A share of what is free, taken anew for each layer, would leave nothing free in the end.
+        """
+        if self._budget is None:
+            gpu, host, disk = (n_bytes / 2**30 for n_bytes in self._given.rows(1, device))
+            self._budget = Budget(gpu, host, disk, self._given.folder)
+        return self._budget
+
+    def _warn(self, layout: _Layout, layers: Sequence[int], error: Exception) -> None:
+        if not self._warned:
+            logger.warning(
+                "The states that enter %d layers cannot be kept for %d tokens, so that each place "
+                "computes its own: %s",
+                len(layers),
+                layout.n_tokens,
+                error,
+            )
+        self._warned = True
+
+
+class Intact:
+    """A sample of a model's weights up to some layer, to be compared with those of later.
+
+    An edit of a matrix changes nearly all of its numbers, so that a thousand of them tell it.
+
+    Args:
+        model: The model.
+        stack: Its layers.
+        highest: The layer below which weights are compared.
+    """
+
+    def __init__(self, model: nn.Module, stack: LayerList, highest: int) -> None:
+        self.model = model
+        self.stack = stack
+        self.highest = highest
+        self._original = self._samples()
+
+    def up_to(self) -> int:
+        """Returns the highest layer, `highest` at most, whose input is what it was; -1 if none."""
+        pairs = zip(self._original, self._samples(), strict=True)
+        changed = (number - 1 for number, (before, now) in enumerate(pairs) if before != now)
+        return next(changed, self.highest)
+
+    def _samples(self) -> list[str]:
+        """Returns a digest of what lies outside the layers, then one of each layer."""
+        inside = f"{self.stack.path}."
+        hashes = [hashlib.sha256() for _ in range(1 + self.highest)]
+        for name, parameter in self.model.named_parameters():
+            if parameter.is_meta:
+                continue
+            number = 1 + int(name[len(inside) :].split(".")[0]) if name.startswith(inside) else 0
+            if number < len(hashes):
+                hashes[number].update(f"{name} {sample_digest(parameter)} ".encode())
+        return [sha.hexdigest() for sha in hashes]

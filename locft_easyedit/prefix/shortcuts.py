@@ -1,0 +1,336 @@
+"""Which shortcuts leave a model's own logits as they are: measured on a few texts, not assumed.
+
+Packing, the frozen prefix, and running the end of the model at scored positions alone change
+nothing in the result for the architectures of transformers that follow its conventions. Before
+training, a few edits are run with and without each; what changes the logits is not used.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..data.tokenization import TokenizedTexts
+from ..errors import ModelError
+from ..hparams import LocFTBFHyperParams
+from ..modeling.cross_entropy import Head
+from ..modeling.devices import input_device
+from ..modeling.forward import mean_by_owner
+from ..modeling.fsdp import lockstep
+from ..modeling.last_layer import Tail, find_tail
+from ..modeling.places import Place
+from .cut import Cut, find_cuts, layer_cut
+from .frozen_prefix import FrozenPrefix
+from .runner import TextRunner
+from .store import Budget
+from .streaming import FrozenStream, stream_of
+
+logger = logging.getLogger(__name__)
+
+# Relative error ||a - b|| / ||b|| of the logits. Rounding gives about 1e-6 in float32 and 1e-2 in
+# the half precisions; a wrong mask, position or layer gives 0.1 and more.
+_TOLERANCE = 1e-4
+_HALF_TOLERANCE = 4e-2
+_MOST_TOLERATED = 0.1
+_N_PROBES = 4
+# Unknown architectures may refuse in any way that Python code can.
+_REFUSALS = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    KeyError,
+    IndexError,
+    AssertionError,
+    StopIteration,
+)
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """What was found to leave a model's logits as they are.
+
+    Attributes:
+        packed: Rows hold several texts.
+        cuts: Where the frozen prefix may end, the least to run first; empty for no prefix.
+        tail: The end of the model, at scored positions alone; `None` runs it everywhere.
+        head: The output head, for losses in chunks; `None` takes the model's own logits.
+    """
+
+    packed: bool
+    cuts: tuple[Cut, ...] = ()
+    tail: Tail | None = None
+    head: Head | None = None
+
+    @property
+    def from_layer(self) -> bool:
+        """Whether the model can begin at the input of the first trained layer."""
+        return any(cut.kind == "layer" for cut in self.cuts)
+
+
+def can_pack(model: PreTrainedModel, texts: TokenizedTexts) -> bool:
+    """Returns whether packed rows give the model's own logits; warns if they do not."""
+    probes = Probes(model, texts)
+    return probes.packing()
+
+
+def find_shortcuts(
+    model: PreTrainedModel,
+    texts: TokenizedTexts,
+    place: Place,
+    *,
+    packing: bool = True,
+    frozen_prefix: bool = True,
+) -> Shortcuts:
+    """Returns the shortcuts that leave the logits as they are; warns of those that do not.
+
+    Args:
+        model: The model, in evaluation mode.
+        texts: All edits as tokens.
+        place: What is trained.
+        packing: Allow packed rows.
+        frozen_prefix: Allow the frozen prefix.
+    """
+    probes = Probes(model, texts)
+    packed = packing and probes.packing()
+    tail = probes.tail(place, packed)
+    head = probes.head(place, packed)
+    cuts: tuple[Cut, ...] = ()
+    if frozen_prefix:
+        cuts, why_not = probes.cuts(place, packed)
+        if not cuts:
+            logger.warning(
+                "No frozen prefix for %s: %s. Every step runs the full model.",
+                type(model).__name__,
+                why_not,
+            )
+    return Shortcuts(packed, cuts, tail, head)
+
+
+class Probes:
+    """A few texts and the logits that the untouched model gives for each alone.
+
+    Args:
+        model: The model, in evaluation mode.
+        texts: All texts; the longest, the shortest and a few between are taken.
+    """
+
+    def __init__(self, model: PreTrainedModel, texts: TokenizedTexts) -> None:
+        self.model = model
+        order = np.argsort(texts.lengths, kind="stable")
+        chosen = sorted({int(i) for i in np.linspace(0, len(order) - 1, _N_PROBES)})
+        sequences = [
+            texts.ids[texts.offsets[i] : texts.offsets[i + 1]].tolist() for i in order[chosen]
+        ]
+        starts = texts.target_start[order[chosen]].tolist()
+        self.texts = TokenizedTexts.from_lists(sequences, starts)
+        self.reference = self._plain_logits()
+        self.tolerance = self._rounding()
+
+    def packing(self) -> bool:
+        """Returns whether packed rows are right; warns if not."""
+        error = self._error(self._runner(packed=True))
+        if error > self.tolerance:
+            logger.warning(
+                "Packed rows change the logits of %s (relative error %.1e, allowed %.0e): rows are "
+                "padded instead, which costs more time.",
+                type(self.model).__name__,
+                error,
+                self.tolerance,
+            )
+        return error <= self.tolerance
+
+    def tail(self, place: Place, packed: bool) -> Tail | None:
+        """Returns the end of the model, if it may run at scored positions alone."""
+        if place.stack is None:
+            return None
+        with _no_refusal():
+            tail = find_tail(place.stack, self._run_one)
+            if tail and self._error(self._runner(packed=packed, tail=tail)) <= self.tolerance:
+                return tail
+        return None
+
+    def head(self, place: Place, packed: bool) -> Head | None:
+        """Returns the output head, if its losses are those of the model's own logits."""
+        if place.stack is None or place.first_layer is None:
+            return None  # the head may be what is trained
+        with _no_refusal():
+            head = _head_of(self.model)
+            if head is not None and self._loss_error(head, packed) <= self.tolerance:
+                return head
+        return None
+
+    def cuts(self, place: Place, packed: bool) -> tuple[tuple[Cut, ...], str]:
+        """Returns the cuts at which recorded states can be put in, and why there is none."""
+        if place.stack is None:
+            return (), "no list of layers as long as `config.num_hidden_layers` was found in it"
+        if place.first_layer is None:
+            return (), "a trained parameter lies outside its layers"
+        candidates, why_not = [layer_cut(place.stack, place.first_layer)], ""
+        with _no_refusal():
+            candidates = find_cuts(place, self._run_one)
+        right: list[Cut] = []
+        for cut in candidates:
+            found, why_not = self._checked(cut, packed)
+            if found is None and cut.above_attention:  # some models fix the number of positions
+                found, why_not = self._checked(replace(cut, narrows=False), packed)
+            right += [found] if found is not None else []
+        return tuple(right), why_not
+
+    def _checked(self, cut: Cut, packed: bool) -> tuple[Cut | None, str]:
+        """Returns the cut with its width, or why it does not leave the logits as they are."""
+        try:
+            prefix = self._recorded(cut, packed)
+            error = self._error(self._runner(packed=packed, prefix=prefix))
+        except _REFUSALS as failure:
+            # An edit is still possible without it, and the warning says what happened.
+            return None, f"its layers cannot be split ({type(failure).__name__}: {failure})"
+        if error > self.tolerance:
+            return None, f"replaying it changes the logits (relative error {error:.1e})"
+        return replace(cut, width=prefix.store.width), ""
+
+    def _recorded(self, cut: Cut, packed: bool) -> FrozenPrefix:
+        prefix = FrozenPrefix(self.model, cut, int(self.texts.input_offsets[-1]), Budget())
+        # Recorded in other rows than it is replayed in: a layer that keeps something of an
+        # earlier pass for a later layer must not find it by luck.
+        prefix.record(
+            self.texts,
+            torch.from_numpy(self.texts.ids).to(input_device(self.model)),
+            batch_size=_N_PROBES,
+            row_tokens=1,
+            packed=packed,
+            progress=False,
+        )
+        return prefix
+
+    def _runner(self, **shortcuts: Any) -> TextRunner:
+        # Rows of a length that makes several, some of them with several texts.
+        row_tokens = int(self.texts.lengths.max() + self.texts.lengths.min())
+        return TextRunner(
+            self.model, self.texts, row_tokens=row_tokens, **{"prefix": None, **shortcuts}
+        )
+
+    @torch.no_grad()
+    def _run_one(self) -> None:
+        ids = torch.from_numpy(self.texts.ids[: self.texts.offsets[1]])
+        self.model(input_ids=ids[None].to(input_device(self.model)), use_cache=False)
+
+    @torch.no_grad()
+    def _plain_logits(self) -> list[torch.Tensor]:
+        """Returns the logits of each text run alone, nothing of ours in between, each [S, V]."""
+        device = input_device(self.model)
+        parts: list[torch.Tensor] = []
+        for i in range(len(self.texts)):
+            ids = self.texts.ids[self.texts.offsets[i] : self.texts.offsets[i + 1]]
+            inputs = torch.from_numpy(ids).to(device)[None]
+            logits = self.model(input_ids=inputs, use_cache=False).logits[0]  # [L, V]
+            parts.append(logits[int(self.texts.target_start[i]) - 1 : -1])
+        return parts
+
+    def _rounding(self) -> float:
+        """Returns the relative error that counts as rounding."""
+        quantized = getattr(self.model, "is_quantized", False)
+        if self.reference[0].dtype == torch.float32 and not quantized:
+            return _TOLERANCE
+        # Rounding adds up with depth in low precision: ordinary padding shows how much.
+        padded = self._error(self._runner(packed=False))
+        return min(max(_HALF_TOLERANCE, 3 * padded), _MOST_TOLERATED)
+
+    @torch.no_grad()
+    def _error(self, runner: TextRunner) -> float:
+        """Returns the relative error of the logits, with the texts in the opposite order."""
+        batch = np.arange(len(self.texts))[::-1]
+        with runner.ready():
+            logits, _ = runner.logits(batch)
+        return _relative(logits.float(), torch.cat([self.reference[i] for i in batch]).float())
+
+    @torch.no_grad()
+    def _loss_error(self, head: Head, packed: bool) -> float:
+        runner = self._runner(packed=packed, head=head)
+        with runner.ready():
+            losses = runner.edit_losses(np.arange(len(self.texts)))
+        logits = torch.cat(self.reference).float()
+        rows = runner.prepare(np.arange(len(self.texts))).rows
+        labels = runner.ids[rows.label_index].to(logits.device)
+        token_losses = F.cross_entropy(logits, labels, reduction="none")
+        expected = mean_by_owner(token_losses, rows.owner.to(logits.device), len(self.texts))
+        return _relative(losses, expected.to(losses.device))
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    difference = (found - expected).norm() / expected.norm()
+    return float(difference) if torch.isfinite(difference) else float("inf")
+
+
+def _head_of(model: PreTrainedModel) -> Head | None:
+    """Returns the output head with what the configuration says is done to its logits."""
+    module: Any = model.get_output_embeddings()
+    weight = getattr(module, "weight", None)
+    if not torch.is_tensor(weight) or weight.dim() != 2 or not weight.is_floating_point():
+        return None
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(weight, getattr(module, "bias", None), float(scale), softcap)
+
+
+@contextmanager
+def _no_refusal() -> Iterator[None]:
+    """A model that cannot be asked is run the plain way."""
+    try:
+        yield
+    except _REFUSALS as failure:
+        logger.debug("A shortcut cannot be used: %s: %s", type(failure).__name__, failure)
+
+
+@contextmanager
+def readied(
+    model: PreTrainedModel,
+    texts: TokenizedTexts,
+    place: Place,
+    hparams: LocFTBFHyperParams,
+    *,
+    progress: bool = False,
+) -> Iterator[tuple[Shortcuts, FrozenStream | None]]:
+    """Within, a model is ready for many passes; afterwards its modules are as they were.
+
+    Yields what leaves its logits as they are, and what reads frozen layers that are not resident.
+
+    Args:
+        model: The model, in evaluation mode.
+        texts: All edits as tokens.
+        place: What is trained.
+        hparams: `packing`, `frozen_prefix`.
+        progress: Show progress bars.
+
+    Raises:
+        ModelError: Frozen layers are on disk, and the model cannot be split above them.
+    """
+    with ExitStack() as undo:
+        stream = stream_of(model, place.first_layer, progress=progress)
+        if stream is not None:
+            undo.enter_context(stream)
+        shortened = stream.shortened() if stream is not None else nullcontext()
+        with shortened, lockstep(model):
+            shortcuts = find_shortcuts(
+                model,
+                texts,
+                place,
+                packing=hparams.packing,
+                frozen_prefix=hparams.frozen_prefix or stream is not None,
+            )
+        if stream is not None and not shortcuts.cuts:
+            raise ModelError(
+                "`stream_frozen` does not suit this model: its layers cannot be split (see "
+                "the warning). Set `stream_frozen: false`, on a device that holds it whole."
+            )
+        yield shortcuts, stream

@@ -1,0 +1,336 @@
+"""Frozen layers that are never resident: read from disk, run once over everything, dropped.
+
+A model that does not fit its GPU is loaded with its frozen part left on disk (`models.py`). One
+pass then takes one layer after another through the GPU, the next one being read meanwhile, and
+each runs over the tokens of all texts before it goes: every weight is read once, whatever the
+number of texts. Between two layers the hidden states lie in the stores of the texts' prefixes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+from accelerate.utils import send_to_device
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ..data.batching import length_sorted_batches
+from ..data.packing import lay_out
+from ..data.tokenization import TokenizedTexts
+from ..modeling.devices import input_device, module_device, row_length
+from ..modeling.layer_trace import tracing
+from ..modeling.places import LayerList, find_layers
+from .cut import Cut, bypassing, layer_cut
+from .frozen_prefix import FrozenPrefix
+from .prefetch import ahead
+from .store import StateStore
+
+_TOKENS = 8192  # tokens a forward pass through one layer: large products, small activations
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    prefix: FrozenPrefix
+    texts: TokenizedTexts
+    row_tokens: int
+    packed: bool
+    first_position: np.ndarray | None
+
+
+class FrozenStream:
+    """The frozen part of a model that lies on disk.
+
+    A context manager: within, the hooks with which accelerate would read each module anew in every
+    forward pass are off; what is on disk runs in `run` alone.
+
+    Args:
+        model: A model loaded with its layers below `first_layer` on disk.
+        stack: Its layers.
+        first_layer: The first layer that is resident.
+        progress: Show progress bars.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, stack: LayerList, first_layer: int, *, progress: bool = False
+    ) -> None:
+        self.model = model
+        self.stack = stack
+        self.first_layer = first_layer
+        self.progress = progress
+        # What leaves the last frozen layer is used where the next one is.
+        self.device = module_device(stack.layers[first_layer]) or input_device(model)
+        embedding: Any = model.get_input_embeddings()
+        self.width, self.dtype = int(embedding.weight.shape[1]), model.dtype
+        self.returns_tuple = False
+        self.n_passes = 0
+        self._hooks: dict[nn.Module, Any] = {}
+        self._senders: list[Any] = []
+        self._jobs: list[_Job] = []
+
+    def __enter__(self) -> FrozenStream:
+        try:
+            for module in self._on_disk():
+                if not any(parameter.is_meta for parameter in module.parameters()):
+                    continue  # resident, and perhaps on another device: its hooks are needed
+                for part in module.modules():
+                    if hasattr(part, "_hf_hook"):
+                        self._hooks[part] = part._hf_hook
+                        remove_hook_from_module(part)
+                        self._place_buffers(part)
+                self._senders.append(module.register_forward_pre_hook(self._send, with_kwargs=True))
+            self._look()
+        except BaseException:  # nobody calls `__exit__` then
+            self.__exit__()
+            raise
+        return self
+
+    def _place_buffers(self, part: nn.Module) -> None:
+        """Puts what is no weight on the device: without its hook it is where it was loaded."""
+        for name, buffer in part.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                part._buffers[name] = buffer.to(self.device)
+
+    def _send(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Gives a module its input on the device, as the hook did that was taken off."""
+        skipped = getattr(self.model, "_skip_keys_device_placement", None)
+        sent = send_to_device(kwargs, self.device, skip_keys=skipped)
+        return send_to_device(args, self.device), sent
+
+    def __exit__(self, *exc: object) -> None:
+        for sender in self._senders:
+            sender.remove()
+        for part, hook in self._hooks.items():
+            add_hook_to_module(part, hook)
+        self._hooks, self._senders = {}, []
+
+    @contextmanager
+    def shortened(self) -> Iterator[None]:
+        """Within, the model runs without its frozen layers: what is above can be examined."""
+        [embedding, *_] = self._on_disk()
+        shorter = bypassing(self.stack, self.first_layer, self.returns_tuple)
+        with _resident(embedding, self._read(embedding)), shorter:
+            yield
+
+    def _look(self) -> None:
+        """Finds out in which form layers take and return hidden states.
+
+        Where layers return tuples, stand-ins that do not make the first resident layer fail; so
+        both forms are tried, until it has run.
+        """
+        [embedding, *_] = self._on_disk()
+        layer = self.stack.layers[self.first_layer]
+        ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        forms: list[bool] = []
+        with _resident(embedding, self._read(embedding)), ExitStack() as stack:
+            hook = layer.register_forward_hook(lambda _m, _a, out: forms.append(type(out) is tuple))
+            stack.callback(hook.remove)
+            for form in (False, True):
+                with (
+                    bypassing(self.stack, self.first_layer, form),
+                    tracing(layer) as trace,
+                    suppress(Exception),  # what follows that layer does not matter
+                    torch.no_grad(),
+                ):
+                    self.model(input_ids=ids, use_cache=False)
+                if trace.entry is not None:
+                    self.width, self.dtype = int(trace.entry.shape[-1]), trace.entry.dtype
+                if forms:
+                    self.returns_tuple = forms[0]
+                    return
+
+    def weights_of(self, module: nn.Module) -> Any:
+        """Returns accelerate's map of a module's weights on disk, by their names within it."""
+        return self._hooks[module].weights_map
+
+    def _on_disk(self) -> list[nn.Module]:
+        """Returns what is read in turn: the embedding, then the frozen layers."""
+        embedding: Any = self.model.get_input_embeddings()
+        return [embedding, *self.stack.layers[: self.first_layer]]
+
+    def record(
+        self,
+        prefix: FrozenPrefix,
+        texts: TokenizedTexts,
+        *,
+        row_tokens: int,
+        packed: bool,
+        first_position: np.ndarray | None = None,
+    ) -> None:
+        """Lets the next pass compute `prefix` for `texts` as well, laid out in this way."""
+        self._jobs.append(_Job(prefix, texts, row_tokens, packed, first_position))
+        prefix.source = self
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Takes the frozen layers through the device once, for all prefixes that wait for it.
+
+        Raises:
+            MemoryBudgetError: The budgets cannot hold the states; nothing was read yet.
+            OutputError: The disk is full or cannot be written to.
+        """
+        jobs = [job for job in self._jobs if not job.prefix.complete]
+        if not jobs:
+            return
+        self.n_passes += 1
+        stages = self._on_disk()
+        final: list[StateStore] = []
+        states: list[StateStore] = []  # between two layers
+        try:
+            # First what stays: it is read in every epoch, and takes the fastest tiers.
+            for job in jobs:
+                width = job.prefix.cut.width or self.width
+                final.append(job.prefix.new_store(width, self.dtype, job.prefix.device))
+            for job, last in zip(jobs, final, strict=True):
+                states.append(last if job.prefix.cut.kind == "layer" else self._between(job))
+            n_tokens = sum(job.prefix.n_tokens for job in jobs)
+            total = n_tokens * (len(stages) + 1)
+            with tqdm(
+                total=total,
+                desc=f"frozen prefix, {len(stages) - 1} layers from disk",
+                unit="token",
+                unit_scale=True,
+                disable=not self.progress,
+            ) as bar:
+                arriving = ahead(
+                    self._read,
+                    stages,
+                    self.device,
+                    move=lambda weights: weights.values(),
+                    in_thread=True,
+                )
+                layer = -1
+                for weights in arriving:  # `enumerate` would keep the last ones alive
+                    with _resident(stages[layer + 1], weights):
+                        for job, store in zip(jobs, states, strict=True):
+                            self._stage(layer, job, store, bar)
+                    layer += 1
+                    del weights
+                for job, store, last in zip(jobs, states, final, strict=True):
+                    self._last_stage(job, store, last, bar)
+            self._jobs = []
+        finally:
+            held = [job.prefix for job in jobs]
+            for store in {id(s): s for s in (*final, *states)}.values():
+                if not any(prefix.holds(store) for prefix in held):
+                    store.close()
+
+    def _between(self, job: _Job) -> StateStore:
+        prefix = job.prefix
+        return StateStore(prefix.n_tokens, self.width, self.dtype, self.device, prefix.budget)
+
+    def _read(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """Returns a module's weights, read from the checkpoint to the device."""
+        weights = {}
+        for path, part in module.named_modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                if not parameter.is_meta:
+                    continue
+                value = self._hooks[part].weights_map[name]
+                # A copy, and not the map of a whole file that each weight comes in: it is read
+                # here, in the thread, and the file is let go.
+                # accelerate may have read it to a GPU already.
+                if value.device.type == "cpu":
+                    value = value.pin_memory() if self.device.type == "cuda" else value.clone()
+                full = f"{path}.{name}" if path else name
+                weights[full] = value.to(self.device, non_blocking=True)
+        return weights
+
+    def _stage(self, layer: int, job: _Job, store: StateStore, bar: Any) -> None:
+        """Runs one layer (-1 is the embedding) over all tokens of a job, in place."""
+        entry = layer_cut(self.stack, layer, self.returns_tuple) if layer >= 0 else None
+        exit_ = layer_cut(self.stack, layer + 1, self.returns_tuple)
+        self._batches(job, entry, store, exit_, store, bar)
+
+    def _last_stage(self, job: _Job, store: StateStore, final: StateStore, bar: Any) -> None:
+        """Runs what is frozen of the first trained layer."""
+        prefix = job.prefix
+        if final is store:
+            prefix.adopt(store)
+            bar.update(prefix.n_tokens)
+            return
+        entry = layer_cut(self.stack, self.first_layer, self.returns_tuple)
+        self._batches(job, entry, store, prefix.cut, final, bar)
+        prefix.adopt(final)
+
+    def _batches(
+        self,
+        job: _Job,
+        entry: Cut | None,
+        source: StateStore,
+        exit_: Cut,
+        target: StateStore,
+        bar: Any,
+    ) -> None:
+        texts, row_tokens = job.texts, row_length(self.model, job.row_tokens)
+        ids = torch.from_numpy(texts.ids)
+        mean = max(1.0, float(texts.input_lengths.mean()))
+        fed: list[torch.Tensor] = []
+        for batch in length_sorted_batches(texts.lengths, max(1, int(_TOKENS / mean))):
+            on_host = lay_out(
+                texts,
+                batch,
+                row_tokens=row_tokens,
+                packed=job.packed,
+                first_position=job.first_position,
+            )
+            rows = on_host.to(self.device)
+            cells = on_host.real.flatten().nonzero().squeeze(1)
+            where = on_host.state_index.flatten()[cells]
+
+            def keep(
+                states: torch.Tensor, cells: torch.Tensor = cells, where: torch.Tensor = where
+            ) -> None:
+                target.put(where, states.flatten(0, 1)[cells.to(states.device)])
+
+            inputs: dict[str, Any] = {
+                "position_ids": rows.position_ids,
+                "attention_mask": rows.attention_mask,
+                "use_cache": False,
+            }
+            if entry is None:
+                with exit_.recording(keep, go_on=False):
+                    self.model(input_ids=ids[on_host.gather_index].to(self.device), **inputs)
+            else:
+                fed[:] = [source.get(on_host.state_index.clamp(min=0))]
+                zeros = job.prefix.zeros(fed[0], self.device)
+                with entry.replaying(lambda: fed[0]), exit_.recording(keep, go_on=False):
+                    self.model(inputs_embeds=zeros, **inputs)
+            bar.update(len(cells))
+
+
+@contextmanager
+def _resident(module: nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Within, `module` has these weights; afterwards none again."""
+    originals: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for full, value in weights.items():
+        path, _, name = full.rpartition(".")
+        part = module.get_submodule(path)
+        originals.append((part, name, part._parameters[name]))  # type: ignore[arg-type]
+        part._parameters[name] = nn.Parameter(value, requires_grad=False)
+    try:
+        yield
+    finally:
+        for part, name, original in originals:
+            part._parameters[name] = original
+
+
+def stream_of(
+    model: PreTrainedModel, first_layer: int | None, *, progress: bool = False
+) -> FrozenStream | None:
+    """Returns the stream of a model whose frozen layers were left on disk; `None` if none was."""
+    stack = find_layers(model)
+    if stack is None or not first_layer:
+        return None
+    frozen = [p for layer in stack.layers[:first_layer] for p in layer.parameters()]
+    if not any(parameter.is_meta for parameter in frozen):
+        return None
+    return FrozenStream(model, stack, first_layer, progress=progress)

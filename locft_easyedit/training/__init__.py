@@ -1,0 +1,1 @@
+"""The breadth-first training loop and the session around it."""

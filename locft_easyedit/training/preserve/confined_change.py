@@ -1,0 +1,121 @@
+"""A change of the trained matrices that is confined to directions which ordinary text hardly uses.
+
+A matrix W [out, in] becomes W + A S while training runs: A [out, in] is all that is trained, and
+S [in, in] is a fixed filter of the matrix's inputs (see `spectral`). A step costs what it costs
+without: where the frozen prefix ends at the matrix, W x and S x are constants of the training, and
+recorded once. Then A S is added to W.
+
+The sum is rounded once to the model's precision. In float32 an input that S takes to 0 gives the
+same output as before up to that rounding; in a half precision the rounding of W itself moves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ...errors import PlaceError, one_message
+from ...modeling.places import sides, unsuitable
+from ...prefix.cut import Cut, Fold
+from ...utils.hashing import checksum, json_sha256
+from ..reparametrization import Change
+from ..trained_weights import TrainedWeights
+
+
+class Confined(Change):
+    """The confined change of the matrices of a place. Making one changes nothing in the model.
+
+    Args:
+        model: The model.
+        parameters: The weights of the place's linear layers, by name (see `check_confinable`).
+        filters: S of each, [in, in] float32.
+
+    Attributes:
+        weights: What is trained: `NAME.confined` for each parameter NAME.
+    """
+
+    title = "the change"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        filters: Mapping[str, torch.Tensor],
+    ) -> None:
+        super().__init__(model, parameters)
+        self._model = model
+        self._forwards = {name: module.forward for name, module in self.modules.items()}
+        self._filters = {name: s.to(parameters[name].device) for name, s in filters.items()}
+        # A copy in the model's precision runs; the exact one is what is merged.
+        self._running = {n: s.to(parameters[n].dtype) for n, s in self._filters.items()}
+        # Tensors made in inference mode could not be trained, whatever mode the caller is in.
+        with torch.inference_mode(False):
+            self._a = {
+                name: nn.Parameter(torch.zeros(sides(module), dtype=p.dtype, device=p.device))
+                for (name, p), module in zip(parameters.items(), self.modules.values(), strict=True)
+            }
+        self.weights = TrainedWeights({f"{name}.confined": a for name, a in self._a.items()})
+
+    def folded(self, cut: Cut) -> Cut:
+        """Returns the cut with this change's constants in what it records, where that is exact.
+
+        What follows the block (a norm, in some models) must not see a part of its output.
+        """
+        name = next((n for n, module in self.modules.items() if module is cut.block), None)
+        if cut.kind != "matrix" or cut.after or name is None:
+            return cut
+        running, a = self._running[name], self._a[name]
+        content = [checksum(self._filters[name]), checksum(self.original[name])]
+        fold = Fold(
+            constant=self._forwards[name],
+            inner=lambda x: F.linear(x, running),
+            trained=lambda x: F.linear(x, a),
+            digest=json_sha256(content),
+        )
+        return replace(cut, fold=fold)
+
+    def holds_for(self, parameters: Mapping[str, nn.Parameter]) -> bool:
+        """Returns whether the model's values are those that this change is added to."""
+        return all(torch.equal(parameters[name], value) for name, value in self.original.items())
+
+    def on_top(self) -> Confined:
+        """Returns a change with the same filters, of the model's present values."""
+        return Confined(self._model, self.parameters, self._filters)
+
+    def forward_of(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Returns what the module of a parameter computes with A S."""
+        before, running, a = self._forwards[name], self._running[name], self._a[name]
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = before(x)
+            return output + F.linear(F.linear(x, running), a)
+
+        return forward
+
+    def add_(self, name: str, matrix: torch.Tensor) -> None:
+        """Adds A S to `matrix`, [out, in] float32, in place."""
+        a = self.weights.named_masters()[f"{name}.confined"]
+        matrix.addmm_(a, self._filters[name])
+
+    def reset_(self) -> None:
+        """Forgets what was trained."""
+        self.weights.restore_()
+
+
+def check_confinable(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Checks that a change of these parameters can be confined.
+
+    Raises:
+        PlaceError: Lists every parameter that is not the weight of a linear layer.
+    """
+    problems = unsuitable(
+        model, parameters, "a change of it cannot be confined", remedy="`preserve: []`"
+    )
+    if problems:
+        raise PlaceError(
+            one_message("`preserve` does not go with this place:", [*problems.values()])
+        )

@@ -1,0 +1,330 @@
+"""From what is to be preserved to the filters that a confined change takes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...data.requests import Edit
+from ...data.training_texts import TrainingTexts
+from ...errors import PreserveError
+from ...hparams import LocFTBFHyperParams
+from ...hparams_rules import NEIGHBOURS, SAMPLED
+from ...modeling.places import Place
+from ...utils.hashing import json_sha256
+from .input_moments import add_moment_, check_finite, end_moments, input_width, keys_of
+from .neighbours import neighbours_of
+from .source_statistics import (
+    answered_ids,
+    asked_moments,
+    check_few,
+    prompt_ids,
+    prompt_keys,
+    text_moments,
+)
+from .sources import PROMPTS, TEXT, Source
+from .spectral_filter import basis_of, mixed, spectral_filter
+
+logger = logging.getLogger(__name__)
+
+# What counts beside all text together, which counts 1.
+_WEIGHTS = {"asked": 1.0, "neighbours": 0.75, "rewordings": 0.5, "context": 0.25}
+_NEIGHBOURS_EACH = 8  # of an edit
+_PER_DIRECTION = 8  # prompts per direction of the matrix's inputs suffice
+EDITS_AT_ONCE = 64  # edits whose rewordings' keys are held together
+# Adam's L2 penalty on A, and so on what D = A S does where much is carried: what does nothing for
+# the edits goes. Losses are averaged over edits and so is this: a fact costs what it does alone.
+_PULL = 0.045
+# The second moment forgets within an epoch or two. With PyTorch's 0.999 it would remember the large
+# gradients of the beginning to the end, and nothing would come to rest.
+_BETAS = (0.9, 0.98)
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What a confined change takes, and what it rests on.
+
+    Attributes:
+        of: S of each trained matrix, by the parameter's name, [in, in] float32.
+        summary: Figures for JSON.
+        digest: Hash of the text that was measured: what the model has sampled is not known before.
+        damps: Whether anything is damped, and not only kept exactly.
+    """
+
+    of: dict[str, torch.Tensor]
+    summary: dict[str, Any]
+    digest: str = ""
+    damps: bool = True
+
+
+def filters_for(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    place: Place,
+    sources: Sequence[Source],
+    texts: TrainingTexts,
+    hparams: LocFTBFHyperParams,
+    *,
+    progress: bool = False,
+) -> Filters:
+    """Measures what is to be preserved at a place, and returns its filters.
+
+    Args:
+        model: The model as it is before the edit, in evaluation mode.
+        tokenizer: Its tokenizer.
+        place: Whose matrices are trained.
+        sources: What is to be preserved.
+        texts: The edits, of which neighbours are made.
+        hparams: `preserve_strength`, `preserve_dir`, `seed`.
+        progress: Show progress bars.
+
+    Raises:
+        LocFTError: A source is too small, or takes too much; the cache cannot be written.
+    """
+    names = {name.rpartition(".")[0]: name for name in place.parameters}  # by module
+    measured = _Measured(model, tokenizer, list(names), hparams, progress)
+    n_texts = sum(source.kind in (SAMPLED, TEXT) for source in sources)
+    # What takes too much is refused before minutes of sampling.
+    measured.keep_exactly([source for source in sources if source.kind == PROMPTS], names)
+    for source in sources:
+        if source.kind == NEIGHBOURS:
+            measured.add_neighbours(source, texts)
+        elif source.kind != PROMPTS:
+            measured.add_text(source, n_texts)
+    if measured.moments:
+        measured.add_wordings(texts.wordings, texts.targets)
+    of = {name: measured.filter(module, name) for module, name in names.items()}
+    summary = {"strength": hparams.preserve_strength, "sources": measured.figures}
+    return Filters(of, summary, json_sha256(measured.digests), bool(measured.moments))
+
+
+@dataclass
+class _Measured:
+    """What enters the modules: second moments by source, and what is kept exactly."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    modules: list[str]
+    hparams: LocFTBFHyperParams
+    progress: bool
+    moments: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    with_first: set[str] = field(default_factory=lambda: {"context"})
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)  # orthonormal bases, [in, r]
+    figures: dict[str, Any] = field(default_factory=dict)
+    digests: list[str] = field(default_factory=list)
+    # Sums of k k^T over what leads up to the ends of prompts, once there are neighbours.
+    context: dict[str, torch.Tensor] | None = None
+
+    @property
+    def _most_prompts(self) -> int:
+        widths = [input_width(self.model.get_submodule(module)) for module in self.modules]
+        return _PER_DIRECTION * max(widths)
+
+    def keep_exactly(self, sources: Sequence[Source], names: Mapping[str, str]) -> None:
+        """Finds what may not be touched at all.
+
+        Args:
+            sources: Prompts; there may be none.
+            names: Of the matrices by module, for errors.
+        """
+        found = []
+        for source in sources:
+            prompts = list(dict.fromkeys(source.texts))
+            check_few(self.model, self.tokenizer, self.modules, prompts)
+            found.append(
+                prompt_keys(
+                    self.model, self.tokenizer, self.modules, prompts, progress=self.progress
+                )
+            )
+            n_tokens = len(next(iter(found[-1].values())))
+            self._note(source, prompts=len(source.texts), tokens=n_tokens)
+        for module in self.modules if found else ():
+            keys = torch.cat([own[module] for own in found]).to(self._device(module))
+            # The matrices' device has other uses for the room.
+            self.kept[module] = basis_of(keys, names[module]).cpu()
+
+    def add_text(self, source: Source, n_texts: int) -> None:
+        where: dict[str, Any] = {
+            "cache": cache_folder(self.hparams.preserve_dir),
+            "progress": self.progress,
+        }
+        found = text_moments(self.model, self.tokenizer, self.modules, source, **where)
+        self._add(source.name, found.second, 1 / n_texts)
+        self.with_first.add(source.name)
+        self.digests.append(found.digest)
+        self._note(source, tokens=found.n_tokens)
+        if source.kind == SAMPLED:
+            asked = asked_moments(self.model, self.tokenizer, self.modules, **where)
+            if asked is not None:
+                self._add("asked", asked.second, _WEIGHTS["asked"])
+                self.digests.append(asked.digest)
+                self._note(source, prompts=asked.n_tokens)
+
+    def add_neighbours(self, source: Source, texts: TrainingTexts) -> None:
+        near = neighbours_of(
+            texts.wordings,
+            texts.subjects,
+            each=_NEIGHBOURS_EACH,
+            most=self._most_prompts,
+            seed=self.hparams.seed,
+        )
+        self._note(source, prompts=len(near.prompts), edits_without_subject=near.n_without_subject)
+        if not near.prompts:
+            logger.warning(
+                "`preserve` names neighbours, and no edit has a `subject` that its prompt holds as "
+                "a word: there are none. Give each request the `subject` that its prompt names."
+            )
+            return
+        last, self.context = end_moments(
+            self.model,
+            prompt_ids(self.model, self.tokenizer, near.prompts),
+            self.modules,
+            description="neighbours",
+            progress=self.progress,
+        )
+        self._add(source.name, last, _WEIGHTS["neighbours"])
+
+    def add_wordings(self, wordings: Sequence[Sequence[str]], targets: Sequence[str]) -> None:
+        """Adds what the wordings of one prompt differ in, and what leads up to their ends.
+
+        What they differ in says nothing of the fact: a change that does not answer to it answers
+        alike to wordings that it was not trained on. It is taken where each token of the target is
+        predicted. What leads up to the end of a prompt is much the same in its neighbours, and
+        above the change the ends attend to it: most of what an edit moves there comes by this way.
+
+        Args:
+            wordings: Of each edit its own prompt, and its rewordings after it.
+            targets: What each edit is to answer.
+        """
+        usable = [i for i, own in enumerate(wordings) if len(own) > 1 or self.context is not None]
+        if not usable:
+            return
+        each = -(-sum(len(wordings[i]) for i in usable) // len(usable))
+        n_groups = min(len(usable), max(1, self._most_prompts // each))
+        chosen = random.Random(self.hparams.seed).sample(usable, n_groups)
+        groups = [[Edit(prompt, targets[i], i) for prompt in wordings[i]] for i in chosen]
+        differences: dict[str, torch.Tensor] = {}
+        starts = range(0, len(groups), EDITS_AT_ONCE)
+        several = self.progress and len(starts) > 1
+        for start in tqdm(starts, desc="rewordings", disable=not several):
+            some = [edit for own in groups[start : start + EDITS_AT_ONCE] for edit in own]
+            self._add_differences_(differences, some, progress=self.progress and not several)
+        n_prompts = sum(map(len, groups))
+        for name, sums in (("rewordings", differences), ("context", self.context or {})):
+            for module, total in sums.items():
+                check_finite(total, module)
+            # Of edits with one wording each there are no differences, of prompts of one token no
+            # context.
+            if sums and all(float(total.trace()) > 0 for total in sums.values()):
+                self._add(name, sums, _WEIGHTS[name])
+                self.figures[name] = {"prompts": n_prompts}
+
+    def _add_differences_(
+        self, sums: dict[str, torch.Tensor], wordings: Sequence[Edit], *, progress: bool
+    ) -> None:
+        """Adds what wordings of one request differ in to `sums`, and their beginnings to `context`.
+
+        Args:
+            sums: Sums of k k^T by module, of keys less their mean over the request's wordings.
+            wordings: Prompts and their target.
+            progress: Show a progress bar.
+        """
+        answered = answered_ids(self.model, self.tokenizer, wordings)
+        keys = keys_of(
+            self.model,
+            [ids for ids, _ in answered],
+            self.modules,
+            last=[n_tokens for _, n_tokens in answered],
+            before=self.context,
+            description="rewordings",
+            progress=progress,
+        )
+        which = _numbered(
+            (wording.request, token)
+            for wording, (_, n_tokens) in zip(wordings, answered, strict=True)
+            for token in range(n_tokens)
+        )
+        for module, found in keys.items():
+            add_moment_(sums, module, _less_means_(found.to(self._device(module)), which))
+
+    def filter(self, module: str, name: str) -> torch.Tensor:
+        """Returns S of one matrix, where the matrix is."""
+        device, width = self._device(module), input_width(self.model.get_submodule(module))
+        here = {s: second[module].to(device) for s, second in self.moments.items()}
+        kept = self.kept.get(module)
+        if not here and kept is None:
+            return torch.eye(width, device=device)
+        return spectral_filter(
+            mixed(here, self.weights, self.with_first) if here else None,
+            None if kept is None else kept.to(device),
+            strength=self.hparams.preserve_strength,
+            mean=sum(self.weights.values()) / width if here else None,
+            name=name,
+        )
+
+    def _device(self, module: str) -> torch.device:
+        weight = self.model.get_submodule(module).weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.device
+
+    def _add(self, name: str, second: dict[str, torch.Tensor], weight: float) -> None:
+        # They have been summed on the matrices' device, which has other uses for the room.
+        self.moments[name] = {m: moment.to("cpu", torch.float32) for m, moment in second.items()}
+        self.weights[name] = weight
+
+    def _note(self, source: Source, **figures: int) -> None:
+        noted = self.figures.setdefault(source.name, {"kind": source.kind})
+        noted.update(figures)
+
+
+def _numbered(names: Iterable[Hashable]) -> torch.Tensor:
+    """Returns which of the distinct names each one is, [number of names]."""
+    numbers: dict[Hashable, int] = {}
+    return torch.tensor([numbers.setdefault(name, len(numbers)) for name in names])
+
+
+def _less_means_(keys: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """Takes from keys, [T, D], the mean of those of the same group, [T]; returns them."""
+    group = group.to(keys.device)
+    n_keys = group.bincount()  # [number of groups]
+    means = keys.new_zeros(len(n_keys), keys.shape[1]).index_add_(0, group, keys)
+    return keys.sub_(means.div_(n_keys[:, None])[group])
+
+
+def adam_of(n_edits: int, hparams: LocFTBFHyperParams) -> dict[str, Any]:
+    """Returns what Adam is given for a confined change, beside the rate.
+
+    Args:
+        n_edits: Edits that are trained together.
+        hparams: `weight_decay` comes on top.
+    """
+    return {"betas": _BETAS, "weight_decay": hparams.weight_decay + _PULL / n_edits}
+
+
+def cache_folder(folder: str | None) -> Path:
+    """Returns where measurements are kept: `folder`, or one in the user's cache folder.
+
+    Raises:
+        PreserveError: There is no such folder.
+    """
+    if folder is not None:
+        return Path(os.path.expanduser(folder))
+    named = os.environ.get("XDG_CACHE_HOME")
+    base = named or os.path.expanduser("~/.cache")
+    if not Path(base).is_absolute():
+        why = "no absolute path" if named else "in no home folder"
+        raise PreserveError(
+            f"What `preserve` measures is kept in the user's cache folder, and {base!r} is {why}. "
+            "Set `preserve_dir` to a folder."
+        )
+    return Path(base) / "locft_easyedit"

@@ -1,0 +1,407 @@
+"""From a model and requests to an edited model: the pieces in order."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.requests import EditSet, distinct_edits
+from ..data.tokenization import TokenizedTexts
+from ..data.training_texts import TrainingTexts, subjects_of
+from ..distributed.world import SINGLE_PROCESS, Partition, World, get_world
+from ..errors import HyperParamsError, NonFiniteLossError
+from ..hparams import LocFTBFHyperParams
+from ..modeling.devices import context_length
+from ..modeling.fsdp import lockstep
+from ..modeling.modes import only_trainable, with_gradients
+from ..modeling.places import Place, check_low_rank, select_place
+from ..prefix.frozen_prefix import Recorded
+from ..prefix.prepare import kept_in
+from ..prefix.runner import TextRunner
+from ..prefix.shortcuts import Shortcuts, readied
+from ..prefix.store import Budget
+from ..prefix.streaming import FrozenStream
+from ..utils.files import locked
+from ..utils.timing import timed
+from .checkpoints import Checkpoints, agreed_checkpoints
+from .edit_runner import EditRunner
+from .health import HealthCheck
+from .loop import shuffled_batches, train_breadth_first
+from .lora import low_rank_of
+from .preserve.protection import Protection, check_protectable, check_resident
+from .preserve.sources import Source, read_sources
+from .progress import LossNotFiniteError, Progress
+from .reparametrization import Change
+from .result import EditResult
+from .step import TrainingStep
+from .trained_weights import TrainedWeights
+
+if TYPE_CHECKING:
+    from .choice import Choice
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class EditSession:
+    """A model, requests and a place, checked and prepared: the prefix serves every training.
+
+    A context manager. Entering tokenizes the requests and records the prefix; `train_` can then
+    be called for all edits or for a few, as often as wanted. Nothing is trained on entering.
+
+    Attributes:
+        model: The model.
+        tokenizer: Its tokenizer.
+        requests: EasyEdit's request dictionaries.
+        hparams: The hyper-parameters, with a place and a rate.
+        progress: Show progress bars.
+        alone: Requests will be trained one at a time, so that no two of them are in conflict.
+            Processes that a launcher has started then do the same, each for itself.
+        world: The processes that train together: those of the launcher. Each has to enter a
+            session of the same model, edits and hyper-parameters.
+        choice: What `layers: auto` has chosen, and among what, where that is how the place of
+            `hparams` came about (see `open_session`).
+        states: States of frozen layers that several sessions share (see `LayerStates`).
+        shortcuts: What leaves this model's logits as they are; once entered.
+        budget: Where recorded states may lie; once entered.
+        stream: What reads frozen layers that are not resident; once entered.
+        checkpoints: What the first training of all edits goes on from, and leaves; once checked.
+            `None` without `checkpoint_dir`.
+        training_texts: The edits and their rewordings as tokens; once checked.
+        sources: What is to be preserved; once checked.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    requests: Sequence[Mapping[str, Any]]
+    hparams: LocFTBFHyperParams
+    progress: bool = True
+    alone: bool = False
+    states: Recorded | None = None
+    world: World = field(default_factory=get_world)
+    choice: Choice | None = None
+    edits: EditSet = field(init=False)
+    place: Place = field(init=False)
+    timings: dict[str, float] = field(init=False, default_factory=dict)
+    training_texts: TrainingTexts = field(init=False)
+    sources: list[Source] = field(init=False, default_factory=list)
+    _share: Partition = field(init=False)
+    shortcuts: Shortcuts = field(init=False)
+    budget: Budget = field(init=False)
+    stream: FrozenStream | None = field(init=False, default=None)
+    checkpoints: Checkpoints | None = field(init=False, default=None)
+    _protection: Protection | None = field(init=False, default=None)
+    _health: HealthCheck | None = field(init=False, default=None)
+    _edit_runner: EditRunner | None = field(init=False, default=None)
+    _cleanup: ExitStack = field(init=False, default_factory=ExitStack)
+
+    def check(self) -> None:
+        """Checks everything and tokenizes; entering does it too. The model is as before.
+
+        Raises:
+            LocFTError: The hyper-parameters, the requests, the place or the checkpoint that is
+                there cannot be used.
+        """
+        h = self.hparams
+        if self.alone:
+            self.world = SINGLE_PROCESS
+        self.progress = self.progress and self.world.is_main_process
+        with self.world.sharing_errors(), self._timed("prepare"):
+            h.check()
+            if h.chooses:
+                raise HyperParamsError(
+                    f"`layers={h.layers}`, `rewrite_module_tmp={h.rewrite_module_tmp}`, "
+                    f"`lr={h.lr}`: a session trains at a place and a rate that are given. Open it "
+                    "with `open_session`, which chooses them first."
+                )
+            self.sources = read_sources(h.preserved)
+            self.edits = distinct_edits(self.requests, None if self.alone else h.on_conflict)
+            self._select()
+            self.training_texts = TrainingTexts.of(
+                self.tokenizer,
+                self.edits.edits,
+                subjects_of(self.requests, self.edits, h),
+                h,
+                max_positions=context_length(self.model),
+            )
+        self._share = Partition.in_world(self.world, self._texts.input_lengths)
+        self.checkpoints = agreed_checkpoints(
+            self.model,
+            self.place,
+            self.training_texts,
+            h,
+            self.sources,
+            None if self.alone else h.checkpoint_folder,
+            self.world,
+        )
+
+    def _select(self) -> None:
+        """Finds the place's parameters."""
+        h = self.hparams
+        self.place = select_place(self.model, h.layers, h.templates)
+        if h.tuning == "lora":
+            check_low_rank(self.model, self.place.parameters, h.lora_rank)
+            if h.cannot_preserve and self.world.is_main_process:
+                logger.warning(
+                    "`alg_name: %s` with `tuning: lora` only adds rewordings: a low-rank change is "
+                    "not confined, and nothing is preserved. Set `tuning: full` to preserve.",
+                    h.alg_name,
+                )
+        if self.sources:
+            check_protectable(self.model, self.place.parameters)
+
+    @property
+    def _texts(self) -> TokenizedTexts:
+        return self.training_texts.texts
+
+    def __enter__(self) -> EditSession:
+        if not hasattr(self, "training_texts"):
+            self.check()
+        h = self.hparams
+        with self._cleanup:
+            with self.world.sharing_errors():
+                if self.checkpoints is not None and self.world.is_main_process:
+                    self._cleanup.enter_context(locked(self.checkpoints.path.parent))
+            self._cleanup.enter_context(only_trainable(self.model, self.place.parameters.values()))
+            with self.world.sharing_errors(), self._timed("prefix"), with_gradients():
+                self.budget = Budget(
+                    h.prefix_gpu_gib,
+                    h.prefix_host_gib,
+                    h.prefix_disk_gib,
+                    h.prefix_dir,
+                    self.world.local_size,
+                )
+                ready = readied(
+                    self.model,
+                    self._texts,
+                    self.place,
+                    h,
+                    progress=self.progress,
+                )
+                self.shortcuts, self.stream = self._cleanup.enter_context(ready)
+                if self.sources:
+                    self._protection = self._protected()
+                kept = kept_in(h.prefix_dir, self.place.parameters, self.world)
+                self._edit_runner = EditRunner(
+                    self.model,
+                    self._texts.subset(self._share.own)
+                    if self.world.is_distributed
+                    else self._texts,
+                    h,
+                    self.shortcuts,
+                    self.budget,
+                    protection=self._protection,
+                    kept=kept,
+                    stream=self.stream,
+                    states=self.shared_states,
+                    progress=self.progress,
+                )
+                if self.checkpoints is None or not self.checkpoints.finished:
+                    self._edit_runner.prepare(self.checkpoints)
+                if h.health_check:
+                    self._health = self._cleanup.enter_context(
+                        HealthCheck(
+                            self.model,
+                            self.tokenizer,
+                            self.shortcuts,
+                            row_tokens=h.row_tokens,
+                            # In memory it is sooner computed than found again.
+                            kept=None if self.stream is None else kept,
+                            stream=self.stream,
+                        )
+                    )
+            self._cleanup = self._cleanup.pop_all()  # all went well: clean up on exit, not now
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._cleanup.close()
+
+    @property
+    def _runner(self) -> TextRunner | None:
+        return None if self._edit_runner is None else self._edit_runner.runner
+
+    @property
+    def shared_states(self) -> Recorded | None:
+        """The states of frozen layers that this place can begin with; once entered."""
+        usable = self.stream is None and self.shortcuts.from_layer
+        return self.states if usable else None
+
+    def train_(
+        self, only: Sequence[int] | None = None, *, progress: bool | None = None
+    ) -> EditResult:
+        """Trains the model's present weights on the edits, in place.
+
+        Args:
+            only: Indices of requests to train; all if `None`.
+            progress: Show a progress bar; as the session does if `None`.
+
+        Raises:
+            NonFiniteLossError: Training diverged; the weights are as they were before the call.
+            EditInterrupted: Ctrl-C or SIGTERM, after a checkpoint; the weights likewise.
+        """
+        indices = np.array(self.edits.indices_of(only))
+        # The file holds one training: that of all edits, from the weights that were checked.
+        checkpoints = self.checkpoints if only is None else None
+        self.checkpoints = None
+        edit_runner = self._edit_runner
+        assert edit_runner is not None
+        lora = low_rank_of(self.model, self.place.parameters, self.hparams)
+        change: Change | None = lora or edit_runner.confined_()
+        weights = TrainedWeights(self.place.parameters) if change is None else change.weights
+        changed = weights if change is None else change
+        try:
+            finished = checkpoints is not None and checkpoints.finished
+            runner = None if finished else edit_runner.ready(self.world, self.timings)
+            if self._health is not None and only is None:
+                with lockstep(self.model):
+                    self._health.before()
+            done = None if checkpoints is None or not finished else checkpoints.resume_(weights)
+            if done is None:
+                assert runner is not None
+                shown = self.progress if progress is None else progress
+                with nullcontext() if change is None else change.in_force():
+                    done = self._trained_(runner, weights, indices, checkpoints, shown)
+            if checkpoints is not None:
+                self.timings["train"] = done.seconds  # with what earlier processes spent on it
+            if change is not None:
+                change.merge_()
+            new, health = changed.values(), None
+            if self._health is not None:
+                # Of edits that are made one at a time, hundreds maybe, the norms alone.
+                with lockstep(self.model):
+                    health = self._health.after(
+                        changed.original, new, lr=self.hparams.lr, perplexity=only is None
+                    )
+            notes, protection = edit_runner.how_it_ran(checkpoints), self._protection
+            return EditResult(
+                losses=done.losses,
+                step_losses=done.step_losses,
+                original=changed.original,
+                new=new,
+                timings=dict(self.timings),
+                n_updates=done.n_updates,
+                converged=done.converged,
+                n_trained=len(indices),
+                edits=self.edits,
+                packed=notes["packed"],
+                frozen_prefix=notes["cut"] is not None,
+                lora=None if lora is None else lora.adapter(),
+                health=health,
+                choice=self.choice,
+                augmented=self.training_texts.summary,
+                preserved=None if protection is None else protection.filters.summary,
+            )
+        except BaseException as error:
+            # Ctrl-C as well: a half-trained model is of no use to anybody.
+            changed.restore_()
+            weights.clear_gradients_()
+            if checkpoints is not None and isinstance(error, NonFiniteLossError):
+                checkpoints.discard()  # it leads there again
+            raise
+
+    def _protected(self) -> Protection:
+        """Measures what is to be preserved, from the model as it is now."""
+        check_resident(self.stream)
+        found = Protection.measured(
+            self.model,
+            self.tokenizer,
+            self.place,
+            self.sources,
+            self.training_texts,
+            self.hparams,
+            world=self.world,
+            timings=self.timings,
+            progress=self.progress,
+        )
+        if self.checkpoints is not None:
+            self.checkpoints.check_preserved(found.filters.digest)
+        return found
+
+    def _trained_(
+        self,
+        runner: TextRunner,
+        weights: TrainedWeights,
+        indices: np.ndarray,
+        checkpoints: Checkpoints | None,
+        progress: bool,
+    ) -> Progress:
+        """Trains `weights`, from the beginning or from a checkpoint: shows, saves and stops."""
+        h, protection, variants = self.hparams, self._protection, self.training_texts.variants
+        step = TrainingStep(
+            runner,
+            weights,
+            h,
+            self._share,
+            texts_per_edit=variants.most,
+            adam=None if protection is None else protection.adam(len(indices), h),
+        )
+        n_batches = math.ceil(len(indices) / h.batch_size)
+        done = Progress.start(h.seed, step.micro_batch.size)
+        if checkpoints is not None:
+            checkpoints.check_room(weights)
+            done = checkpoints.resume_(weights, step.optimizer, n_batches) or done
+            step.micro_batch.size = done.micro_batch_size
+        with ExitStack() as stack:
+            stack.enter_context(self._timed("train"))
+            stack.enter_context(runner.ready())
+            stack.enter_context(with_gradients())
+            if checkpoints is not None:
+                stack.enter_context(checkpoints.watching(done))
+            bar = stack.enter_context(
+                tqdm(
+                    total=h.num_steps * n_batches,
+                    initial=done.epoch * n_batches + done.step,
+                    desc="breadth-first",
+                    unit="step",
+                    disable=not progress,
+                )
+            )
+            # Closed also where the training ends early: its prefetching thread ends with it.
+            steps = stack.enter_context(
+                closing(train_breadth_first(step, indices, h, done, variants))
+            )
+            try:
+                for _ in steps:
+                    bar.update()
+                    _show_loss(bar, done)
+                    if checkpoints is not None and checkpoints.due():
+                        done.settle()
+                        checkpoints.save(done, weights, step.optimizer)
+            except LossNotFiniteError as error:
+                raise NonFiniteLossError(self._explained(error, indices, done)) from None
+            _show_loss(bar, done)
+            if checkpoints is not None:
+                checkpoints.finish(done, weights)
+        return done
+
+    def _explained(self, error: Exception, indices: np.ndarray, done: Progress) -> str:
+        """Returns what an error of a mini-batch says, and of which requests."""
+        batches, _ = shuffled_batches(indices, self.hparams.batch_size, done.shuffling)
+        batch = batches[done.step]
+        shown = "; ".join(self._describe(int(i)) for i in batch[:3])
+        more = f"; and {len(batch) - 3} more" if len(batch) > 3 else ""
+        return (
+            f"{error} ({shown}{more}). The weights are as they were before the edit. "
+            f"Lower `lr={self.hparams.lr}`, or use `dtype: float32` if it is float16."
+        )
+
+    def _describe(self, index: int) -> str:
+        edit = self.edits.edits[index]
+        return f"request {edit.request}: {edit.prompt!r} -> {edit.target!r}"
+
+    def _timed(self, phase: str) -> AbstractContextManager[None]:
+        return timed(self.timings, phase, self.model)
+
+
+def _show_loss(bar: tqdm, done: Progress) -> None:
+    if done.losses:
+        bar.set_postfix(epoch=done.epoch, loss=f"{done.losses[-1]:.4f}", refresh=False)

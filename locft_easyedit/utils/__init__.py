@@ -1,0 +1,1 @@
+"""What knows nothing of models and edits: files, parsing, hashes, tables."""

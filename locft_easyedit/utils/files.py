@@ -1,0 +1,183 @@
+"""Writing files so that they are there whole or not at all, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from ..errors import OutputError
+
+LOCK = ".lock"
+_TEMPORARY = ".{name}.{by}.tmp"
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary file that takes the place of `path` when the context ends well.
+
+    It does so once its content is on the disk; until then, and after any failure, `path` holds
+    what it held, and no temporary file is left. The folder must exist. What is no regular file (a
+    device, a pipe) cannot be replaced and is itself what is yielded.
+
+    Args:
+        path: The file; where it is a symbolic link, what this leads to is replaced.
+
+    Raises:
+        OSError: The content cannot be made safe or put in place.
+    """
+    target = Path(path)
+    if target.is_symlink():
+        target = target.resolve()
+    if target.exists() and not target.is_file():
+        yield target
+        return
+    temporary = _beside(target)
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        os.unlink(temporary)  # who writes nothing must not leave an empty file in place of the old
+        yield temporary
+        # safetensors makes files that nobody else may read, whatever the user's umask says.
+        temporary.chmod(mode)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        # An error here would hide the one that led here.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    # The new content is in place by now, and not every system can do this with a folder.
+    with suppress(OSError):
+        _sync_folder(target.parent)
+
+
+def _beside(target: Path) -> Path:
+    """Returns a name for a temporary file beside `target` that no other process gives."""
+    # Processes of several machines may share a folder, and a number.
+    by = f"{os.getpid()}-{secrets.token_hex(4)}"
+    return target.with_name(_TEMPORARY.format(name=target.name, by=by))
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Writes a file that holds all of `content` or what it held before; see `replacing`.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `path` when the context ends well.
+
+    It does so once everything in it is on the disk; after any failure nothing is left of it.
+
+    Args:
+        path: A folder that does not exist or is empty; folders above it are made.
+
+    Raises:
+        OutputError: `path` holds something.
+        OSError: The content cannot be made safe or put in place.
+    """
+    target = Path(path)
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise OutputError(f"`{path}` is there already. Choose a folder that is new or empty.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_symlink():
+        target = target.resolve()
+    temporary = _beside(target)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+        os.replace(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    with suppress(OSError):
+        _sync_folder(target.parent)
+
+
+@contextmanager
+def output_errors(
+    path: str | Path, otherwise: str = "choose another place that you may write to"
+) -> Iterator[None]:
+    """Within, an error of the disk is one that tells a user what to do about `path`.
+
+    Args:
+        path: What is written.
+        otherwise: What to do besides freeing space.
+
+    Raises:
+        OutputError: Something could not be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # The system's reason alone: its full text names the temporary file.
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(
+            f"{path} cannot be written: {reason}. Free some space, or {otherwise}."
+        ) from error
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Within, no other run writes into `folder`, which is made if need be.
+
+    The system ends the lock with the process, however that ends.
+
+    Raises:
+        OutputError: Another run holds it, or the folder cannot be made or written to.
+    """
+    path = Path(folder)
+    with output_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise OutputError(
+                f"{path} is in use: another run is writing there. Wait for its end, or choose "
+                "another folder."
+            ) from error
+    try:
+        for leftover in path.glob(_TEMPORARY.format(name="*", by="*")):
+            # Of a run that was killed.
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file is on the disk; not every system can do this with a folder."""
+    if path.is_dir():
+        with suppress(OSError):
+            _sync_folder(path)
+    else:
+        _sync_folder(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

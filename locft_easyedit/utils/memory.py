@@ -1,0 +1,81 @@
+"""Peak memory of a part of a program: of the GPU if there is one, else of the process."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+
+@dataclass
+class Peak:
+    """What `peak_memory` measured; `None` where this system does not tell.
+
+    Attributes:
+        gib: The peak, in GiB.
+        of: `GPU` or `process`.
+    """
+
+    gib: float | None = None
+    of: str | None = None
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Measures the peak within the context; the `Peak` is filled in on leaving it.
+
+    On a GPU, what tensors took at most. Otherwise the process's resident memory: Linux counts it
+    from the start of the context, other systems from that of the process.
+    """
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
+    yield peak
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        peak.gib, peak.of = torch.cuda.max_memory_allocated(device) / 2**30, "GPU"
+    else:
+        kib = _resident_peak_kib()
+        peak.gib, peak.of = (None, None) if kib is None else (kib / 2**20, "process")
+
+
+def _resident_peak_kib() -> float | None:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return float(line.split()[1])
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    value = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return value / 1024 if sys.platform == "darwin" else float(value)
+
+
+def free_memory(device: torch.device) -> int:
+    """Returns the bytes that are free on a GPU, or on the host."""
+    on_gpu = device.type == "cuda"
+    return int(torch.cuda.mem_get_info(device)[0] if on_gpu else free_host_memory())
+
+
+def free_host_memory() -> float:
+    """Returns the host's memory that is available, in bytes.
+
+    A container's limit counts: it ends a process that the host has room for.
+    """
+    available = float(psutil.virtual_memory().available)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+        return available if limit == "max" else min(available, max(0.0, int(limit) - used))
+    except (OSError, ValueError):
+        return available

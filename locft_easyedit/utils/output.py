@@ -1,0 +1,102 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+
+from ..errors import OutputError
+from .files import output_errors, replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+# Of `metrics.json`: its sections, and the entries of each.
+_STREAMED_LEVELS = 2
+
+
+def show(*tables: RenderableType) -> None:
+    """Prints tables to the terminal."""
+    console = Console()
+    for table in tables:
+        console.print(table)
+
+
+def prepare_folder(folder: str | Path) -> Path:
+    """Returns the folder, made if need be.
+
+    Raises:
+        OutputError: It cannot be made or written to.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"`output={folder}` cannot be made: {error}. Choose another.") from error
+    if not os.access(path, os.W_OK):
+        raise OutputError(f"`output={folder}` is not writable. Choose another.")
+    return path
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as JSON; NaN, which JSON does not have, becomes null.
+
+    A sequence in `value`, such as the records of `metrics.json`, is turned into text entry by
+    entry.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    with (
+        output_errors(path),
+        replacing(path) as temporary,
+        temporary.open("w", encoding="utf-8") as file,
+    ):
+        file.writelines(_json(value, _STREAMED_LEVELS))
+        file.write("\n")
+
+
+def _json(value: Any, levels: int, newline: str = "\n") -> Iterator[str]:
+    """Yields indented JSON in parts: the outer `levels` of `value` entry by entry."""
+    if isinstance(value, str) or not (levels and isinstance(value, (Mapping, Sequence)) and value):
+        text = json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
+        yield text.replace("\n", newline)  # line ends within a text are escaped
+        return
+    opening, closing = "[]"
+    entries: Iterable[tuple[str, Any]] = (("", entry) for entry in value)
+    if isinstance(value, Mapping):
+        opening, closing = "{}"
+        texts = {str(key): entry for key, entry in value.items()}
+        entries = ((f"{json.dumps(k, ensure_ascii=False)}: ", v) for k, v in texts.items())
+    inner = newline + "  "
+    for i, (key, entry) in enumerate(entries):
+        yield ("," if i else opening) + inner + key
+        yield from _json(entry, levels - 1, inner)
+    yield newline + closing
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _without_nan(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_picture(path: str | Path, figure: Figure) -> None:
+    """Writes a figure of matplotlib as PNG.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    with output_errors(path), replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
