@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ..training.trained_weights import copies_of, write_
+from .edited_matrices import EditedMatrices
 from .verify import ModelWeights, values_after
 
-if TYPE_CHECKING:
-    from .delta import Delta
 
-
-def apply_deltas_(model: nn.Module, deltas: Sequence[Delta]) -> None:
+def apply_deltas_(model: nn.Module, deltas: Sequence[EditedMatrices]) -> None:
     """Puts edits that were trained one on top of the other into a model, in that order, in place.
 
     Raises:
@@ -24,7 +21,7 @@ def apply_deltas_(model: nn.Module, deltas: Sequence[Delta]) -> None:
     _write_all_(model, values_after(deltas, ModelWeights(model)))
 
 
-def revert_deltas_(model: nn.Module, deltas: Sequence[Delta]) -> None:
+def revert_deltas_(model: nn.Module, deltas: Sequence[EditedMatrices]) -> None:
     """Takes edits out of a model, in place; the one that was applied last comes first.
 
     Raises:
@@ -34,7 +31,7 @@ def revert_deltas_(model: nn.Module, deltas: Sequence[Delta]) -> None:
     _write_all_(model, values_after(deltas, ModelWeights(model), reverted=True))
 
 
-def check_fits(delta: Delta, model: nn.Module) -> None:
+def check_fits(delta: EditedMatrices, model: nn.Module) -> None:
     """Checks that an edit can be put into a model; nothing is changed.
 
     Raises:

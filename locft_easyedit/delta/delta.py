@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +16,25 @@ from ..errors import DeltaError, one_message
 from ..hparams import LocFTBFHyperParams
 from ..training.result import EditResult
 from ..training.trained_weights import exchanged
-from ..utils.hashing import tensor_sha256
 from .apply import apply_deltas_, revert_deltas_
+from .edited_matrices import EditedMatrices
 from .export import write_exact_adapter, write_lora_adapter
 from .file import read_edit, tensor_problems, write_edit
-from .folder import compare_folder, originals_in, write_changed_folder
-from .metadata import DTYPES, metadata_of, problems_of
+from .folder import compare_folder, with_originals, write_changed_folder
+from .metadata import metadata_of, problems_of
 from .verify import ModelWeights, Report, compare, values_after
-
-Factors = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Delta:
+class Delta(EditedMatrices):
     """An edit: what a model's matrices were, what they became, and how to tell that model.
 
     Make one with `Delta.from_result`, keep it with `save`, get it back with `Delta.load`. Several
     edits, one on top of the other: `apply_deltas_` and `revert_deltas_`, and for models in folders
     `locft_easyedit.delta.folder`.
 
-    Attributes:
-        new: The edited matrices by the names of the model's parameters.
-        original: The values that they replaced; empty where these were left out.
-        metadata: What the file says of them: `id`, `base_model` (for display), `matrices` (dtype,
-            shape and hashes of each), `frozen` (a sample's hash of every other parameter),
-            `requests`, `hparams`, `metrics`, `losses`, `versions`, `created`, `lora`.
-        lora: For an edit that was trained as LoRA, the factors A, [R, in], and B, [out, R], of each
-            matrix; its change is B A alpha / R.
+    Attributes are those of `EditedMatrices`.
     """
-
-    new: dict[str, torch.Tensor]
-    original: dict[str, torch.Tensor]
-    metadata: dict[str, Any]
-    lora: dict[str, Factors] = field(default_factory=dict)
 
     # Made, kept and checked
 
@@ -137,35 +123,6 @@ class Delta:
         if problems:
             raise DeltaError(one_message("The edit cannot be used:", problems))
 
-    # What it is
-
-    @property
-    def id(self) -> str:
-        """The edit's name: a sha256 over all hashes."""
-        return str(self.metadata["id"])
-
-    @property
-    def short_id(self) -> str:
-        """The beginning of the id, for people."""
-        return self.id[:12]
-
-    @property
-    def matrices(self) -> dict[str, Any]:
-        """Of each matrix its `dtype`, `shape` and the hashes `new` and `original`."""
-        return dict(self.metadata["matrices"])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision of the model that was edited, as its first matrix has it."""
-        return DTYPES[next(iter(self.metadata["matrices"].values()))["dtype"]]
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Returns all tensors by the names that they have in a file."""
-        tensors = self.new | {f"original.{name}": value for name, value in self.original.items()}
-        for name, (a, b) in self.lora.items():
-            tensors |= {f"lora_A.{name}": a, f"lora_B.{name}": b}
-        return tensors
-
     def without_originals(self) -> Delta:
         """Returns the edit without the values that it replaced: half the size, not undone alone."""
         return replace(self, original={})
@@ -180,20 +137,7 @@ class Delta:
             DeltaError: They are not the values that the edit replaced.
             ModelError: The folder cannot be used.
         """
-        if not isinstance(base, Mapping):
-            base = originals_in(base, self)
-        values = {n: base[n].to(self.new[n].dtype) for n in self.new if n in base}
-        wrong = [
-            f"`{name}` is not there, or not what the edit replaced (sha256 "
-            f"{described['original'][:12]}...)."
-            for name, described in self.matrices.items()
-            if name not in values or tensor_sha256(values[name]) != described["original"]
-        ]
-        if wrong:
-            raise DeltaError(
-                one_message(f"The base of edit {self.short_id} is another one:", wrong)
-            )
-        return replace(self, original=values)
+        return with_originals(self, base)
 
     # In a model in memory
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,12 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import DeltaError, HyperParamsError, one_message
 from ..modeling.loading import model_without_weights
 from ..utils.files import new_folder, output_errors
-from .folder import values_beside
+from .edited_matrices import EditedMatrices, Factors
+from .folder import compare_folder, values_beside, with_originals
 from .low_rank import low_rank_factors
-
-if TYPE_CHECKING:
-    from .delta import Delta, Factors
-
 
 # peft's own mark of an adapter without low-rank layers (`peft.utils.constants`).
 _NO_TARGET = "dummy-target-modules"
@@ -28,7 +25,7 @@ _PREFIX = "base_model.model."
 
 
 def write_exact_adapter(
-    delta: Delta, model: str | Path, output: str | Path, *, trust_remote_code: bool = False
+    delta: EditedMatrices, model: str | Path, output: str | Path, *, trust_remote_code: bool = False
 ) -> None:
     """Writes a PEFT adapter with the edited matrices themselves; see `Delta.export_adapter`."""
     _check_base(delta, model, trust_remote_code)
@@ -46,7 +43,7 @@ def write_exact_adapter(
 
 
 def write_lora_adapter(
-    delta: Delta,
+    delta: EditedMatrices,
     model: str | Path,
     output: str | Path,
     *,
@@ -68,7 +65,7 @@ def write_lora_adapter(
             trained = delta.metadata["lora"]
             factors, scale, left_out = delta.lora, trained["alpha"] / trained["rank"], 0.0
         else:
-            whole = delta if delta.original else delta.with_originals(model)
+            whole = delta if delta.original else with_originals(delta, model)
             stored_in_out = [name for name, is_so in transposed.items() if is_so]
             factors, left_out = low_rank_factors(whole, rank, stored_in_out)
             scale = 1.0
@@ -122,13 +119,13 @@ def _write_adapter(
     save_file(ready, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def _check_base(delta: Delta, model: str | Path, trust_remote_code: bool) -> None:
+def _check_base(delta: EditedMatrices, model: str | Path, trust_remote_code: bool) -> None:
     """Checks that a folder holds the model that an adapter of this edit belongs to.
 
     Raises:
         DeltaError: It is another one.
     """
-    report = delta.verify_folder(model, trust_remote_code=trust_remote_code)
+    report = compare_folder(delta, model, trust_remote_code=trust_remote_code)
     if not report.fits_base:
         problems = report.differences or ["the edit is already in it. Give the model without it."]
         raise DeltaError(
@@ -136,7 +133,9 @@ def _check_base(delta: Delta, model: str | Path, trust_remote_code: bool) -> Non
         )
 
 
-def _transposed(delta: Delta, model: str | Path, trust_remote_code: bool) -> dict[str, bool]:
+def _transposed(
+    delta: EditedMatrices, model: str | Path, trust_remote_code: bool
+) -> dict[str, bool]:
     """Returns for each edited matrix whether its linear layer stores it as [in, out].
 
     Raises:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from ..errors import DeltaError, LocFTError, ModelError
+from ..errors import DeltaError, LocFTError, ModelError, one_message
 from ..modeling.loading import load_causal_lm, model_without_weights
 from ..training.trained_weights import write_
 from ..utils.files import new_folder, output_errors
-from ..utils.hashing import dtype_name
+from ..utils.hashing import dtype_name, tensor_sha256
+from .edited_matrices import EditedMatrices
 from .verify import ModelWeights, Report, compare, tied_names, values_after
 from .weights_folder import (
     Checkpoint,
@@ -24,15 +26,12 @@ from .weights_folder import (
     write_checkpoint,
 )
 
-if TYPE_CHECKING:
-    from .delta import Delta
-
-
+Edited = TypeVar("Edited", bound=EditedMatrices)
 logger = logging.getLogger(__name__)
 
 
 def write_changed_folder(
-    deltas: Sequence[Delta],
+    deltas: Sequence[EditedMatrices],
     model: str | Path,
     output: str | Path,
     *,
@@ -76,14 +75,32 @@ def write_changed_folder(
     return direct is None
 
 
-def compare_folder(delta: Delta, model: str | Path, *, trust_remote_code: bool = False) -> Report:
+def compare_folder(
+    delta: EditedMatrices, model: str | Path, *, trust_remote_code: bool = False
+) -> Report:
     """Returns how the model in a folder stands to an edit; see `Delta.verify_folder`."""
     checkpoint = read_checkpoint(model)
     direct = weights_in_place([delta], checkpoint, trust_remote_code=trust_remote_code)
     return compare(delta, direct or ModelWeights(_loaded(delta, model, trust_remote_code), model))
 
 
-def originals_in(base: str | Path, delta: Delta) -> dict[str, torch.Tensor]:
+def with_originals(delta: Edited, base: Mapping[str, torch.Tensor] | str | Path) -> Edited:
+    """Returns an edit with the values that it replaced; see `Delta.with_originals`."""
+    if not isinstance(base, Mapping):
+        base = _originals_in(base, delta)
+    values = {n: base[n].to(delta.new[n].dtype) for n in delta.new if n in base}
+    wrong = [
+        f"`{name}` is not there, or not what the edit replaced (sha256 "
+        f"{described['original'][:12]}...)."
+        for name, described in delta.matrices.items()
+        if name not in values or tensor_sha256(values[name]) != described["original"]
+    ]
+    if wrong:
+        raise DeltaError(one_message(f"The base of edit {delta.short_id} is another one:", wrong))
+    return replace(delta, original=values)
+
+
+def _originals_in(base: str | Path, delta: EditedMatrices) -> dict[str, torch.Tensor]:
     """Returns the matrices of a model's folder that are of the kinds that an edit replaced.
 
     Raises:
@@ -100,7 +117,7 @@ def originals_in(base: str | Path, delta: Delta) -> dict[str, torch.Tensor]:
 
 
 def values_beside(
-    delta: Delta, model: str | Path, *, trust_remote_code: bool = False
+    delta: EditedMatrices, model: str | Path, *, trust_remote_code: bool = False
 ) -> dict[str, torch.Tensor]:
     """Returns what the modules of edited parameters hold besides: a bias beside its weight.
 
@@ -125,7 +142,7 @@ def values_beside(
 
 
 def weights_in_place(
-    deltas: Iterable[Delta], checkpoint: Checkpoint, *, trust_remote_code: bool = False
+    deltas: Iterable[EditedMatrices], checkpoint: Checkpoint, *, trust_remote_code: bool = False
 ) -> CheckpointWeights | None:
     """Returns the weights of a checkpoint whose files an edit can be written into as they are.
 
@@ -151,7 +168,7 @@ def weights_in_place(
     return weights if same else None
 
 
-def _loaded(delta: Delta, model: str | Path, trust_remote_code: bool) -> nn.Module:
+def _loaded(delta: EditedMatrices, model: str | Path, trust_remote_code: bool) -> nn.Module:
     """Returns the model of a folder in an edit's precision, in the host's memory."""
     try:
         loaded: nn.Module = load_causal_lm(

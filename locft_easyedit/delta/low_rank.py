@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import DeltaError
-
-if TYPE_CHECKING:
-    from .delta import Delta, Factors
-
+from .edited_matrices import EditedMatrices, Factors
 
 # Beyond this many numbers a decomposition in float64 would take hours on a CPU.
 _MOST_IN_DOUBLE = 2**24
 
 
 def low_rank_factors(
-    delta: Delta, rank: int, transposed: Collection[str] = ()
+    delta: EditedMatrices, rank: int, transposed: Collection[str] = ()
 ) -> tuple[dict[str, Factors], float]:
     """Returns each matrix's change as factors of a rank, and how much of the change they leave out.
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.table import Table
 from rich.text import Text
 
 from ..evaluation.report import metrics_table
-
-if TYPE_CHECKING:
-    from .delta import Delta
+from .edited_matrices import EditedMatrices
 
 
-def description(delta: Delta) -> dict[str, Any]:
+def description(delta: EditedMatrices) -> dict[str, Any]:
     """Returns what an edit's file says, and how much the edit changes; ready for JSON."""
     return {
         **delta.metadata,
@@ -25,13 +23,13 @@ def description(delta: Delta) -> dict[str, Any]:
     }
 
 
-def relative_change(delta: Delta, name: str) -> float:
+def relative_change(delta: EditedMatrices, name: str) -> float:
     """Returns ||new - original|| / ||original|| of a matrix (Frobenius norms, in float32)."""
     new, original = delta.new[name].float(), delta.original[name].float()
     return float(torch.linalg.norm(new - original) / torch.linalg.norm(original).clamp(min=1e-30))
 
 
-def delta_tables(delta: Delta) -> list[Table]:
+def delta_tables(delta: EditedMatrices) -> list[Table]:
     """Returns tables of an edit: what it is, where it is, and its metrics if it has any."""
     said = description(delta)
     requests, losses, lora = said["requests"], said["losses"], said["lora"]

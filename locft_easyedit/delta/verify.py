@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,11 +13,8 @@ from tqdm import tqdm
 
 from ..errors import DeltaError, one_message
 from ..utils.hashing import dtype_name, readable, sample_digest, tensor_sha256
+from .edited_matrices import EditedMatrices
 from .metadata import DTYPES
-
-if TYPE_CHECKING:
-    from .delta import Delta
-
 
 # Other edits change a few parameters; of another model nearly all differ.
 _FEW = 0.2
@@ -93,7 +89,7 @@ class Report:
         return "applied" if self.fits_applied else "base" if self.fits_base else "neither"
 
 
-def compare(delta: Delta, weights: Weights) -> Report:
+def compare(delta: EditedMatrices, weights: Weights) -> Report:
     """Returns how a model stands to an edit; see `Delta.verify`."""
     found: dict[str, set[str]] = {}
     differences, other_precision = [], set()
@@ -145,7 +141,9 @@ def _of_matrices(found: Mapping[str, set[str]]) -> list[str]:
     return [f"{_some(edited)}: the edited values; the edit's other matrices hold those before it."]
 
 
-def _other_parameters(delta: Delta, weights: Weights, names: Set[str]) -> tuple[list[str], int]:
+def _other_parameters(
+    delta: EditedMatrices, weights: Weights, names: Set[str]
+) -> tuple[list[str], int]:
     """Returns lines on the parameters that the edit leaves alone, and how many went unseen."""
     frozen = delta.metadata["frozen"]
     lacking = sorted(set(frozen) - names)
@@ -227,7 +225,7 @@ def sample_hashes(tensor: torch.Tensor) -> set[str]:
 
 
 def values_after(
-    deltas: Iterable[Delta], weights: Weights, *, reverted: bool = False
+    deltas: Iterable[EditedMatrices], weights: Weights, *, reverted: bool = False
 ) -> dict[str, torch.Tensor]:
     """Returns what a model's parameters hold once edits are applied, or reverted, in this order.
 
@@ -261,7 +259,7 @@ def values_after(
     return values
 
 
-def _refusal(delta: Delta, report: Report, reverted: bool) -> str:
+def _refusal(delta: EditedMatrices, report: Report, reverted: bool) -> str:
     what = "taken out of" if reverted else "applied to"
     title = f"Edit {delta.short_id} cannot be {what} {report.model}:"
     if reverted and report.state == "base":
