@@ -1,7 +1,6 @@
 """Imports run one way through the package's rooms, lazily imported names included."""
 
 import ast
-from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -116,11 +115,3 @@ def test_no_circle_between_modules():
 )
 def test_imports_are_found(name, source, expected):
     assert imported(name, source) == {expected}
-
-
-def test_longest_chain_is_known():
-    """The number of floors that the architecture's page names."""
-    chain: dict[str, int] = defaultdict(int)
-    for name in TopologicalSorter(GRAPH).static_order():
-        chain[name] = 1 + max((chain[other] for other in GRAPH[name]), default=0)
-    assert max(chain.values()) <= 60
