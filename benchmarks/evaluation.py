@@ -18,7 +18,7 @@ from locft_easyedit.data.readers import read_requests
 from locft_easyedit.easyedit.cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
 from locft_easyedit.easyedit.loading import load_easyedit
 from locft_easyedit.evaluation.evaluation import Evaluation, finish_
-from locft_easyedit.evaluation.predictions import HowToRun
+from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.modeling.loading import load_causal_lm
 from locft_easyedit.modeling.places import find_layers
@@ -75,7 +75,7 @@ def main():
 
     def ours(n, metrics=("accuracy",), frozen=True):
         start = time.perf_counter()
-        how = HowToRun(frozen=layer_cut(layers, options.layer) if frozen else None)
+        how = EvalConfig(frozen=layer_cut(layers, options.layer) if frozen else None)
         evaluation = Evaluation(model, tokenizer, records[:n], how, metrics=metrics)
         prepared = time.perf_counter() - start
         seconds, measured = both(evaluation.measure)

@@ -12,7 +12,7 @@ from locft_easyedit.data.requests import Edit
 from locft_easyedit.data.tokenization import TokenizedTexts, ids_of
 from locft_easyedit.errors import NonFiniteLossError
 from locft_easyedit.evaluation.evaluation import Evaluation, PairedMetrics
-from locft_easyedit.evaluation.predictions import HowToRun
+from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.evaluation.summary import summarize
 from locft_easyedit.modeling.modes import evaluation_mode
 from locft_easyedit.prefix.runner import TextRunner
@@ -32,7 +32,7 @@ class Bench:
     def __init__(self, model, tokenizer, edits, measured, hparams):
         self.model, self.tokenizer = model, tokenizer
         self.edits, self.measured = edits, measured
-        how = HowToRun(hparams.eval_batch_size, hparams.row_tokens, progress=True)
+        how = EvalConfig(hparams.eval_batch_size, hparams.row_tokens, progress=True)
         self.by_token = Evaluation(model, tokenizer, measured, how, metrics=["accuracy"])
         # Answers to the other prompts would take most of the time, and nobody looks at them.
         asked = [request | {"locality": {}, "portability": {}} for request in measured]
@@ -150,7 +150,7 @@ class NextTokens:
     def distributions(self):
         """Yields log probabilities of what follows each prompt, [B, V] float32 a batch."""
         n = len(self.runner.texts)
-        with evaluation_mode(self.runner.model), self.runner.ready():
+        with evaluation_mode(self.runner.model), self.runner.running():
             for start in range(0, n, self.batch_size):
                 batch = np.arange(start, min(start + self.batch_size, n))
                 logits, _ = self.runner.logits(batch)

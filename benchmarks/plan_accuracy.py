@@ -24,7 +24,7 @@ from locft_easyedit.data.readers import read_requests
 from locft_easyedit.data.requests import distinct_edits
 from locft_easyedit.data.tokenization import tokenize_edits
 from locft_easyedit.evaluation.evaluation import Evaluation
-from locft_easyedit.evaluation.predictions import HowToRun
+from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.modeling.loading import load_model
 from locft_easyedit.plan.memory import PHASES
@@ -124,7 +124,7 @@ def plan_for(hparams, options, cut):
     edits = distinct_edits(requests, None).edits
     tokenizer = AutoTokenizer.from_pretrained(hparams.model_name)
     texts = tokenize_edits(tokenizer, edits, append_eos=True, max_positions=None)
-    work = Workload.of(
+    work = Workload.from_hparams(
         hparams, len(edits), evaluate=not options.no_evaluation,
         tokens=float(texts.lengths.mean()),
         targets=float((texts.lengths - texts.target_start).mean()),
@@ -157,7 +157,7 @@ def run(hparams, data, n, evaluate):
     measured("prefix", session.__enter__)
     try:
         if evaluate:
-            how = HowToRun.of_session(session, progress=False)
+            how = EvalConfig.from_session(session, progress=False)
             evaluation = Evaluation(model, tokenizer, requests, how, metrics=["accuracy"])
             measured("evaluate", lambda: evaluation.measure("before"))
         result = measured("train", lambda: session.train_(progress=False))

@@ -92,7 +92,7 @@ def row_of(model, edits, batch, gpus, options):
         gpus=min(gpus, A_NODE), nodes=math.ceil(gpus / A_NODE), bandwidth=options.bandwidth,
         nvlink=options.nvlink, network=options.network, launch=options.launch,
     )  # fmt: skip
-    plan = make_plan(hparams, Workload.of(hparams, edits), machine)
+    plan = make_plan(hparams, Workload.from_hparams(hparams, edits), machine)
     if plan.chosen is None:
         return None
     step, peaks = plan.step(), plan.peaks()

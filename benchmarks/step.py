@@ -129,7 +129,7 @@ class Ours:
 
     def step(self):
         in_force = nullcontext() if self.change is None else self.change.in_force()
-        with in_force, self.session._runner.ready():
+        with in_force, self.session._runner.running():
             loss, _ = self.loop_step.take_(
                 self.loop_step.micro_batches(self.texts), len(self.texts)
             )

@@ -18,7 +18,7 @@ from .delta.weights_folder import read_checkpoint
 from .distributed.world import SINGLE_PROCESS, get_world
 from .errors import ModelError, OutputError
 from .evaluation.evaluation import PairedMetrics, SharedMeasurement, shared_evaluation
-from .evaluation.predictions import HowToRun
+from .evaluation.predictions import EvalConfig
 from .evaluation.records import CompactRecords
 from .evaluation.report import write_loss_curve
 from .evaluation.summary import summarize
@@ -186,7 +186,7 @@ def edit_and_measure(
 
     with open_session(model, tokenizer, requests, hparams, progress=progress) as session:
         watch.lap("checks and frozen prefix")
-        how = HowToRun.of_session(session, progress=session.progress)
+        how = EvalConfig.from_session(session, progress=session.progress)
         evaluation = shared_evaluation(session.world, model, tokenizer, requests, how)
         before = _before(evaluation, requests, session)
         watch.lap("metrics before")

@@ -6,13 +6,13 @@ import time
 import pytest
 import torch
 
-from locft_easyedit.prefix.prefetch import ahead
+from locft_easyedit.prefix.prefetch import prefetch
 
 CPU = torch.device("cpu")
 
 
 def fetch(make, items, in_thread=True):
-    return ahead(make, items, CPU, move=lambda made: (), in_thread=in_thread)
+    return prefetch(make, items, CPU, move=lambda made: (), in_thread=in_thread)
 
 
 def n_threads():
@@ -137,7 +137,7 @@ def test_a_gpu_has_its_copies_before_they_are_used():
         pytest.skip("needs a CUDA device")
     device = torch.device("cuda")
     host = [torch.full((2**22,), float(i)).pin_memory() for i in range(8)]
-    arriving = ahead(
+    arriving = prefetch(
         lambda tensor: tensor.to(device, non_blocking=True),
         host,
         device,

@@ -168,7 +168,7 @@ def no_limit(monkeypatch):
 
 def test_the_best_of_the_last_round_is_chosen(monkeypatch, no_limit):
     scores = iter([0.2, 0.5, 0.3, 0.4, 0.6])
-    monkeypatch.setattr(trial.Trials, "run", lambda *a: trial.Found(1, 1, 0.1, next(scores)))
+    monkeypatch.setattr(trial.Trials, "run", lambda *a: trial.TrialScores(1, 1, 0.1, next(scores)))
     choice = chosen().choice
     rate = choice.tried[1].cell.lr
     assert [one.cell.location for one in choice.tried[3:]] == [choice.tried[1].cell.location] * 2
@@ -183,7 +183,7 @@ def test_the_best_of_the_last_round_is_chosen(monkeypatch, no_limit):
 
 def base_rates(monkeypatch):
     """Returns the rate of each place that is tried where nothing has to be raised."""
-    monkeypatch.setattr(trial.Trials, "run", lambda *a: trial.Found(1, 1, 0.1, 0.5))
+    monkeypatch.setattr(trial.Trials, "run", lambda *a: trial.TrialScores(1, 1, 0.1, 0.5))
     return {one.cell.location: one.cell.lr for one in chosen().choice.tried[:3]}
 
 
@@ -203,7 +203,7 @@ def test_rates_are_raised_where_too_little_is_learned(monkeypatch, no_limit, fou
     def run(self, cell, epochs):
         learned, score = next(coming, (0.9, 0.05))
         diverged = learned != learned
-        return trial.Found() if diverged else trial.Found(learned, 1, 0.1, score)
+        return trial.TrialScores() if diverged else trial.TrialScores(learned, 1, 0.1, score)
 
     monkeypatch.setattr(trial.Trials, "run", run)
     every = chosen().choice.tried
@@ -218,19 +218,19 @@ def test_rates_are_raised_where_too_little_is_learned(monkeypatch, no_limit, fou
 
 
 def test_a_rate_that_is_given_is_never_raised(monkeypatch):
-    monkeypatch.setattr(trial.Trials, "run", lambda *a: trial.Found(0.1, 1, 0.1, 0.1))
+    monkeypatch.setattr(trial.Trials, "run", lambda *a: trial.TrialScores(0.1, 1, 0.1, 0.1))
     assert {one.cell.lr for one in chosen(lr=1e-3).choice.tried} == {1e-3}
 
 
 def test_less_drift_decides_between_equals(monkeypatch):
     drifts = iter([0.5, 0.1, 0.3])
-    monkeypatch.setattr(trial.Trials, "run", lambda *a: trial.Found(1, 1, next(drifts), 0.5))
+    monkeypatch.setattr(trial.Trials, "run", lambda *a: trial.TrialScores(1, 1, next(drifts), 0.5))
     choice = chosen(lr=1e-3).choice
     assert choice.cell == choice.tried[1].cell
 
 
 def test_no_more_is_spent_than_the_best_place_allows(monkeypatch):
-    monkeypatch.setattr(trial.Trials, "run", lambda *a: trial.Found(1, 1, 0.1, 0.5))
+    monkeypatch.setattr(trial.Trials, "run", lambda *a: trial.TrialScores(1, 1, 0.1, 0.5))
     monkeypatch.setattr(Costs, "sensitivities", lambda self: 1.0)
     monkeypatch.setattr(Costs, "trial", lambda self, layer, epochs: 1.0)
     monkeypatch.setattr(Costs, "allowance", lambda self, layer, epochs: 3.5)

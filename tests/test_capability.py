@@ -29,7 +29,7 @@ from locft_easyedit.evaluation.capability import prepare
 from locft_easyedit.evaluation.capability.harness import (
     capability_table,
     measure_capability,
-    measure_ready,
+    measure_prepared,
 )
 from locft_easyedit.evaluation.capability.prepare import CapabilityError, prepare_tasks
 from locft_easyedit.evaluation.capability.surroundings import padded_copy
@@ -155,7 +155,7 @@ def test_batch_size_changes_nothing():
 
 def test_a_second_measurement_of_the_same_tasks_is_the_same():
     ready = prepare_tasks(OWN_TASKS, limit=20)
-    results = [measure_ready(*toy(seed=s), ready, progress=False) for s in (0, 1, 0)]
+    results = [measure_prepared(*toy(seed=s), ready, progress=False) for s in (0, 1, 0)]
     assert results[0] == results[2] == measure(limit=20)
     assert results[0] != results[1]
 
@@ -175,13 +175,13 @@ def test_a_real_model_beats_chance_and_damage_shows(smollm2):
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     ready = prepare_tasks(OWN_TASKS, limit=16)
-    whole = measure_ready(model, tokenizer, ready, progress=False)
+    whole = measure_prepared(model, tokenizer, ready, progress=False)
     generator = torch.Generator().manual_seed(0)
     for layer in model.model.layers[10:20]:
         for weight in layer.mlp.parameters():
             noise = torch.randn(weight.shape, generator=generator)
             weight.data = noise * weight.data.std()
-    damaged = measure_ready(model, tokenizer, ready, progress=False)
+    damaged = measure_prepared(model, tokenizer, ready, progress=False)
     for name in OWN_TASKS:
         before, after = (r["tasks"][name]["value"] for r in (whole, damaged))
         assert 0.45 < before < 1
@@ -291,7 +291,7 @@ def test_examples_are_those_that_the_harness_draws(tmp_path):
     ready = prepare_tasks(["rivers"], tasks_dir=folder, num_fewshot=2)
     model, tokenizer = toy()
     random.seed(7)  # no matter
-    measure_ready(model, tokenizer, ready, progress=False)
+    measure_prepared(model, tokenizer, ready, progress=False)
     ours = prompts_of(ready, "rivers")
     reference = lm_eval.evaluator.simple_evaluate(
         model=lm_eval.models.huggingface.HFLM(model, tokenizer=tokenizer),
@@ -398,7 +398,7 @@ def test_tasks_that_draw_are_seeded(tmp_path):
     prompts = []
     for seed in (1, 2):
         random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
-        measure_ready(*toy(), ready, progress=False)
+        measure_prepared(*toy(), ready, progress=False)
         prompts.append(prompts_of(ready, "rivers"))
     assert prompts[0] == prompts[1]
     assert len(set(prompts[0])) == 12

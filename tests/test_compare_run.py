@@ -22,7 +22,7 @@ from locft_easyedit.compare.outcome import Outcome
 from locft_easyedit.compare.run import compare
 from locft_easyedit.compare.settings import Settings, planned
 from locft_easyedit.errors import LocFTError, OutputError
-from locft_easyedit.evaluation.predictions import HowToRun
+from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.utils.files import locked
 
 
@@ -358,7 +358,7 @@ def edits_of(tmp_path, model, name="FT", chunk=1, requests=None, **options):
         toy_requests(5) if requests is None else requests,
         model,
         toy_tokenizer(),
-        HowToRun(packed=True),
+        EvalConfig(packed=True),
         folder,
         Progress(folder),
     )

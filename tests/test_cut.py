@@ -82,7 +82,7 @@ def test_each_architecture_has_its_cuts_and_each_gives_the_plain_losses(kind, la
             assert made.shortcuts.head is not None
             runner = made._runner
             assert runner.prefix.cut.kind == cut
-            with runner.ready(), torch.no_grad():
+            with runner.running(), torch.no_grad():
                 losses = runner.edit_losses(np.arange(10))
         assert losses.tolist() == pytest.approx([float(loss) for loss in expected], abs=TOLERANCE)
 
@@ -107,7 +107,7 @@ def test_what_is_frozen_does_not_run_again(cut):
     calls = []
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
-    with session("llama", model=model, prefix_cut=cut) as made, made._runner.ready():
+    with session("llama", model=model, prefix_cut=cut) as made, made._runner.running():
         calls.clear()
         made._runner.edit_losses(np.arange(10))
     inside = {name.removeprefix("model.layers.2.") for name in calls if ".layers.2." in name}
@@ -124,7 +124,7 @@ def test_what_is_frozen_does_not_run_again(cut):
 def test_the_last_mlp_runs_at_scored_positions_alone():
     model, rows = toy_model("llama"), []
     model.model.layers[3].mlp.register_forward_hook(lambda m, args, o: rows.append(args[0].shape))
-    with session("llama", model=model) as made, made._runner.ready():
+    with session("llama", model=model) as made, made._runner.running():
         rows.clear()
         made._runner.edit_losses(np.arange(10))
         scored = len(made._runner.prepare(np.arange(10)).rows.scored)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from locft_easyedit.easyedit.cuda_as_cpu import CudaAsCPU
-from locft_easyedit.easyedit.loading import load_easyedit, shielded
+from locft_easyedit.easyedit.loading import imports_shielded, load_easyedit
 from locft_easyedit.easyedit.standins import standing_in
 from locft_easyedit.errors import EasyEditNotFoundError, LocFTError, MissingDependencyError
 
@@ -320,11 +320,11 @@ def test_a_script_can_be_given_stand_ins(monkeypatch):
 
 def test_shield_restores_the_launch_variable_and_waiting_seeds(monkeypatch):
     monkeypatch.delenv("CUDA_LAUNCH_BLOCKING", raising=False)
-    with shielded():
+    with imports_shielded():
         os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
     assert "CUDA_LAUNCH_BLOCKING" not in os.environ
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "0")
-    with shielded():
+    with imports_shielded():
         os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
     assert os.environ["CUDA_LAUNCH_BLOCKING"] == "0"
 

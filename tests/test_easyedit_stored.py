@@ -15,7 +15,7 @@ from toys import REPOSITORY
 from locft_easyedit.data.readers import read_requests
 from locft_easyedit.evaluation.evaluation import Evaluation, finish_
 from locft_easyedit.evaluation.perplexity import Perplexity
-from locft_easyedit.evaluation.predictions import HowToRun
+from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.evaluation.summary import summarize
 from locft_easyedit.modeling.places import find_layers
 from locft_easyedit.prefix.cut import layer_cut
@@ -43,10 +43,10 @@ def measured(smollm2, records):
     everything = [request for name in SLICES for request in records[name]]
     frozen = layer_cut(find_layers(model), 27)
     evaluation = Evaluation(
-        model, tokenizer, everything, HowToRun(batch_size=50, frozen=frozen), metrics=["accuracy"]
+        model, tokenizer, everything, EvalConfig(batch_size=50, frozen=frozen), metrics=["accuracy"]
     )
-    ppl = Perplexity(model, tokenizer, everything, HowToRun()).measure("")
-    ood = Perplexity(model, tokenizer, everything, HowToRun(), metric="ood_ppl").measure("")
+    ppl = Perplexity(model, tokenizer, everything, EvalConfig()).measure("")
+    ood = Perplexity(model, tokenizer, everything, EvalConfig(), metric="ood_ppl").measure("")
     pre = evaluation.measure()
     change_(model)
     post = evaluation.measure()

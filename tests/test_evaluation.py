@@ -22,7 +22,7 @@ from locft_easyedit.errors import HyperParamsError, RequestError
 from locft_easyedit.evaluation import predictions as choices
 from locft_easyedit.evaluation.evaluation import Evaluation, finish_
 from locft_easyedit.evaluation.perplexity import Perplexity
-from locft_easyedit.evaluation.predictions import HowToRun
+from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.evaluation.teacher_forced import TeacherForced
 from locft_easyedit.modeling.places import find_layers
 from locft_easyedit.prefix.cut import layer_cut
@@ -58,8 +58,8 @@ def edit_(model, layer):
 def test_the_frozen_prefix_changes_nothing(kind):
     model, tokenizer, records = toy_model(kind), toy_tokenizer(), records_with_lists(6)
     frozen = layer_cut(find_layers(model), 2)
-    shared = Evaluation(model, tokenizer, records, HowToRun(5, frozen=frozen))
-    plain = Evaluation(model, tokenizer, records, HowToRun(5))
+    shared = Evaluation(model, tokenizer, records, EvalConfig(5, frozen=frozen))
+    plain = Evaluation(model, tokenizer, records, EvalConfig(5))
     before = shared.measure()
     assert as_json(before) == as_json(plain.measure())
     edit_(model, 2)
@@ -73,7 +73,7 @@ def test_the_frozen_layers_run_once(monkeypatch):
     never = torch.tensor(False)  # no pass of another form
     monkeypatch.setattr(choices, "too_close", lambda best, model: never.expand(len(best)))
     model, tokenizer = toy_model(), toy_tokenizer()
-    how = HowToRun(packed=True, frozen=layer_cut(find_layers(model), 2))
+    how = EvalConfig(packed=True, frozen=layer_cut(find_layers(model), 2))
     evaluation = TeacherForced(model, tokenizer, toy_requests(6), how)
     calls = []
     for i, layer in enumerate(model.model.layers):
@@ -90,7 +90,7 @@ def test_the_frozen_layers_run_once(monkeypatch):
 def test_no_prefix_is_kept_where_memory_is_short(caplog):
     model, tokenizer = toy_model(), toy_tokenizer()
     nothing = Budget(host_gib=0.0, disk_gib=0.0)
-    how = HowToRun(packed=True, frozen=layer_cut(find_layers(model), 2), budget=nothing)
+    how = EvalConfig(packed=True, frozen=layer_cut(find_layers(model), 2), budget=nothing)
     evaluation = TeacherForced(model, tokenizer, toy_requests(6), how)
     assert evaluation._choices._prefix is None
     assert "all layers run in every measurement" in caplog.text
@@ -101,7 +101,7 @@ def test_same_for_every_batch_size(kind):
     model, tokenizer, records = toy_model(kind), toy_tokenizer(), records_with_lists(7)
     expected = None
     for batch_size, row_tokens, packed in ((1, 1, False), (3, 40, True), (64, 300, True)):
-        how = HowToRun(batch_size, row_tokens, packed)
+        how = EvalConfig(batch_size, row_tokens, packed)
         found = as_json(Evaluation(model, tokenizer, records, how).measure())
         expected = expected or found
         assert found == expected
@@ -110,7 +110,7 @@ def test_same_for_every_batch_size(kind):
 def test_close_choices_are_settled_by_easyedits_own_pass(monkeypatch):
     """With everything counted as close, EasyEdit's padded pass over each question decides."""
     model, tokenizer, records = toy_model("gpt2"), toy_tokenizer(), records_with_lists(5)
-    expected = TeacherForced(model, tokenizer, records, HowToRun()).measure("")
+    expected = TeacherForced(model, tokenizer, records, EvalConfig()).measure("")
     always = torch.tensor(True)
     monkeypatch.setattr(choices, "too_close", lambda best, model: always.expand(len(best)))
     asked = []
@@ -118,7 +118,7 @@ def test_close_choices_are_settled_by_easyedits_own_pass(monkeypatch):
     monkeypatch.setattr(
         TeacherForced, "_as_easyedit", lambda self, i: asked.append(i) or original(self, i)
     )
-    again = TeacherForced(model, tokenizer, records, HowToRun())
+    again = TeacherForced(model, tokenizer, records, EvalConfig())
     assert as_json(again.measure("")) == as_json(expected)
     assert len(asked) == len(again.texts)
 
@@ -126,7 +126,7 @@ def test_close_choices_are_settled_by_easyedits_own_pass(monkeypatch):
 def test_an_edit_session_shares_its_layers():
     model, tokenizer, records = toy_model(), toy_tokenizer(), toy_requests(6)
     with EditSession(model, tokenizer, records, toy_hparams(), progress=False) as session:
-        how = HowToRun.of_session(session, progress=False)
+        how = EvalConfig.from_session(session, progress=False)
         evaluation = Evaluation(model, tokenizer, records, how)
         before = evaluation.measure()
         session.train_()
@@ -146,7 +146,7 @@ def test_an_edit_of_the_last_layer_is_measured(template):
     h = toy_hparams(layers=[3], rewrite_module_tmp=template)
     with EditSession(model, tokenizer, records, h, progress=False) as session:
         assert session.shortcuts.tail is not None
-        how = HowToRun.of_session(session, progress=False)
+        how = EvalConfig.from_session(session, progress=False)
         evaluation = Evaluation(model, tokenizer, records, how)
         assert as_json(evaluation.measure()) == as_json(
             Evaluation(model, tokenizer, records).measure()
@@ -171,7 +171,7 @@ def naive_ppl(model, tokenizer, prompt, answer):
 @pytest.mark.parametrize("packed", [True, False])
 def test_perplexity_is_the_naive_one(packed):
     model, tokenizer, records = toy_model(), toy_tokenizer(), toy_requests(5)
-    found = Perplexity(model, tokenizer, records, HowToRun(3, packed=packed)).measure("")
+    found = Perplexity(model, tokenizer, records, EvalConfig(3, packed=packed)).measure("")
     for record, entry in zip(records, found, strict=True):
         target = record["target_new"]
         for part, prompt in (("rewrite", "prompt"), ("rephrase", "rephrase_prompt")):
@@ -213,7 +213,7 @@ def test_only_the_record_that_is_no_number_is_nan():
     with torch.no_grad():
         model.get_input_embeddings().weight[tokenizer.bos_token_id] = float("inf")
     # One text a row: in a row of several, NaN would spread by way of masked positions.
-    how = HowToRun(packed=False, batch_size=1)
+    how = EvalConfig(packed=False, batch_size=1)
     found = Evaluation(model, tokenizer, records, how, metrics=["accuracy"]).measure()
     assert [np.isnan(entry["rewrite_acc"][0]) for entry in found] == [False, True, False]
 
@@ -273,7 +273,7 @@ def test_a_place_in_the_last_layer_shares_its_prefix(template):
     model, tokenizer, records = toy_model(), toy_tokenizer(), records_with_lists(5)
     hparams = toy_hparams(layers=[N_LAYERS - 1], rewrite_module_tmp=template, num_steps=1)
     with EditSession(model, tokenizer, records, hparams, progress=False) as session:
-        how = HowToRun.of_session(session, progress=False)
+        how = EvalConfig.from_session(session, progress=False)
         evaluation = Evaluation(model, tokenizer, records, how)
         for _ in range(2):  # recorded, then replayed
             assert as_json(evaluation.measure()) == as_json(
@@ -284,7 +284,7 @@ def test_a_place_in_the_last_layer_shares_its_prefix(template):
 
 def test_choices_of_some_texts_are_put_where_they_belong():
     texts = TokenizedTexts.from_lists([[5] * 4, [5] * 3, [5] * 6, [5] * 2], [1, 2, 2, 1])
-    found = choices.Choices(texts, np.array([0, 2, 3]))
+    found = choices.ArgmaxPredictions(texts, np.array([0, 2, 3]))
     found.put(np.array([3, 0]), np.array([9, 1, 2, 3]))
     found.put(np.array([2]), np.array([4, 5, 6, 7]))
     assert [found[i] for i in range(4)] == [[1, 2, 3], [], [4, 5, 6, 7], [9]]

@@ -16,7 +16,7 @@ from locft_easyedit.evaluation.generated import (
     generate_answers,
     generated_metrics,
 )
-from locft_easyedit.evaluation.predictions import HowToRun
+from locft_easyedit.evaluation.predictions import EvalConfig
 
 PROMPTS = [request["prompt"] for request in toy_requests(12)]
 
@@ -229,7 +229,7 @@ def test_drafts_change_nothing(kind, draft):
     model, tokenizer = toy_model(kind), toy_tokenizer()
     drafts = ManyDrafts(model, tokenizer, 8)
     for batch_size in (1, 5):
-        how = HowToRun(batch_size)
+        how = EvalConfig(batch_size)
         decoder = GreedyDecoder(
             model, tokenizer, PROMPTS, drafts.kinds[draft], how, max_new_tokens=8
         )
@@ -248,7 +248,7 @@ def test_a_right_draft_takes_one_forward_pass():
         tokenizer,
         ["It is"],
         ["the capital of Oslo"],
-        HowToRun(packed=True),
+        EvalConfig(packed=True),
         max_new_tokens=32,
     )
     calls = Calls(model)
@@ -272,7 +272,7 @@ def test_close_choices_are_settled_by_the_prompt_alone(monkeypatch):
         GreedyDecoder, "_alone", lambda self, ids: alone.append(1) or original(self, ids)
     )
     decoder = GreedyDecoder(
-        model, tokenizer, PROMPTS, drafts.kinds["half"], HowToRun(), max_new_tokens=6
+        model, tokenizer, PROMPTS, drafts.kinds["half"], EvalConfig(), max_new_tokens=6
     )
     assert decoder.answers("") == drafts.expected
     assert len(alone) > len(PROMPTS)

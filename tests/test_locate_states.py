@@ -13,11 +13,11 @@ from locft_easyedit.data.tokenization import TokenizedTexts
 from locft_easyedit.errors import OutputError, PlaceError
 from locft_easyedit.evaluation import predictions as choices
 from locft_easyedit.evaluation.evaluation import Evaluation
-from locft_easyedit.evaluation.predictions import HowToRun
+from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.modeling.places import find_layers
 from locft_easyedit.prefix.cut import layer_cut
 from locft_easyedit.prefix.frozen_prefix import FrozenPrefix
-from locft_easyedit.prefix.shared_states import Intact, LayerStates
+from locft_easyedit.prefix.shared_states import SharedStates, UnchangedLayers
 from locft_easyedit.prefix.shortcuts import find_shortcuts
 from locft_easyedit.prefix.state_file import StateFile
 from locft_easyedit.prefix.store import Budget, StateStore
@@ -110,7 +110,7 @@ def fill(states, prefix, texts, **changes):
 def test_training_is_the_same_to_the_last_bit(kind, cut, packing):
     model = toy_model(kind)
     how = {"packing": packing, "prefix_cut": cut, "num_steps": 2}
-    with LayerStates(model, [0, 2, 3]) as states:
+    with SharedStates(model, [0, 2, 3]) as states:
         for layer in (2, 0, 3):
             with session(kind, layer, model=model, **how) as own:
                 expected, plain = recorded(own._runner.prefix), own.train_()
@@ -134,14 +134,14 @@ def test_training_is_the_same_to_the_last_bit(kind, cut, packing):
 def test_metrics_are_the_same(kind, packing):
     """Also where the first measurement is the one after the edit."""
     model = toy_model(kind)
-    with LayerStates(model, [2, 3]) as states:
+    with SharedStates(model, [2, 3]) as states:
         for layer, template in ((3, None), (2, layer_template(kind))):
             found = []
             for lender in (None, states):
                 with session(
                     kind, layer, model=model, states=lender, template=template, packing=packing, n=3
                 ) as one:
-                    how = HowToRun.of_session(one, progress=False)
+                    how = EvalConfig.from_session(one, progress=False)
                     evaluation = Evaluation(model, toy_tokenizer(), records_with_lists(3), how)
                     result = one.train_()
                     found.append(as_json(evaluation.measure()))
@@ -162,7 +162,7 @@ def test_the_second_place_runs_no_frozen_layer(not_close, monkeypatch):
     model = toy_model()
     down, whole = DOWN_PROJECTION["llama"], layer_template("llama")
     places = [(1, down), (3, down), (2, down), (2, whole)]
-    with LayerStates(model, [1, 2, 3]) as states, counted(model) as calls:
+    with SharedStates(model, [1, 2, 3]) as states, counted(model) as calls:
 
         def probing(*args, **options):
             found = find_shortcuts(*args, **options)
@@ -172,7 +172,7 @@ def test_the_second_place_runs_no_frozen_layer(not_close, monkeypatch):
         monkeypatch.setattr("locft_easyedit.prefix.shortcuts.find_shortcuts", probing)
         for number, (layer, template) in enumerate(places):
             with session(layer=layer, model=model, states=states, template=template) as one:
-                how = HowToRun.of_session(one, progress=False)
+                how = EvalConfig.from_session(one, progress=False)
                 evaluation = Evaluation(
                     model, toy_tokenizer(), one.requests, how, metrics=["accuracy"]
                 )
@@ -187,12 +187,12 @@ def test_the_second_place_runs_no_frozen_layer(not_close, monkeypatch):
 def test_generated_answers_begin_from_the_recorded_states(not_close):
     """Word by word the whole model runs; drafts are checked from the states."""
     model = toy_model()
-    with LayerStates(model, [2, 3]) as states:
+    with SharedStates(model, [2, 3]) as states:
         with session(layer=2, model=model, states=states) as one:
-            how = HowToRun.of_session(one, progress=False)
+            how = EvalConfig.from_session(one, progress=False)
             Evaluation(model, toy_tokenizer(), one.requests, how)
         with session(layer=3, model=model, states=states) as one:
-            how = HowToRun.of_session(one, progress=False)
+            how = EvalConfig.from_session(one, progress=False)
             evaluation = Evaluation(model, toy_tokenizer(), one.requests, how)
             decoder = evaluation._generated._decoder
             with counted(model) as calls:
@@ -204,7 +204,7 @@ def test_generated_answers_begin_from_the_recorded_states(not_close):
 
 def test_a_cut_inside_a_layer_runs_that_layer_alone():
     model = toy_model()
-    with LayerStates(model, [1, 3]) as states:
+    with SharedStates(model, [1, 3]) as states:
         with session(layer=1, model=model, states=states):
             pass
         with session(layer=3, model=model) as plain:
@@ -227,7 +227,7 @@ def test_a_cut_inside_a_layer_runs_that_layer_alone():
 def test_texts_are_told_apart_by_content():
     model, texts, other = toy_model(), small_texts(), small_texts(seed=1)
     shifted = np.full(len(texts), 5)
-    with LayerStates(model, [1, 2]) as states:
+    with SharedStates(model, [1, 2]) as states:
         for layer in (1, 2):
             for each in (texts, small_texts(), other):
                 assert fill(states, empty_prefix(model, layer, each), each)
@@ -243,7 +243,7 @@ def test_texts_are_told_apart_by_content():
 
 def test_positions_of_first_tokens_count():
     model, texts = toy_model("gpt2"), small_texts()
-    with LayerStates(model, [1]) as states:
+    with SharedStates(model, [1]) as states:
         plain, moved = (empty_prefix(model, 1, texts) for _ in range(2))
         assert fill(states, plain, texts)
         assert fill(states, moved, texts, first_position=np.arange(len(texts)))
@@ -261,7 +261,7 @@ def test_positions_of_first_tokens_reach_the_layer_that_runs_alone(kind):
     layout = {"batch_size": 12, "row_tokens": 24, "packed": True, "first_position": positions}
     own, filled = (FrozenPrefix(model, cut, int(texts.input_offsets[-1])) for _ in range(2))
     own.record(texts, torch.from_numpy(texts.ids), **layout, progress=False)
-    with LayerStates(model, [2, 3]) as states:
+    with SharedStates(model, [2, 3]) as states:
         assert fill(states, filled, texts, **layout)
         assert torch.equal(recorded(filled), recorded(own))
 
@@ -271,7 +271,7 @@ def test_positions_of_first_tokens_reach_the_layer_that_runs_alone(kind):
 
 def test_borrowed_states_outlive_the_borrower():
     model, texts = toy_model(), small_texts()
-    with LayerStates(model, [1, 2]) as states:
+    with SharedStates(model, [1, 2]) as states:
         first, second = (empty_prefix(model, 2, texts) for _ in range(2))
         assert fill(states, first, texts)
         before = recorded(first).clone()
@@ -297,11 +297,11 @@ def test_own_states_are_given_back():
 
 def test_choices_give_back_what_is_theirs_alone():
     model = toy_model()
-    with LayerStates(model, [2]) as states:
+    with SharedStates(model, [2]) as states:
         template = "model.layers.{}.self_attn.o_proj"  # only a cut at the layer
         for tried in range(2):
             with session(model=model, states=states, template=template) as one:
-                how = HowToRun.of_session(one, progress=False)
+                how = EvalConfig.from_session(one, progress=False)
                 evaluation = Evaluation(
                     model, toy_tokenizer(), one.requests, how, metrics=["accuracy"]
                 )
@@ -319,10 +319,10 @@ def test_too_small_a_budget_is_said_once_and_nothing_else_changes(caplog):
     with session(model=model) as own:
         expected = own.train_()
     expected.restore_(model)
-    states = LayerStates(model, [1, 2, 3], NOTHING)
+    states = SharedStates(model, [1, 2, 3], NOTHING)
     for layer in (2, 2, 3):
         with session(layer=layer, model=model, states=states) as one:
-            how = HowToRun.of_session(one, progress=False)
+            how = EvalConfig.from_session(one, progress=False)
             evaluation = Evaluation(model, toy_tokenizer(), one.requests, how)
             assert not evaluation._accuracy._choices._prefix.complete
             assert one._runner.prefix.complete
@@ -341,7 +341,7 @@ def test_a_budget_for_one_layer_is_not_taken_for_three():
     one = int(texts.input_offsets[-1]) * 32 * 4 / 2**30
     for n_layers, fits in ((2, False), (3, True)):
         budget = Budget(host_gib=n_layers * one, disk_gib=0.0)
-        with LayerStates(model, [1, 2, 3], budget) as states:
+        with SharedStates(model, [1, 2, 3], budget) as states:
             assert fill(states, empty_prefix(model, 2, texts), texts) is fits
             taken = [0, round(3 * one * 2**30), 0] if fits else [0, 0, 0]
             assert states._budget.taken == taken
@@ -351,7 +351,7 @@ def test_states_that_memory_cannot_hold_go_to_the_disk(tmp_path):
     model, texts = toy_model(), small_texts()
     layout = {"batch_size": 3, "row_tokens": 24, "packed": True}
     budget = Budget(host_gib=0.0, folder=str(tmp_path))
-    with LayerStates(model, [1, 2], budget) as states:
+    with SharedStates(model, [1, 2], budget) as states:
         prefix, own = (empty_prefix(model, 2, texts) for _ in range(2))
         assert fill(states, prefix, texts)
         own.record(texts, torch.from_numpy(texts.ids), **layout, progress=False)
@@ -365,7 +365,7 @@ def test_a_full_disk_falls_back(tmp_path, monkeypatch, caplog):
 
     model, texts = toy_model(), small_texts()
     budget = Budget(host_gib=0.0, folder=str(tmp_path))
-    with LayerStates(model, [1, 2], budget) as states:
+    with SharedStates(model, [1, 2], budget) as states:
         monkeypatch.setattr(StateFile, "put", full)
         assert not fill(states, empty_prefix(model, 2, texts), texts)
         assert states._budget.taken == [0, 0, 0]
@@ -378,7 +378,7 @@ def test_a_prefix_that_finds_no_room_is_left_empty():
         [cut] = [cut for cut in plain.shortcuts.cuts if cut.kind == "matrix"]
         texts = plain._texts
     prefix = FrozenPrefix(model, cut, int(texts.input_offsets[-1]), NOTHING)
-    with LayerStates(model, [2]) as states:
+    with SharedStates(model, [2]) as states:
         assert not fill(states, prefix, texts)
     assert not prefix.complete
     with pytest.raises(RuntimeError, match="Nothing was recorded yet"):
@@ -395,7 +395,7 @@ def test_a_prefix_whose_disk_is_full_can_be_recorded_later(tmp_path, monkeypatch
         texts = plain._texts
     budget = Budget(host_gib=0.0, folder=str(tmp_path))
     prefix = FrozenPrefix(model, cut, int(texts.input_offsets[-1]), budget)
-    with LayerStates(model, [2]) as states:
+    with SharedStates(model, [2]) as states:
         with monkeypatch.context() as patch:
             patch.setattr(StateFile, "put", full)
             assert not fill(states, prefix, texts)
@@ -416,7 +416,7 @@ def test_what_was_begun_is_forgotten_when_it_fails(monkeypatch):
             raise KeyboardInterrupt
         put(self, where, values)
 
-    with LayerStates(model, [1, 2]) as states:
+    with SharedStates(model, [1, 2]) as states:
         monkeypatch.setattr(StateStore, "put", failing)
         with pytest.raises(KeyboardInterrupt):
             fill(states, empty_prefix(model, 2, texts), texts)
@@ -427,7 +427,7 @@ def test_what_was_begun_is_forgotten_when_it_fails(monkeypatch):
 
 def test_other_layers_and_other_models_are_not_served():
     model, texts = toy_model(), small_texts()
-    with LayerStates(model, [1, 3]) as states:
+    with SharedStates(model, [1, 3]) as states:
         assert not fill(states, empty_prefix(model, 2, texts), texts)
         other = toy_model()
         assert not fill(states, empty_prefix(other, 1, texts), texts)
@@ -438,12 +438,12 @@ def test_other_layers_and_other_models_are_not_served():
 
 def test_a_model_that_cannot_be_split_runs_whole():
     model = toy_model()
-    with LayerStates(model, [2]) as states:
+    with SharedStates(model, [2]) as states:
         with session(model=model, states=states, frozen_prefix=False) as one:
             assert not one.shortcuts.cuts
             assert one._runner.prefix is None
             assert one.shared_states is None
-            assert HowToRun.of_session(one, progress=False).states is None
+            assert EvalConfig.from_session(one, progress=False).states is None
         assert states.n_passes == 0
 
 
@@ -451,13 +451,13 @@ def test_no_layer_list_no_states():
     model = toy_model()
     texts, prefix = small_texts(), empty_prefix(model, 1, small_texts())
     model.config.num_hidden_layers = 7
-    with LayerStates(model, [1]) as states:
+    with SharedStates(model, [1]) as states:
         assert not fill(states, prefix, texts)
 
 
 def test_layers_that_the_model_lacks():
     with pytest.raises(PlaceError, match=r"`layers=\[-1, 4\]` .* 4 layers \(0 to 3\)"):
-        LayerStates(toy_model(), [4, 1, -1])
+        SharedStates(toy_model(), [4, 1, -1])
 
 
 # A model that was edited meanwhile
@@ -476,7 +476,7 @@ def test_after_an_edit_only_what_lies_below_it_is_recorded():
         prefix = empty_prefix(model, layer, texts)
         prefix.record(texts, torch.from_numpy(texts.ids), **layout, progress=False)
         expected[layer] = recorded(prefix)
-    with LayerStates(model, [1, 2, 3]) as states:
+    with SharedStates(model, [1, 2, 3]) as states:
         original = {name: value.clone() for name, value in model.state_dict().items()}
         edit_(model, 2)
         assert not fill(states, empty_prefix(model, 3, texts), texts)
@@ -495,15 +495,15 @@ def test_after_an_edit_only_what_lies_below_it_is_recorded():
 
 def test_up_to_where_a_model_is_intact():
     model = toy_model()
-    intact = Intact(model, find_layers(model), 3)
-    assert intact.up_to() == 3
+    intact = UnchangedLayers(model, find_layers(model), 3)
+    assert intact.highest_unchanged_layer() == 3
     edit_(model, 3)
-    assert intact.up_to() == 3
+    assert intact.highest_unchanged_layer() == 3
     edit_(model, 1)
-    assert intact.up_to() == 1
+    assert intact.highest_unchanged_layer() == 1
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(2)
-    assert intact.up_to() == -1
+    assert intact.highest_unchanged_layer() == -1
 
 
 # Surroundings
@@ -512,11 +512,11 @@ def test_up_to_where_a_model_is_intact():
 def test_recorded_in_evaluation_mode_outside_of_inference_mode():
     model, texts = toy_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5), small_texts()
     first = empty_prefix(model, 2, texts)
-    with LayerStates(model, [2]) as states:
+    with SharedStates(model, [2]) as states:
         fill(states, first, texts)
         expected = recorded(first)
     model.train()
-    with LayerStates(model, [2]) as states, torch.inference_mode():
+    with SharedStates(model, [2]) as states, torch.inference_mode():
         fill(states, again := empty_prefix(model, 2, texts), texts)
         assert not again.store._host.is_inference()
         assert torch.equal(recorded(again), expected)
@@ -529,7 +529,7 @@ def test_a_budget_that_is_left_open_gets_a_size_once(monkeypatch):
     monkeypatch.setattr("locft_easyedit.prefix.store.free_host_memory", lambda: 2 * one)
     # Half of what is free: one layer of three; taken anew each time it would be all three.
     budget = Budget(disk_gib=0.0)
-    with LayerStates(model, [1, 2, 3], budget) as states:
+    with SharedStates(model, [1, 2, 3], budget) as states:
         assert not fill(states, empty_prefix(model, 1, texts), texts)
-    with LayerStates(model, [1], budget) as states:
+    with SharedStates(model, [1], budget) as states:
         assert fill(states, empty_prefix(model, 1, texts), texts)

@@ -15,7 +15,7 @@ from locft_easyedit.api import edit_model
 from locft_easyedit.errors import NonFiniteLossError, PlaceError
 from locft_easyedit.modeling.loading import load_model
 from locft_easyedit.modeling.places import select_place
-from locft_easyedit.training.lora import LowRank, low_rank_of
+from locft_easyedit.training.lora import LoraChange, low_rank_of
 from locft_easyedit.training.session import EditSession
 
 # Measured over 20 steps: losses differ by 2.9e-6 at most, the change by 5.2e-6 of its norm and A
@@ -342,7 +342,7 @@ def test_a_loss_that_is_no_number_stops_and_leaves_the_model_as_it_was():
 def test_a_sum_that_overflows_is_named():
     model = toy_model().to(torch.float16)
     h = lora_hparams()
-    low_rank = LowRank(model, select_place(model, h.layers, h.templates).parameters, h)
+    low_rank = LoraChange(model, select_place(model, h.layers, h.templates).parameters, h)
     before = state_of(model)
     for parameter in low_rank.weights.parameters.values():
         parameter.data.fill_(300.0)

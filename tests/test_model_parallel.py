@@ -23,11 +23,11 @@ from locft_easyedit.delta.delta import Delta
 from locft_easyedit.easyedit import chat
 from locft_easyedit.errors import PlaceError
 from locft_easyedit.evaluation.evaluation import Evaluation
-from locft_easyedit.evaluation.predictions import HowToRun
+from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.locate.sensitivity import sensitivities
 from locft_easyedit.modeling.devices import module_device
 from locft_easyedit.modeling.places import find_layers
-from locft_easyedit.prefix.shared_states import LayerStates
+from locft_easyedit.prefix.shared_states import SharedStates
 from locft_easyedit.training.session import EditSession
 
 METRICS = ("accuracy", "generated")
@@ -73,7 +73,7 @@ def run(model, h, metrics=()):
     with EditSession(model, tokenizer, requests, h, progress=False) as session:
         measured = []
         if metrics:
-            how = HowToRun.of_session(session, progress=False)
+            how = EvalConfig.from_session(session, progress=False)
             evaluation = Evaluation(model, tokenizer, requests, how, metrics=metrics)
             before = evaluation.measure("before")
         result = session.train_()
@@ -254,7 +254,7 @@ def test_states_that_places_share(layers, gpus):
     found = []
     for split in (None, 2):
         model, tokenizer = made(split=split), toy_tokenizer()
-        with LayerStates(model, [1, 2, 3]) as states:
+        with SharedStates(model, [1, 2, 3]) as states:
             session = EditSession(
                 model, tokenizer, toy_requests(4), hparams(layers=layers), False, states=states
             )

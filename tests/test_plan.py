@@ -52,7 +52,7 @@ def test_every_yaml_has_a_plan_without_any_folder(yaml, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     hparams = LocFTBFHyperParams.from_hparams(hparams_folder() / yaml)
     machine = Machine(gpu=320 * GIB, host=1000 * GIB, disk=1000 * GIB)
-    plan = make_plan(hparams, Workload.of(hparams, 1000), machine)
+    plan = make_plan(hparams, Workload.from_hparams(hparams, 1000), machine)
     assert plan.chosen is not None
     assert plan.chosen.setting.dtype == plan.dtype == (hparams.dtype or "bfloat16")
     assert not plan.chosen.setting.streamed
@@ -288,7 +288,7 @@ def test_hparams_without_a_prefix_are_refused():
     for key, message in {"frozen_prefix": "Leave", "model_parallel": "spreads"}.items():
         hparams = toy_hparams(model_name="gpt2-xl", **{key: key == "model_parallel"})
         with pytest.raises(ValueError, match=message):
-            make_plan(hparams, Workload.of(hparams, 5), machine)
+            make_plan(hparams, Workload.from_hparams(hparams, 5), machine)
 
 
 def test_facts_are_in_the_package():

@@ -31,7 +31,11 @@ def plan_for(
     values = LocFTBFHyperParams.from_hparams(H / name).to_dict() | keys
     hparams = LocFTBFHyperParams(**values)
     return make_plan(
-        hparams, Workload.of(hparams, n, **(work or {})), machine, streamed=streamed, cut=cut
+        hparams,
+        Workload.from_hparams(hparams, n, **(work or {})),
+        machine,
+        streamed=streamed,
+        cut=cut,
     )
 
 
@@ -520,7 +524,7 @@ def test_plan_as_plain_values(tmp_path):
     folder = tmp_path / "toy"
     toy_model("llama").config.save_pretrained(folder)
     hparams = toy_hparams(model_name=str(folder))
-    plan = make_plan(hparams, Workload.of(hparams, 10), LARGE)
+    plan = make_plan(hparams, Workload.from_hparams(hparams, 10), LARGE)
     found = plan.to_dict()
     assert found["model"]["layers"] == 4
     assert found["settings"] == plan.keys()

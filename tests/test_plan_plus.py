@@ -70,7 +70,9 @@ def test_the_plan_is_what_a_session_of_the_preset_holds(dtype, tmp_path):
             12 * MOST_REWORDINGS
         ) - own.lengths.mean()
         assert abs(longer) > 0.5  # else nothing shows that it counts
-        work = Workload.of(hparams, 12, tokens=float(own.lengths.mean()), longer=float(longer))
+        work = Workload.from_hparams(
+            hparams, 12, tokens=float(own.lengths.mean()), longer=float(longer)
+        )
         plan = make_plan(hparams, work, CPU, cut="matrix")
         told = sizes(plan, "host")
 
@@ -101,7 +103,7 @@ def test_where_the_change_is_folded(kind, tmp_path):
         rewrite_module_tmp=DOWN_PROJECTION[kind], preserve=["neighbours"], prefix_cut="matrix",
         model_name=str(tmp_path), health_check=False,
     )  # fmt: skip
-    shapes = make_plan(hparams, Workload.of(hparams, 6), LARGE).shapes
+    shapes = make_plan(hparams, Workload.from_hparams(hparams, 6), LARGE).shapes
     with EditSession(
         toy_model(kind), toy_tokenizer(), toy_requests(6), hparams, progress=False
     ) as session:

@@ -12,7 +12,7 @@ from two_devices import two_devices
 from locft_easyedit.distributed.world import share_of_gpus
 from locft_easyedit.errors import HyperParamsError, ModelError
 from locft_easyedit.evaluation.evaluation import Evaluation
-from locft_easyedit.evaluation.predictions import HowToRun
+from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.modeling import loading as models
 from locft_easyedit.modeling.device_map import devices_of, full_map, left_on_disk, spread_map
 from locft_easyedit.modeling.loading import load_causal_lm, load_model
@@ -67,7 +67,7 @@ def places_of(model):
 
 def edited(model, tokenizer, h, metrics=("accuracy",)):
     with EditSession(model, tokenizer, toy_requests(4), h, progress=False) as session:
-        how = HowToRun.of_session(session, progress=False)
+        how = EvalConfig.from_session(session, progress=False)
         evaluation = Evaluation(model, tokenizer, toy_requests(4), how, metrics=metrics)
         before = evaluation.measure("before")
         result = session.train_()

@@ -12,7 +12,7 @@ from toys import DOWN_PROJECTION, TOY_KINDS, toy_hparams, toy_model, toy_request
 from locft_easyedit.api import edit_and_measure, edit_model
 from locft_easyedit.errors import HyperParamsError, MemoryBudgetError, ModelError
 from locft_easyedit.evaluation.evaluation import Evaluation
-from locft_easyedit.evaluation.predictions import HowToRun
+from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.modeling import device_map as offload
 from locft_easyedit.modeling.loading import load_model
 from locft_easyedit.prefix.frozen_prefix import FrozenPrefix
@@ -64,7 +64,7 @@ def both(name, requests=None, **changes):
         model, tokenizer, h = loaded(name, stream, **changes)
         assert offload.left_on_disk(model) == stream
         with EditSession(model, tokenizer, requests or records(), h, progress=False) as session:
-            how = HowToRun.of_session(session, progress=False)
+            how = EvalConfig.from_session(session, progress=False)
             evaluation = Evaluation(model, tokenizer, requests or records(), how, metrics=METRICS)
             before = evaluation.measure("before")
             result = session.train_()
@@ -159,7 +159,7 @@ def test_every_weight_is_read_once_a_pass(folder, monkeypatch):
     assert "model.embed_tokens.weight" in on_disk
     reads = []
     with EditSession(model, tokenizer, records(), h, progress=False) as session:
-        how = HowToRun.of_session(session, progress=False)
+        how = EvalConfig.from_session(session, progress=False)
         evaluation = Evaluation(model, tokenizer, records(), how, metrics=("accuracy", "ppl"))
         read = type(next(iter(session.stream._hooks.values())).weights_map.dataset).__getitem__
         loader = type(next(iter(session.stream._hooks.values())).weights_map.dataset)
@@ -380,7 +380,7 @@ def test_fluency_is_refused_before_the_edit(folder):
     model, tokenizer, h = loaded(folder())
     before = state_of(model)
     with EditSession(model, tokenizer, toy_requests(3), h, progress=False) as session:
-        how = HowToRun.of_session(session, progress=False)
+        how = EvalConfig.from_session(session, progress=False)
         with pytest.raises(HyperParamsError, match=r"fluency samples 100 .*`stream_frozen: f"):
             Evaluation(model, tokenizer, toy_requests(3), how, metrics=["accuracy", "fluency"])
         assert session.stream.n_passes == 0

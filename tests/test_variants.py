@@ -22,11 +22,11 @@ def augmented(**changes):
 
 def test_without_rewordings_text_i_is_edit_i():
     batch = np.array([3, 0, 2])
-    assert Variants.alone(4).texts(batch, epoch=7).tolist() == [3, 0, 2]
+    assert Variants.without_rewordings(4).texts(batch, epoch=7).tolist() == [3, 0, 2]
 
 
 def test_rewordings_take_turns_and_own_wordings_come_first():
-    variants = Variants.of([3, 0, 5], each=2, seed=0)
+    variants = Variants.in_turns([3, 0, 5], each=2, seed=0)
     assert variants.first.tolist() == [0, 4, 5, 11]
     seen = {0: [], 1: [], 2: []}
     for epoch in range(15):
@@ -41,14 +41,14 @@ def test_rewordings_take_turns_and_own_wordings_come_first():
 
 
 def test_an_edit_with_fewer_rewordings_than_asked_for_gives_each_once():
-    texts = Variants.of([1], each=3, seed=1).texts(np.array([0]), epoch=4)
+    texts = Variants.in_turns([1], each=3, seed=1).texts(np.array([0]), epoch=4)
     assert texts.tolist() == [0, 1]
 
 
 def test_texts_are_each_edits_own_and_then_its_rewordings():
     edits = distinct_edits(toy_requests(5)).edits
     tokenizer, hparams = toy_tokenizer(), augmented()
-    made = TrainingTexts.of(tokenizer, edits, [None] * 5, hparams, 256)
+    made = TrainingTexts.tokenize(tokenizer, edits, [None] * 5, hparams, 256)
     assert len(made.texts) == made.variants.first[-1]
     for i, edit in enumerate(edits):
         first = made.variants.first[i]
@@ -64,10 +64,10 @@ def test_texts_are_each_edits_own_and_then_its_rewordings():
 
 def test_rewordings_that_are_too_long_are_left_out_and_counted():
     edits, tokenizer = distinct_edits(toy_requests(5)).edits, toy_tokenizer()
-    everything = TrainingTexts.of(tokenizer, edits, [None] * 5, augmented(), 256)
-    own = TrainingTexts.of(tokenizer, edits, [None] * 5, augmented(augment=0), 256)
+    everything = TrainingTexts.tokenize(tokenizer, edits, [None] * 5, augmented(), 256)
+    own = TrainingTexts.tokenize(tokenizer, edits, [None] * 5, augmented(augment=0), 256)
     shortest = int(own.texts.lengths.max())
-    made = TrainingTexts.of(tokenizer, edits, [None] * 5, augmented(), shortest)
+    made = TrainingTexts.tokenize(tokenizer, edits, [None] * 5, augmented(), shortest)
     dropped = int((everything.texts.lengths > shortest).sum())
     assert made.summary["dropped_too_long"] == dropped > 0
     assert len(made.texts) == len(everything.texts) - dropped
@@ -106,7 +106,7 @@ def test_training_with_rewordings_is_that_of_plain_code(micro):
     hparams, requests = augmented(micro_batch_size=micro), toy_requests(9)
     tokenizer, edits = toy_tokenizer(), distinct_edits(requests).edits
     model, plain = toy_model("llama"), toy_model("llama").eval()
-    made = TrainingTexts.of(tokenizer, edits, [None] * 9, hparams, 256)
+    made = TrainingTexts.tokenize(tokenizer, edits, [None] * 9, hparams, 256)
     name = DOWN_PROJECTION["llama"].format(hparams.layers[0])
     expected = naive_augmented(plain, tokenizer, edits, made, [plain.get_parameter(name)], hparams)
     result = edit_model(model, tokenizer, requests, hparams, progress=False)

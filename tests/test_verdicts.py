@@ -10,7 +10,7 @@ from locft_easyedit.evaluation.answers import Verdicts, exact_match
 from locft_easyedit.evaluation.decoding import GreedyDecoder
 from locft_easyedit.evaluation.evaluation import Evaluation, PairedMetrics
 from locft_easyedit.evaluation.generated import Generated
-from locft_easyedit.evaluation.predictions import HowToRun
+from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.evaluation.prompts import Questions
 from locft_easyedit.evaluation.summary import summarize
 
@@ -67,13 +67,13 @@ def test_the_figures_are_those_of_whole_answers(batch_size, monkeypatch):
     model, tokenizer = toy_model("llama"), toy_tokenizer(pad_is_eos=True)
     requests = toy_requests(6)
     # What the model says already counts as right for some: else nothing would ever count.
-    told = Generated(model, tokenizer, requests, HowToRun()).measure("before")
+    told = Generated(model, tokenizer, requests, EvalConfig()).measure("before")
     for request, found in zip(requests, told, strict=True):
         request["target_new"] = found["answer"] or "x"
         request["portability"]["one_hop"]["ground_truth"] = (
             found["portability_answers"]["one_hop"][0] or "x"
         )
-    how = HowToRun(batch_size)
+    how = EvalConfig(batch_size)
     before = Evaluation(model, tokenizer, requests, how).measure("before")
     trained(model)
 

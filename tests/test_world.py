@@ -45,8 +45,8 @@ def test_a_mini_batch_is_split_into_the_shares_in_its_order(n_edits, n, random):
     batch = np.array(random.sample(range(n_edits), random.randint(0, n_edits)), np.int64)
     found = []
     for rank in range(n):
-        share = Partition.in_world(World(rank, n), sizes)
-        mine = share.own[share.of(batch)]
+        share = Partition.of_rank(World(rank, n), sizes)
+        mine = share.own[share.positions_of(batch)]
         assert [i for i in batch if i in set(mine.tolist())] == mine.tolist()
         found += mine.tolist()
     assert sorted(found) == sorted(batch.tolist())

@@ -133,7 +133,7 @@ def _measured(name: str, ready: Any, config: CapabilityConfig) -> dict[str, Any]
     """Returns the result of one model, which is gone from memory afterwards."""
     import torch
 
-    from ..evaluation.capability.harness import measure_ready
+    from ..evaluation.capability.harness import measure_prepared
     from ..modeling.loading import load_causal_lm
 
     model, tokenizer = load_causal_lm(
@@ -143,7 +143,7 @@ def _measured(name: str, ready: Any, config: CapabilityConfig) -> dict[str, Any]
         model_parallel=config.model_parallel,
         trust_remote_code=config.trust_remote_code,
     )
-    result = measure_ready(model, tokenizer, ready, batch_size=config.batch_size)
+    result = measure_prepared(model, tokenizer, ready, batch_size=config.batch_size)
     del model
     gc.collect()
     if torch.cuda.is_available():

@@ -19,7 +19,7 @@ from ..api import Run, write_run
 from ..data.readers import read_requests
 from ..errors import MissingDependencyError, ModelError
 from ..evaluation.generated import Generated, finish_generated_
-from ..evaluation.predictions import HowToRun
+from ..evaluation.predictions import EvalConfig
 from ..evaluation.report import answers_table, health_table, metrics_table, seconds_table
 from ..evaluation.summary import summarize
 from ..hparams import LocFTBFHyperParams, hparams_folder
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     editor = easyedit.BaseEditor.from_hparams(hparams)
     watch.lap("loading the model")
 
-    how = HowToRun(hparams.eval_batch_size, hparams.row_tokens, progress=True)
+    how = EvalConfig(hparams.eval_batch_size, hparams.row_tokens, progress=True)
     generated = Generated(editor.model, editor.tok, requests, how)
     before = generated.measure("answers before")
     watch.lap("generated metrics")

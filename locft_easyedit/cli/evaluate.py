@@ -24,7 +24,7 @@ from ..evaluation.evaluation import (
     finish_,
     shared_evaluation,
 )
-from ..evaluation.predictions import HowToRun
+from ..evaluation.predictions import EvalConfig
 from ..evaluation.prompts import Metrics
 from ..evaluation.report import flat, metrics_table, seconds_table
 from ..evaluation.summary import summarize
@@ -170,7 +170,7 @@ def _evaluation(
     config: EvaluateConfig, model: Any, tokenizer: Any, requests: list[dict[str, Any]]
 ) -> SharedMeasurement:
     world = get_world()
-    how = HowToRun(config.batch_size, config.row_tokens, progress=world.is_main_process)
+    how = EvalConfig(config.batch_size, config.row_tokens, progress=world.is_main_process)
     return shared_evaluation(world, model, tokenizer, requests, how, metrics=config.metrics)
 
 

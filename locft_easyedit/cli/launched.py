@@ -58,7 +58,7 @@ def end(status: int) -> None:
 
 @contextmanager
 def _spoken_by_one(world: World) -> Iterator[None]:
-    """Within, every rank but the first is silent, unless it has something of its own to tell."""
+    """Context manager that silences every rank but the main one, errors of their own excepted."""
     if world.is_main_process:
         yield
         return

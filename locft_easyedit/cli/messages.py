@@ -36,7 +36,7 @@ def take_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
 
 @contextmanager
 def debugging(on: bool) -> Iterator[None]:
-    """Within, `tell` shows where errors come from, and so does Hydra, if `on`."""
+    """Context manager in which `tell` shows where errors come from, and so does Hydra, if `on`."""
     token, former = _debug.set(on), os.environ.get(_HYDRA)
     if on:
         os.environ[_HYDRA] = "1"

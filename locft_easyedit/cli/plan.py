@@ -121,7 +121,7 @@ def plan_of(config: PlanConfig) -> Plan:
         prefix_disk=_bytes("prefix_disk_gib", config.prefix_disk_gib),
         **{name: getattr(config, name) for name in _NUMBERS},
     )
-    work = Workload.of(
+    work = Workload.from_hparams(
         hparams,
         config.n,
         tokens=config.tokens,

@@ -25,7 +25,7 @@ from ..easyedit.peers.hparams import (
 from ..easyedit.peers.published import MODULE_KEYS
 from ..errors import LocFTError
 from ..evaluation.evaluation import Evaluation
-from ..evaluation.predictions import HowToRun
+from ..evaluation.predictions import EvalConfig
 from ..hparams import LocFTBFHyperParams
 from ..hparams_rules import ALG_NAMES
 from ..training.trained_weights import write_
@@ -156,7 +156,7 @@ class Edits:
         requests: Sequence[Mapping[str, Any]],
         model: Any,
         tokenizer: Any,
-        how: HowToRun,
+        how: EvalConfig,
         folder: JobFolder,
         progress: Progress,
     ) -> None:

@@ -26,7 +26,7 @@ from ..easyedit.peers.covariance import stats_name, write_key_covariances
 from ..easyedit.peers.editor import MethodUnavailableError, describe
 from ..errors import LocFTError
 from ..evaluation.evaluation import Evaluation, finish_
-from ..evaluation.predictions import HowToRun
+from ..evaluation.predictions import EvalConfig
 from ..evaluation.summary import summarize
 from ..hparams_rules import ALG_NAMES
 from ..modeling.loading import load_causal_lm
@@ -201,8 +201,8 @@ def _load(job: Job, progress: Progress) -> tuple[Any, Any]:
     )
 
 
-def _how(job: Job) -> HowToRun:
-    return HowToRun(job.batch_size, job.row_tokens, progress=True)
+def _how(job: Job) -> EvalConfig:
+    return EvalConfig(job.batch_size, job.row_tokens, progress=True)
 
 
 def _one_line(error: BaseException) -> str:

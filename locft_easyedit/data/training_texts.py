@@ -39,7 +39,7 @@ class TrainingTexts:
     summary: dict[str, Any] | None = None
 
     @classmethod
-    def of(
+    def tokenize(
         cls,
         tokenizer: PreTrainedTokenizerBase,
         edits: Sequence[Edit],
@@ -64,7 +64,9 @@ class TrainingTexts:
         targets = [edit.target for edit in edits]
         own = tokenize_edits(tokenizer, edits, append_eos=eos, max_positions=max_positions)
         if not hparams.rewordings:
-            return cls(own, Variants.alone(len(own)), prompts, prompts, targets, subjects)
+            return cls(
+                own, Variants.without_rewordings(len(own)), prompts, prompts, targets, subjects
+            )
         made = reword_edits(edits, subjects, seed=hparams.seed)
         wordings = [[edit.prompt, *more] for edit, more in zip(edits, made.prompts, strict=True)]
         # More to learn is more to change: what is left out is mostly the prompt in a frame.
@@ -79,7 +81,7 @@ class TrainingTexts:
         # Each edit's own text, then its rewordings: a stable sort brings them together.
         edit_of = np.concatenate([np.arange(len(own)), np.array([i for i, _ in pairs], int)[fits]])
         texts = _joined(own, other.subset(np.flatnonzero(fits)))
-        variants = Variants.of(
+        variants = Variants.in_turns(
             [len(trained) - 1 for trained in prompts], hparams.rewordings, hparams.seed
         )
         return cls(
@@ -146,12 +148,12 @@ class Variants:
     turn: np.ndarray
 
     @classmethod
-    def alone(cls, n: int) -> Variants:
+    def without_rewordings(cls, n: int) -> Variants:
         """Returns the texts of `n` edits without rewordings: text i is edit i."""
         return cls(np.arange(n + 1), 0, np.zeros(n, np.int64))
 
     @classmethod
-    def of(cls, n_rewordings: Sequence[int], each: int, seed: int) -> Variants:
+    def in_turns(cls, n_rewordings: Sequence[int], each: int, seed: int) -> Variants:
         """Returns the texts of edits with so many rewordings.
 
         Args:

@@ -15,7 +15,7 @@ from ..data.requests import distinct_edits
 from ..errors import DeltaError, one_message
 from ..hparams import LocFTBFHyperParams
 from ..training.result import EditResult
-from ..training.trained_weights import exchanged
+from ..training.trained_weights import values_swapped
 from .apply import apply_deltas_, revert_deltas_
 from .edited_matrices import EditedMatrices
 from .export import write_exact_adapter, write_lora_adapter
@@ -177,7 +177,7 @@ class Delta(EditedMatrices):
         Raises:
             DeltaError: As `apply_`; nothing was changed.
         """
-        return exchanged(model, values_after([self], ModelWeights(model)))
+        return values_swapped(model, values_after([self], ModelWeights(model)))
 
     # In a model's folder
 

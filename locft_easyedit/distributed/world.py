@@ -186,7 +186,7 @@ class World:
 
     @contextmanager
     def sharing_errors(self) -> Iterator[None]:
-        """Within, each rank does a part of its own; what goes wrong in one ends all of them.
+        """Context manager for what each rank does by itself; an error in one ends all of them.
 
         Raises:
             RankError: Another rank has failed.
@@ -319,7 +319,7 @@ def get_world() -> World:
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """Within, this process and those that it starts work by themselves."""
+    """Context manager that lets this process, and those that it starts, work by themselves."""
     global _world
     world = _world
     launcher = {key: os.environ.pop(key) for key in _LAUNCHED if key in os.environ}
@@ -424,14 +424,14 @@ class Partition:
     position: np.ndarray
 
     @classmethod
-    def in_world(cls, world: World, sizes: np.ndarray) -> Partition:
+    def of_rank(cls, world: World, sizes: np.ndarray) -> Partition:
         """Returns this rank's part of edits of these sizes, [N]."""
         own = world.partition(sizes)
         position = np.full(len(sizes), -1, np.int64)
         position[own] = np.arange(len(own))
         return cls(world, own, position)
 
-    def of(self, batch: np.ndarray) -> np.ndarray:
+    def positions_of(self, batch: np.ndarray) -> np.ndarray:
         """Returns which of the own edits are in a mini-batch of all, in its order."""
         positions = self.position[batch]
         return positions[positions >= 0]

@@ -18,7 +18,7 @@ from ..api import edit_model, open_session
 from ..data.requests import make_requests
 from ..distributed.world import get_world
 from ..errors import HyperParamsError, LocFTError
-from ..evaluation.predictions import HowToRun
+from ..evaluation.predictions import EvalConfig
 from ..evaluation.prompts import Metrics
 from ..evaluation.summary import summarize
 from ..hparams import ALG_NAME, LocFTBFHyperParams
@@ -27,7 +27,7 @@ from ..modeling.fsdp import sharded_layers
 from ..modeling.loading import load_model
 from ..training.result import EditResult
 from ..training.session import EditSession
-from ..training.trained_weights import exchanged, write_
+from ..training.trained_weights import values_swapped, write_
 from ..utils.files import output_errors, replacing
 from .chat import chat_answers, check_chat
 from .loading import EasyEdit
@@ -252,11 +252,11 @@ class LocFTBFMethods:
 
     @contextmanager
     def unedited(self) -> Iterator[Any]:
-        """Within, the model answers as before all edits; afterwards it carries them again.
+        """Context manager that yields the model without its edits; afterwards it has them again.
 
         Original and edited model side by side, without a second copy of it.
         """
-        with exchanged(self.model, self._first):
+        with values_swapped(self.model, self._first):
             yield self.model
 
     def _edit_and_measure(
@@ -310,7 +310,7 @@ class LocFTBFMethods:
         measures.check(requests, pre_edit)
         self._begin()
         with session:
-            how = HowToRun.of_session(session, progress=measures.progress)
+            how = EvalConfig.from_session(session, progress=measures.progress)
             measures.run_as(how, session.world)
             if pre_edit is not None:
                 entries = pre_edit

@@ -85,7 +85,7 @@ def load_easyedit(home: str | os.PathLike[str] | None = None, *, shield: bool = 
     if package is None:
         spec = _spec(init)
         _check_requirements()
-        with shielded() if shield else nullcontext():
+        with imports_shielded() if shield else nullcontext():
             package = _import(spec)
     found = Path(str(package.__file__)).resolve()
     if init is not None and found != init:
@@ -200,7 +200,7 @@ def _handles(package: ModuleType, home: Path) -> EasyEdit:
 
 
 @contextmanager
-def shielded() -> Iterator[None]:
+def imports_shielded() -> Iterator[None]:
     """Puts back random states, root logger and `CUDA_LAUNCH_BLOCKING` as they were before.
 
     The random states are those of Python, NumPy and torch, on the CPU and on CUDA, also where

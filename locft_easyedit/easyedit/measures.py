@@ -15,7 +15,7 @@ from ..errors import HyperParamsError, LocFTError, one_message
 from ..evaluation.evaluation import SharedMeasurement
 from ..evaluation.fluency import fluency_of, word_tokenizer
 from ..evaluation.perplexity import PERPLEXITIES, Perplexity
-from ..evaluation.predictions import HowToRun
+from ..evaluation.predictions import EvalConfig
 from ..evaluation.prompts import PARTS, Metrics
 from ..evaluation.teacher_forced import TeacherForced, finish_locality_
 from ..hparams import LocFTBFHyperParams
@@ -102,7 +102,7 @@ class Measures:
                 "disk would be read again for each. Leave it out, or set `stream_frozen: false` "
                 "on a device that holds the model."
             )
-        self.run_as(HowToRun(h.eval_batch_size, h.row_tokens, progress=self.progress))
+        self.run_as(EvalConfig(h.eval_batch_size, h.row_tokens, progress=self.progress))
         if pre_edit is None:
             return
         if len(pre_edit) != len(requests):
@@ -121,7 +121,7 @@ class Measures:
                 one_message("`pre_edit` is of other requests. Measure again:", problems)
             )
 
-    def run_as(self, how: HowToRun, world: World = SINGLE_PROCESS) -> None:
+    def run_as(self, how: EvalConfig, world: World = SINGLE_PROCESS) -> None:
         """Tokenizes the requests, to be run in this way.
 
         Args:

@@ -19,7 +19,7 @@ from ..data.tokenization import CHUNK, GrowingTexts, TokenizedTexts, ids_of
 from ..modeling.devices import input_device
 from ..modeling.forward import run_next
 from ..modeling.modes import evaluation_mode
-from .predictions import Choices, FirstChoices, HowToRun, too_close
+from .predictions import ArgmaxPredictions, ArgmaxPredictor, EvalConfig, too_close
 
 STOPS = (".", "\n")
 
@@ -132,7 +132,7 @@ class GreedyDecoder:
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[str],
         drafts: Sequence[str] | None,
-        how: HowToRun,
+        how: EvalConfig,
         *,
         max_new_tokens: int,
         still_open: Callable[[int, str], bool] | None = None,
@@ -147,9 +147,9 @@ class GreedyDecoder:
         self.not_finite: set[int] = set()
         self._n_prompts = len(prompts)
         self._texts = self._tokenized(prompts, drafts)
-        self._choices: FirstChoices | None = None
+        self._choices: ArgmaxPredictor | None = None
         if prompts and drafts is not None:
-            self._choices = FirstChoices(model, self._texts, how, alone=self._draft_alone)
+            self._choices = ArgmaxPredictor(model, self._texts, how, alone=self._draft_alone)
 
     @property
     def prompt_lengths(self) -> np.ndarray:
@@ -178,7 +178,7 @@ class GreedyDecoder:
         """
         indices = range(self._n_prompts) if only is None else only.tolist()
         self.not_finite = set()
-        chosen: Choices | None = None
+        chosen: ArgmaxPredictions | None = None
         if self._choices is not None:
             chosen = self._choices.take(description, only)
             self.not_finite |= self._choices.not_finite
@@ -223,7 +223,7 @@ class GreedyDecoder:
             )
         return answers
 
-    def _begun(self, i: int, chosen: Choices | None) -> list[int]:
+    def _begun(self, i: int, chosen: ArgmaxPredictions | None) -> list[int]:
         """Returns prompt i with as much of its answer as the draft has shown."""
         return self._prompt(i) + ([] if chosen is None else self._accepted(i, chosen[i]))
 
@@ -240,7 +240,7 @@ class GreedyDecoder:
             texts = TokenizedTexts.from_lists(
                 [[*sequences[i], 0] for i in open_], [len(sequences[i]) for i in open_]
             )
-            choices = FirstChoices(self.model, texts, self.how, alone=lambda i: [])
+            choices = ArgmaxPredictor(self.model, texts, self.how, alone=lambda i: [])
             taken = choices.take(description)
             for k, i in enumerate(open_):
                 sequences[i].append(-1 if k in choices.not_finite else taken[k][0])

@@ -16,7 +16,7 @@ from ..modeling.fsdp import lockstep
 from .fluency import batched_fluency, word_tokenizer
 from .generated import Generated, finish_generated_
 from .perplexity import Perplexity
-from .predictions import HowToRun
+from .predictions import EvalConfig
 from .prompts import Metrics, Questions
 from .records import CompactRecords
 from .teacher_forced import TeacherForced, finish_locality_
@@ -58,13 +58,13 @@ class Evaluation:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         records: Sequence[Mapping[str, Any]],
-        how: HowToRun | None = None,
+        how: EvalConfig | None = None,
         *,
         metrics: Sequence[str] = DEFAULT_METRICS,
         before: Sequence[Metrics] | None = None,
         numbers: Sequence[int] | None = None,
     ) -> None:
-        how = how or HowToRun()
+        how = how or EvalConfig()
         unknown = [name for name in metrics if name not in METRICS]
         if unknown or not metrics:
             raise HyperParamsError(
@@ -228,7 +228,7 @@ def shared_evaluation(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Mapping[str, Any]],
-    how: HowToRun,
+    how: EvalConfig,
     *,
     metrics: Sequence[str] = DEFAULT_METRICS,
 ) -> SharedMeasurement:

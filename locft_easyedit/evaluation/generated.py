@@ -22,7 +22,7 @@ from .answers import (
     normalize_answer,
 )
 from .decoding import GreedyDecoder
-from .predictions import HowToRun, warn_not_finite
+from .predictions import EvalConfig, warn_not_finite
 from .prompts import Metrics, Questions, check_lengths
 
 MAX_NEW_TOKENS = 32
@@ -49,7 +49,7 @@ class Generated:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         records: Sequence[Mapping[str, Any]],
-        how: HowToRun,
+        how: EvalConfig,
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
         before: Sequence[Metrics] | None = None,
@@ -191,7 +191,7 @@ def generate_answers(
     Raises:
         RequestError: A prompt and its answer are beyond the model's context.
     """
-    how = HowToRun(batch_size, progress=progress)
+    how = EvalConfig(batch_size, progress=progress)
     decoder = GreedyDecoder(model, tokenizer, prompts, None, how, max_new_tokens=max_new_tokens)
     as_questions = Questions([{"prompt": p, "target_new": "-"} for p in prompts])
     check_lengths(model, as_questions, decoder.prompt_lengths, max_new_tokens)
@@ -212,5 +212,5 @@ def generated_metrics(
     Raises:
         RequestError: As `Generated`.
     """
-    how = HowToRun(batch_size, progress=progress)
+    how = EvalConfig(batch_size, progress=progress)
     return Generated(model, tokenizer, records, how).measure(description)

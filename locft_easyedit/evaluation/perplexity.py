@@ -23,7 +23,7 @@ from ..modeling.modes import evaluation_mode
 from ..prefix.frozen_prefix import FrozenPrefix
 from ..prefix.runner import TextRunner
 from ..prefix.shortcuts import can_pack
-from .predictions import HowToRun
+from .predictions import EvalConfig
 from .prompts import Metrics, Question, Questions
 
 PERPLEXITIES = ("ppl", "ood_ppl")
@@ -62,7 +62,7 @@ class Perplexity:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         records: Sequence[Mapping[str, Any]],
-        how: HowToRun,
+        how: EvalConfig,
         *,
         metric: str = "ppl",
     ) -> None:
@@ -180,7 +180,7 @@ class Perplexity:
             for member, text in enumerate(texts[batch]):
                 losses[int(text)] = nll[owner == member]
 
-        with runner.ready():
+        with runner.running():
             in_batches(
                 self.texts.lengths[texts],
                 self.how.batch_size,

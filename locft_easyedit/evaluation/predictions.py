@@ -20,7 +20,7 @@ from ..data.tokenization import TokenizedTexts
 from ..modeling.last_layer import Tail
 from ..modeling.modes import evaluation_mode
 from ..prefix.cut import Cut
-from ..prefix.frozen_prefix import FrozenPrefix, Recorded
+from ..prefix.frozen_prefix import FrozenPrefix, PrefixRecorder
 from ..prefix.runner import TextRunner
 from ..prefix.shortcuts import can_pack
 from ..prefix.store import Budget
@@ -36,7 +36,7 @@ _FLOOR = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
-class HowToRun:
+class EvalConfig:
     """How texts are run for evaluation.
 
     Attributes:
@@ -61,10 +61,10 @@ class HowToRun:
     tail: Tail | None = None
     budget: Budget | None = None
     stream: FrozenStream | None = None
-    states: Recorded | None = None
+    states: PrefixRecorder | None = None
 
     @classmethod
-    def of_session(cls, session: EditSession, *, progress: bool) -> HowToRun:
+    def from_session(cls, session: EditSession, *, progress: bool) -> EvalConfig:
         """Returns the fastest way that an entered session knows for its model."""
         h, found = session.hparams, session.shortcuts
         return cls(
@@ -81,7 +81,7 @@ class HowToRun:
         )
 
 
-class Choices:
+class ArgmaxPredictions:
     """The first choice at each predicted token of many texts; `choices[i]` are those of text i.
 
     Args:
@@ -119,7 +119,7 @@ class Choices:
             self._odd[text] = choices
 
 
-class FirstChoices:
+class ArgmaxPredictor:
     """First choices for a fixed set of texts, to be taken before and after an edit.
 
     Args:
@@ -138,7 +138,7 @@ class FirstChoices:
         self,
         model: PreTrainedModel,
         texts: TokenizedTexts,
-        how: HowToRun,
+        how: EvalConfig,
         *,
         alone: Callable[[int], list[int]],
         first_position: np.ndarray | None = None,
@@ -166,7 +166,7 @@ class FirstChoices:
                 )
 
     @torch.no_grad()
-    def take(self, description: str, only: np.ndarray | None = None) -> Choices:
+    def take(self, description: str, only: np.ndarray | None = None) -> ArgmaxPredictions:
         """Returns the first choice at each predicted token of each text.
 
         Args:
@@ -174,7 +174,7 @@ class FirstChoices:
             only: Indices of the texts that are asked for; the others' choices stay empty.
         """
         indices = np.arange(len(self.texts)) if only is None else only
-        choices = Choices(self.texts, indices)
+        choices = ArgmaxPredictions(self.texts, indices)
         if not len(indices):
             return choices
         close: set[int] = set()
@@ -196,7 +196,7 @@ class FirstChoices:
                 self.not_finite.update(texts[owners[is_finite == 0]].tolist())
                 close.update(texts[owners[(is_close == 1) & (is_finite == 1)]].tolist())
 
-            with runner.ready():
+            with runner.running():
                 in_batches(
                     self.texts.lengths[indices],
                     self.how.batch_size,

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.tokenization import CHUNK, GrowingTexts, TokenizedTexts, ids_of
 from ..modeling.devices import input_device
-from .predictions import Choices, FirstChoices, HowToRun, warn_not_finite
+from .predictions import ArgmaxPredictions, ArgmaxPredictor, EvalConfig, warn_not_finite
 from .prompts import PARTS, Metrics, Question, Questions, check_lengths
 
 # Stands for every token of a text whose logits were no numbers.
@@ -57,7 +57,7 @@ class TeacherForced:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         records: Sequence[Mapping[str, Any]],
-        how: HowToRun,
+        how: EvalConfig,
         *,
         parts: Sequence[str] = PARTS,
     ) -> None:
@@ -67,7 +67,7 @@ class TeacherForced:
         self.questions = Questions(records, parts)
         self.texts, first_position = _tokenize(tokenizer, self.questions)
         check_lengths(model, self.questions, self.texts.lengths)
-        self._choices = FirstChoices(
+        self._choices = ArgmaxPredictor(
             model, self.texts, how, alone=self._as_easyedit, first_position=first_position
         )
 
@@ -96,7 +96,7 @@ class TeacherForced:
         for i in range(self.n_records) if only is None else only:
             yield self._metrics(i, choices)
 
-    def _metrics(self, record: int, choices: Choices) -> Metrics:
+    def _metrics(self, record: int, choices: ArgmaxPredictions) -> Metrics:
         metrics: Metrics = {"locality": {}, "portability": {}}
         first = int(self.questions.first_prompt[record])
         for question in self.questions.of(record):
@@ -174,7 +174,7 @@ def score_records(
     Raises:
         RequestError: As `TeacherForced`.
     """
-    how = HowToRun(batch_size, row_tokens, packed, progress=progress)
+    how = EvalConfig(batch_size, row_tokens, packed, progress=progress)
     return TeacherForced(model, tokenizer, records, how).measure(description)
 
 

@@ -30,7 +30,7 @@ from ..errors import ModelError, NonFiniteLossError, RequestError
 from ..hparams import LocFTBFHyperParams
 from ..hparams_rules import AUTO
 from ..modeling.places import LayerList, Location, Place, find_layers, match_parameters
-from ..training.choice import Cell, Choice, Found, Tried, keep_choice, kept_choice
+from ..training.choice import Cell, Choice, TrialScores, TriedPlace, keep_choice, kept_choice
 from ..training.identity import Identity
 from .candidates import Costs, candidates, diverse
 from .sensitivity import of_place, sensitivities
@@ -155,16 +155,18 @@ class _Screen:
     hparams: LocFTBFHyperParams
     locations: Sequence[Location]
     trials: Trials
-    tried: list[Tried] = field(default_factory=list)
+    tried: list[TriedPlace] = field(default_factory=list)
     spent: float = 0.0
     scale: float = 1.0  # of all rates that are not given
 
     def __post_init__(self) -> None:
         t = self.trials
-        self.costs = Costs.of(self.model, self.stack, t.own, t.rewordings, t.text, t.batch_size)
+        self.costs = Costs.estimate(
+            self.model, self.stack, t.own, t.rewordings, t.text, t.batch_size
+        )
         self.spent = self.costs.sensitivities()
 
-    def best(self, progress: bool) -> Tried:
+    def best(self, progress: bool) -> TriedPlace:
         """Returns the best of what was tried, or the most promising if there is no room for trials.
 
         Raises:
@@ -189,7 +191,7 @@ class _Screen:
             ]
             self._round(cells, promises, epochs, bar, kept_back=(len(factors), longer))
             if not self.tried:
-                return Tried(cells[0], promises[first[0]], 0, Found())
+                return TriedPlace(cells[0], promises[first[0]], 0, TrialScores())
             learned = [one for one in self.tried if not math.isnan(one.found.drift)]
             if not learned:
                 raise NonFiniteLossError(
@@ -214,7 +216,7 @@ class _Screen:
         How large a rate a model's weights take beside their size differs from model to model
         several times over; from place to place within one it differs little.
         """
-        found: dict[float, Found] = {}
+        found: dict[float, TrialScores] = {}
         for raised in range(1 + _MOST_RAISES):
             self.scale = _RAISE**raised
             bar.total = (bar.total or 0) + bool(raised)
@@ -249,7 +251,7 @@ class _Screen:
         bar: tqdm,
         *,
         kept_back: tuple[int, int] = (0, 0),
-    ) -> list[Tried]:
+    ) -> list[TriedPlace]:
         """Tries cells as far as the budget goes; returns those that were learned, best first.
 
         What is spent never exceeds the allowance of the best place so far, nor that of the one to
@@ -263,8 +265,8 @@ class _Screen:
             kept_back: Trials of the next round for which room is left, and their epochs.
         """
         h = self.hparams
-        done: list[Tried] = []
-        best: Tried | None = None
+        done: list[TriedPlace] = []
+        best: TriedPlace | None = None
         n_later, epochs_later = kept_back
         for cell in cells:
             layers = [cell.location.layer] + ([] if best is None else [best.cell.location.layer])
@@ -276,7 +278,7 @@ class _Screen:
                 logger.info("%s is not tried: the choice would take more than its share.", cell.key)
                 continue
             self.spent += cost
-            one = Tried(cell, promises[cell.location], epochs, self.trials.run(cell, epochs))
+            one = TriedPlace(cell, promises[cell.location], epochs, self.trials.run(cell, epochs))
             logger.info("%s, %d epochs: %s", cell.key, epochs, one.found)
             done.append(one)
             best = min((x for x in (best, one) if x is not None), key=_worse)
@@ -298,7 +300,7 @@ class _Screen:
         return _rounded(self.scale * _RATE * math.sqrt(mean) / math.sqrt(max(1, len(matrices))))
 
 
-def _worse(one: Tried) -> tuple[float, float]:
+def _worse(one: TriedPlace) -> tuple[float, float]:
     """Returns what is less for a better trial."""
     return -one.found.score, one.found.drift
 

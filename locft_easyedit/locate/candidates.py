@@ -115,7 +115,7 @@ class Costs:
     least: int = 0
 
     @classmethod
-    def of(
+    def estimate(
         cls,
         model: Any,
         stack: LayerList,

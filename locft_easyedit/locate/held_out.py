@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.requests import Edit
 from ..data.tokenization import TokenizedTexts, tokenize_edits
-from ..evaluation.predictions import FirstChoices, HowToRun
+from ..evaluation.predictions import ArgmaxPredictor, EvalConfig
 from ..modeling.devices import context_length, input_device
 
 # Begin so in the middle of a sentence; anything else may be a name.
@@ -59,21 +59,21 @@ class HeldOut:
             max_positions=context_length(model),
         )
 
-    def ready(self, how: HowToRun) -> FirstChoices:
-        """Returns what asks the model, as often as wanted.
+    def predictor(self, how: EvalConfig) -> ArgmaxPredictor:
+        """Returns what predicts the rewordings' targets, as often as wanted.
 
         Args:
             how: How texts are run.
         """
-        return FirstChoices(self.model, self.texts, how, alone=self._alone)
+        return ArgmaxPredictor(self.model, self.texts, how, alone=self._alone)
 
-    def measure(self, asked: FirstChoices) -> float:
+    def measure(self, asked: ArgmaxPredictor) -> float:
         """Returns the share of rewordings of whose target every token is the model's first choice.
 
         That is what greedy decoding would answer. NaN if the model's logits are no finite numbers.
 
         Args:
-            asked: What asks the model (see `ready`).
+            asked: What asks the model (see `predictor`).
         """
         choices = asked.take("rewordings")
         if asked.not_finite:

@@ -99,7 +99,7 @@ class Drift:
     def _distributions(self) -> list[torch.Tensor]:
         """Returns log probabilities at the predicted tokens, [S, V] float32 a batch."""
         found = []
-        with evaluation_mode(self._runner.model), self._runner.ready():
+        with evaluation_mode(self._runner.model), self._runner.running():
             for start in range(0, len(self._runner.texts), _AT_ONCE):
                 batch = np.arange(start, min(start + _AT_ONCE, len(self._runner.texts)))
                 logits, _ = self._runner.logits(batch)

@@ -173,7 +173,7 @@ def _drawn(logits: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _from_embeddings(model: PreTrainedModel) -> Iterator[None]:
-    """Within, gradients go as far down as to the embeddings' output."""
+    """Context manager that lets gradients go as far down as to the embeddings' output."""
     embedding: Any = model.get_input_embeddings()
     handle = embedding.register_forward_hook(
         lambda module, args, output: output.detach().requires_grad_()
@@ -186,7 +186,7 @@ def _from_embeddings(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _recomputed(stack: LayerList) -> Iterator[None]:
-    """Within, a layer keeps its input alone, and runs again when gradients come to it."""
+    """Context manager that lets a layer keep its input alone, and run again for its gradients."""
     with ExitStack() as undo:
         for layer in stack.layers:
             undo.enter_context(forward_replaced(layer, partial(_run_again, layer.forward)))
@@ -220,7 +220,7 @@ class _Watch:
 
     @contextmanager
     def watching(self, stack: LayerList) -> Iterator[None]:
-        """Within, every linear layer of the stack is watched."""
+        """Context manager in which every linear layer of the stack is watched."""
         with ExitStack() as undo:
             for path, module in stack.layers.named_modules():
                 if isinstance(module, (nn.Linear, Conv1D)):

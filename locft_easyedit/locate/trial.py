@@ -21,7 +21,7 @@ from ..modeling.devices import context_length
 from ..modeling.modes import evaluation_mode
 from ..prefix.runner import TextRunner
 from ..prefix.shortcuts import can_pack
-from ..training.choice import Cell, Found
+from ..training.choice import Cell, TrialScores
 from ..training.health import health_texts
 from ..training.session import EditSession
 from .held_out import reword
@@ -80,7 +80,7 @@ class Trials:
             self.tokenizer, edits, append_eos=False, max_positions=context_length(self.model)
         )
 
-    def run(self, cell: Cell, epochs: int) -> Found:
+    def run(self, cell: Cell, epochs: int) -> TrialScores:
         """Makes the edits at a place and rate, measures, and takes them back.
 
         Args:
@@ -119,13 +119,13 @@ class Trials:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            return Found()
+            return TrialScores()
         try:
             learned, reworded = self._likely(self.own), self._likely(self.rewordings)
             drift = self._drift.measure()
         finally:
             result.restore_(self.model)
-        return Found(learned, reworded, drift, score(learned, reworded, drift))
+        return TrialScores(learned, reworded, drift, score(learned, reworded, drift))
 
     @torch.no_grad()
     def _likely(self, texts: TokenizedTexts) -> float:
@@ -134,7 +134,7 @@ class Trials:
             self.model, texts, row_tokens=self.hparams.row_tokens, packed=self.packed, prefix=None
         )
         total = 0.0
-        with evaluation_mode(self.model), runner.ready():
+        with evaluation_mode(self.model), runner.running():
             for start in range(0, len(texts), _AT_ONCE):
                 losses = runner.edit_losses(np.arange(start, min(start + _AT_ONCE, len(texts))))
                 total += float((-losses.double()).exp().sum())

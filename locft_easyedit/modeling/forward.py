@@ -141,7 +141,9 @@ def _counts_tokens(cache: Any) -> bool:
 def head_sees(
     model: PreTrainedModel, select: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[list[bool]]:
-    """Within, the output embedding gets `select(hidden states)`; yields a list, filled if it did.
+    """Context manager that gives the output embedding `select(hidden states)`.
+
+    Yields a list, which is filled once the embedding was called.
 
     The output embedding is the largest matrix of many models, and most positions' logits are not
     asked for. What it gets is contiguous: by a slice of [B, L, D], and a weight without gradients,

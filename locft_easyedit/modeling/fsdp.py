@@ -112,7 +112,7 @@ class ShardedLayers:
 
     @contextmanager
     def lockstep(self) -> Iterator[None]:
-        """Within, each process runs as many passes as it likes; all leave together.
+        """Context manager in which ranks run different numbers of passes; all leave it together.
 
         Nothing else that all processes do together may be begun within.
 

@@ -35,7 +35,7 @@ class Tail:
 
     @contextmanager
     def narrowed(self, scored: Callable[[], torch.Tensor]) -> Iterator[None]:
-        """Within, the last layer gives hidden states at the scored positions, [1, S, D].
+        """Context manager that runs the last layer's end at the scored positions alone, [1, S, D].
 
         Args:
             scored: Gives the scored cells of the rows that are run (flat, in R * L), [S].

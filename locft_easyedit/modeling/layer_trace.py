@@ -97,7 +97,7 @@ class Trace:
 
 @contextmanager
 def tracing(layer: nn.Module) -> Iterator[Trace]:
-    """Within, one forward pass through `layer` is written down."""
+    """Context manager that records one forward pass through `layer`."""
     trace = Trace(layer)
     open_calls: list[Call] = []
 

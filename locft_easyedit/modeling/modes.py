@@ -12,7 +12,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within, the whole model is in evaluation mode; afterwards each module is as it was."""
+    """Context manager that puts a model into evaluation mode; then each module is as before."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -24,14 +24,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def with_gradients() -> Iterator[None]:
-    """Within, gradients are on, also for a caller who has turned them off for the program."""
+    """Context manager that turns gradients on, also where a program has turned them off for all."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
 @contextmanager
 def only_trainable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Within, only `parameters` require gradients and dropout is off; flags are restored."""
+    """Context manager in which only `parameters` require gradients and dropout is off."""
     chosen = list(parameters)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     gradients = [(parameter, parameter.grad) for parameter in chosen]
@@ -52,7 +52,7 @@ def only_trainable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iter
 
 @contextmanager
 def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within, `module` runs `forward`; then its own again (accelerate's, say), or its class's."""
+    """Context manager that lets `module` run `forward`; then its own (accelerate's, say) again."""
     before = vars(module).get("forward")
     module.forward = forward
     try:

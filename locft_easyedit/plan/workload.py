@@ -123,7 +123,9 @@ class Workload:
         return self.texts * self.targets / self.step_tokens
 
     @classmethod
-    def of(cls, hparams: LocFTBFHyperParams, n: int, **changes: float | int | bool) -> Workload:
+    def from_hparams(
+        cls, hparams: LocFTBFHyperParams, n: int, **changes: float | int | bool
+    ) -> Workload:
         """Returns the work that the hyper-parameters ask for; `changes` override fields.
 
         Raises:

@@ -99,7 +99,7 @@ class Cut:
 
     @contextmanager
     def recording(self, keep: Keep, *, go_on: bool) -> Iterator[None]:
-        """Within, a forward pass hands its states at the cut to `keep`.
+        """Context manager that hands a forward pass's states at the cut to `keep`.
 
         Args:
             keep: Gets the states, [R, L, W].
@@ -149,7 +149,7 @@ class Cut:
 
     @contextmanager
     def replaying(self, states: Callable[[], torch.Tensor]) -> Iterator[None]:
-        """Within, a forward pass begins at the cut; the module tree is restored in any case.
+        """Context manager that begins passes at the cut; the module tree is restored in any case.
 
         Layers keep their numbers, so that masks and types that depend on them stay right.
 
@@ -260,7 +260,7 @@ def _names(calls: list[Call], modules: list[nn.Module]) -> set[str]:
 
 @contextmanager
 def bypassing(stack: LayerList, n_layers: int, returns_tuple: bool) -> Iterator[None]:
-    """Within, the first `n_layers` hand their input on; the module tree is restored in any case."""
+    """Context manager that lets the first `n_layers` pass on their input; then they run again."""
     originals = list(stack.layers[:n_layers])
     try:
         for i, layer in enumerate(originals):

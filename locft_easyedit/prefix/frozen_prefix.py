@@ -35,7 +35,7 @@ class Source(Protocol):
         """Records the states of all prefixes that wait for it."""
 
 
-class Recorded(Protocol):
+class PrefixRecorder(Protocol):
     """States of frozen layers that are there already, for several prefixes."""
 
     def fill(
@@ -236,7 +236,7 @@ class FrozenPrefix:
 
     @contextmanager
     def keeping(self, rows: Rows, *, go_on: bool = True) -> Iterator[None]:
-        """Within, a forward pass over `rows` leaves its states at the cut here.
+        """Context manager that keeps the states at the cut of a forward pass over `rows`.
 
         Args:
             rows: The layout that is run, on the host.
@@ -259,7 +259,7 @@ class FrozenPrefix:
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """Within, the model begins at the cut; its module tree is restored in any case."""
+        """Context manager that begins passes at the cut; the module tree is restored in any case."""
 
         def fed() -> torch.Tensor:
             assert self._fed is not None

@@ -14,7 +14,7 @@ Made = TypeVar("Made")
 _Events = list["torch.cuda.Event"]
 
 
-def ahead(
+def prefetch(
     make: Callable[[Item], Made],
     items: Iterable[Item],
     device: torch.device,

@@ -14,7 +14,7 @@ from ..distributed.world import World
 from ..modeling.devices import input_device
 from .cut import Cut
 from .fingerprint import prefix_fingerprint
-from .frozen_prefix import FrozenPrefix, Recorded
+from .frozen_prefix import FrozenPrefix, PrefixRecorder
 from .runner import TextRunner
 from .shortcuts import Shortcuts
 from .store import Budget
@@ -34,7 +34,7 @@ def prepare_runner(
     cut: str | None = None,
     kept: tuple[str, Iterable[str]] | None = None,
     stream: FrozenStream | None = None,
-    states: Recorded | None = None,
+    states: PrefixRecorder | None = None,
     progress: bool = False,
 ) -> TextRunner:
     """Returns the fastest runner that gives the model's own logits, with its prefix recorded.

@@ -112,8 +112,8 @@ class TextRunner:
         return self._above_attention or (self.tail is not None and not recorded)
 
     @contextmanager
-    def ready(self) -> Iterator[TextRunner]:
-        """Within, batches can be run; the model's module tree is as it was afterwards."""
+    def running(self) -> Iterator[TextRunner]:
+        """Context manager in which batches can be run; afterwards the module tree is as before."""
         if self.prefix is not None:
             self.prefix.ensure()
         with ExitStack() as stack:

@@ -68,7 +68,7 @@ class _Layout:
         )
 
 
-class LayerStates:
+class SharedStates:
     """What enters some layers of a model, for every set of texts that somebody asks for.
 
     A context manager; leaving it gives all states back. Made before any edit. A set of texts is
@@ -114,11 +114,11 @@ class LayerStates:
         self._stores: dict[str, dict[int, StateStore]] = {}
         self._refused: set[str] = set()
         self._warned = False
-        self._intact: Intact | None = None
+        self._unchanged: UnchangedLayers | None = None
         if self._stack is not None and self.layers:
-            self._intact = Intact(model, self._stack, self.layers[-1])
+            self._unchanged = UnchangedLayers(model, self._stack, self.layers[-1])
 
-    def __enter__(self) -> LayerStates:
+    def __enter__(self) -> SharedStates:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -193,9 +193,9 @@ class LayerStates:
         """Returns what enters the layer of `prefix`, recorded now if need be; `None` if not."""
         layer, key = prefix.cut.first_layer, layout.key()
         ours = prefix.model is self.model and layer in self.layers and layout.n_tokens > 0
-        if not ours or self._stack is None or self._intact is None:
+        if not ours or self._stack is None or self._unchanged is None:
             return None
-        intact = self._intact.up_to()
+        intact = self._unchanged.highest_unchanged_layer()
         if layer > intact:
             return None
         stores = self._stores.get(key, {})
@@ -294,7 +294,7 @@ class LayerStates:
         self._warned = True
 
 
-class Intact:
+class UnchangedLayers:
     """A sample of a model's weights up to some layer, to be compared with those of later.
 
     An edit of a matrix changes nearly all of its numbers, so that a thousand of them tell it.
@@ -311,7 +311,7 @@ class Intact:
         self.highest = highest
         self._original = self._samples()
 
-    def up_to(self) -> int:
+    def highest_unchanged_layer(self) -> int:
         """Returns the highest layer, `highest` at most, whose input is what it was; -1 if none."""
         pairs = zip(self._original, self._samples(), strict=True)
         changed = (number - 1 for number, (before, now) in enumerate(pairs) if before != now)

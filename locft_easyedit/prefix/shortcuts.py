@@ -248,14 +248,14 @@ class Probes:
     def _error(self, runner: TextRunner) -> float:
         """Returns the relative error of the logits, with the texts in the opposite order."""
         batch = np.arange(len(self.texts))[::-1]
-        with runner.ready():
+        with runner.running():
             logits, _ = runner.logits(batch)
         return _relative(logits.float(), torch.cat([self.reference[i] for i in batch]).float())
 
     @torch.no_grad()
     def _loss_error(self, head: Head, packed: bool) -> float:
         runner = self._runner(packed=packed, head=head)
-        with runner.ready():
+        with runner.running():
             losses = runner.edit_losses(np.arange(len(self.texts)))
         logits = torch.cat(self.reference).float()
         rows = runner.prepare(np.arange(len(self.texts))).rows
@@ -293,7 +293,7 @@ def _no_refusal() -> Iterator[None]:
 
 
 @contextmanager
-def readied(
+def enabled_shortcuts(
     model: PreTrainedModel,
     texts: TokenizedTexts,
     place: Place,
@@ -301,7 +301,7 @@ def readied(
     *,
     progress: bool = False,
 ) -> Iterator[tuple[Shortcuts, FrozenStream | None]]:
-    """Within, a model is ready for many passes; afterwards its modules are as they were.
+    """Context manager that enables what makes many passes fast; afterwards the model is as before.
 
     Yields what leaves its logits as they are, and what reads frozen layers that are not resident.
 

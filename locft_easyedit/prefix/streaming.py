@@ -29,7 +29,7 @@ from ..modeling.layer_trace import tracing
 from ..modeling.places import LayerList, find_layers
 from .cut import Cut, bypassing, layer_cut
 from .frozen_prefix import FrozenPrefix
-from .prefetch import ahead
+from .prefetch import prefetch
 from .store import StateStore
 
 _TOKENS = 8192  # tokens a forward pass through one layer: large products, small activations
@@ -114,7 +114,7 @@ class FrozenStream:
 
     @contextmanager
     def shortened(self) -> Iterator[None]:
-        """Within, the model runs without its frozen layers: what is above can be examined."""
+        """Context manager that runs the model without its frozen layers, to examine the others."""
         [embedding, *_] = self._on_disk()
         shorter = bypassing(self.stack, self.first_layer, self.returns_tuple)
         with _resident(embedding, self._read(embedding)), shorter:
@@ -200,7 +200,7 @@ class FrozenStream:
                 unit_scale=True,
                 disable=not self.progress,
             ) as bar:
-                arriving = ahead(
+                arriving = prefetch(
                     self._read,
                     stages,
                     self.device,
@@ -309,7 +309,7 @@ class FrozenStream:
 
 @contextmanager
 def _resident(module: nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Within, `module` has these weights; afterwards none again."""
+    """Context manager that gives `module` these weights; afterwards it has none again."""
     originals: list[tuple[nn.Module, str, nn.Parameter]] = []
     for full, value in weights.items():
         path, _, name = full.rpartition(".")

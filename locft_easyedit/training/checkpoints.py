@@ -132,7 +132,7 @@ class Checkpoints:
         if self.world.is_main_process:
             write_(masters, {name: tensors[f"master.{name}"] for name in masters})
         self.world.broadcast_(masters.values())
-        weights.publish_()
+        weights.copy_masters_to_model_()
         for name in stepped if optimizer is not None else []:
             assert optimizer is not None
             master = masters[name]
@@ -196,7 +196,7 @@ class Checkpoints:
 
     @contextmanager
     def watching(self, progress: Progress) -> Iterator[None]:
-        """Within, Ctrl-C and SIGTERM wait for the end of a step, and time is counted."""
+        """Context manager that holds Ctrl-C and SIGTERM back to the end of a step; counts time."""
         self._last = self._started = time.monotonic()
         self._agreed, self._steps_left = (self._last, 1), 0
         try:

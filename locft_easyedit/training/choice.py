@@ -22,7 +22,7 @@ _FORMAT = 2
 
 
 @dataclass(frozen=True)
-class Tried:
+class TriedPlace:
     """A place and rate that was tried with a few edits.
 
     Attributes:
@@ -35,7 +35,7 @@ class Tried:
     cell: Cell
     promise: float | None
     epochs: int
-    found: Found
+    found: TrialScores
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Choice:
     """
 
     cell: Cell
-    tried: Sequence[Tried]
+    tried: Sequence[TriedPlace]
     n_places: int
     n_edits: int
     seconds: float
@@ -82,11 +82,13 @@ class Choice:
             KeyError, TypeError, ValueError: It is not of that form.
         """
         tried = tuple(
-            Tried(
+            TriedPlace(
                 Cell.from_dict(one["cell"]),
                 None if one["promise"] is None else float(one["promise"]),
                 int(one["epochs"]),
-                Found(**{k: float("nan" if v is None else v) for k, v in one["found"].items()}),
+                TrialScores(
+                    **{k: float("nan" if v is None else v) for k, v in one["found"].items()}
+                ),
             )
             for one in values["tried"]
         )
@@ -178,7 +180,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Found:
+class TrialScores:
     """What a trial found, each 0 to 1 but for the drift.
 
     Probabilities and not shares of right answers: of a few dozen texts these are coarse. Over 17 to

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..data.tokenization import TokenizedTexts
 from ..distributed.world import World
 from ..hparams import LocFTBFHyperParams
-from ..prefix.frozen_prefix import Recorded
+from ..prefix.frozen_prefix import PrefixRecorder
 from ..prefix.prepare import prepare_runner
 from ..prefix.runner import TextRunner
 from ..prefix.shortcuts import Shortcuts
@@ -19,7 +19,7 @@ from ..prefix.store import Budget
 from ..prefix.streaming import FrozenStream
 from ..utils.timing import timed
 from .checkpoints import Checkpoints
-from .preserve.confined_change import Confined
+from .preserve.confined_change import ConfinedChange
 from .preserve.protection import Protection
 
 
@@ -47,7 +47,7 @@ class EditRunner:
     protection: Protection | None = None
     kept: tuple[str, Iterable[str]] | None = None
     stream: FrozenStream | None = None
-    states: Recorded | None = None
+    states: PrefixRecorder | None = None
     progress: bool = False
     runner: TextRunner | None = field(init=False, default=None)
 
@@ -84,7 +84,7 @@ class EditRunner:
             checkpoints.notes.update(self._how_it_runs(runner))
         return runner
 
-    def ready(self, world: World, timings: dict[str, float]) -> TextRunner:
+    def complete_runner(self, world: World, timings: dict[str, float]) -> TextRunner:
         """Returns the runner with its prefix complete, made first if a checkpoint made it needless.
 
         Args:
@@ -97,7 +97,7 @@ class EditRunner:
                 runner.prefix.ensure()
         return runner
 
-    def confined_(self) -> Confined | None:
+    def confined_(self) -> ConfinedChange | None:
         """Returns the confined change, at its beginning, on top of the present weights.
 
         Where these are others than before, the runner goes.

@@ -177,7 +177,7 @@ class HealthCheck:
                 packed=runner.packed,
                 progress=False,
             )
-        with runner.ready():
+        with runner.running():
             losses = runner.edit_losses(np.arange(len(texts))).double().cpu().numpy()  # [N]
         counts = texts.lengths - texts.target_start
         with np.errstate(over="ignore"):

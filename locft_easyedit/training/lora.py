@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..hparams import LocFTBFHyperParams
 from ..modeling.places import sides
-from .reparametrization import Change
+from .reparametrization import Reparametrization
 from .trained_weights import TrainedWeights
 
 _KEY = "matrix"  # a layer is made inside a module of its own, under this name
@@ -57,7 +57,7 @@ class LoraAdapter:
         return {"rank": self.rank, "alpha": self.alpha, "trained_numbers": trained}
 
 
-class LowRank(Change):
+class LoraChange(Reparametrization):
     """LoRA of the matrices of a place. Making one changes nothing in the model.
 
     Args:
@@ -121,14 +121,14 @@ class LowRank(Change):
 
 def low_rank_of(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], hparams: LocFTBFHyperParams
-) -> LowRank | None:
+) -> LoraChange | None:
     """Returns LoRA of these parameters if `tuning` asks for it, else `None`."""
-    return LowRank(model, parameters, hparams) if hparams.tuning == "lora" else None
+    return LoraChange(model, parameters, hparams) if hparams.tuning == "lora" else None
 
 
 @contextmanager
 def _drawn_with(seed: int) -> Iterator[None]:
-    """Within, numbers are drawn on the CPU from `seed`; the caller's generators are untouched."""
+    """Context manager that draws on the CPU from `seed`; the caller's generators are untouched."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         # `torch.manual_seed` would seed the GPUs' generators as well.
         torch.default_generator.manual_seed(seed)

@@ -20,7 +20,7 @@ from ..modeling.places import owner
 from .trained_weights import TrainedWeights, copies_of, write_
 
 
-class Change(ABC):
+class Reparametrization(ABC):
     """A change of the matrices of a place. Making one changes nothing in the model.
 
     Args:
@@ -51,7 +51,7 @@ class Change(ABC):
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """Within, the modules compute with the change, and the parameters get no gradients."""
+        """Context manager that lets modules compute with the change; no parameter gets gradients."""
         with ExitStack() as undo:
             for name, module in self.modules.items():
                 parameter = self.parameters[name]

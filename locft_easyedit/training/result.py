@@ -13,7 +13,7 @@ from torch import nn
 from ..data.requests import EditSet
 from .health_report import HealthReport
 from .lora import LoraAdapter
-from .trained_weights import exchanged, write_
+from .trained_weights import values_swapped, write_
 
 if TYPE_CHECKING:
     from .choice import Choice
@@ -70,17 +70,17 @@ class EditResult:
 
     @contextmanager
     def switched_off(self, model: nn.Module) -> Iterator[None]:
-        """Within, `model` answers as before the edit; afterwards as it did on entering.
+        """Context manager that takes the edit out of `model`; afterwards it is as on entering.
 
         One model serves both: only the trained matrices are exchanged.
         """
-        with exchanged(model, self.original):
+        with values_swapped(model, self.original):
             yield
 
     @contextmanager
     def switched_on(self, model: nn.Module) -> Iterator[None]:
-        """Within, `model` answers with the edit; afterwards as it did on entering."""
-        with exchanged(model, self.new):
+        """Context manager that puts the edit into `model`; afterwards it is as on entering."""
+        with values_swapped(model, self.new):
             yield
 
     def summary(self) -> dict[str, Any]:

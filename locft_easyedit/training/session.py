@@ -23,10 +23,10 @@ from ..modeling.devices import context_length
 from ..modeling.fsdp import lockstep
 from ..modeling.modes import only_trainable, with_gradients
 from ..modeling.places import Place, check_low_rank, select_place
-from ..prefix.frozen_prefix import Recorded
+from ..prefix.frozen_prefix import PrefixRecorder
 from ..prefix.prepare import kept_in
 from ..prefix.runner import TextRunner
-from ..prefix.shortcuts import Shortcuts, readied
+from ..prefix.shortcuts import Shortcuts, enabled_shortcuts
 from ..prefix.store import Budget
 from ..prefix.streaming import FrozenStream
 from ..utils.files import locked
@@ -39,7 +39,7 @@ from .lora import low_rank_of
 from .preserve.protection import Protection, check_protectable, check_resident
 from .preserve.sources import Source, read_sources
 from .progress import LossNotFiniteError, Progress
-from .reparametrization import Change
+from .reparametrization import Reparametrization
 from .result import EditResult
 from .step import TrainingStep
 from .trained_weights import TrainedWeights
@@ -70,7 +70,7 @@ class EditSession:
             session of the same model, edits and hyper-parameters.
         choice: What `layers: auto` has chosen, and among what, where that is how the place of
             `hparams` came about (see `open_session`).
-        states: States of frozen layers that several sessions share (see `LayerStates`).
+        states: States of frozen layers that several sessions share (see `SharedStates`).
         shortcuts: What leaves this model's logits as they are; once entered.
         budget: Where recorded states may lie; once entered.
         stream: What reads frozen layers that are not resident; once entered.
@@ -86,7 +86,7 @@ class EditSession:
     hparams: LocFTBFHyperParams
     progress: bool = True
     alone: bool = False
-    states: Recorded | None = None
+    states: PrefixRecorder | None = None
     world: World = field(default_factory=get_world)
     choice: Choice | None = None
     edits: EditSet = field(init=False)
@@ -126,14 +126,14 @@ class EditSession:
             self.sources = read_sources(h.preserved)
             self.edits = distinct_edits(self.requests, None if self.alone else h.on_conflict)
             self._select()
-            self.training_texts = TrainingTexts.of(
+            self.training_texts = TrainingTexts.tokenize(
                 self.tokenizer,
                 self.edits.edits,
                 subjects_of(self.requests, self.edits, h),
                 h,
                 max_positions=context_length(self.model),
             )
-        self._share = Partition.in_world(self.world, self._texts.input_lengths)
+        self._share = Partition.of_rank(self.world, self._texts.input_lengths)
         self.checkpoints = agreed_checkpoints(
             self.model,
             self.place,
@@ -180,7 +180,7 @@ class EditSession:
                     h.prefix_dir,
                     self.world.local_size,
                 )
-                ready = readied(
+                ready = enabled_shortcuts(
                     self.model,
                     self._texts,
                     self.place,
@@ -230,7 +230,7 @@ class EditSession:
         return None if self._edit_runner is None else self._edit_runner.runner
 
     @property
-    def shared_states(self) -> Recorded | None:
+    def shared_states(self) -> PrefixRecorder | None:
         """The states of frozen layers that this place can begin with; once entered."""
         usable = self.stream is None and self.shortcuts.from_layer
         return self.states if usable else None
@@ -255,12 +255,12 @@ class EditSession:
         edit_runner = self._edit_runner
         assert edit_runner is not None
         lora = low_rank_of(self.model, self.place.parameters, self.hparams)
-        change: Change | None = lora or edit_runner.confined_()
+        change: Reparametrization | None = lora or edit_runner.confined_()
         weights = TrainedWeights(self.place.parameters) if change is None else change.weights
         changed = weights if change is None else change
         try:
             finished = checkpoints is not None and checkpoints.finished
-            runner = None if finished else edit_runner.ready(self.world, self.timings)
+            runner = None if finished else edit_runner.complete_runner(self.world, self.timings)
             if self._health is not None and only is None:
                 with lockstep(self.model):
                     self._health.before()
@@ -352,7 +352,7 @@ class EditSession:
             step.micro_batch.size = done.micro_batch_size
         with ExitStack() as stack:
             stack.enter_context(self._timed("train"))
-            stack.enter_context(runner.ready())
+            stack.enter_context(runner.running())
             stack.enter_context(with_gradients())
             if checkpoints is not None:
                 stack.enter_context(checkpoints.watching(done))

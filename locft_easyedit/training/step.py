@@ -15,7 +15,7 @@ from ..distributed.world import Partition
 from ..errors import NonFiniteLossError
 from ..hparams import LocFTBFHyperParams
 from ..modeling.fsdp import lockstep
-from ..prefix.prefetch import ahead
+from ..prefix.prefetch import prefetch
 from ..prefix.runner import Prepared, TextRunner
 from .trained_weights import TrainedWeights
 
@@ -74,7 +74,7 @@ class TrainingStep:
         Args:
             batches: The texts of each mini-batch.
         """
-        return ahead(
+        return prefetch(
             self.micro_batches,
             batches,
             self.runner.device,
@@ -85,7 +85,7 @@ class TrainingStep:
 
     def micro_batches(self, batch: np.ndarray) -> list[Prepared]:
         """Returns this process's share of a mini-batch of texts, [B], on the device, in parts."""
-        return self._divided(self.share.of(batch))
+        return self._divided(self.share.positions_of(batch))
 
     def _divided(self, texts: np.ndarray) -> list[Prepared]:
         lengths = self.runner.texts.input_lengths[texts]
@@ -118,12 +118,12 @@ class TrainingStep:
         if self.host_may_sync:
             if update:
                 self.optimizer.step()
-                self.weights.publish_()
+                self.weights.copy_masters_to_model_()
             return loss, update
         # A fused Adam leaves everything as it is where this says so: the host need not wait.
         self.optimizer.found_inf = (~update).float()  # type: ignore[attr-defined]
         self.optimizer.step()
-        self.weights.publish_()
+        self.weights.copy_masters_to_model_()
         return loss, update
 
     def finish_(self) -> None:
@@ -135,7 +135,7 @@ class TrainingStep:
         self.weights.clear_gradients_()
         # The same sums were added to all; unlike GPUs may still have rounded them differently.
         self.share.world.broadcast_(self.weights.masters)
-        self.weights.publish_()
+        self.weights.copy_masters_to_model_()
         if not self.weights.finite():
             raise NonFiniteLossError(
                 "The last update made a weight NaN or infinite; the weights are as they were "

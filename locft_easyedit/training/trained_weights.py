@@ -68,7 +68,7 @@ class TrainedWeights:
             yield master.grad
 
     @torch.no_grad()
-    def publish_(self) -> None:
+    def copy_masters_to_model_(self) -> None:
         """Writes the masters into the model."""
         for name, master in self._separate.items():
             self.parameters[name].copy_(master)
@@ -107,8 +107,8 @@ def write_(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Te
 
 
 @contextmanager
-def exchanged(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Within, the parameters that `values` names hold these; afterwards what they held before.
+def values_swapped(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Context manager that puts `values` into the parameters they name, and back what these held.
 
     Raises:
         ModelError: The model has no parameter of such a name and shape; nothing was changed.

@@ -114,7 +114,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 def output_errors(
     path: str | Path, otherwise: str = "choose another place that you may write to"
 ) -> Iterator[None]:
-    """Within, an error of the disk is one that tells a user what to do about `path`.
+    """Context manager that turns an error of the disk into one that says what to do about `path`.
 
     Args:
         path: What is written.
@@ -135,7 +135,7 @@ def output_errors(
 
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """Within, no other run writes into `folder`, which is made if need be.
+    """Context manager that keeps other runs from writing into `folder`, which is made if need be.
 
     The system ends the lock with the process, however that ends.
 

@@ -29,7 +29,7 @@ class Interrupts:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Within, the first Ctrl-C or SIGTERM is noted and not raised; a second one acts at once.
+        """Context manager that notes the first Ctrl-C or SIGTERM; a second one acts at once.
 
         SIGTERM is what schedulers of clusters send before they kill. Only a program's main thread
         gets signals: in any other thread nothing changes.
@@ -64,7 +64,7 @@ class Interrupts:
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Within, SIGTERM is an exception, so that processes that were started are ended as well."""
+    """Context manager that raises SIGTERM as an exception: processes that were started end too."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)

@@ -12,7 +12,7 @@ from torch import nn
 
 @contextmanager
 def timed(timings: dict[str, float], phase: str, model: nn.Module) -> Iterator[None]:
-    """Within is a phase: its seconds are put into `timings`, unless it fails.
+    """Context manager around a phase: its seconds are put into `timings`, unless it fails.
 
     Args:
         timings: Seconds by phase.

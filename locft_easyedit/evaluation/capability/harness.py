@@ -19,7 +19,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from .metrics import PAPER_TASKS, choose_metric, scale_of
-from .prepare import CapabilityError, ReadyTasks, prepare_tasks
+from .prepare import CapabilityError, PreparedTasks, prepare_tasks
 from .surroundings import errors_only, model_kept, padded_copy, surroundings_kept
 
 
@@ -34,7 +34,7 @@ def measure_capability(
     batch_size: int = 8,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Returns how well a model does each task, and the mean: `prepare_tasks`, `measure_ready`.
+    """Returns how well a model does each task, and the mean: `prepare_tasks`, `measure_prepared`.
 
     Raises:
         MissingDependencyError: lm_eval is not installed.
@@ -43,11 +43,11 @@ def measure_capability(
     ready = prepare_tasks(
         tasks, tasks_dir=tasks_dir, limit=limit, num_fewshot=num_fewshot, progress=progress
     )
-    return measure_ready(model, tokenizer, ready, batch_size=batch_size, progress=progress)
+    return measure_prepared(model, tokenizer, ready, batch_size=batch_size, progress=progress)
 
 
-def measure_ready(
-    model: Any, tokenizer: Any, ready: ReadyTasks, *, batch_size: int = 8, progress: bool = True
+def measure_prepared(
+    model: Any, tokenizer: Any, ready: PreparedTasks, *, batch_size: int = 8, progress: bool = True
 ) -> dict[str, Any]:
     """Returns how well a model does each task of `prepare_tasks`, and the mean.
 
@@ -105,7 +105,7 @@ class _NaNWatch:
         self.seen = self.seen.to(output.logits.device) | output.logits.isnan().any()
 
 
-def _check_context(lm: Any, ready: ReadyTasks) -> None:
+def _check_context(lm: Any, ready: PreparedTasks) -> None:
     """Raises if a task generates more tokens than the model's context holds."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
@@ -122,7 +122,7 @@ def _check_context(lm: Any, ready: ReadyTasks) -> None:
                 )
 
 
-def _measure(lm: Any, name: str, ready: ReadyTasks) -> dict[str, Any]:
+def _measure(lm: Any, name: str, ready: PreparedTasks) -> dict[str, Any]:
     """Returns the entry of one task or group; seeds are those of the harness's command."""
     import lm_eval
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
@@ -190,8 +190,8 @@ def capability_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """Returns a table of tasks and their mean, one column a model, with the change at the end.
 
     Args:
-        results: Heading -> what `measure_ready` returned for the same tasks, for example `before`
-            and `after`. The change is that of the last against the first.
+        results: Heading -> what `measure_prepared` returned for the same tasks, for example
+            `before` and `after`. The change is that of the last against the first.
     """
     table = Table(title="Capability: shares between 0 and 1", title_justify="left")
     table.add_column("task", overflow="fold")

@@ -28,7 +28,7 @@ class CapabilityError(LocFTError):
 
 
 @dataclass(frozen=True)
-class ReadyTasks:
+class PreparedTasks:
     """Tasks that were found and whose data is loaded; they can be measured more than once.
 
     Attributes:
@@ -48,7 +48,7 @@ def prepare_tasks(
     limit: int | None = None,
     num_fewshot: int | None = None,
     progress: bool = True,
-) -> ReadyTasks:
+) -> PreparedTasks:
     """Returns the tasks with their data.
 
     A tag, or a group without a mean of its own, stands for its members.
@@ -94,7 +94,7 @@ def prepare_tasks(
                 shots = own if num_fewshot is None else num_fewshot
                 task.set_config(key="num_fewshot", value=shots or 0)
             _without_resampling_(task)
-    return ReadyTasks(rows, limit)
+    return PreparedTasks(rows, limit)
 
 
 def _rows(loaded: Any, name: str) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from ...data.requests import distinct_edits
 from ...distributed.world import SINGLE_PROCESS
 from ...errors import LocFTError, ModelError, NonFiniteLossError
 from ...evaluation.evaluation import Evaluation, PairedMetrics
-from ...evaluation.predictions import FirstChoices, HowToRun
+from ...evaluation.predictions import ArgmaxPredictor, EvalConfig
 from ...evaluation.prompts import Metrics
 from ...evaluation.summary import summarize
 from ...hparams import LocFTBFHyperParams
 from ...modeling.places import Location
-from ...prefix.shared_states import LayerStates
+from ...prefix.shared_states import SharedStates
 from ...prefix.shortcuts import can_pack
 from ...prefix.store import Budget
 from ...training.choice import Cell
@@ -70,7 +70,7 @@ class Bench:
     capability: Callable[[], float] | None = None
     _held_out: HeldOut = field(init=False)
     _drift: Drift = field(init=False)
-    _states: LayerStates = field(init=False)
+    _states: SharedStates = field(init=False)
 
     def __post_init__(self) -> None:
         h = self.hparams
@@ -84,7 +84,7 @@ class Bench:
         packed = h.packing and can_pack(self.model, texts)
         self._drift = Drift(self.model, texts, packed=packed, row_tokens=h.row_tokens)
         tiers = h.prefix_gpu_gib, h.prefix_host_gib, h.prefix_disk_gib, h.prefix_dir
-        self._states = LayerStates(self.model, self.layers, Budget(*tiers))
+        self._states = SharedStates(self.model, self.layers, Budget(*tiers))
 
     def cells(
         self, location: Location, rates: Sequence[float], begin: Callable[[Cell], None]
@@ -117,11 +117,11 @@ class Bench:
                 world=SINGLE_PROCESS,
             )
             with session as one:
-                how = HowToRun.of_session(one, progress=False)
+                how = EvalConfig.from_session(one, progress=False)
                 evaluation = Evaluation(
                     self.model, self.tokenizer, self.requests, how, before=self.before
                 )
-                asked = self._held_out.ready(how)
+                asked = self._held_out.predictor(how)
                 while left:
                     one.hparams = replace(h, lr=left[0])
                     outcome = self._guarded(Cell(location, left[0]), one, evaluation, asked)
@@ -134,7 +134,7 @@ class Bench:
                 yield _failed(Cell(location, rate), error)
 
     def _guarded(
-        self, cell: Cell, session: EditSession, evaluation: Evaluation, asked: FirstChoices
+        self, cell: Cell, session: EditSession, evaluation: Evaluation, asked: ArgmaxPredictor
     ) -> CellOutcome:
         """Returns what a cell found; an error of any kind is the cell's, never the study's."""
         try:
@@ -148,7 +148,7 @@ class Bench:
         return outcome
 
     def _cell(
-        self, cell: Cell, session: EditSession, evaluation: Evaluation, asked: FirstChoices
+        self, cell: Cell, session: EditSession, evaluation: Evaluation, asked: ArgmaxPredictor
     ) -> CellOutcome:
         start = time.perf_counter()
         result = session.train_()
@@ -173,7 +173,7 @@ class Bench:
             return replace(outcome, state=DIVERGED, reason=reason, figures={})
         return outcome
 
-    def _figures(self, evaluation: Evaluation, asked: FirstChoices) -> dict[str, float]:
+    def _figures(self, evaluation: Evaluation, asked: ArgmaxPredictor) -> dict[str, float]:
         after = evaluation.measure("after")
         found = summarize(PairedMetrics(self.requests, self.before, after))["post"]
         figures = figures_of(found)
@@ -194,7 +194,7 @@ def measure_before(
     progress: bool = False,
 ) -> list[Metrics]:
     """Returns each record's metrics before any edit, once for all cells."""
-    how = HowToRun(hparams.eval_batch_size, hparams.row_tokens, progress=progress)
+    how = EvalConfig(hparams.eval_batch_size, hparams.row_tokens, progress=progress)
     return Evaluation(model, tokenizer, requests, how).measure("before")
 
 

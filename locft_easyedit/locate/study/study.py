@@ -148,7 +148,7 @@ class Study:
 
     @contextmanager
     def held(self, name: str, *, wait: bool = True) -> Iterator[bool]:
-        """Within, nobody else holds this part of the folder; yields whether it was to be had.
+        """Context manager that locks this part of the folder; yields whether it could.
 
         The system ends it with the process, however that ends.
 

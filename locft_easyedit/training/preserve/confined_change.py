@@ -22,11 +22,11 @@ from ...errors import PlaceError, one_message
 from ...modeling.places import sides, unsuitable
 from ...prefix.cut import Cut, Fold
 from ...utils.hashing import checksum, json_sha256
-from ..reparametrization import Change
+from ..reparametrization import Reparametrization
 from ..trained_weights import TrainedWeights
 
 
-class Confined(Change):
+class ConfinedChange(Reparametrization):
     """The confined change of the matrices of a place. Making one changes nothing in the model.
 
     Args:
@@ -82,9 +82,9 @@ class Confined(Change):
         """Returns whether the model's values are those that this change is added to."""
         return all(torch.equal(parameters[name], value) for name, value in self.original.items())
 
-    def on_top(self) -> Confined:
+    def on_top(self) -> ConfinedChange:
         """Returns a change with the same filters, of the model's present values."""
-        return Confined(self._model, self.parameters, self._filters)
+        return ConfinedChange(self._model, self.parameters, self._filters)
 
     def forward_of(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         """Returns what the module of a parameter computes with A S."""

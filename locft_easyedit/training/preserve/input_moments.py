@@ -254,7 +254,7 @@ def _listening(
     ends: torch.Tensor,
     take: Taker,
 ) -> Iterator[None]:
-    """Within, a forward pass gives each module's keys to `take`, and ends after the last.
+    """Context manager that gives each module's keys in a pass to `take`; ends it after the last.
 
     Args:
         model: The model.

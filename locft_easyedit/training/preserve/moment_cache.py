@@ -45,7 +45,7 @@ class Origin:
 
 
 def cache_errors(file: Path) -> AbstractContextManager[None]:
-    """Within, an error of the disk is one that says how to keep measurements elsewhere.
+    """Context manager that turns a disk's error into one that says where else to keep measurements.
 
     Raises:
         OutputError: Something could not be written.

@@ -18,7 +18,7 @@ from ...modeling.places import Place
 from ...prefix.shortcuts import Shortcuts
 from ...prefix.streaming import FrozenStream
 from ...utils.timing import timed
-from .confined_change import Confined, check_confinable
+from .confined_change import ConfinedChange, check_confinable
 from .filters import Filters, adam_of, filters_for
 from .sources import Source
 
@@ -33,7 +33,7 @@ class Protection:
     """
 
     filters: Filters
-    change: Confined
+    change: ConfinedChange
 
     @classmethod
     def measured(
@@ -72,7 +72,7 @@ class Protection:
             )
         # Unlike GPUs may have rounded differently.
         world.broadcast_(filters.of.values())
-        return cls(filters, Confined(model, place.parameters, filters.of))
+        return cls(filters, ConfinedChange(model, place.parameters, filters.of))
 
     def folded(self, shortcuts: Shortcuts) -> Shortcuts:
         """Returns the shortcuts with the change's constants in what a prefix records."""
