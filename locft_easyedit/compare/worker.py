@@ -118,7 +118,7 @@ def _method(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
     except torch.cuda.OutOfMemoryError as error:
         traceback.print_exc()
         outcome = Outcome(job.name, status="failed", reason=f"out of memory: {_one_line(error)}")
-    except Exception as error:  # whatever somebody's code may raise
+    except Exception as error:  # whatever EasyEdit's code may raise
         traceback.print_exc()
         if isinstance(error, LocFTError):
             reason = _one_line(error)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from rich.text import Text
 
 from ..evaluation.report import metrics_table
+from ..utils.tables import Row, terminal_table
 from .edited_matrices import EditedMatrices
 
 
@@ -33,10 +33,7 @@ def delta_tables(delta: EditedMatrices) -> list[Table]:
     """Returns tables of an edit: what it is, where it is, and its metrics if it has any."""
     said = description(delta)
     requests, losses, lora = said["requests"], said["losses"], said["lora"]
-    overview = Table(title=f"Edit {delta.short_id}", title_justify="left", show_header=False)
-    overview.add_column("what")
-    overview.add_column("value", overflow="fold")
-    rows = {
+    said_of_it = {
         "id": delta.id,
         "base model (name only)": said["base_model"],
         "made": f"{said['created']} with "
@@ -48,21 +45,27 @@ def delta_tables(delta: EditedMatrices) -> list[Table]:
         "size": f"{said['bytes'] / 2**20:.1f} MiB",
         "other parameters": f"{len(said['frozen'])} sampled",
     }
-    for what, value in rows.items():
-        overview.add_row(what, Text(str(value)))  # a text from a file is never markup
-    where = Table(title="Matrices", title_justify="left")
-    for heading in ("name", "dtype", "shape", "change", "sha256 after", "sha256 before"):
-        where.add_column(heading, overflow="fold")
+    overview = terminal_table(
+        ["what", "value"],
+        [Row([what, str(value)]) for what, value in said_of_it.items()],
+        title=f"Edit {delta.short_id}",
+        text_columns=2,
+        header=False,
+    )
+    rows = []
     for name, described in said["matrices"].items():
         change = said["relative_change"].get(name)
-        where.add_row(
-            Text(name),
+        cells = [
+            name,
             described["dtype"],
             " x ".join(map(str, described["shape"])),
             "-" if change is None else f"{100 * change:.2f} %",
             described["new"][:12],
             described["original"][:12],
-        )
+        ]
+        rows.append(Row(cells))
+    headings = ["name", "dtype", "shape", "change", "sha256 after", "sha256 before"]
+    where = terminal_table(headings, rows, title="Matrices", text_columns=len(headings))
     metrics = {key: _numbers(said["metrics"].get(key)) for key in ("pre", "post")}
     return [overview, where, *([metrics_table(metrics)] if metrics["post"] else [])]
 

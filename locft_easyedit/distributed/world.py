@@ -58,7 +58,7 @@ def is_launched() -> bool:
 
 
 def single_process_environment() -> dict[str, str]:
-    """Returns an environment for a process that works by itself, whoever has started this one."""
+    """Returns an environment for a process that works by itself, also where this one is a rank."""
     return {key: value for key, value in os.environ.items() if key not in _LAUNCHED}
 
 
@@ -117,7 +117,7 @@ class World:
         return self.size > 1
 
     def partition(self, sizes: np.ndarray) -> np.ndarray:
-        """Returns which of N items are this rank's, ascending; every item is somebody's.
+        """Returns which of N items are this rank's, ascending; every item is one rank's.
 
         Args:
             sizes: Work of each item, [N], to be dealt out evenly.
@@ -127,7 +127,7 @@ class World:
     def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replaces each tensor by its sum over all ranks: the same bits on all of them."""
         if self.is_distributed:
-            # A GPU goes on by itself; the host waits for nobody.
+            # A GPU goes on by itself; the host does not wait.
             self._exchange(
                 "all_reduce", tensors, lambda tensor, group: dist.all_reduce(tensor, group=group)
             )
@@ -301,7 +301,7 @@ _world: World | None = None
 
 
 def existing_world() -> World:
-    """Returns the world of this process as far as it is set up; nobody is waited for."""
+    """Returns the world of this process as far as it is set up, without waiting."""
     return _world or SINGLE_PROCESS
 
 

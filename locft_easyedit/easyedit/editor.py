@@ -440,7 +440,7 @@ def apply_locft_bf_to_model(
         hparams: The hyper-parameters.
         copy: Edit a copy; else the model itself.
         return_orig_weights: Return the trained parameters' former values, by name.
-        keep_original_weight: EasyEdit's; whoever holds the values decides whether to restore them.
+        keep_original_weight: EasyEdit's; the caller decides whether to restore them.
         **kwargs: What EasyEdit passes for other methods.
 
     Raises:

@@ -147,7 +147,7 @@ def _missing(missing: dict[str, str]) -> MissingDependencyError:
 def _import(spec: ModuleSpec) -> ModuleType:
     """Imports EasyEdit; leaves nothing of it behind where that fails."""
     assert spec.loader is not None  # a spec with an origin has one
-    # Parts left by somebody's failed import may be of another EasyEdit.
+    # Parts left by a failed import may be of another EasyEdit.
     _forget()
     package = importlib.util.module_from_spec(spec)
     sys.modules["easyeditor"] = package

@@ -72,7 +72,7 @@ class StandIn:
         raise MissingDependencyError(self._missing.message)
 
     def __getattr__(self, name: str) -> StandIn:
-        # Whoever asks for a special name wants to know what kind of object this is: none.
+        # A special name is asked for to learn what kind of object this is: none.
         if name.startswith("__"):
             raise AttributeError(name)
         return StandIn(f"{self._name}.{name}", self._missing)
@@ -92,7 +92,7 @@ class StandIn:
 
     __or__ = __ror__ = __getitem__
 
-    # No object is an instance of a class that nobody has.
+    # No object is an instance of a class that is not there.
     def __instancecheck__(self, _: Any) -> bool:
         return False
 

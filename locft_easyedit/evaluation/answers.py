@@ -70,7 +70,7 @@ def accepted_targets(request: Mapping[str, Any]) -> list[str]:
 def accepted_old(request: Mapping[str, Any]) -> list[str]:
     """Returns a request's former answers; empty if none is known.
 
-    Without those that are accepted as new: whoever gives them may have learned the edit.
+    Without those that are accepted as new: a model that gives them may have learned the edit.
     """
     truth = request.get("ground_truth")
     truths = truth if isinstance(truth, (list, tuple)) else [truth]

@@ -45,7 +45,7 @@ class Evaluation:
         numbers: The records' numbers, which their random draws depend on; counted from 0 if `None`.
 
     Attributes:
-        packed: Whether rows are packed; `None` if nobody has measured it.
+        packed: Whether rows are packed; `None` if it was not measured.
 
     Raises:
         RequestError: The records cannot be evaluated.
@@ -312,7 +312,7 @@ class SharedMeasurement:
             yield from stream(description, only)
             return
         assert only is None
-        # Of a model that is sharded, whoever is done goes on taking part in the others' passes.
+        # Of a sharded model, a rank that is done goes on taking part in the others' passes.
         with self.world.sharing_errors(), lockstep(self._model):
             found = CompactRecords(stream(description))
         yield from _in_order(self.world.all_gather((self._own, found)))

@@ -217,7 +217,7 @@ class ArgmaxPredictor:
             self._prefix.close()
 
     def _filled(self, prefix: FrozenPrefix) -> bool:
-        """Returns whether somebody had the states of `prefix`, which now has them too."""
+        """Returns whether `prefix` could take its states from a recorder that had them."""
         if self.how.states is None or not len(self.texts):
             return False
         return self.how.states.fill(

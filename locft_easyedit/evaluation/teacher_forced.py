@@ -72,7 +72,7 @@ class TeacherForced:
         )
 
     def packed(self) -> bool:
-        """Returns whether the model can be packed; measured on a few prompts if nobody said."""
+        """Returns whether the model can be packed; measured on a few prompts if not given."""
         return self._choices.packed()
 
     def measure(self, description: str, only: Sequence[int] | None = None) -> list[Metrics]:

@@ -55,7 +55,7 @@ class Head:
         Args:
             hidden: [C, D].
             labels: [C].
-            gradient: Written to, [C, D]; `None` if nobody needs it.
+            gradient: Written to, [C, D]; `None` if it is not needed.
         """
         index = labels.unsqueeze(1)
         products = self._products(hidden)

@@ -15,7 +15,7 @@ Why all processes issue the same gatherings in the same order:
   one, and only that), so that what FSDP2 would derive from the history of a process, which
   differs, plays no part. Fetching ahead issues a gathering earlier and changes no order.
 - Nothing that is frozen has a gradient, so a backward pass gathers and reduces nothing.
-- Where no gradients are wanted there is no backward pass, and nobody announces one: forward and
+- Where no gradients are wanted there is no backward pass, and none is announced: forward and
   backward passes are agreed upon each for itself.
 - Passes that end early (`Stop`) do so below the first of these layers or above the last.
 

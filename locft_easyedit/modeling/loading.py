@@ -97,7 +97,7 @@ def load_model(
                 "out."
             )
         loaded, tokenizer = name
-        # A model that somebody has placed stays where it is, unless a device is asked for.
+        # A model that is placed already stays where it is, unless a device is asked for.
         if hparams.device is not None:
             loaded = loaded if hparams.model_parallel else _placed(loaded, device)
         return loaded, tokenizer
@@ -356,7 +356,7 @@ def _check_shards(name: str, folder: Path) -> None:
     if odd:
         raise ModelError(
             f"`{index}` names {shown(odd[0])}, which is no file of this folder. Download the model "
-            "again, from somebody you trust."
+            "again, from a source that you trust."
         )
     missing = [shard for shard in shards if not is_file(folder / shard)]
     if missing:

@@ -15,7 +15,7 @@ from .units import bytes_text
 from .workload import Machine, Workload
 
 NAMES = {"gpu": "the GPU", "host": "the host", "disk": "the disk"}
-# What the prefix may take of what is free, where nobody says it.
+# What the prefix may take of what is free, where it is not given.
 _SHARES = {"gpu": 0.25, "host": 0.5, "disk": 1.0}
 _ROUNDING = 1 + 1e-9
 

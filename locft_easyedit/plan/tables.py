@@ -223,7 +223,7 @@ def assumptions(plan: Plan) -> list[str]:
 
 
 def _stated(machine: Machine, field: str, unit: str = "GB/s") -> str:
-    """Returns a rate, and whether somebody has given it."""
+    """Returns a rate, and whether it was given."""
     value = getattr(machine, field)
     assumed = f" (assumed unless {field}= says it)" if value == getattr(Machine, field) else ""
     return f"{value:,g} {unit}{assumed}"

@@ -138,7 +138,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine, or several of a kind; sizes in bytes. Rates that nobody gives are assumed.
+    """The machine, or several of a kind; sizes in bytes. Rates that are not given are assumed.
 
     Attributes:
         gpu: Memory of a GPU; `None` plans for a CPU alone.

@@ -60,7 +60,7 @@ class Cut:
         sides: Modules whose outputs the layer has added to its input before `block`.
         after: What the block's output passes before it is added to the residual.
         returns_tuple: Whether the layer returns a tuple.
-        width: Numbers a token, W; 0 if nobody has looked.
+        width: Numbers a token, W; 0 if it was not measured.
         narrows: Whether the model takes fewer positions from its last layer than it gave it.
         fold: How the block is run (`matrix`); `None` runs it as it is.
     """

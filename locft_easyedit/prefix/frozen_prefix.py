@@ -159,11 +159,11 @@ class FrozenPrefix:
         self._store, self.complete = store, True
 
     def borrow(self, store: StateStore) -> None:
-        """Replays a store that holds the states of all sequences and stays somebody else's."""
+        """Replays a store that holds the states of all sequences and belongs to its maker."""
         self._store, self.complete, self._borrowed = store, True, True
 
     def close(self) -> None:
-        """Gives back what recorded states took, unless they are somebody else's."""
+        """Gives back what recorded states took, unless they belong to another."""
         if self.complete and not self._borrowed:
             self.store.close()
 
@@ -259,7 +259,7 @@ class FrozenPrefix:
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """Context manager that begins passes at the cut; the module tree is restored in any case."""
+        """Context manager that begins passes at the cut; the module tree is always restored."""
 
         def fed() -> torch.Tensor:
             assert self._fed is not None

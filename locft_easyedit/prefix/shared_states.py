@@ -69,7 +69,7 @@ class _Layout:
 
 
 class SharedStates:
-    """What enters some layers of a model, for every set of texts that somebody asks for.
+    """What enters some layers of a model, for every set of texts that is asked for.
 
     A context manager; leaving it gives all states back. Made before any edit. A set of texts is
     recorded when the first prefix over it is filled; a changed model is noticed by a sample of its

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ..utils.files import output_errors, write_atomically
 
 _FORMAT = 1
-_ALIGNMENT = 4096  # a page: whoever maps the file can map the data on its own
+_ALIGNMENT = 4096  # a page: the data can be mapped without the rest of the file
 _BLOCK = 64 * 2**20  # bytes a checksum
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 

@@ -86,7 +86,7 @@ class FrozenStream:
                         self._place_buffers(part)
                 self._senders.append(module.register_forward_pre_hook(self._send, with_kwargs=True))
             self._look()
-        except BaseException:  # nobody calls `__exit__` then
+        except BaseException:  # `__exit__` is not called then
             self.__exit__()
             raise
         return self

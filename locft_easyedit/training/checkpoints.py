@@ -56,7 +56,7 @@ class Checkpoints:
     Attributes:
         path: The file.
         saved: What was found there, or `None`; its tensors are on rank 0 alone.
-        notes: What to keep besides, for whoever resumes.
+        notes: What to keep besides, for a run that resumes.
 
     Raises:
         CheckpointError: There is one that is damaged, or the unfinished one of another training.
@@ -243,7 +243,7 @@ class Checkpoints:
             for moment, value in optimizer.state.get(master, {}).items():
                 tensors[f"{moment}.{name}"] = value
         progress.seconds = self._elapsed()
-        # Nobody goes on, or ends, before it is written.
+        # No rank goes on, or ends, before it is written.
         written = self.world.broadcast_from_main(lambda: self._write(progress, tensors))
         self._last = time.monotonic()
         self._end_if_asked(progress, written)

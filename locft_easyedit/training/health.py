@@ -100,7 +100,7 @@ class HealthCheck:
         """Measures the perplexity before an edit, unless that was done."""
         prefix = None if self._runner is None else self._runner.prefix
         if prefix is not None and prefix.source is not None and not prefix.complete:
-            # The edits' own states came from an earlier run, and nobody else asked for a pass.
+            # The edits' own states came from an earlier run, and nothing else has asked for a pass.
             self.not_measured = "the frozen layers would have to be read from disk for it alone"
         if self.perplexity_before is None and not self.not_measured:
             self.perplexity_before = self._perplexity()

@@ -51,7 +51,7 @@ class Reparametrization(ABC):
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """Context manager that lets modules compute with the change; no parameter gets gradients."""
+        """Context manager that adds the change to what the modules compute; it alone is trained."""
         with ExitStack() as undo:
             for name, module in self.modules.items():
                 parameter = self.parameters[name]

@@ -44,7 +44,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         mode = temporary.stat().st_mode
         os.unlink(temporary)  # who writes nothing must not leave an empty file in place of the old
         yield temporary
-        # safetensors makes files that nobody else may read, whatever the user's umask says.
+        # safetensors makes files that only their owner may read, whatever the user's umask says.
         temporary.chmod(mode)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())

@@ -33,7 +33,7 @@ def plain(value: Any) -> Any:
 def encoded(value: Any) -> Any:
     """Returns `value` with NaN and infinity as `{"not finite": "nan"}`.
 
-    JSON has no NaN. So a figure that is no number stays visible, and differs from a text.
+    JSON has no NaN. So a figure that is NaN or infinite stays visible, and differs from a text.
     """
     if isinstance(value, float) and not math.isfinite(value):
         return {"not finite": str(value)}
@@ -50,5 +50,5 @@ def write_dataclass(path: str | Path, record: DataclassInstance) -> None:
     """
     text = json.dumps(encoded(asdict(record)), indent=2, ensure_ascii=False, allow_nan=False)
     with output_errors(path):
-        # A lone surrogate in somebody's error message becomes the JSON escape that it came from.
+        # A lone surrogate in an error message becomes the JSON escape that it came from.
         write_atomically(path, f"{text}\n".encode("utf-8", "backslashreplace"))

@@ -69,7 +69,7 @@ def json_of(text: str, *, unique_keys: bool = False) -> Any:
         unique_keys: Refuse a mapping that gives a key twice; the last one counts otherwise.
 
     Raises:
-        ParseError: It is no JSON, nested too deeply, or holds a number that nobody can read.
+        ParseError: It is no JSON, nested too deeply, or holds a number too long to read.
     """
     try:
         return json.loads(text, object_pairs_hook=_mapping_of if unique_keys else None)

@@ -1,6 +1,6 @@
 """A folder's results and the settings they were made with: the same goes on, another is refused.
 
-The settings lie as JSON beside the results (`SettingsFile`). Whoever is about to add results
+The settings lie as JSON beside the results (`SettingsFile`). A run that is about to add results
 compares them with its own and refuses what differs (`refuse_differences`). `run_folder` is such a
 folder for one run: locked, and gone on with after a kill.
 """

@@ -140,7 +140,7 @@ def _end(processes: Sequence[subprocess.Popen[Any]]) -> None:
 def _share_of_cores(device: str | None, n_beside: int) -> dict[str, str]:
     """Returns variables for one of `n_beside` processes on a device.
 
-    On a CPU each of them would take all cores, and all would be slower; unless somebody has said
+    On a CPU each of them would take all cores, and all would be slower; unless the environment says
     how many it shall take.
     """
     if device != "cpu" or n_beside < 2 or "OMP_NUM_THREADS" in os.environ:

@@ -147,7 +147,7 @@ def peer_hparams(
     keys += ["batch_size"] if method in BATCHED else []
     from_file, given = _checked(method, from_file, given, keys)
     rules, missing = _model_rules(method, model, n_edits, (from_file | given).get("layers"))
-    # A file is somebody's choice for a model; only what names this run's model and files goes
+    # A file is its author's choice for a model; only what names this run's model and files goes
     # before it.
     rules = [r for r in rules if r.key not in from_file] + [r for r in runtime if r.key in keys]
     rules = [r for r in rules if r.key not in given]

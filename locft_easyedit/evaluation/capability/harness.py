@@ -18,6 +18,7 @@ import torch
 from rich.table import Table
 from tqdm import tqdm
 
+from ...utils.tables import Row, terminal_table
 from .metrics import PAPER_TASKS, choose_metric, scale_of
 from .prepare import CapabilityError, PreparedTasks, prepare_tasks
 from .surroundings import errors_only, model_kept, padded_copy, surroundings_kept
@@ -64,7 +65,7 @@ def measure_prepared(
         `tasks`: name -> `metric` (the harness's, with its filter), `value` (0 to 1), `stderr`
         (`None` where the harness has no closed form, as for BLEU), `n` (documents),
         `num_fewshot` (`None` if a group's tasks differ) and `all` (every metric in the harness's
-        own scale); and `mean`, over these tasks. A value that is no number is `None`, with
+        own scale); and `mean`, over these tasks. A value that is NaN or infinite is `None`, with
         `reason`, and so is the mean then.
 
     Raises:
@@ -193,19 +194,20 @@ def capability_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
         results: Heading -> what `measure_prepared` returned for the same tasks, for example
             `before` and `after`. The change is that of the last against the first.
     """
-    table = Table(title="Capability: shares between 0 and 1", title_justify="left")
-    table.add_column("task", overflow="fold")
-    table.add_column("metric", overflow="fold")
-    for heading in ("n", *results, *(["change"] if len(results) > 1 else [])):
-        table.add_column(heading, justify="right")
     first, *_ = measured = list(results.values())
+    rows = []
     for name, about in first["tasks"].items():
         entries = [result["tasks"][name] for result in measured]
         values = [(entry["value"], entry["stderr"]) for entry in entries]
-        table.add_row(name, about["metric"], str(about["n"]), *_cells(values))
-    table.add_section()
-    table.add_row("mean", "", "", *_cells([(result["mean"], None) for result in measured]))
-    return table
+        rows.append(Row([name, about["metric"], str(about["n"]), *_cells(values)]))
+    means = _cells([(result["mean"], None) for result in measured])
+    rows.append(Row(["mean", "", "", *means], section=True))
+    return terminal_table(
+        ["task", "metric", "n", *results, *(["change"] if len(results) > 1 else [])],
+        rows,
+        title="Capability: shares between 0 and 1",
+        text_columns=2,
+    )
 
 
 def _cells(values: Sequence[tuple[float | None, float | None]]) -> list[str]:

@@ -40,7 +40,7 @@ def surroundings_kept(*, progress: bool) -> Iterator[None]:
     """Context manager that restores random states and logging, which tasks may set.
 
     Args:
-        progress: Show progress bars; without it none is shown, whoever makes it.
+        progress: Show progress bars; without it none is shown, the harness's included.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()

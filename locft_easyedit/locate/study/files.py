@@ -30,7 +30,7 @@ def write_cells_csv(path: str | Path, outcome: StudyOutcome) -> None:
     """Writes the cells that are done as CSV, one a row, by layer, module and rate.
 
     The columns are always `CSV_COLUMNS`; a figure that a cell does not have is empty, one that is
-    no number `nan`. Several templates of a place are separated by a space.
+    NaN `nan`. Several templates of a place are separated by a space.
 
     Raises:
         OutputError: The file cannot be written.

@@ -154,7 +154,7 @@ class Study:
 
         Args:
             name: The part.
-            wait: Wait for it, or else yield `False` where somebody has it.
+            wait: Wait for it, or else yield `False` where another process has it.
         """
         folder = self.path / "locks"
         with output_errors(folder):

@@ -1,7 +1,7 @@
 """One process of a study: `python -m locft_easyedit.locate.study.worker FOLDER DEVICE`.
 
-It takes the places that nobody is at, one after the other, until none is left. Any number of such
-processes work on one folder, on this machine or on others that see it.
+It takes the places that no other process is at, one after the other, until none is left. Any number
+of such processes work on one folder, on this machine or on others that see it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def work(study: Study, device: int | str | None = None) -> None:
-    """Tries all places that nobody else is at.
+    """Tries all places that no other process is at.
 
     Args:
         study: The study, its folder opened.

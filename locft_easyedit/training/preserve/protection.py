@@ -65,7 +65,7 @@ class Protection:
         Raises:
             LocFTError: As for `filters_for`, here or on another rank.
         """
-        # Whoever fails here must not leave the others waiting for the exchange below.
+        # A rank that fails here must not leave the others waiting for the exchange below.
         with timed(timings, "preserve", model), world.sharing_errors():
             filters = filters_for(
                 model, tokenizer, place, sources, texts, hparams, progress=progress
