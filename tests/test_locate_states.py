@@ -25,6 +25,8 @@ from locft_easyedit.statefile import StateFile
 from locft_easyedit.store import Budget, StateStore
 from locft_easyedit.tokens import TokenizedTexts
 
+pytestmark = pytest.mark.usefixtures("short_answers")
+
 # Side by side attention and MLP (GPT-J) leave no cut at the MLP's norm.
 CASES = [
     (kind, cut)

@@ -30,6 +30,7 @@ from locft_easyedit.place import find_layers
 from locft_easyedit.requests import distinct_edits
 from locft_easyedit.tokens import tokenize_edits
 
+pytestmark = pytest.mark.usefixtures("short_answers")
 METRICS = ("accuracy", "generated")
 GPUS = [torch.device("cuda", i) for i in range(2)]
 _ENDS = {"gpt2": (["transformer.wte", "transformer.wpe"], ["transformer.ln_f"])}

@@ -19,6 +19,7 @@ from locft_easyedit.pipeline import edit_and_measure
 from locft_easyedit.prefix import FrozenPrefix
 from locft_easyedit.stream import FrozenStream, stream_of
 
+pytestmark = pytest.mark.usefixtures("short_answers")
 METRICS = ("accuracy", "generated", "ppl")
 
 
