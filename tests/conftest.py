@@ -1,3 +1,4 @@
+import functools
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from toys import (
 )
 
 from locft_easyedit.errors import MissingDependencyError
+from locft_easyedit.evaluate.generated import Generated
 
 torch.set_num_threads(1)
 settings.register_profile("tests", deadline=None)  # how long it takes depends on what else runs
@@ -52,6 +54,16 @@ def smollm2():
             return prepare_smollm2(folder)
     except MissingDependencyError as missing:
         pytest.skip(str(missing))
+
+
+@pytest.fixture
+def short_answers(monkeypatch):
+    """Answers end after 16 tokens; every target of the toys has fewer.
+
+    The answers of a random model seldom end by themselves, and 32 tokens show no more.
+    """
+    short = functools.partial(Generated, max_new_tokens=16)
+    monkeypatch.setattr("locft_easyedit.evaluate.evaluation.Generated", short)
 
 
 @pytest.fixture(scope="session")

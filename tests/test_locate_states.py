@@ -23,6 +23,8 @@ from locft_easyedit.prefix.state_file import StateFile
 from locft_easyedit.prefix.store import Budget, StateStore
 from locft_easyedit.training.session import EditSession
 
+pytestmark = pytest.mark.usefixtures("short_answers")
+
 # Side by side attention and MLP (GPT-J) leave no cut at the MLP's norm.
 CASES = [
     (kind, cut)

@@ -239,6 +239,7 @@ def test_marked_cells_are_tried_again_if_asked(study, monkeypatch):
     assert {cell.state for cell in again.outcome().cells} == {OK}
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(study):
     alone = finished(study("alone")).outcome()
     both = locate(study("both", devices=["cpu", "cpu"]), progress=False)

@@ -30,6 +30,7 @@ from locft_easyedit.modeling.places import find_layers
 from locft_easyedit.prefix.shared_states import SharedStates
 from locft_easyedit.training.session import EditSession
 
+pytestmark = pytest.mark.usefixtures("short_answers")
 METRICS = ("accuracy", "generated")
 GPUS = [torch.device("cuda", i) for i in range(2)]
 _ENDS = {"gpt2": (["transformer.wte", "transformer.wpe"], ["transformer.ln_f"])}

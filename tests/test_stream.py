@@ -19,6 +19,7 @@ from locft_easyedit.prefix.frozen_prefix import FrozenPrefix
 from locft_easyedit.prefix.streaming import FrozenStream, stream_of
 from locft_easyedit.training.session import EditSession
 
+pytestmark = pytest.mark.usefixtures("short_answers")
 METRICS = ("accuracy", "generated", "ppl")
 
 
