@@ -23,7 +23,7 @@ from toys import (
 )
 
 from locft_easyedit.errors import MissingDependencyError
-from locft_easyedit.evaluate.generated import Generated
+from locft_easyedit.evaluation.generated import Generated
 
 torch.set_num_threads(1)
 settings.register_profile("tests", deadline=None)  # how long it takes depends on what else runs
@@ -63,7 +63,7 @@ def short_answers(monkeypatch):
     The answers of a random model seldom end by themselves, and 32 tokens show no more.
     """
     short = functools.partial(Generated, max_new_tokens=16)
-    monkeypatch.setattr("locft_easyedit.evaluate.evaluation.Generated", short)
+    monkeypatch.setattr("locft_easyedit.evaluation.evaluation.Generated", short)
 
 
 @pytest.fixture(scope="session")

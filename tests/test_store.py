@@ -208,7 +208,7 @@ def test_budgets_that_are_open_take_a_share_of_what_is_free(monkeypatch, tmp_pat
 
 TAKEN_AT_ONCE = """
 import psutil, torch
-from locft_easyedit.store import Budget, StateStore
+from locft_easyedit.prefix.store import Budget, StateStore
 resident = lambda: psutil.Process().memory_info().rss
 before = resident()
 store = StateStore(2**20, 32, torch.float32, torch.device("cpu"), Budget(host_gib=1.0))
@@ -250,7 +250,7 @@ def test_a_killed_process_leaves_nothing_behind(moment, tmp_path):
     script = f"""
         import time, torch
         from locft_easyedit import statefile
-        from locft_easyedit.store import Budget, StateStore
+        from locft_easyedit.prefix.store import Budget, StateStore
 
         def ready(*args):
             print("ready", flush=True)

@@ -29,8 +29,8 @@ SCRIPT = """
     import torch
     from safetensors.torch import save_file
     from toys import toy_hparams, toy_requests
-    from locft_easyedit.pipeline import edit_model
-    from locft_easyedit.models import load_model
+    from locft_easyedit.api import edit_model
+    from locft_easyedit.modeling.loading import load_model
 
     def taken(key):
         with open("/proc/self/status") as lines:

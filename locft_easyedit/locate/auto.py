@@ -1,13 +1,13 @@
 """`layers: auto`: a place, and where asked a rate, chosen with a few of the edits themselves.
 
-Two steps, which together take at most a tenth of a run of 3,000 edits (see `budget`): one backward
+Two steps, which together take at most a tenth of a run of 3,000 edits (see `Costs`): one backward
 pass ranks all places by what a step there would teach (see `sensitivity`); the best few, from
 different modules and depths, are tried with a few edits and epochs, and the best of those again for
 longer. What counts is `score`: the edits, their rewordings by template, and the drift on unrelated
 text. Of a request only its prompt and its target are looked at.
 
-What it loses against location studies of two models on two data sets stands in the README
-(`benchmarks/checks/auto.py` measures it).
+What it loses against location studies of two models on two data sets stands in
+`docs/results.md` (`benchmarks/checks/auto.py` measures it).
 """
 
 from __future__ import annotations
