@@ -11,8 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 from filelock import FileLock
-from hypothesis import settings
-from toys import (
+from helpers.toys import (
     REPOSITORY,
     SHARED_DATA,
     TOY_YAML,
@@ -21,6 +20,7 @@ from toys import (
     toy_requests,
     toy_tokenizer,
 )
+from hypothesis import settings
 
 from locft_easyedit.errors import MissingDependencyError
 from locft_easyedit.evaluation.generated import Generated

@@ -11,7 +11,7 @@ import shlex
 
 import pytest
 import yaml
-from toys import REPOSITORY
+from helpers.toys import REPOSITORY
 
 import locft_easyedit
 from locft_easyedit.__main__ import main

@@ -5,10 +5,10 @@ import os
 
 import pytest
 import yaml
-from hostile import Deep, attempt, real, values
+from helpers.hostile import Deep, attempt, real, values
+from helpers.toys import toy_hparams, toy_model, toy_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from toys import toy_hparams, toy_model, toy_tokenizer
 
 from locft_easyedit.errors import HyperParamsError, ModelError
 from locft_easyedit.hparams import LocFTBFHyperParams, read_mapping

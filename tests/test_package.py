@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from toys import REPOSITORY
+from helpers.toys import REPOSITORY
 
 import locft_easyedit
 

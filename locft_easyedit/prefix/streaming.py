@@ -1,6 +1,6 @@
 """Frozen layers that are never resident: read from disk, run once over everything, dropped.
 
-A model that does not fit its GPU is loaded with its frozen part left on disk (`modeling/loading.py`). One
+A model that does not fit its GPU is loaded with its frozen part left on disk. One
 pass then takes one layer after another through the GPU, the next one being read meanwhile, and
 each runs over the tokens of all texts before it goes: every weight is read once, whatever the
 number of texts. Between two layers the hidden states lie in the stores of the texts' prefixes.

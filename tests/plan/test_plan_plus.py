@@ -1,0 +1,463 @@
+"""A plan of rewordings (`augment`) and of a confined change (`preserve`): LocFT-BF+."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from cli.test_plan_command import YAML
+from helpers.toys import (
+    DOWN_PROJECTION,
+    TOY_KINDS,
+    toy_hparams,
+    toy_model,
+    toy_requests,
+    toy_tokenizer,
+)
+from test_candidates import CPU, LARGE, plan_for, sizes
+from test_gpus import NODE, SMALL, TRAINED
+
+from locft_easyedit.__main__ import main
+from locft_easyedit.data.augment.reword import MOST
+from locft_easyedit.data.tokenization import tokenize_edits
+from locft_easyedit.errors import DataError, HyperParamsError, PlaceError
+from locft_easyedit.hparams_rules import MOST_REWORDINGS
+from locft_easyedit.plan.cost import (
+    EDITS_PREFIX,
+    PROMPTS_PREFIX,
+    adam_bytes,
+    evaluation_flop,
+    gradient_bytes,
+    prefix_flop,
+    step_flop,
+    weight_bytes,
+)
+from locft_easyedit.plan.plan import make_plan
+from locft_easyedit.plan.setting import largest_share
+from locft_easyedit.plan.tables import assumptions
+from locft_easyedit.plan.units import GIB
+from locft_easyedit.plan.workload import Workload
+from locft_easyedit.training.session import EditSession
+
+WIDTH = 14336  # of Llama-3-8B's down-projection's inputs
+RUN, REWORDED = 14.6, 14.6 + 2.0  # tokens of an edit and of a rewording that run
+
+
+def plus(name="llama3-8b", **keys):
+    return plan_for(name, **({"alg_name": "LocFT-BF+"} | keys))
+
+
+def augmented(name="llama3-8b", augment=1, **keys):
+    return plan_for(name, augment=augment, **keys)
+
+
+def confined(name="llama3-8b", **keys):
+    return plan_for(name, **({"preserve": ["sampled", "neighbours"]} | keys))
+
+
+# Against a real session
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_plan_is_what_a_session_of_the_preset_holds(dtype, tmp_path):
+    toy_model("llama").config.save_pretrained(tmp_path)
+    hparams = toy_hparams(
+        alg_name="LocFT-BF+", preserve=["neighbours"], dtype=dtype, prefix_cut="matrix",
+        model_name=str(tmp_path), device="cpu", health_check=False,
+    )  # fmt: skip
+    model = toy_model("llama").to(getattr(torch, dtype))
+    with EditSession(model, toy_tokenizer(), toy_requests(12), hparams, progress=False) as session:
+        texts, store = session.training_texts, session._runner.prefix.store
+        change = session._protection.change
+        assert len(texts.texts) == 12 * (1 + MOST_REWORDINGS)
+        assert session.training_texts.variants.most == 2
+        own = tokenize_edits(toy_tokenizer(), session.edits.edits, append_eos=True)
+        longer = (texts.texts.lengths.sum() - own.lengths.sum()) / (
+            12 * MOST_REWORDINGS
+        ) - own.lengths.mean()
+        assert abs(longer) > 0.5  # else nothing shows that it counts
+        work = Workload.from_hparams(
+            hparams, 12, tokens=float(own.lengths.mean()), longer=float(longer)
+        )
+        plan = make_plan(hparams, work, CPU, cut="matrix")
+        told = sizes(plan, "host")
+
+        size = model.dtype.itemsize
+        assert store.width == plan.shapes.cuts["matrix"]
+        assert told[EDITS_PREFIX] == pytest.approx(store.n_tokens * store.width * size)
+        assert plan.work.step_tokens * 12 == pytest.approx(
+            own.input_lengths.sum() + 12 * (own.input_lengths.mean() + longer)
+        )
+
+        def held(tensors):
+            return sum(t.numel() * t.element_size() for t in tensors)
+
+        assert told["filters of inputs"] == held(change._filters.values()) == 64 * 64 * 4
+        running = [s for n, s in change._running.items() if s is not change._filters[n]]
+        assert told.get("filters as they run", 0) == held(running)
+        assert told["the change's matrices"] == held(change._a.values())
+        assert told["their values at the beginning"] == held(change.weights.original.values())
+        assert told["original values"] == held(change.original.values())
+        apart = [m for m in change.weights.masters if all(m is not a for a in change._a.values())]
+        assert told.get("float32 masters", 0) == held(apart)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TOY_KINDS if kind != "mixtral"])
+def test_where_the_change_is_folded(kind, tmp_path):
+    toy_model(kind).config.save_pretrained(tmp_path)
+    hparams = toy_hparams(
+        rewrite_module_tmp=DOWN_PROJECTION[kind], preserve=["neighbours"], prefix_cut="matrix",
+        model_name=str(tmp_path), health_check=False,
+    )  # fmt: skip
+    shapes = make_plan(hparams, Workload.from_hparams(hparams, 6), LARGE).shapes
+    with EditSession(
+        toy_model(kind), toy_tokenizer(), toy_requests(6), hparams, progress=False
+    ) as session:
+        cut = session._runner.prefix.cut
+        assert cut.kind == "matrix"
+        assert shapes.folds("matrix") == (cut.fold is not None) == ("gemma" not in kind)
+    assert not shapes.folds("mlp")
+    [width] = shapes.confined.inputs.values()
+    [s] = session._protection.change._filters.values()
+    assert s.shape == (width, width)
+
+
+# Rewordings
+
+
+def test_rewordings_are_recorded_once_and_some_run_in_a_step():
+    machine = replace(LARGE, prefix_gpu=40 * GIB)
+    for k in (1, 3):
+        plan, alone = augmented(augment=k, machine=machine), plan_for(machine=machine)
+        told, before = sizes(plan), sizes(alone)
+        recorded = RUN + MOST_REWORDINGS * REWORDED
+        assert told[EDITS_PREFIX] == pytest.approx(3000 * recorded * (4096 + WIDTH) * 2)
+        assert told[PROMPTS_PREFIX] == before[PROMPTS_PREFIX]
+        assert plan.work.eval_tokens == alone.work.eval_tokens
+        for name in ("Adam's moments", "gradients", "original values", "float32 masters", "weights",
+                     "activations without gradients", "logits of evaluation"):  # fmt: skip
+            assert told[name] == before[name]
+        # The same parts of a token, in rows that hold a step's texts.
+        rows = math.ceil(100 * (RUN + k * REWORDED) / 64)
+        scored = (1 + k) * 4.3 / (RUN + k * REWORDED)
+        norm, mlp = 4 * 4096 + 4, 3 * WIDTH * 2
+        layer = 2 * norm + mlp + 4 * 4096 * 2 + 4 * 32 + 64 * 2
+        token = (4096 + WIDTH) * 2 + 9 * layer - (1 - scored) * (mlp + norm) + scored * mlp
+        assert told["activations"] == pytest.approx(rows * 64 * token)
+        n_scored = 100 * (1 + k) * 4.3
+        chunk = min(n_scored * 128256, 2**25)
+        assert told["cross-entropy"] == pytest.approx(chunk * 6 + 2 * n_scored * 4096 * 2)
+
+
+def test_rewordings_on_the_host():
+    plan, alone = (sizes(p, "host") for p in (augmented(machine=NODE), plan_for(machine=NODE)))
+    assert plan["rewordings"] == 8 * 3000 * MOST_REWORDINGS * 430
+    assert plan["rewordings while they are made"] == 8 * 3000 * MOST_REWORDINGS * 2800
+    assert plan["requests and tokens"] == alone["requests and tokens"]
+    assert "rewordings" not in alone
+
+
+def test_work_of_rewordings_by_hand():
+    plan = augmented(augment=2)
+    alone = plan_for()
+    tokens = RUN + 2 * REWORDED
+    matrix, layer = TRAINED, 4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * TRAINED
+    scored, attention, late = 3 * 4.3 / tokens, 4 * 64 * 4096, 4096 * 4096 + 3 * matrix
+    token = 4 * matrix + 9 * (4 * layer + 3 * attention) - (1 - scored) * 4 * late
+    token += 4 * scored * 4096 * 128256
+    assert step_flop(plan.chosen.run) == pytest.approx(100 * tokens * token)
+    # A token of the prefix and one of evaluation cost what they cost.
+    below, upper = (
+        [of(p) for p in (plan, alone)]
+        for of in (
+            lambda p: prefix_flop(p.shapes, p.work, "matrix"),
+            lambda p: evaluation_flop(p.shapes, p.work),
+        )
+    )
+    assert below[0] == below[1]
+    assert upper[0] == upper[1]
+    recorded = (RUN + MOST_REWORDINGS * REWORDED) / RUN
+    assert plan.phases[1].flop == pytest.approx(alone.phases[1].flop * recorded)
+    assert [p.flop for p in plan.phases[3:]] == [p.flop for p in alone.phases[3:]]
+    # More chunks of logits read the head more often.
+    chunks = [math.ceil(n * 430 * 128256 / 2**25) for n in (1, 3)]
+    more = weight_bytes(plan.chosen.run)
+    more -= weight_bytes(alone.chosen.run)
+    assert more == 2 * 2 * (chunks[1] - chunks[0]) * 4096 * 128256
+
+
+def test_an_epoch_reads_a_part_of_the_rewordings_from_disk():
+    machine = replace(LARGE, prefix_gpu=0, prefix_host=0)
+    plan = augmented(machine=machine, cut="mlp")
+    assert plan.phases[1].disk == pytest.approx(
+        3000 * (RUN + MOST_REWORDINGS * REWORDED) * 4096 * 2
+    )
+    assert plan.phases[2].disk == pytest.approx(25 * 3000 * (RUN + REWORDED) * 4096 * 2)
+
+
+def test_micro_batches_count_edits():
+    plan, alone = augmented(micro_batch_size=25), plan_for(micro_batch_size=25)
+    assert plan.chosen.setting.micro_batch_size == 25
+    assert plan.step().seconds["launches"] == alone.step().seconds["launches"]
+    lora = {"tuning": "lora", "lora_rank": 16}
+    rows = math.ceil(25 * (RUN + REWORDED) / 64)
+    told = sizes(augmented(micro_batch_size=25, **lora))
+    assert told["LoRA's inputs in float32"] == 4 * rows * 64 * WIDTH
+
+
+def test_ranks_own_texts():
+    plan = augmented(n=100_000, machine=NODE, augment=3)
+    share = largest_share(100_000 * (1 + MOST_REWORDINGS), 400, 8, 25_000)
+    assert plan.step().share == share.mean / 4
+    assert plan.chosen.setting.micro_batch_size == math.ceil(share.most / 4)
+    # More texts are dealt out more evenly.
+    assert 12.5 < plan.step().share < plan_for(n=100_000, machine=NODE).step().share - 1
+
+
+# A confined change
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_memory_of_a_confined_change_by_hand(dtype):
+    size = 4 if dtype == "float32" else 2
+    plan, full = confined(dtype=dtype), plan_for(dtype=dtype)
+    gpu, before = sizes(plan), sizes(full)
+    when = {p.name: p.phases for p in plan.chosen.parts if p.place == "gpu"}
+    n = TRAINED
+    assert gpu["filters of inputs"] == 4 * WIDTH**2
+    assert gpu["the change's matrices"] == gpu["their values at the beginning"] == size * n
+    assert gpu["original values"] == gpu["gradients"] == size * n
+    assert gpu["Adam's moments"] == 8 * n
+    if size == 2:
+        assert gpu["filters as they run"] == 2 * WIDTH**2
+        assert gpu["float32 masters"] == gpu["float32 gradients"] == 4 * n
+        assert gpu["a matrix in float32, to add the change to"] == 4 * n
+        assert when["float32 masters"] == ("prefix", "train", "evaluate")
+        assert when["float32 gradients"] == ("train",)
+    else:
+        assert not [name for name in gpu if "as they run" in name or "float32" in name]
+    for name in ("filters of inputs", "the change's matrices", "original values"):
+        assert when[name] == ("prefix", "train", "evaluate")
+    # The recorded width is that of a trained matrix: W x and S x stand for nothing and x.
+    same = ("weights", "activations", "cross-entropy", EDITS_PREFIX, PROMPTS_PREFIX)
+    assert all(gpu[name] == before[name] for name in same)
+    assert gpu["inputs that the filters have passed"] == 0
+    assert sizes(confined(dtype=dtype, cut="mlp"))["inputs that the filters have passed"] == (
+        size * 23 * 64 * WIDTH
+    )
+
+
+def test_memory_of_preparing_by_hand():
+    def preparing(plan, place):
+        [part] = [p for p in plan.chosen.parts if (p.name, p.place) == (NAME, place)]
+        assert part.phases == ("prefix",)
+        return part.bytes / WIDTH**2
+
+    NAME = "measuring what is preserved"
+    a = TRAINED / WIDTH**2  # of W's numbers in those of S
+    stays = 4 + 2 + 10 * a
+    plan = plus(n=1000)
+    # Five moments where the matrix is (sampled text, the prompts in it, neighbours, rewordings and
+    # what leads up to ends), their sum, and 48 bytes a number of the decomposition.
+    assert preparing(plan, "gpu") == pytest.approx(5 * 4 + 4 + 48 - stays)
+    # The first three are held when rewordings are summed up.
+    answered = 64 * plan.work.targets  # tokens where a target is predicted, of 64 edits
+    keys = 3 * 4 * answered * (1 + MOST) / WIDTH
+    assert preparing(plan, "host") == pytest.approx(3 * 4 + 4 + 4 + keys)
+    assert preparing(plus(n=1000, machine=NODE), "host") == pytest.approx(8 * (20 + keys))
+    # Both kinds of sampled text, their mean, and both of one matrix.
+    alone = confined(n=1000, preserve=["sampled"])
+    assert preparing(alone, "host") == pytest.approx(2 * 4 + 4 + 2 * 4)
+    assert preparing(alone, "gpu") == pytest.approx(2 * 4 + 4 + 48 - stays)
+    assert preparing(confined(preserve=["a.txt"]), "host") == pytest.approx(4 + 4 + 4)
+    others = plus(preserve=["a.txt", "neighbours", "b.txt"], n=1000)
+    assert preparing(others, "host") == pytest.approx(3 * 4 + 4 + 4 + keys)
+    assert preparing(others, "gpu") == pytest.approx(5 * 4 + 4 + 48 - stays)
+    # Without rewordings the own prompts are run for what leads up to their ends.
+    near = confined(preserve=["a.txt", "neighbours"], n=1000)
+    keys = 3 * 4 * answered / WIDTH
+    assert preparing(near, "host") == pytest.approx(2 * 4 + 4 + 4 + keys)
+    # Prompts that are kept exactly have no moments.
+    exact = confined(preserve=["folder/a.jsonl"])
+    assert preparing(exact, "gpu") == pytest.approx(24 - stays)
+    assert preparing(exact, "host") == 0
+    on_cpu = confined(machine=CPU, preserve=["sampled", "neighbours"], dtype="float32")
+    assert preparing(on_cpu, "host") == pytest.approx(4 * 4 + 4 + 48 - (4 + 12 * a))
+
+
+def test_sums_of_narrow_matrices_are_in_float64():
+    # Where a batch of tokens is more than a decomposition.
+    plan = confined("smollm2-135m", n=100, machine=CPU, layers=[20])
+    width, n = 1536, 1536 * 576
+    [part] = [p for p in plan.chosen.parts if p.name == "measuring what is preserved"]
+    [passing] = {p.bytes for p in plan.chosen.parts if p.name == "activations without gradients"}
+    batch = 4096 * (passing / plan.work.cells(64 * plan.work.run_tokens) + 4 * width)
+    # Three moments are held when the last two are summed up, and a product is added.
+    sums = 3 * 4 * width**2 + 2 * 8 * width**2 + 4 * width**2
+    expected = sums + batch - (4 * width**2 + 12 * n)
+    assert part.bytes == pytest.approx(expected)
+
+
+def test_work_of_a_confined_change_by_hand():
+    plan, full = confined(), plan_for()
+    setting, work = plan.chosen.setting, plan.work
+    both = TRAINED + WIDTH**2
+
+    def more(of, **changes):
+        one = replace(setting, **changes)
+        return of(replace(plan.chosen.run, setting=one)) - of(replace(full.chosen.run, setting=one))
+
+    # A step multiplies with A in place of W; W x and S x are left to the prefix.
+    assert more(step_flop) == more(weight_bytes) == 0
+    assert prefix_flop(plan.shapes, work, "matrix") - prefix_flop(
+        full.shapes, work, "matrix"
+    ) == pytest.approx(2 * both)
+    assert prefix_flop(plan.shapes, work, "mlp") == prefix_flop(full.shapes, work, "mlp")
+    assert evaluation_flop(plan.shapes, work) == evaluation_flop(full.shapes, work)
+    # Above another cut the products with S and A come on top, forward alone.
+    assert more(step_flop, cut="mlp") == pytest.approx(100 * RUN * 2 * both)
+    assert more(weight_bytes, cut="layer") == 2 * both
+    for of in (adam_bytes, gradient_bytes):
+        assert of(plan.chosen.run) == of(full.chosen.run)
+
+
+def test_matrices_further_up_are_not_folded():
+    keys = {"layers": [22, 25]}
+    plan, full = confined(**keys), plan_for(**keys)
+    both = TRAINED + WIDTH**2
+    assert plan.chosen.setting.cut == "matrix"
+    more = step_flop(plan.chosen.run) - step_flop(full.chosen.run)
+    assert more == pytest.approx(100 * RUN * 2 * 2 * both)
+    read = weight_bytes(plan.chosen.run) - weight_bytes(full.chosen.run)
+    assert read == 2 * 2 * both
+    told = sizes(plan)
+    assert told["inputs that the filters have passed"] == 2 * 23 * 64 * WIDTH
+    assert told["filters of inputs"] == 2 * 4 * WIDTH**2
+
+
+def test_a_norm_after_the_block_leaves_nothing_to_fold():
+    plan, full = confined("gemma-2-9b"), plan_for("gemma-2-9b")
+    setting = plan.chosen.setting
+    assert setting.cut == "matrix"
+    [width] = plan.shapes.confined.inputs.values()
+    [n] = plan.shapes.trained.values()
+    more = step_flop(plan.chosen.run) - step_flop(full.chosen.run)
+    assert more == pytest.approx(100 * RUN * 2 * (n + width**2))
+    assert prefix_flop(plan.shapes, plan.work, "matrix") == prefix_flop(
+        full.shapes, full.work, "matrix"
+    )
+
+
+def test_inputs_of_transposed_matrices():
+    [width] = confined("gpt2-xl").shapes.confined.inputs.values()
+    assert width == 6400
+
+
+# What goes with it
+
+
+def test_a_confined_change_needs_the_whole_model():
+    plan = plus("qwen2.5-72b", machine=SMALL, stream_frozen=None)
+    assert {c.setting.streamed for c in plan.candidates} == {False}
+    assert {c.setting.layout for c in plan.candidates} == {"copies", "model_parallel"}
+    alone = augmented("qwen2.5-72b", machine=SMALL)
+    assert alone.chosen.setting.streamed
+    lowest = confined("qwen2.5-72b", machine=SMALL, layers=[0], stream_frozen=None)
+    assert "fsdp" not in {c.setting.layout for c in lowest.candidates}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"streamed": True}, r"`stream_frozen=True` does not go with `preserve=\[sampled,neigh"),
+        ({"stream_frozen": True}, r"Give stream_frozen=false, or preserve=\[\]\."),
+        ({"shard_frozen": True}, r"`shard_frozen=True` does not go with .*shard_frozen=false"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_with_preserve(keys, message):
+    with pytest.raises(HyperParamsError, match=message):
+        plus(**keys)
+    assert plus(**keys, preserve=[]).chosen is not None
+    assert plus(**keys, tuning="lora").shapes.confined is None
+
+
+def test_both_are_told_at_once():
+    with pytest.raises(HyperParamsError, match="stream_frozen=True") as info:
+        plus(stream_frozen=True, shard_frozen=True)
+    assert "`shard_frozen=True`" in str(info.value)
+    assert plus(stream_frozen=True, streamed=False).chosen is not None
+
+
+def test_wrong_sources_and_places():
+    with pytest.raises(DataError, match=r"`text\.pdf` is no source\. Give `sampled`"):
+        confined(preserve=["sampled", "text.pdf"])
+    with pytest.raises(PlaceError, match="a change of it cannot be confined"):
+        confined(rewrite_module_tmp="model.layers.{}.input_layernorm.weight")
+
+
+# What is said
+
+
+def test_assumptions_of_the_preset():
+    text = "\n".join(assumptions(plus()))
+    assert f"{MOST_REWORDINGS} rewordings of each edit are trained, 2 tokens longer than it" in text
+    assert "an epoch trains 1 of them beside it." in text
+    assert "measuring for `preserve` (sampled, neighbours) is left out" in text
+    assert "once per model and place" in text
+    text = "\n".join(assumptions(plan_for()))
+    assert "rewordings" not in text
+    assert "preserve" not in text
+
+
+def test_the_preset_on_the_command_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    arguments = ("--config-name", "llama3-8b", "n=1000", "batch_size=10", "gpu=80GiB")
+    assert main(["plan", *arguments, "alg_name=LocFT-BF+", "output=plan.json"]) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "1,000, 10 a step, 25 epochs, each with 1 rewording ",
+        "sampled, neighbours",
+        "147,400 of edits and rewordings, 58,400 of prompts",
+        "through a confined change",
+        "filters of inputs",
+        "measuring what is preserved",
+    ):
+        assert part in out
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["augment"] == {"rewordings": 1, "longer": 2.0}
+    assert found["preserve"] == ["sampled", "neighbours"]
+    [width] = found["model"]["confined"]["inputs"].values()
+    assert width == WIDTH
+    assert main(["plan", *arguments, "augment=2", "output=plan.json"]) == 0
+    out = capsys.readouterr().out
+    assert "each with 2 rewordings" in out
+    assert "preserve" not in out
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert (found["augment"]["rewordings"], found["preserve"]) == (2, [])
+    assert main(["plan", *arguments]) == 0
+    assert "rewording" not in capsys.readouterr().out
+    status = main(["plan", *arguments, "alg_name=LocFT-BF+", "stream_frozen=true"])
+    assert status == 2
+    assert "`stream_frozen=True` does not go with `preserve=" in capsys.readouterr().err
+
+
+def test_a_yaml_of_the_preset(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    toy_model("llama").config.save_pretrained(tmp_path / "toy")
+    (tmp_path / "mine.yaml").write_text(YAML.replace("LocFT-BF", "LocFT-BF+") + "preserve: [a.txt]")
+    assert main(["plan", "--config-name", "mine.yaml", "n=10", "device=cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "each with 1 rewording" in out
+    assert "a.txt" in out  # which need not be there
+
+
+def test_little_room_leaves_out_nothing():
+    # Without what measuring takes it would fit.
+    machine = replace(LARGE, gpu=22 * GIB)
+    assert plan_for(machine=machine, streamed=False).chosen is not None
+    plan = confined(machine=machine)
+    assert plan.chosen is None
+    assert all("measuring what is preserved" in c.reason for c in plan.candidates)
