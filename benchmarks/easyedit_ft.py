@@ -23,8 +23,8 @@ from locft_easyedit import read_requests
 from locft_easyedit.api import edit_model
 from locft_easyedit.compare.edits import method_editor
 from locft_easyedit.compare.job import Job
-from locft_easyedit.easyedit.loading import load_easyedit
-from locft_easyedit.easyedit.peers.editor import describe
+from locft_easyedit.easyedit.importing import load_easyedit
+from locft_easyedit.easyedit.peers.peer_editor import describe
 from locft_easyedit.evaluation.evaluation import Evaluation
 from locft_easyedit.evaluation.summary import summarize
 from locft_easyedit.hparams import LocFTBFHyperParams, hparams_folder

@@ -22,7 +22,7 @@ from locft_easyedit.compare.job import Job, model_id
 from locft_easyedit.easyedit import register
 from locft_easyedit.easyedit.peers.corpus import corpus_from_model
 from locft_easyedit.easyedit.peers.covariance import stats_name, write_key_covariances
-from locft_easyedit.easyedit.peers.hparams import peer_hparams
+from locft_easyedit.easyedit.peers.peer_hparams import peer_hparams
 from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.modeling.loading import load_causal_lm
 from locft_easyedit.prefix.shortcuts import Shortcuts

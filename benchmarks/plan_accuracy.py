@@ -27,7 +27,7 @@ from locft_easyedit.evaluation.evaluation import Evaluation
 from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.modeling.loading import load_model
-from locft_easyedit.plan.memory import PHASES
+from locft_easyedit.plan.memory_parts import PHASES
 from locft_easyedit.plan.plan import make_plan
 from locft_easyedit.plan.workload import Machine, Workload
 from locft_easyedit.training.session import EditSession

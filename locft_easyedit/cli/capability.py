@@ -89,7 +89,7 @@ def run_capability(config: CapabilityConfig) -> dict[str, Any]:
             before a model is loaded.
     """
     from ..evaluation.capability.harness import capability_table
-    from ..evaluation.capability.prepare import prepare_tasks
+    from ..evaluation.capability.prepared_tasks import prepare_tasks
     from ..modeling.loading import resolve_device
     from ..utils.output import prepare_folder, show, write_json
 

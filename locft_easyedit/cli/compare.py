@@ -11,7 +11,7 @@ from typing import Any, Optional
 from omegaconf import MISSING
 
 from ..compare.picture import write_comparison_picture
-from ..compare.run import compare
+from ..compare.run_comparison import compare
 from ..compare.settings import Settings
 from ..compare.table import comparison_markdown, comparison_table
 from ..hparams import ALG_NAME, LocFTBFHyperParams

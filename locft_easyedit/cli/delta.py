@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Optional, TypeVar
 
 from ..delta.delta import Delta
+from ..delta.description import delta_tables, description
 from ..delta.folder import write_changed_folder
-from ..delta.report import delta_tables, description
 from ..errors import HyperParamsError
 from ..utils.output import show, write_json
 from .arguments import read_arguments

@@ -11,14 +11,14 @@ from typing import Any, Optional
 from omegaconf import MISSING
 
 from ..hparams import LocFTBFHyperParams
-from ..locate.study.files import write_cells_csv, write_chosen_yaml
 from ..locate.study.heat_maps import write_heat_maps
-from ..locate.study.outcome import StudyOutcome
 from ..locate.study.pareto import write_front
-from ..locate.study.run import locate
-from ..locate.study.settings import StudySettings
+from ..locate.study.run_study import locate
 from ..locate.study.study import Study
-from ..locate.study.tables import study_markdown, study_table
+from ..locate.study.study_files import write_cells_csv, write_chosen_yaml
+from ..locate.study.study_outcome import StudyOutcome
+from ..locate.study.study_settings import StudySettings
+from ..locate.study.study_tables import study_markdown, study_table
 from ..modeling.places import MODULES
 from ..utils.files import output_errors, write_atomically
 from ..utils.json_fields import write_dataclass

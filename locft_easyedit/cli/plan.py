@@ -13,7 +13,7 @@ from ..errors import HyperParamsError, PlanError, one_message
 from ..hparams import LocFTBFHyperParams, hparams_folder, read_mapping, typed_values
 from ..hparams_rules import ALG_NAME, ALG_NAMES
 from ..plan.plan import Plan, make_plan
-from ..plan.tables import closing_lines, tables
+from ..plan.plan_tables import closing_lines, tables
 from ..plan.units import GIB, parse_size
 from ..plan.workload import ASSUMED_DISK, ASSUMED_HOST, Machine, Workload
 from ..utils.output import prepare_folder, show, write_json

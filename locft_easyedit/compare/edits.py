@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..easyedit.loading import EasyEdit
-from ..easyedit.peers.editor import PeerEditor, fields_of, hparams_class
-from ..easyedit.peers.hparams import (
+from ..easyedit.importing import EasyEdit
+from ..easyedit.peers.peer_editor import PeerEditor, fields_of, hparams_class
+from ..easyedit.peers.peer_hparams import (
     PEERS,
     easyedit_name,
     name_for_easyedit_,

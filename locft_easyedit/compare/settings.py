@@ -11,8 +11,8 @@ from typing import Any
 
 from ..data.readers import read_requests
 from ..data.requests import distinct_edits
-from ..easyedit.peers.editor import commit_of
-from ..easyedit.peers.hparams import PEERS, PeerHparams, peer_hparams
+from ..easyedit.peers.peer_editor import commit_of
+from ..easyedit.peers.peer_hparams import PEERS, PeerHparams, peer_hparams
 from ..errors import HyperParamsError, LocFTError, one_message
 from ..hparams import LocFTBFHyperParams
 from ..hparams_rules import ALG_NAMES
@@ -94,7 +94,7 @@ def planned(settings: Settings) -> tuple[dict[str, Job], dict[str, list[str]]]:
     model = str(Path(name).resolve()) if Path(name).is_dir() else name
     plans = _peer_plans(settings, model, len(requests))
     if settings.capability:
-        from ..evaluation.capability.prepare import prepare_tasks  # an extra
+        from ..evaluation.capability.prepared_tasks import prepare_tasks  # an extra
 
         prepare_tasks(
             list(settings.capability),

@@ -23,7 +23,7 @@ from ..data.readers import read_requests
 from ..easyedit import register
 from ..easyedit.peers.corpus import corpus_from_folder, corpus_from_model
 from ..easyedit.peers.covariance import stats_name, write_key_covariances
-from ..easyedit.peers.editor import MethodUnavailableError, describe
+from ..easyedit.peers.peer_editor import MethodUnavailableError, describe
 from ..errors import LocFTError
 from ..evaluation.evaluation import Evaluation, finish_
 from ..evaluation.predictions import EvalConfig

@@ -26,8 +26,9 @@ from .weights_folder import (
     write_checkpoint,
 )
 
-Edited = TypeVar("Edited", bound=EditedMatrices)
 logger = logging.getLogger(__name__)
+
+Edited = TypeVar("Edited", bound=EditedMatrices)
 
 
 def write_changed_folder(

@@ -9,7 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
-    from .loading import EasyEdit
+    from .importing import EasyEdit
 
 
 class CudaAsCPU(TorchFunctionMode):

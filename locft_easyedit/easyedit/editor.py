@@ -30,7 +30,7 @@ from ..training.session import EditSession
 from ..training.trained_weights import values_swapped, write_
 from ..utils.files import output_errors, replacing
 from .chat import chat_answers, check_chat
-from .loading import EasyEdit
+from .importing import EasyEdit
 from .measures import Measures
 
 logger = logging.getLogger(__name__)

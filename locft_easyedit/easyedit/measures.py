@@ -22,7 +22,7 @@ from ..hparams import LocFTBFHyperParams
 from ..modeling.device_map import left_on_disk
 from ..modeling.fsdp import sharded_layers
 from .cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
-from .loading import EasyEdit
+from .importing import EasyEdit
 
 
 def _list(value: Any) -> list[Any]:

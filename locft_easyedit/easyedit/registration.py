@@ -13,7 +13,7 @@ from ..hparams import LocFTBFHyperParams, read_mapping
 from ..hparams_rules import ALG_NAMES
 from .cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
 from .editor import LocFTBFMethods, apply_locft_bf_to_model
-from .loading import EasyEdit, load_easyedit
+from .importing import EasyEdit, load_easyedit
 
 # What `unregister` has to undo; empty while LocFT-BF is not registered.
 _undo = ExitStack()

@@ -13,7 +13,7 @@ from ..hparams_rules import NEIGHBOURS, SAMPLED
 from ..training.preserve.filters import EDITS_AT_ONCE
 from ..training.preserve.input_moments import BATCH_TOKENS, WIDEST_FLOAT64
 from ..training.preserve.sources import PROMPTS
-from .memory import AFTER, LATER, Part
+from .memory_parts import AFTER, LATER, Part
 from .setting import Run
 from .shapes import ConfinedShapes
 from .workload import Workload

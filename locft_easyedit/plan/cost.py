@@ -16,7 +16,7 @@ from typing import Any
 
 from ..hparams_rules import DTYPES
 from ..modeling.cross_entropy import LOGITS_AT_ONCE
-from .memory import Part
+from .memory_parts import Part
 from .setting import Run
 from .shapes import LayerShape, ModelShapes
 from .workload import Workload

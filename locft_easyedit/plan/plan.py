@@ -8,9 +8,9 @@ from typing import Any
 
 from ..errors import HyperParamsError, one_message
 from ..hparams import DTYPES, LocFTBFHyperParams
-from .candidates import Candidate, candidates
 from .cost import Phase, StepCost, phases, step_cost, step_flop
-from .memory import PLACES, peak
+from .fitting import Candidate, candidates
+from .memory_parts import PLACES, peak
 from .reader import ModelReader, meta_model
 from .setting import Setting
 from .shapes import CUTS, ModelShapes

@@ -18,7 +18,8 @@ def locate(*arguments):
 @pytest.fixture
 def in_process(monkeypatch):
     """Lets the study's work be done here: no process has to start."""
-    from locft_easyedit.locate.study import run, worker
+    from locft_easyedit.locate.study import run_study as run
+    from locft_easyedit.locate.study import study_worker as worker
 
     def work(study, progress):
         worker.work(study)

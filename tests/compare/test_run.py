@@ -15,11 +15,11 @@ from helpers.toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, 
 from locft_easyedit.cli.compare import main
 from locft_easyedit.compare import edits as edits_module
 from locft_easyedit.compare import processes as processes_module
-from locft_easyedit.compare import run as run_module
+from locft_easyedit.compare import run_comparison as run_module
 from locft_easyedit.compare.edits import Edits, MethodEditor
 from locft_easyedit.compare.job import BEFORE, STATISTICS, Job, JobFolder, Progress, folder_hash
 from locft_easyedit.compare.outcome import Outcome
-from locft_easyedit.compare.run import compare
+from locft_easyedit.compare.run_comparison import compare
 from locft_easyedit.compare.settings import Settings, planned
 from locft_easyedit.errors import LocFTError, OutputError
 from locft_easyedit.evaluation.predictions import EvalConfig

@@ -18,7 +18,7 @@ import torch
 from helpers.toys import REPOSITORY
 
 from locft_easyedit.easyedit.cuda_as_cpu import CudaAsCPU
-from locft_easyedit.easyedit.loading import imports_shielded, load_easyedit
+from locft_easyedit.easyedit.importing import imports_shielded, load_easyedit
 from locft_easyedit.easyedit.standins import standing_in
 from locft_easyedit.errors import EasyEditNotFoundError, LocFTError, MissingDependencyError
 

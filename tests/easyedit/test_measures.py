@@ -12,7 +12,7 @@ from helpers.toys import toy_model, toy_requests, toy_tokenizer
 
 from locft_easyedit.data.readers import read_requests
 from locft_easyedit.easyedit.cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
-from locft_easyedit.easyedit.loading import load_easyedit
+from locft_easyedit.easyedit.importing import load_easyedit
 from locft_easyedit.evaluation.fluency import fluency_of
 from locft_easyedit.evaluation.summary import summarize
 from locft_easyedit.evaluation.teacher_forced import finish_locality_, score_records

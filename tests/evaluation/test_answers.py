@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from locft_easyedit.data.readers import read_requests
-from locft_easyedit.easyedit.loading import load_easyedit
+from locft_easyedit.easyedit.importing import load_easyedit
 from locft_easyedit.evaluation.answers import (
     accepted_for,
     accepted_old,

@@ -25,13 +25,13 @@ import huggingface_hub
 import lm_eval.tasks
 from huggingface_hub import constants
 
-from locft_easyedit.evaluation.capability import prepare
+from locft_easyedit.evaluation.capability import prepared_tasks as prepare
 from locft_easyedit.evaluation.capability.harness import (
     capability_table,
     measure_capability,
     measure_prepared,
 )
-from locft_easyedit.evaluation.capability.prepare import CapabilityError, prepare_tasks
+from locft_easyedit.evaluation.capability.prepared_tasks import CapabilityError, prepare_tasks
 from locft_easyedit.evaluation.capability.surroundings import padded_copy
 
 FULL_INDEX = lm_eval.tasks.TaskManager

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from helpers.toys import REPOSITORY, SHARED_DATA
 from locft_easyedit.cli.demo import NAME, prepare_smollm2
 from locft_easyedit.data.readers import read_requests
-from locft_easyedit.easyedit.loading import load_easyedit
+from locft_easyedit.easyedit.importing import load_easyedit
 from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.modeling.loading import load_causal_lm
 

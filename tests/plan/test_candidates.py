@@ -14,10 +14,10 @@ from locft_easyedit.plan.cost import (
     prefix_flop,
     step_flop,
 )
-from locft_easyedit.plan.memory import PHASES, Part, cross_entropy, peak
+from locft_easyedit.plan.memory_parts import PHASES, Part, cross_entropy, peak
 from locft_easyedit.plan.plan import make_plan
+from locft_easyedit.plan.plan_tables import assumptions
 from locft_easyedit.plan.setting import Setting
-from locft_easyedit.plan.tables import assumptions
 from locft_easyedit.plan.units import GIB, bytes_text, flop_text, parse_size, seconds_text
 from locft_easyedit.plan.workload import Machine, Workload
 

@@ -16,8 +16,8 @@ from locft_easyedit.plan.cost import (
     step_flop,
     weight_bytes,
 )
+from locft_easyedit.plan.plan_tables import assumptions
 from locft_easyedit.plan.setting import largest_share
-from locft_easyedit.plan.tables import assumptions
 from locft_easyedit.plan.units import GIB
 from locft_easyedit.plan.workload import Machine
 

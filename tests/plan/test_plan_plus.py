@@ -34,8 +34,8 @@ from locft_easyedit.plan.cost import (
     weight_bytes,
 )
 from locft_easyedit.plan.plan import make_plan
+from locft_easyedit.plan.plan_tables import assumptions
 from locft_easyedit.plan.setting import largest_share
-from locft_easyedit.plan.tables import assumptions
 from locft_easyedit.plan.units import GIB
 from locft_easyedit.plan.workload import Workload
 from locft_easyedit.training.session import EditSession

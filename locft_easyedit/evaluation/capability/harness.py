@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ...utils.tables import Row, terminal_table
 from .metrics import PAPER_TASKS, choose_metric, scale_of
-from .prepare import CapabilityError, PreparedTasks, prepare_tasks
+from .prepared_tasks import CapabilityError, PreparedTasks, prepare_tasks
 from .surroundings import errors_only, model_kept, padded_copy, surroundings_kept
 
 

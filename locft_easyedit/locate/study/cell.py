@@ -30,7 +30,7 @@ from ...training.health import health_texts
 from ...training.session import EditSession
 from ..held_out import HeldOut
 from ..score import Drift, score
-from .outcome import DIVERGED, FAILED, OUT_OF_MEMORY, CellOutcome
+from .study_outcome import DIVERGED, FAILED, OUT_OF_MEMORY, CellOutcome
 
 logger = logging.getLogger(__name__)
 

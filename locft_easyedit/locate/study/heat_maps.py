@@ -11,8 +11,8 @@ import numpy as np
 from ...modeling.places import MODULES, Location
 from ...utils.output import write_picture
 from ...utils.plotting import legend_below, new_figure, plain_log_ticks
-from .outcome import DIVERGED, FAILED, OUT_OF_MEMORY, StudyOutcome
-from .tables import chosen_text, progress_text, study_name
+from .study_outcome import DIVERGED, FAILED, OUT_OF_MEMORY, StudyOutcome
+from .study_tables import chosen_text, progress_text, study_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

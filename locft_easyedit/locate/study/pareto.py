@@ -11,8 +11,8 @@ from ...modeling.places import MODULES
 from ...utils.output import write_picture
 from ...utils.plotting import GREY, handle, legend_below, new_figure, open_axes, plain_log_ticks
 from .heat_maps import LEAST_DRIFT
-from .outcome import CellOutcome, StudyOutcome
-from .tables import chosen_text, progress_text, study_name
+from .study_outcome import CellOutcome, StudyOutcome
+from .study_tables import chosen_text, progress_text, study_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

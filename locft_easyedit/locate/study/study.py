@@ -27,8 +27,8 @@ from ...utils.output import prepare_folder, write_json
 from ...utils.run_folder import SettingsFile, differences_of, refuse_differences
 from ..score import read_passages
 from .cell import figures_of
-from .outcome import OK, STATES, CellOutcome, StudyOutcome
-from .settings import (
+from .study_outcome import OK, STATES, CellOutcome, StudyOutcome
+from .study_settings import (
     ANY_DEVICE,
     RATES,
     StudySettings,
@@ -81,7 +81,7 @@ class Study:
         if s.text is not None:
             self.passages = read_passages(s.text)
         if s.capability:
-            from ...evaluation.capability.prepare import prepare_tasks  # an extra
+            from ...evaluation.capability.prepared_tasks import prepare_tasks  # an extra
 
             prepare_tasks(s.capability, tasks_dir=s.tasks_dir, limit=s.capability_limit)
         model = model_without_weights(h.model_name, trust_remote_code=h.trust_remote_code)

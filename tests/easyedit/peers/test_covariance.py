@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers.toys import CONTEXT, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit.easyedit.loading import load_easyedit
+from locft_easyedit.easyedit.importing import load_easyedit
 from locft_easyedit.easyedit.peers import covariance as module
 from locft_easyedit.easyedit.peers.corpus import Corpus
 from locft_easyedit.easyedit.peers.covariance import (

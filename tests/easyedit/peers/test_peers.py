@@ -14,10 +14,10 @@ from helpers.toys import DOWN_PROJECTION, TOY_KINDS, toy_model, toy_requests, to
 from torch import nn
 
 from locft_easyedit.easyedit.cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
-from locft_easyedit.easyedit.loading import load_easyedit
+from locft_easyedit.easyedit.importing import load_easyedit
 from locft_easyedit.easyedit.peers.corpus import Corpus
 from locft_easyedit.easyedit.peers.covariance import stats_name, write_key_covariances
-from locft_easyedit.easyedit.peers.hparams import (
+from locft_easyedit.easyedit.peers.peer_hparams import (
     PEERS,
     PeerError,
     easyedit_name,

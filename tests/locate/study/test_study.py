@@ -13,11 +13,18 @@ from helpers.toys import toy_model, toy_tokenizer
 
 from locft_easyedit.errors import DataError, HyperParamsError, LocFTError, OutputError
 from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.locate.study import run, worker
-from locft_easyedit.locate.study.outcome import DIVERGED, FAILED, OK, OUT_OF_MEMORY, CellOutcome
-from locft_easyedit.locate.study.run import locate
-from locft_easyedit.locate.study.settings import StudySettings, coarse_to_fine
+from locft_easyedit.locate.study import run_study as run
+from locft_easyedit.locate.study import study_worker as worker
+from locft_easyedit.locate.study.run_study import locate
 from locft_easyedit.locate.study.study import Study, load_study
+from locft_easyedit.locate.study.study_outcome import (
+    DIVERGED,
+    FAILED,
+    OK,
+    OUT_OF_MEMORY,
+    CellOutcome,
+)
+from locft_easyedit.locate.study.study_settings import StudySettings, coarse_to_fine
 from locft_easyedit.modeling.places import MODULES, Location
 from locft_easyedit.training.choice import Cell
 from locft_easyedit.utils.subprocesses import WorkerPool

@@ -15,8 +15,8 @@ from test_study_outcome import DOWN, cell, study
 
 from locft_easyedit.errors import OutputError, PlaceError
 from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.locate.study.files import CSV_COLUMNS, write_cells_csv, write_chosen_yaml
-from locft_easyedit.locate.study.outcome import (
+from locft_easyedit.locate.study.study_files import CSV_COLUMNS, write_cells_csv, write_chosen_yaml
+from locft_easyedit.locate.study.study_outcome import (
     DIVERGED,
     FAILED,
     FIGURES,
@@ -24,7 +24,7 @@ from locft_easyedit.locate.study.outcome import (
     CellOutcome,
     StudyOutcome,
 )
-from locft_easyedit.locate.study.tables import (
+from locft_easyedit.locate.study.study_tables import (
     best_of_modules,
     best_places,
     figure_text,
@@ -271,6 +271,6 @@ def test_a_cell_of_every_module_is_ranked_in_order():
 
 
 def test_tables_and_files_need_no_matplotlib():
-    code = "import sys, locft_easyedit.locate.study.files; print('matplotlib' in sys.modules)"
+    code = "import sys, locft_easyedit.locate.study.study_files; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -9,9 +9,9 @@ from tqdm import tqdm
 
 from ...errors import LocFTError, one_message
 from ...utils.subprocesses import Worker, WorkerPool, worker_pool
-from .outcome import FAILED, OUT_OF_MEMORY, CellOutcome, StudyOutcome
-from .settings import ANY_DEVICE
 from .study import Study
+from .study_outcome import FAILED, OUT_OF_MEMORY, CellOutcome, StudyOutcome
+from .study_settings import ANY_DEVICE
 
 
 def locate(study: Study, *, progress: bool = True) -> StudyOutcome:
@@ -78,7 +78,13 @@ def _devices(study: Study) -> list[str]:
 
 
 def _command(study: Study, device: str) -> list[str]:
-    return [sys.executable, "-m", "locft_easyedit.locate.study.worker", str(study.path), device]
+    return [
+        sys.executable,
+        "-m",
+        "locft_easyedit.locate.study.study_worker",
+        str(study.path),
+        device,
+    ]
 
 
 def _marked(study: Study, worker: Worker) -> bool:

@@ -17,7 +17,7 @@ from ...errors import LocFTError
 from ...hparams import LocFTBFHyperParams
 from ...hparams_rules import ALG_NAMES
 from ..cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
-from ..loading import EasyEdit
+from ..importing import EasyEdit
 from ..registration import register, subclasses
 
 

@@ -20,7 +20,7 @@ from ...utils.tables import (
     one_line,
     terminal_table,
 )
-from .outcome import LESS_IS_BETTER, STATES, CellOutcome, StudyOutcome
+from .study_outcome import LESS_IS_BETTER, STATES, CellOutcome, StudyOutcome
 
 _TOP = 10
 _MOST_REASONS = 3  # of a state

@@ -14,8 +14,8 @@ from ...errors import PlaceError
 from ...hparams import REQUIRED_IN_FILE, LocFTBFHyperParams
 from ...utils.files import output_errors, write_atomically
 from ...utils.tables import one_line
-from .outcome import FIGURES, StudyOutcome
-from .tables import figure_text, progress_text, study_name
+from .study_outcome import FIGURES, StudyOutcome
+from .study_tables import figure_text, progress_text, study_name
 
 PHASES = ("training", "metrics")
 CSV_COLUMNS = (

@@ -1,4 +1,4 @@
-"""One process of a study: `python -m locft_easyedit.locate.study.worker FOLDER DEVICE`.
+"""One process of a study: `python -m locft_easyedit.locate.study.study_worker FOLDER DEVICE`.
 
 It takes the places that no other process is at, one after the other, until none is left. Any number
 of such processes work on one folder, on this machine or on others that see it.
@@ -18,8 +18,8 @@ from ...evaluation.prompts import Metrics
 from ...evaluation.records import CompactRecords
 from ...modeling.loading import load_causal_lm, resolve_device
 from .cell import Bench, measure_before
-from .settings import ANY_DEVICE
 from .study import Study, load_study
+from .study_settings import ANY_DEVICE
 
 logger = logging.getLogger(__name__)
 

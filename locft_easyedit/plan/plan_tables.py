@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.table import Table
 
 from ..utils.tables import Bold, Row, counted, terminal_table
-from .candidates import NAMES, Candidate
 from .cost import step_flop
-from .memory import PHASES, PLACES
+from .fitting import NAMES, Candidate
+from .memory_parts import PHASES, PLACES
 from .plan import Plan
 from .units import bytes_text, flop_text, seconds_text
 from .workload import Machine

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from .activations import LayerActivations
 from .change_memory import change_parts, preparing_parts, training_parts
 from .cost import EDITS_PREFIX, PROMPTS_PREFIX, phases
-from .memory import LATER, PLACES, Part, peak, standing_parts, working_parts
+from .memory_parts import LATER, PLACES, Part, peak, standing_parts, working_parts
 from .setting import LAYOUTS, Run, Setting
 from .shapes import CUTS, ModelShapes
 from .units import bytes_text
