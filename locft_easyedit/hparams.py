@@ -20,8 +20,10 @@ from .hparams_rules import (
     ALG_NAMES,
     AUTO,
     DTYPES,
+    FORMS,
     NEIGHBOURS,
     OR_AUTO,
+    PLAIN,
     PLUS_NAME,
     SAMPLED,
     broken_rules,
@@ -130,6 +132,13 @@ class LocFTBFHyperParams:
             from, bit for bit; `None` keeps nothing (`locft edit` uses its output folder).
         checkpoint_minutes: Minutes between two checkpoints; 0 makes one after every step, and
             `None` none at all.
+        forms: How an edit's prompt is put to the model in training, beside the prompt itself
+            (`plain`): in the model's `chat` template, as a question with an answer to come
+            (`question_answer`), after a sentence that has nothing to do with it (`context`).
+            `None` is plain alone, with LocFT-BF+ all of them (`chat` where the tokenizer has a
+            template).
+        forms_per_epoch: Of the forms beside the plain one, how many of each edit are trained in
+            an epoch; they take turns.
         augment: Rewordings of each edit's prompt that are trained beside it in an epoch, by turns
             of those that rules make of it; 0 trains the edits alone. `None` is 0, with LocFT-BF+ 1.
         preserve: What the edit is to leave as it is: `sampled` (text sampled from the model
@@ -182,6 +191,8 @@ class LocFTBFHyperParams:
     lora_alpha: Optional[float] = None  # noqa: UP045
     checkpoint_dir: Optional[str] = None  # noqa: UP045
     checkpoint_minutes: Optional[float] = 5.0  # noqa: UP045
+    forms: Optional[List[str]] = None  # noqa: UP006, UP045
+    forms_per_epoch: int = 1
     augment: Optional[int] = None  # noqa: UP045
     preserve: Optional[List[str]] = None  # noqa: UP006, UP045
     preserve_strength: float = 1.0
@@ -228,6 +239,12 @@ class LocFTBFHyperParams:
     def checkpoint_folder(self) -> str | None:
         """Where checkpoints are made; `None` if none are."""
         return None if self.checkpoint_minutes is None else self.checkpoint_dir
+
+    @property
+    def wrapped_forms(self) -> list[str]:
+        """The forms that are trained beside the plain one: `forms`, or what `alg_name` means."""
+        forms = (FORMS if self._plus else ()) if self.forms is None else self.forms
+        return [form for form in forms if form != PLAIN]
 
     @property
     def rewordings(self) -> int:

@@ -16,6 +16,8 @@ ALG_NAME = "LocFT-BF"
 PLUS_NAME = "LocFT-BF+"
 ALG_NAMES = (ALG_NAME, PLUS_NAME)
 SAMPLED, NEIGHBOURS = "sampled", "neighbours"  # what `preserve` takes besides files
+# The forms that `forms` takes: how an edit's prompt is put to the model.
+PLAIN, CHAT, QUESTION_ANSWER, CONTEXT = FORMS = ("plain", "chat", "question_answer", "context")
 AUTO = "auto"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ON_CONFLICT = ("train", "error", "last")
@@ -31,6 +33,7 @@ _COUNTS = (
     "row_tokens",
     "micro_batch_size",
     "lora_rank",
+    "forms_per_epoch",
 )
 # Fields that take the word `auto` besides values of their type; OmegaConf knows no such union.
 OR_AUTO: dict[str, Any] = {"layers": List[int], "lr": float}  # noqa: UP006
@@ -72,6 +75,11 @@ def rules(values: Mapping[str, Any]) -> list[Rule]:
         ),
         ("layers", lambda v: len({str(i) for i in v}) == len(v), "names a layer twice"),
         ("lr", lambda v: math.isfinite(v) and v > 0, "must be above 0 and finite"),
+        (
+            "forms",
+            lambda v: v is None or (set(v) <= {*FORMS} and len({*v}) == len(v)),
+            f"must be a list of {', '.join(FORMS)}, each once, or null",
+        ),
         (
             "augment",
             lambda v: v is None or 0 <= v <= MOST_REWORDINGS,

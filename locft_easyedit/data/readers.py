@@ -116,7 +116,10 @@ def _to_request(record: Any) -> Request | None:
     record = {key: value for key, value in record.items() if value == value}
     for field, convert in _FORMS:
         if field in record:
-            return convert(record)
+            request = convert(record)
+            if record.get("rewordings"):
+                request["rewordings"] = record["rewordings"]  # trained beside the prompt
+            return request
     return None
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import RequestError, one_message
 from ..utils.parsing import encodable, shown
+from ..utils.text import as_word
 
 logger = logging.getLogger(__name__)
 
@@ -19,11 +21,19 @@ _KEYS = {"prompts": "prompt", "rephrase_prompts": "rephrase_prompt", "loc_prompt
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """One prompt and the target to train for it; `request` is its index in the user's list."""
+    """One prompt and the target to train for it.
+
+    Attributes:
+        prompt: The prompt.
+        target: The target.
+        request: Index of the request in the user's list.
+        rewordings: Other prompts that ask the same, and are trained beside it.
+    """
 
     prompt: str
     target: str
     request: int
+    rewordings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,7 @@ class EditSet:
         n_merged: Requests that repeat another one's prompt and target.
         n_conflicts: Prompts that come with more than one target.
         n_replaced: Requests left out because `on_conflict="last"` keeps a later one.
+        n_giving_away: Rewordings left out because they hold their target.
         edit_of_request: For each request the index of its edit, or `None` if it was left out.
     """
 
@@ -45,6 +56,7 @@ class EditSet:
     n_merged: int = 0
     n_conflicts: int = 0
     n_replaced: int = 0
+    n_giving_away: int = 0
 
     def indices_of(self, requests: Iterable[int] | None) -> list[int]:
         """Returns the indices of the edits of these requests, ascending; of all if `None`."""
@@ -163,7 +175,9 @@ def distinct_edits(
     """Returns the edits to train: duplicates merged, conflicts treated as `on_conflict` says.
 
     Args:
-        requests: Dictionaries with `prompt` and `target_new`; other keys are left to evaluation.
+        requests: Dictionaries with `prompt` and `target_new`, and `rewordings` (a list of prompts
+            that ask the same) where some are to be trained beside it; other keys are left to
+            evaluation.
         on_conflict: `train` keeps all targets of a prompt, as published; `error` stops; `last`
             keeps the latest target of a prompt; `None` is `train` without a warning.
 
@@ -185,10 +199,19 @@ def distinct_edits(
     # "Paris" and " Paris" are one target: training puts the space there.
     pairs = [(r["prompt"], with_leading_space(r["target_new"])) for r in requests]
     edits: dict[tuple[str, str], Edit] = {}
+    n_giving_away = 0
     for i, pair in enumerate(pairs):
+        before = edits.get(pair)
         if on_conflict == "last":
             edits.pop(pair, None)  # the latest mention decides which target is the last
-        edits.setdefault(pair, Edit(pair[0], requests[i]["target_new"], request=i))
+        given = requests[i].get("rewordings") or ()
+        kept = [text for text in given if not _gives_away(text, pair)]
+        n_giving_away += len(given) - len(kept)
+        edit = before if before is not None and on_conflict != "last" else None
+        edit = edit or Edit(pair[0], requests[i]["target_new"], request=i)
+        former = () if before is None else before.rewordings
+        texts = (text for text in (*former, *kept) if text != edit.prompt)
+        edits[pair] = replace(edit, rewordings=tuple(dict.fromkeys(texts)))
     n_merged = len(requests) - len(edits)
 
     by_prompt: dict[str, list[Edit]] = {}
@@ -213,6 +236,10 @@ def distinct_edits(
             len(conflicts),
             _describe(conflicts[0]),
         )
+    if n_giving_away:
+        logger.warning(
+            "%d rewordings hold the target that they ask for, and are left out.", n_giving_away
+        )
     if n_merged:
         logger.info("%d requests repeat another one and are trained once.", n_merged)
     index = {pairs[edit.request]: i for i, edit in enumerate(kept)}
@@ -223,7 +250,15 @@ def distinct_edits(
         n_merged,
         len(conflicts),
         len(edits) - len(kept),
+        n_giving_away,
     )
+
+
+def _gives_away(text: str, edit: tuple[str, str]) -> bool:
+    """Returns whether a rewording holds the target, and the prompt does not."""
+    prompt, target = edit
+    holds = re.compile(as_word(target.strip()), re.IGNORECASE)
+    return bool(holds.search(text)) and not holds.search(prompt)
 
 
 def with_leading_space(target: str) -> str:
@@ -249,6 +284,17 @@ def _request_problems(i: int, request: Any) -> list[str]:
             problems.append(
                 f"request {i}: `{key}={shown(value)}` holds a lone surrogate. Clean the text."
             )
+    rewordings = request.get("rewordings")
+    if rewordings is not None and not isinstance(rewordings, (list, tuple)):
+        problems.append(
+            f"request {i}: `rewordings={shown(rewordings)}` is not a list. Give a list of prompts."
+        )
+    elif rewordings:
+        problems += [
+            f"request {i}: `rewordings` has {shown(text)}. Each must be a text that is not blank."
+            for text in rewordings
+            if not isinstance(text, str) or not text.strip() or not encodable(text)
+        ]
     return problems
 
 

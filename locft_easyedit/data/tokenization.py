@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -75,6 +76,24 @@ class TokenizedTexts:
         return growing.finished()
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A text that asks, and what is to follow it.
+
+    Attributes:
+        text: What the model reads.
+        answer: What it is to write after it, with the white space between them.
+        special_tokens: Whether the tokenizer adds its special tokens (a BOS, say); a chat template
+            has put them into the text.
+        end: The token after the answer; `None` is the end of sequence.
+    """
+
+    text: str
+    answer: str
+    special_tokens: bool = True
+    end: int | None = None
+
+
 class GrowingTexts:
     """Token sequences that come one after the other: eight bytes a token, where a list takes 40."""
 
@@ -97,14 +116,36 @@ class GrowingTexts:
         )
 
 
-def ids_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Returns the ids of each text with the tokenizer's own special tokens, and nothing else."""
+def ids_of(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special_tokens: bool = True
+) -> list[list[int]]:
+    """Returns the ids of each text with the tokenizer's own special tokens, and nothing else.
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: The texts.
+        special_tokens: Whether the tokenizer adds them; in the text of a chat they stand already.
+    """
     if not texts:
         return []
     found: list[list[int]] = tokenizer(
-        list(texts), padding=False, truncation=False, return_attention_mask=False
+        list(texts),
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        add_special_tokens=special_tokens,
     )["input_ids"]
     return found
+
+
+def asked_ids(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked]) -> list[list[int]]:
+    """Returns the ids of each text up to where its answer begins."""
+    plain = unended_ids(tokenizer, [one.text for one in asked if one.special_tokens])
+    chat = ids_of(
+        tokenizer, [one.text for one in asked if not one.special_tokens], special_tokens=False
+    )
+    rest = iter(plain), iter(chat)
+    return [next(rest[not one.special_tokens]) for one in asked]
 
 
 def unended_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -124,10 +165,6 @@ def tokenize_edits(
 ) -> TokenizedTexts:
     """Returns the edits as token ids: prompt, target with one leading space, end of sequence.
 
-    Prompt and target are tokenized together. A token that reaches from the prompt into the target
-    counts as target. The tokenizer's own special tokens (a BOS, say) stay. No padding takes part,
-    so nothing depends on the pad token.
-
     Args:
         tokenizer: The model's tokenizer.
         edits: What to train.
@@ -138,37 +175,67 @@ def tokenize_edits(
         ModelError: `append_eos` and the tokenizer has no EOS token.
         RequestError: An edit is longer than the context, or its target has no token.
     """
+    asked = [Asked(edit.prompt, with_leading_space(edit.target)) for edit in edits]
+    texts = tokenize_asked(tokenizer, asked, append_end=append_eos)
+    # The first token of all has no predecessor that could predict it.
+    ends = texts.offsets[1:] - 1
+    ended = texts.lengths > 0
+    ended[ended] = texts.ids[ends[ended]] == tokenizer.eos_token_id
+    n_text = texts.lengths - ended
+    too_long = texts.lengths > (max_positions or np.iinfo(np.int64).max)
+    problems = []
+    unusable = np.flatnonzero(too_long | (texts.target_start <= 0) | (texts.target_start >= n_text))
+    for i in unusable.tolist():
+        if too_long[i]:
+            problems.append(
+                f"{_named(edits[i])} has {texts.lengths[i]} tokens; the model's context is "
+                f"{max_positions}. Shorten it."
+            )
+        else:
+            problems.append(
+                f"{_named(edits[i])}: no token of the target can be predicted. Change its text."
+            )
+    if problems:
+        raise RequestError(one_message("The requests cannot be trained:", problems))
+    return texts
+
+
+def tokenize_asked(
+    tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked], *, append_end: bool = True
+) -> TokenizedTexts:
+    """Returns texts with their answers as token ids.
+
+    Text and answer are tokenized together. A token that reaches from the text into the answer
+    counts as answer. No padding takes part, so nothing depends on the pad token.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        asked: The texts and their answers.
+        append_end: Append the token that ends each unless the tokenizer did.
+
+    Raises:
+        ModelError: `append_end`, a text ends with the end of sequence, and there is no EOS token.
+    """
     eos = tokenizer.eos_token_id
-    if append_eos and eos is None:
+    if append_end and eos is None and any(one.end is None for one in asked):
         raise ModelError(
             "`append_eos=True` needs an end-of-sequence token, and the tokenizer has none. "
             "Set `tokenizer.eos_token` or `append_eos: false`."
         )
     growing = GrowingTexts()
-    problems = []
-    for first in range(0, len(edits), CHUNK):
-        chunk = edits[first : first + CHUNK]
-        texts = [edit.prompt + with_leading_space(edit.target) for edit in chunk]
-        for edit, (ids, start) in zip(
-            chunk, _split(tokenizer, [e.prompt for e in chunk], texts), strict=True
-        ):
-            # The first token of all has no predecessor that could predict it.
-            n_text = len(ids) - (ids[-1:] == [eos])
-            no_target = not 0 < start < n_text
-            if append_eos and ids[-1:] != [eos]:
-                ids = [*ids, eos]
-            if max_positions is not None and len(ids) > max_positions:
-                problems.append(
-                    f"{_named(edit)} has {len(ids)} tokens; the model's context is "
-                    f"{max_positions}. Shorten it."
-                )
-            elif no_target:
-                problems.append(
-                    f"{_named(edit)}: no token of the target can be predicted. Change its text."
-                )
-            growing.add(ids, start)
-    if problems:
-        raise RequestError(one_message("The requests cannot be trained:", problems))
+    for first in range(0, len(asked), CHUNK):
+        chunk = asked[first : first + CHUNK]
+        split: list[tuple[list[int], int]] = [([], 0)] * len(chunk)
+        for special in (True, False):
+            of_kind = [i for i, one in enumerate(chunk) if one.special_tokens == special]
+            if of_kind:
+                texts = [chunk[i].text for i in of_kind]
+                whole = [chunk[i].text + chunk[i].answer for i in of_kind]
+                for i, pair in zip(of_kind, _split(tokenizer, texts, whole, special), strict=True):
+                    split[i] = pair
+        for one, (ids, start) in zip(chunk, split, strict=True):
+            end = eos if one.end is None else one.end
+            growing.add([*ids, end] if append_end and ids[-1:] != [end] else ids, start)
     return growing.finished()
 
 
@@ -181,7 +248,7 @@ def _shortened(text: str, limit: int = 60) -> str:
 
 
 def _split(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[str], texts: list[str]
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], texts: list[str], special: bool
 ) -> list[tuple[list[int], int]]:
     """Returns the ids of each text, and the index of the first token that goes past its prompt."""
     if tokenizer.is_fast:
@@ -191,6 +258,7 @@ def _split(
             return_attention_mask=False,
             padding=False,
             truncation=False,
+            add_special_tokens=special,
         )
         return [
             (ids, next((i for i, (_, end) in enumerate(spans) if end > len(prompt)), len(ids)))
@@ -198,8 +266,9 @@ def _split(
                 prompts, batch["input_ids"], batch["offset_mapping"], strict=True
             )
         ]
-    full = tokenizer(texts, padding=False, truncation=False)["input_ids"]
-    alone = tokenizer(prompts, padding=False, truncation=False)["input_ids"]
+    options: dict[str, Any] = {"padding": False, "truncation": False, "add_special_tokens": special}
+    full = tokenizer(texts, **options)["input_ids"]
+    alone = tokenizer(prompts, **options)["input_ids"]
     return [
         (ids, _boundary_by_decoding(tokenizer, prompt, ids, prompt_ids))
         for prompt, ids, prompt_ids in zip(prompts, full, alone, strict=True)

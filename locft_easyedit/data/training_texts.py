@@ -1,19 +1,25 @@
-"""What is trained, as tokens: the edits in their own wording, and their rewordings."""
+"""What is trained, as tokens: the edits in their own wording, in other forms, and reworded."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import ModelError
 from ..hparams import LocFTBFHyperParams
-from ..hparams_rules import MOST_REWORDINGS
+from ..hparams_rules import CHAT, MOST_REWORDINGS, PLAIN
 from .augment.reword import Wordings, reword_edits
-from .requests import Edit, EditSet
-from .tokenization import TokenizedTexts, tokenize_edits
+from .forms import Forms
+from .requests import Edit, EditSet, with_leading_space
+from .tokenization import Asked, TokenizedTexts, tokenize_asked, tokenize_edits
+from .variants import Variants
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,13 +27,15 @@ class TrainingTexts:
     """The texts of N edits.
 
     Attributes:
-        texts: All of them as tokens: each edit's own wording, then its rewordings.
+        texts: All of them as tokens: each edit's own wording, the same in other forms, and then
+            rewordings of it.
         variants: Which stand for an edit in an epoch.
         prompts: Of each edit its own prompt, and after it the rewordings that are trained.
         wordings: The same with all rewordings: what is to be preserved is measured with these.
         targets: What each edit is to answer.
         subjects: The subject of each edit; `None` where it is not known.
-        summary: Figures of the rewordings for JSON; `None` without `augment`.
+        forms: The forms that are trained.
+        summary: Figures of the rewordings for JSON; `None` without any.
     """
 
     texts: TokenizedTexts
@@ -36,6 +44,7 @@ class TrainingTexts:
     wordings: list[list[str]]
     targets: list[str]
     subjects: Sequence[str | None]
+    forms: Forms
     summary: dict[str, Any] | None = None
 
     @classmethod
@@ -53,46 +62,83 @@ class TrainingTexts:
             tokenizer: The model's tokenizer.
             edits: The edits.
             subjects: The subject of each; `None` where it is not known.
-            hparams: `augment`, `append_eos`, `seed`.
-            max_positions: The model's context in tokens; longer rewordings are left out.
+            hparams: `forms`, `forms_per_epoch`, `augment`, `append_eos`, `seed`.
+            max_positions: The model's context in tokens; what is longer in another form or wording
+                is left out.
 
         Raises:
-            LocFTError: As for `tokenize_edits`, of the edits in their own wording.
+            LocFTError: As for `tokenize_edits`, of the edits in their own wording, and as for
+                `Forms`.
         """
-        eos = hparams.append_eos
-        prompts = [[edit.prompt] for edit in edits]
+        forms = trained_forms(tokenizer, hparams)
+        own = tokenize_edits(
+            tokenizer, edits, append_eos=hparams.append_eos, max_positions=max_positions
+        )
+        prompts, wordings = [[edit.prompt] for edit in edits], [[edit.prompt] for edit in edits]
         targets = [edit.target for edit in edits]
-        own = tokenize_edits(tokenizer, edits, append_eos=eos, max_positions=max_positions)
-        if not hparams.rewordings:
-            return cls(
-                own, Variants.without_rewordings(len(own)), prompts, prompts, targets, subjects
-            )
-        made = reword_edits(edits, subjects, seed=hparams.seed)
-        wordings = [[edit.prompt, *more] for edit, more in zip(edits, made.prompts, strict=True)]
-        # More to learn is more to change: what is left out is mostly the prompt in a frame.
-        pairs = [(i, p) for i, more in enumerate(made.prompts) for p in more[:MOST_REWORDINGS]]
-        other = tokenize_edits(
-            tokenizer, [replace(edits[i], prompt=prompt) for i, prompt in pairs], append_eos=eos
+        in_forms = [
+            (i, forms.ask(form, edit.prompt, edit.target, i))
+            for i, edit in enumerate(edits)
+            for form in forms.names
+        ]
+        made, n_given = None, sum(len(edit.rewordings) for edit in edits)
+        if hparams.rewordings:
+            made = reword_edits(edits, subjects, seed=hparams.seed)
+        reworded = []
+        for i, edit in enumerate(edits):
+            more = list(dict.fromkeys([*edit.rewordings, *(made.prompts[i] if made else [])]))
+            wordings[i] += more
+            # More to learn is more to change: what is left out is mostly the prompt in a frame.
+            for prompt in more[: max(MOST_REWORDINGS, len(edit.rewordings))]:
+                reworded.append((i, Asked(prompt, with_leading_space(edit.target))))
+        # The other texts of an edit are in groups, of which each takes turns by itself.
+        each = [hparams.forms_per_epoch, max(hparams.rewordings, 1)]
+        groups = [in_forms, reworded]
+        others = [one for group in groups for one in group]
+        if not others:
+            variants = Variants.own_alone(len(own))
+            return cls(own, variants, prompts, wordings, targets, subjects, forms)
+        tokens = tokenize_asked(
+            tokenizer, [asked for _, asked in others], append_end=hparams.append_eos
         )
-        fits = other.lengths <= (max_positions or np.iinfo(np.int64).max)  # [number of rewordings]
-        for (i, prompt), kept in zip(pairs, fits, strict=True):
-            if kept:
-                prompts[i].append(prompt)
-        # Each edit's own text, then its rewordings: a stable sort brings them together.
-        edit_of = np.concatenate([np.arange(len(own)), np.array([i for i, _ in pairs], int)[fits]])
-        texts = _joined(own, other.subset(np.flatnonzero(fits)))
-        variants = Variants.in_turns(
-            [len(trained) - 1 for trained in prompts], hparams.rewordings, hparams.seed
-        )
+        fits = tokens.lengths <= (max_positions or np.iinfo(np.int64).max)  # [number of others]
+        edit_of = np.array([i for i, _ in others], np.int64)
+        group_of = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+        counts = np.zeros((len(groups), len(edits)), np.int64)
+        np.add.at(counts, (group_of[fits], edit_of[fits]), 1)
+        for (i, asked), kept, group in zip(others, fits, group_of, strict=True):
+            if kept and group == 1:
+                prompts[i].append(asked.text)
+        # Each edit's own text, then those of its groups: a stable sort brings them together.
+        order = np.argsort(np.concatenate([np.arange(len(own)), edit_of[fits]]), kind="stable")
         return cls(
-            texts.subset(np.argsort(edit_of, kind="stable")),
-            variants,
+            _joined(own, tokens.subset(np.flatnonzero(fits))).subset(order),
+            Variants.in_turns(counts, each, hparams.seed),
             prompts,
             wordings,
             targets,
             subjects,
-            _summary(made, prompts, int((~fits).sum())),
+            forms,
+            _summary(forms, made, n_given, prompts, int((~fits).sum())),
         )
+
+
+def trained_forms(tokenizer: PreTrainedTokenizerBase, hparams: LocFTBFHyperParams) -> Forms:
+    """Returns the forms that `hparams` asks for; a preset's without what the tokenizer has not.
+
+    Raises:
+        ModelError: `forms` names `chat`, and the tokenizer has no chat template.
+    """
+    names = hparams.wrapped_forms
+    if CHAT in names:
+        try:
+            return Forms(tokenizer, names, hparams.seed)
+        except ModelError as error:
+            if hparams.forms is not None and not getattr(tokenizer, "chat_template", None):
+                raise
+            logger.warning("Edits are trained without the form `%s`: %s", CHAT, error)
+            names = [name for name in names if name != CHAT]
+    return Forms(tokenizer, names, hparams.seed)
 
 
 def subjects_of(
@@ -124,66 +170,18 @@ def _joined(one: TokenizedTexts, other: TokenizedTexts) -> TokenizedTexts:
     )
 
 
-def _summary(made: Wordings, prompts: Sequence[Sequence[str]], n_too_long: int) -> dict[str, Any]:
+def _summary(
+    forms: Forms,
+    made: Wordings | None,
+    n_given: int,
+    prompts: Sequence[Sequence[str]],
+    n_too_long: int,
+) -> dict[str, Any]:
     return {
-        **made.summary(),
+        "forms": [PLAIN, *forms.names],
+        "given": n_given,
+        **({} if made is None else made.summary()),
         "trained": sum(map(len, prompts)) - len(prompts),
         "dropped_too_long": n_too_long,
         "edits_without_rewordings": sum(len(trained) == 1 for trained in prompts),
     }
-
-
-@dataclass(frozen=True, eq=False)
-class Variants:
-    """The texts of N edits, one edit after the other: the own wording first, then rewordings.
-
-    Attributes:
-        first: Where each edit's texts begin, [N + 1] int64.
-        each: Rewordings that are trained beside the own wording in an epoch, at most.
-        turn: Where each edit begins in the circle of its rewordings, [N] int64.
-    """
-
-    first: np.ndarray
-    each: int
-    turn: np.ndarray
-
-    @classmethod
-    def without_rewordings(cls, n: int) -> Variants:
-        """Returns the texts of `n` edits without rewordings: text i is edit i."""
-        return cls(np.arange(n + 1), 0, np.zeros(n, np.int64))
-
-    @classmethod
-    def in_turns(cls, n_rewordings: Sequence[int], each: int, seed: int) -> Variants:
-        """Returns the texts of edits with so many rewordings.
-
-        Args:
-            n_rewordings: Rewordings of each edit, N numbers.
-            each: Those of an epoch.
-            seed: Seed of the order.
-        """
-        first = np.concatenate([[0], np.cumsum(np.array(n_rewordings, np.int64) + 1)])
-        turn = np.random.default_rng(seed).integers(0, 2**31, len(n_rewordings))
-        return cls(first, each, turn)
-
-    @property
-    def most(self) -> int:
-        """Texts of one edit in an epoch, at most."""
-        return 1 + self.each
-
-    def texts(self, batch: np.ndarray, epoch: int) -> np.ndarray:
-        """Returns the texts of a mini-batch of edits; all own wordings come first.
-
-        An edit's rewordings take turns, so that each is trained about as often as the others.
-
-        Args:
-            batch: The edits, [B].
-            epoch: The epoch, from 0.
-        """
-        own = self.first[batch]
-        found = [own]
-        n_rewordings = self.first[batch + 1] - own - 1
-        for k in range(self.each):
-            there = n_rewordings > k
-            turn = (self.turn[batch] + epoch * self.each + k)[there] % n_rewordings[there]
-            found.append(own[there] + 1 + turn)
-        return np.concatenate(found)

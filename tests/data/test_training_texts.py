@@ -8,7 +8,8 @@ from helpers.toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, 
 
 from locft_easyedit.api import edit_model
 from locft_easyedit.data.requests import distinct_edits
-from locft_easyedit.data.training_texts import TrainingTexts, Variants
+from locft_easyedit.data.training_texts import TrainingTexts
+from locft_easyedit.data.variants import Variants
 from locft_easyedit.training.session import EditSession
 
 # Measured: 3e-6; rounding of packed rows.
@@ -22,11 +23,11 @@ def augmented(**changes):
 
 def test_without_rewordings_text_i_is_edit_i():
     batch = np.array([3, 0, 2])
-    assert Variants.without_rewordings(4).texts(batch, epoch=7).tolist() == [3, 0, 2]
+    assert Variants.own_alone(4).texts(batch, epoch=7).tolist() == [3, 0, 2]
 
 
 def test_rewordings_take_turns_and_own_wordings_come_first():
-    variants = Variants.in_turns([3, 0, 5], each=2, seed=0)
+    variants = Variants.in_turns(np.array([[3, 0, 5]]), [2], seed=0)
     assert variants.first.tolist() == [0, 4, 5, 11]
     seen = {0: [], 1: [], 2: []}
     for epoch in range(15):
@@ -41,7 +42,7 @@ def test_rewordings_take_turns_and_own_wordings_come_first():
 
 
 def test_an_edit_with_fewer_rewordings_than_asked_for_gives_each_once():
-    texts = Variants.in_turns([1], each=3, seed=1).texts(np.array([0]), epoch=4)
+    texts = Variants.in_turns(np.array([[1]]), [3], seed=1).texts(np.array([0]), epoch=4)
     assert texts.tolist() == [0, 1]
 
 
@@ -89,7 +90,7 @@ def naive_augmented(model, tokenizer, edits, made, parameters, hparams):
             texts = []
             for i in order[start : start + hparams.batch_size]:
                 pool = made.prompts[i][1:]
-                turn = int(made.variants.turn[i]) + epoch * hparams.augment
+                turn = int(made.variants.turn[1, i]) + epoch * hparams.augment
                 shown = min(len(pool), hparams.augment)
                 prompts = [edits[i].prompt, *(pool[(turn + k) % len(pool)] for k in range(shown))]
                 texts += [{"prompt": p, "target_new": edits[i].target} for p in prompts]

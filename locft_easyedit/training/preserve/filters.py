@@ -14,7 +14,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...data.requests import Edit
+from ...data.forms import Forms
+from ...data.tokenization import Asked
 from ...data.training_texts import TrainingTexts
 from ...errors import PreserveError
 from ...hparams import LocFTBFHyperParams
@@ -26,6 +27,7 @@ from .neighbours import neighbours_of
 from .source_statistics import (
     answered_ids,
     asked_moments,
+    chat_moments,
     check_few,
     prompt_ids,
     prompt_keys,
@@ -91,8 +93,10 @@ def filters_for(
         LocFTError: A source is too small, or takes too much; the cache cannot be written.
     """
     names = {name.rpartition(".")[0]: name for name in place.parameters}  # by module
-    measured = _Measured(model, tokenizer, list(names), hparams, progress)
-    n_texts = sum(source.kind in (SAMPLED, TEXT) for source in sources)
+    measured = _Measured(model, tokenizer, list(names), hparams, texts.forms, progress)
+    # In chat the model's own text counts as a text by itself.
+    each = {TEXT: 1, SAMPLED: 1 if texts.forms.chat is None else 2}
+    n_texts = sum(each.get(source.kind, 0) for source in sources)
     # What takes too much is refused before minutes of sampling.
     measured.keep_exactly([source for source in sources if source.kind == PROMPTS], names)
     for source in sources:
@@ -115,6 +119,7 @@ class _Measured:
     tokenizer: PreTrainedTokenizerBase
     modules: list[str]
     hparams: LocFTBFHyperParams
+    forms: Forms
     progress: bool
     moments: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
@@ -164,7 +169,15 @@ class _Measured:
         self.digests.append(found.digest)
         self._note(source, tokens=found.n_tokens)
         if source.kind == SAMPLED:
-            asked = asked_moments(self.model, self.tokenizer, self.modules, **where)
+            if self.forms.chat is not None:
+                chat = chat_moments(
+                    self.model, self.tokenizer, self.modules, self.forms.chat, **where
+                )
+                self._add("chat", chat.second, 1 / n_texts)
+                self.with_first.add("chat")
+                self.digests.append(chat.digest)
+                self._note(source, chat_tokens=chat.n_tokens)
+            asked = asked_moments(self.model, self.tokenizer, self.modules, self.forms, **where)
             if asked is not None:
                 self._add("asked", asked.second, _WEIGHTS["asked"])
                 self.digests.append(asked.digest)
@@ -175,7 +188,7 @@ class _Measured:
             texts.wordings,
             texts.subjects,
             each=_NEIGHBOURS_EACH,
-            most=self._most_prompts,
+            most=self._most_prompts // (1 + len(self.forms.names)),
             seed=self.hparams.seed,
         )
         self._note(source, prompts=len(near.prompts), edits_without_subject=near.n_without_subject)
@@ -187,7 +200,7 @@ class _Measured:
             return
         last, self.context = end_moments(
             self.model,
-            prompt_ids(self.model, self.tokenizer, near.prompts),
+            prompt_ids(self.model, self.tokenizer, near.prompts, self.forms),
             self.modules,
             description="neighbours",
             progress=self.progress,
@@ -206,19 +219,28 @@ class _Measured:
             wordings: Of each edit its own prompt, and its rewordings after it.
             targets: What each edit is to answer.
         """
-        usable = [i for i, own in enumerate(wordings) if len(own) > 1 or self.context is not None]
+        n_forms = 1 + len(self.forms.names)
+        several = n_forms > 1 or self.context is not None
+        usable = [i for i, own in enumerate(wordings) if len(own) > 1 or several]
         if not usable:
             return
-        each = -(-sum(len(wordings[i]) for i in usable) // len(usable))
+        each = n_forms * -(-sum(len(wordings[i]) for i in usable) // len(usable))
         n_groups = min(len(usable), max(1, self._most_prompts // each))
         chosen = random.Random(self.hparams.seed).sample(usable, n_groups)
-        groups = [[Edit(prompt, targets[i], i) for prompt in wordings[i]] for i in chosen]
+        groups = [
+            [
+                (i, asked)
+                for prompt in wordings[i]
+                for asked in self.forms.all_of(prompt, targets[i], i)
+            ]
+            for i in chosen
+        ]
         differences: dict[str, torch.Tensor] = {}
         starts = range(0, len(groups), EDITS_AT_ONCE)
-        several = self.progress and len(starts) > 1
-        for start in tqdm(starts, desc="rewordings", disable=not several):
-            some = [edit for own in groups[start : start + EDITS_AT_ONCE] for edit in own]
-            self._add_differences_(differences, some, progress=self.progress and not several)
+        one_bar = self.progress and len(starts) > 1
+        for start in tqdm(starts, desc="rewordings", disable=not one_bar):
+            some = [one for own in groups[start : start + EDITS_AT_ONCE] for one in own]
+            self._add_differences_(differences, some, progress=self.progress and not one_bar)
         n_prompts = sum(map(len, groups))
         for name, sums in (("rewordings", differences), ("context", self.context or {})):
             for module, total in sums.items():
@@ -230,16 +252,20 @@ class _Measured:
                 self.figures[name] = {"prompts": n_prompts}
 
     def _add_differences_(
-        self, sums: dict[str, torch.Tensor], wordings: Sequence[Edit], *, progress: bool
+        self,
+        sums: dict[str, torch.Tensor],
+        wordings: Sequence[tuple[int, Asked]],
+        *,
+        progress: bool,
     ) -> None:
         """Adds what wordings of one request differ in to `sums`, and their beginnings to `context`.
 
         Args:
             sums: Sums of k k^T by module, of keys less their mean over the request's wordings.
-            wordings: Prompts and their target.
+            wordings: Numbers of edits, with what asks for them.
             progress: Show a progress bar.
         """
-        answered = answered_ids(self.model, self.tokenizer, wordings)
+        answered = answered_ids(self.model, self.tokenizer, [asked for _, asked in wordings])
         keys = keys_of(
             self.model,
             [ids for ids, _ in answered],
@@ -250,8 +276,8 @@ class _Measured:
             progress=progress,
         )
         which = _numbered(
-            (wording.request, token)
-            for wording, (_, n_tokens) in zip(wordings, answered, strict=True)
+            (edit, token)
+            for (edit, _), (_, n_tokens) in zip(wordings, answered, strict=True)
             for token in range(n_tokens)
         )
         for module, found in keys.items():

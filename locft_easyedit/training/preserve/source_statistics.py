@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ...data.requests import Edit
-from ...data.tokenization import ids_of, tokenize_edits, unended_ids
+from ...data.forms import ChatTemplate, Forms
+from ...data.tokenization import Asked, asked_ids, ids_of, tokenize_asked
 from ...errors import PreserveError
 from ...hparams_rules import SAMPLED
 from ...modeling.devices import context_length
 from ...utils.hashing import json_sha256, model_fingerprint
 from ...utils.parsing import pieces_of
+from .chat_text import chat_text
 from .input_moments import (
     BATCH_TOKENS,
     check_finite,
@@ -100,6 +101,7 @@ def asked_moments(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     modules: Sequence[str],
+    forms: Forms,
     *,
     cache: Path | None,
     seed: int = 0,
@@ -114,6 +116,7 @@ def asked_moments(
         model: A causal language model, as it is before an edit.
         tokenizer: Its tokenizer.
         modules: Full names of linear modules.
+        forms: The forms in which each prompt counts.
         cache: As for `text_moments`, whose sampled text is read there.
         seed: Seed of the sampling.
         progress: Show progress bars.
@@ -128,7 +131,7 @@ def asked_moments(
     widths = _widths(model, modules)
     n_tokens = _SAMPLED_FACTOR * max(widths.values())
     text = sampled_text(model, tokenizer, n_tokens, cache=cache, seed=seed, progress=progress)
-    parts = [prompt_ids(model, tokenizer, asked_prompts(text.asked))]
+    parts = [prompt_ids(model, tokenizer, asked_prompts(text.asked), forms)]
     if not parts[0]:
         return None
     return _kept(
@@ -136,27 +139,66 @@ def asked_moments(
     )
 
 
+def chat_moments(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    modules: Sequence[str],
+    template: ChatTemplate,
+    *,
+    cache: Path | None,
+    seed: int = 0,
+    progress: bool,
+) -> Moments:
+    """Returns the second moments of the modules' inputs over conversations of the model's own.
+
+    Computed once and kept, as `text_moments` are; see `chat_text`.
+
+    Args:
+        model: A causal language model, as it is before an edit.
+        tokenizer: Its tokenizer.
+        modules: Full names of linear modules.
+        template: Its chat template.
+        cache: As for `text_moments`.
+        seed: Seed of the sampling.
+        progress: Show progress bars.
+
+    Raises:
+        LocFTError: As for `text_moments` and `chat_text`.
+    """
+    modules = list(dict.fromkeys(modules))
+    widths = _widths(model, modules)
+    n_tokens = _SAMPLED_FACTOR * max(widths.values())
+    sequences = chat_text(
+        model, tokenizer, template, n_tokens, cache=cache, seed=seed, progress=progress
+    )
+    parts = [within_context(model, sequences)]
+    return _kept(
+        model, widths, parts, cache, last_only=False, title="sampled chats", progress=progress
+    )
+
+
 def prompt_ids(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], forms: Forms
 ) -> list[list[int]]:
-    """Returns prompts as tokens up to the last one of their own, whose answer is asked.
+    """Returns prompts, each in all forms, as tokens up to where an answer is to begin.
 
     Of a prompt beyond the model's context the end is kept.
     """
     context = context_length(model) or 0
-    return [ids[-context:] for ids in unended_ids(tokenizer, prompts)]
+    asked = [one for i, prompt in enumerate(prompts) for one in forms.all_of(prompt, "", i)]
+    return [ids[-context:] for ids in asked_ids(tokenizer, asked)]
 
 
 def answered_ids(
-    model: Any, tokenizer: PreTrainedTokenizerBase, edits: Sequence[Edit]
+    model: Any, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked]
 ) -> list[tuple[list[int], int]]:
-    """Returns each edit up to the token that its target's last one follows.
+    """Returns each text with its answer, up to the token that the answer's last one follows.
 
     With it, how many of its last tokens predict one of the target. Of what is beyond the model's
     context the end is kept.
     """
     context, eos = context_length(model) or 0, tokenizer.eos_token_id
-    texts = tokenize_edits(tokenizer, edits, append_eos=False)
+    texts = tokenize_asked(tokenizer, asked, append_end=False)
     found = []
     for i, target_start in enumerate(texts.target_start.tolist()):
         ids = texts.ids[texts.offsets[i] : texts.offsets[i + 1]].tolist()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
+from locft_easyedit.data.forms import Forms
 from locft_easyedit.data.requests import Edit
 from locft_easyedit.training.preserve import filters as prepare
 from locft_easyedit.training.preserve import sampled_text as sampled
@@ -20,6 +21,7 @@ from locft_easyedit.training.preserve.source_statistics import (
 from locft_easyedit.training.session import EditSession
 
 DOWN = DOWN_PROJECTION["llama"].removesuffix(".weight")
+PLAIN_ALONE = Forms(toy_tokenizer(), [])
 MODULES = [DOWN.format(2), DOWN.format(1)]
 # Sums of some hundred products in float32, in another order: measured at most 3e-7 of the largest.
 TOLERANCE = 3e-6
@@ -94,14 +96,14 @@ def test_moments_of_what_is_asked_are_those_of_last_tokens_and_computed_once(
     asking, tmp_path, monkeypatch
 ):
     model, tokenizer = toy_model(), toy_tokenizer()
-    found = asked_moments(model, tokenizer, MODULES, cache=tmp_path, progress=False)
-    documents = prompt_ids(model, tokenizer, asking)
+    found = asked_moments(model, tokenizer, MODULES, PLAIN_ALONE, cache=tmp_path, progress=False)
+    documents = prompt_ids(model, tokenizer, asking, PLAIN_ALONE)
     assert found.n_tokens == len(asking)
     for module in MODULES:
         last = [k[-1:] for k in keys(model, module, documents)]
         assert close(found.second[module], moment(last) / len(asking))
     monkeypatch.setattr(statistics, "second_moments", None)  # they are kept
-    again = asked_moments(model, tokenizer, MODULES, cache=tmp_path, progress=False)
+    again = asked_moments(model, tokenizer, MODULES, PLAIN_ALONE, cache=tmp_path, progress=False)
     assert all(torch.equal(again.second[m], found.second[m]) for m in MODULES)
     assert again.digest == found.digest
 
@@ -109,12 +111,17 @@ def test_moments_of_what_is_asked_are_those_of_last_tokens_and_computed_once(
 def test_a_model_that_asks_itself_nothing_has_no_such_moments(monkeypatch):
     text = SampledText(["The dog ran home."], ["Who"], ["Question: Who", "The"])
     monkeypatch.setattr(statistics, "sampled_text", lambda *_, **__: text)
-    assert asked_moments(toy_model(), toy_tokenizer(), MODULES, cache=None, progress=False) is None
+    assert (
+        asked_moments(
+            toy_model(), toy_tokenizer(), MODULES, PLAIN_ALONE, cache=None, progress=False
+        )
+        is None
+    )
 
 
 def test_sums_over_ends_and_over_what_is_before_them():
     model, tokenizer = toy_model(), toy_tokenizer()
-    documents = prompt_ids(model, tokenizer, [r["prompt"] for r in toy_requests(9)])
+    documents = prompt_ids(model, tokenizer, [r["prompt"] for r in toy_requests(9)], PLAIN_ALONE)
     last, before = end_moments(model, documents, MODULES, description="", progress=False)
     rest = {}
     counts = [1 + i % 2 for i in range(len(documents))]
@@ -145,13 +152,17 @@ def differences(model, tokenizer, module, requests, wordings):
 def test_what_is_answered_is_cut_to_the_end_of_the_context(monkeypatch):
     model, tokenizer = toy_model(), toy_tokenizer()
     edit = Edit("The dog ran home to", "Paris in the north", 0)
-    [(whole, n_tokens)] = answered_ids(model, tokenizer, [edit])
+    [(whole, n_tokens)] = answered_ids(
+        model, tokenizer, PLAIN_ALONE.all_of(edit.prompt, edit.target)
+    )
     target = tokenizer(" " + edit.target)["input_ids"]
     assert whole == [*tokenizer(edit.prompt)["input_ids"], *target[:-1]]
     assert n_tokens == len(target) > 2
     for context in (len(whole) + 1, len(whole), 4, 2, 1):
         monkeypatch.setattr(model.config, "max_position_embeddings", context)
-        [(ids, n_left)] = answered_ids(model, tokenizer, [edit])
+        [(ids, n_left)] = answered_ids(
+            model, tokenizer, PLAIN_ALONE.all_of(edit.prompt, edit.target)
+        )
         assert ids == whole[-context:]
         assert n_left == min(n_tokens, context)
 
@@ -180,7 +191,10 @@ def test_all_that_is_measured_for_the_preset_counts_by_its_weight(asking, monkey
     near = prepare.neighbours_of(wordings, subjects, each=8, most=8 * 64, seed=hparams.seed).prompts
     own = [prompt for each in wordings for prompt in each]
     module = DOWN.format(hparams.layers[0])
-    before = [k[:-1] for k in keys(model, module, prompt_ids(model, tokenizer, [*near, *own]))]
+    before = [
+        k[:-1]
+        for k in keys(model, module, prompt_ids(model, tokenizer, [*near, *own], PLAIN_ALONE))
+    ]
     assert close(moments["context"], moment(before))
     assert close(
         moments["rewordings"], moment(differences(model, tokenizer, module, requests, wordings))
