@@ -124,6 +124,21 @@ def toy_tokenizer(*, bos=False, eos=False, pad_is_eos=False, across_words=False)
     )
 
 
+# As ChatML's: a system prompt of its own where none is given, and a token that ends each turn.
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<s>system\nBe kind.</s>\n{% endif %}"
+    "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n"
+    "{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+def toy_chat_tokenizer(template=CHAT_TEMPLATE, **options):
+    """Returns the toy tokenizer with a chat template."""
+    tokenizer = toy_tokenizer(**options)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 @cache
 def _trained(across_words):
     backend = Tokenizer(models.BPE())

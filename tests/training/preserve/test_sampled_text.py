@@ -178,7 +178,11 @@ def test_all_that_is_measured_for_the_preset_counts_by_its_weight(asking, monkey
     monkeypatch.setattr(statistics, "_check_enough", lambda *_: None)
     requests = [r | {"subject": r["prompt"].split()[0]} for r in toy_requests(6)]
     hparams = toy_hparams(
-        alg_name="LocFT-BF+", preserve_dir=str(tmp_path), rewrite_module_tmp=f"{DOWN}.weight"
+        alg_name="LocFT-BF+",
+        forms=[],
+        augment=1,
+        preserve_dir=str(tmp_path),
+        rewrite_module_tmp=f"{DOWN}.weight",
     )
     model, tokenizer = toy_model(), toy_tokenizer()
     with EditSession(model, tokenizer, requests, hparams, progress=False) as session:
