@@ -29,6 +29,7 @@ from locft_easyedit.place import find_layers
 from locft_easyedit.store import Budget
 from locft_easyedit.tokens import TokenizedTexts
 
+pytestmark = pytest.mark.usefixtures("short_answers")
 ALL = ("accuracy", "generated", "ppl")
 
 

@@ -17,6 +17,7 @@ from locft_easyedit.locate.places import Location, find_locations, select_locati
 from locft_easyedit.locate.score import score
 from locft_easyedit.pipeline import edit_and_measure
 
+pytestmark = pytest.mark.usefixtures("short_answers")
 KEPT_PROMPTS = str(REPOSITORY / "tests" / "data" / "kept_prompts.json")
 SEEN = ("reliability", "reworded", "drift", "score")
 

@@ -18,6 +18,7 @@ from locft_easyedit.models import load_causal_lm, load_model
 from locft_easyedit.offload import left_on_disk
 from locft_easyedit.spreading import devices_of, full_map, share_of_gpus, spread_map
 
+pytestmark = pytest.mark.usefixtures("short_answers")
 LAYER = 4 * sum(p.numel() for p in toy_model().model.layers[0].parameters())
 ENDS = 4 * toy_model().lm_head.weight.numel()  # the embedding, and the head
 
