@@ -12,6 +12,7 @@ from helpers.toys import REPOSITORY
 CLOSE = 0.15
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone counts such peaks")
 def test_planned_peak_is_the_measured_one(smollm2, tmp_path):
     script = REPOSITORY / "benchmarks" / "plan_accuracy.py"

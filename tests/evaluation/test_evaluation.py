@@ -29,6 +29,7 @@ from locft_easyedit.prefix.cut import layer_cut
 from locft_easyedit.prefix.store import Budget
 from locft_easyedit.training.session import EditSession
 
+pytestmark = pytest.mark.usefixtures("short_answers")
 ALL = ("accuracy", "generated", "ppl")
 
 

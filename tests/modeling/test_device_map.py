@@ -18,6 +18,7 @@ from locft_easyedit.modeling.device_map import devices_of, full_map, left_on_dis
 from locft_easyedit.modeling.loading import load_causal_lm, load_model
 from locft_easyedit.training.session import EditSession
 
+pytestmark = pytest.mark.usefixtures("short_answers")
 LAYER = 4 * sum(p.numel() for p in toy_model().model.layers[0].parameters())
 ENDS = 4 * toy_model().lm_head.weight.numel()  # the embedding, and the head
 

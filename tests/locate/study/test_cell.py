@@ -23,6 +23,7 @@ from locft_easyedit.modeling.places import Location, find_locations, select_loca
 from locft_easyedit.training.health import health_texts
 from locft_easyedit.training.session import EditSession
 
+pytestmark = pytest.mark.usefixtures("short_answers")
 KEPT_PROMPTS = str(REPOSITORY / "tests" / "helpers" / "kept_prompts.json")
 SEEN = ("reliability", "reworded", "drift", "score")
 

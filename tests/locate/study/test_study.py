@@ -256,14 +256,17 @@ def test_two_processes_find_what_one_finds(study):
     assert len(list((both_folder := study("both").path / "logs").iterdir())) == 2, both_folder
 
 
+OPEN_STUDY = (
+    "from pathlib import Path\n"
+    "from locft_easyedit.locate.study.study import load_study\n"
+    "study = load_study(Path(sys.argv[1]))\n"
+    "cells = study.open_cells()\n"
+)
+
+
 def _worker_that(code):
-    """Returns what starts a process that knows the study, the folder and `cells`."""
-    start = (
-        "import os, signal, sys, time\nfrom pathlib import Path\n"
-        "from locft_easyedit.locate.study.study import load_study\n"
-        "study = load_study(Path(sys.argv[1]))\n"
-        "cells = study.open_cells()\n"
-    )
+    """Returns what starts a process that runs some code, given the folder of the study."""
+    start = "import os, signal, sys, time\n"
     return lambda study, device: [sys.executable, "-c", start + code, str(study.path)]
 
 
@@ -271,7 +274,7 @@ def _worker_that(code):
     ("number", "state", "reason"),
     [
         ("SIGKILL", OUT_OF_MEMORY, "when memory runs out"),
-        ("SIGSEGV", FAILED, "was ended by SIGSEGV"),
+        pytest.param("SIGSEGV", FAILED, "was ended by SIGSEGV", marks=pytest.mark.slow),
     ],
 )
 def test_a_cell_that_kills_its_process_is_marked_and_the_study_goes_on(
@@ -279,7 +282,7 @@ def test_a_cell_that_kills_its_process_is_marked_and_the_study_goes_on(
 ):
     # One of these for every cell: all are tried, all are marked.
     code = f"if cells:\n    study.begin(cells[0])\n    os.kill(os.getpid(), signal.{number})"
-    monkeypatch.setattr(run, "_command", _worker_that(code))
+    monkeypatch.setattr(run, "_command", _worker_that(OPEN_STUDY + code))
     outcome = locate(study(modules=["down"]), progress=False)
     assert [one.state for one in outcome.cells] == [state, state]
     assert all(reason in one.reason for one in outcome.cells)
