@@ -18,7 +18,7 @@ from ..errors import HyperParamsError, one_message
 T = TypeVar("T")
 
 # A path such as ./lr=1e-3/model is no pair: its first part is not a name.
-_PAIR = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+PAIR = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 # What YAML raises besides its own errors.
 _BAD_VALUES = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
 _NULL = ("null", "~", "")
@@ -61,7 +61,7 @@ def read_arguments(
     places = list(positional)
     given: set[str] = set()
     for argument in arguments:
-        pair = _PAIR.fullmatch(argument)
+        pair = PAIR.fullmatch(argument)
         if argument.startswith("-") and argument != "-":
             problems.append(_option(argument, named))
             continue

@@ -38,6 +38,10 @@ The mean counts each task once: mmlu and sst2 with accuracy, nq_open and gsm8k w
 """
 
 
+# What `capability.json` says of how the figures were made.
+_SETTINGS = ("tasks", "tasks_dir", "limit", "num_fewshot", "batch_size", "dtype")
+
+
 # OmegaConf reads these annotations at run time and knows no PEP 604 unions on Python 3.10.
 @dataclass(kw_only=True)
 class CapabilityConfig:
@@ -108,15 +112,8 @@ def run_capability(config: CapabilityConfig) -> dict[str, Any]:
     content = {
         "models": models,
         "results": results,
-        "settings": {
-            "tasks": list(config.tasks),
-            "tasks_dir": config.tasks_dir,
-            "limit": config.limit,
-            "num_fewshot": config.num_fewshot,
-            "batch_size": config.batch_size,
-            "dtype": config.dtype,
-            "lm_eval": version("lm_eval"),
-        },
+        "settings": {key: getattr(config, key) for key in _SETTINGS}
+        | {"lm_eval": version("lm_eval")},
     }
     path = output / "capability.json"
     write_json(path, content)
@@ -146,6 +143,5 @@ def _measured(name: str, ready: Any, config: CapabilityConfig) -> dict[str, Any]
     result = measure_prepared(model, tokenizer, ready, batch_size=config.batch_size)
     del model
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     return result
