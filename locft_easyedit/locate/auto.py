@@ -156,7 +156,6 @@ class _Screen:
     locations: Sequence[Location]
     trials: Trials
     tried: list[TriedPlace] = field(default_factory=list)
-    spent: float = 0.0
     scale: float = 1.0  # of all rates that are not given
 
     def __post_init__(self) -> None:
@@ -255,14 +254,8 @@ class _Screen:
         """Tries cells as far as the budget goes; returns those that were learned, best first.
 
         What is spent never exceeds the allowance of the best place so far, nor that of the one to
-        be tried: whichever is chosen, the choice took no more than its share.
-
-        Args:
-            cells: The cells, the most promising first.
-            promises: What the backward pass says of their places.
-            epochs: Passes over the few edits, at most.
-            bar: The progress.
-            kept_back: Trials of the next round for which room is left, and their epochs.
+        be tried: whichever is chosen, the choice took no more than its share. `kept_back` is the
+        trials of the next round for which room is left, and their epochs.
         """
         h = self.hparams
         done: list[TriedPlace] = []
@@ -321,7 +314,7 @@ def choose_once(
     world: World,
     progress: bool = True,
 ) -> Choice:
-    """Returns the place for these edits, which rank 0 chooses for all.
+    """Returns the place for these edits, which rank 0 chooses for all (see `choose_place`).
 
     Args:
         model: The model, not edited.

@@ -144,12 +144,7 @@ class Costs:
         )
 
     def run(self, first_layer: int, epochs: int) -> float:
-        """Returns the work of a run of 3,000 edits, whose mini-batches are large.
-
-        Args:
-            first_layer: The lowest layer that is trained.
-            epochs: Passes over the edits.
-        """
+        """Returns the work of a run of 3,000 edits from this layer on, in large mini-batches."""
         tokens = max(self.tokens, self.least / RUN_BATCH)
         step = _TRAINING * (tokens * (self.n_layers - first_layer) + self.scored * self.head)
         return RUN_EDITS * (self.tokens * first_layer + min(epochs, RUN_EPOCHS) * step)

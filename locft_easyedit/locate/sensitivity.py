@@ -46,7 +46,7 @@ from ..modeling.modes import forward_replaced, only_trainable, with_gradients
 from ..modeling.places import LayerList
 
 _SEED = 0  # of the tokens that the model draws
-_LOSS_SCALE = 1024.0  # small gradients vanish in float16
+_LOSS_SCALE = 1024.0
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ def sensitivities(
     length = row_length(model, row_tokens)
     rows = lay_out(texts, np.arange(len(texts)), row_tokens=length, packed=packed)
     owners = _owners(rows, texts)
-    watch = _Watch(rows, owners, kinds, _scale(model))
+    # Small gradients vanish in float16.
+    watch = _Watch(rows, owners, kinds, _LOSS_SCALE if model.dtype == torch.float16 else 1.0)
     with (
         with_gradients(),
         only_trainable(model, ()),
@@ -138,10 +139,6 @@ def _owners(rows: Rows, texts: TokenizedTexts) -> np.ndarray:
     cells = rows.token_index.flatten().numpy()
     owners = np.searchsorted(texts.offsets, cells, side="right") - 1
     return np.where(cells >= 0, owners, -1)
-
-
-def _scale(model: PreTrainedModel) -> float:
-    return _LOSS_SCALE if model.dtype == torch.float16 else 1.0
 
 
 def _backward(
@@ -259,12 +256,7 @@ class _Watch:
 
 
 def of_place(figures: Mapping[str, Sensitivity], names: Sequence[str]) -> Sensitivity | None:
-    """Returns the figures of a place's matrices together; `None` if one of its matrices has none.
-
-    Args:
-        figures: As `sensitivities` gives them.
-        names: The matrices' names.
-    """
+    """Returns the figures of a place's matrices together; `None` if one of them has none."""
     if not names or any(name not in figures for name in names):
         return None
     return sum((figures[name] for name in names), Sensitivity())

@@ -23,6 +23,7 @@ from ..prefix.runner import TextRunner
 from ..prefix.shortcuts import can_pack
 from ..training.choice import Cell, TrialScores
 from ..training.health import health_texts
+from ..training.result import EditResult
 from ..training.session import EditSession
 from .held_out import reword
 from .score import Drift, score
@@ -81,12 +82,7 @@ class Trials:
         )
 
     def run(self, cell: Cell, epochs: int) -> TrialScores:
-        """Makes the edits at a place and rate, measures, and takes them back.
-
-        Args:
-            cell: The place and the rate.
-            epochs: Passes over the edits, at most.
-        """
+        """Makes the edits in at most so many epochs, measures, and takes them back."""
         if self._drift is None:
             self._drift = Drift(self.model, self.text, packed=self.packed)
         h = replace(
@@ -105,6 +101,7 @@ class Trials:
             health_check=False,
         )
         requests = [{"prompt": e.prompt, "target_new": e.target} for e in self.edits]
+        result: EditResult | None = None
         try:
             with EditSession(
                 self.model, self.tokenizer, requests, h, progress=False, world=SINGLE_PROCESS
@@ -112,13 +109,9 @@ class Trials:
                 result = session.train_()
         except (NonFiniteLossError, torch.cuda.OutOfMemoryError) as error:
             logger.info("%s was tried and failed: %s", cell.key, error)
-            failed = True
-        else:
-            failed = False
-        if failed:  # outside the handler: the exception's frames hold the tensors that have to go
+        if result is None:  # outside the handler: its frames hold the tensors that have to go
             gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
             return TrialScores()
         try:
             learned, reworded = self._likely(self.own), self._likely(self.rewordings)

@@ -13,6 +13,8 @@ from .study import Study
 from .study_outcome import FAILED, OUT_OF_MEMORY, CellOutcome, StudyOutcome
 from .study_settings import ANY_DEVICE
 
+_WORKER = "locft_easyedit.locate.study.study_worker"
+
 
 def locate(study: Study, *, progress: bool = True) -> StudyOutcome:
     """Tries what was not tried yet, and returns all there is.
@@ -27,10 +29,8 @@ def locate(study: Study, *, progress: bool = True) -> StudyOutcome:
         LocFTError: The folder is another study's, or the cells could not be tried.
     """
     study.open()
-    if study.open_cells():
-        reasons = _work(study, progress)
-        if reasons and study.open_cells():
-            raise LocFTError(one_message("The study could not be finished:", reasons))
+    if study.open_cells() and (reasons := _work(study, progress)) and study.open_cells():
+        raise LocFTError(one_message("The study could not be finished:", reasons))
     return study.outcome()
 
 
@@ -65,7 +65,8 @@ def _work(study: Study, progress: bool) -> list[str]:
 def _start(study: Study, pool: WorkerPool, slot: int) -> None:
     device = str(pool.devices[slot])
     log = study.path / "logs" / f"{device.replace(':', '-')}-{slot}.txt"
-    pool.start(slot, "location study", _command(study, device), log)
+    command = [sys.executable, "-m", _WORKER, str(study.path), device]
+    pool.start(slot, "location study", command, log)
 
 
 def _devices(study: Study) -> list[str]:
@@ -75,16 +76,6 @@ def _devices(study: Study) -> list[str]:
         return [str(device) for device in settings.devices]
     own = settings.hparams.device
     return [ANY_DEVICE if own is None else str(own)]
-
-
-def _command(study: Study, device: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "locft_easyedit.locate.study.study_worker",
-        str(study.path),
-        device,
-    ]
 
 
 def _marked(study: Study, worker: Worker) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,9 @@ class Study:
                     f"`output={path}` holds another study. Choose another output, or remove that "
                     "one:",
                 )
-            file.write(study=identity, settings=self._stored())
+            settings = self.settings.to_dict()
+            settings["data"] = str(Path(settings["data"]).resolve())
+            file.write(study=identity, settings=settings)
             self._forget_marks()
 
     def _forget_marks(self) -> None:
@@ -140,11 +142,6 @@ class Study:
             if found is not None and found.state != OK:
                 file.unlink()
         self._done.clear()
-
-    def _stored(self) -> dict[str, Any]:
-        values = self.settings.to_dict()
-        values["data"] = str(Path(values["data"]).resolve())
-        return values
 
     @contextmanager
     def held(self, name: str, *, wait: bool = True) -> Iterator[bool]:
@@ -160,15 +157,12 @@ class Study:
         with output_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(folder / f"{name}.lock", timeout=-1 if wait else 0)
-            try:
+            with suppress(Timeout):
                 lock.acquire()
-            except Timeout:
-                lock = None  # type: ignore[assignment]
         try:
-            yield lock is not None
+            yield lock.is_locked
         finally:
-            if lock is not None:
-                lock.release()
+            lock.release()
 
     def all_cells(self) -> list[Cell]:
         """Returns the cells of the grid that is asked for."""
@@ -192,12 +186,10 @@ class Study:
 
     def result(self, cell: Cell) -> CellOutcome | None:
         """Returns what a cell found; `None` if it is to be tried."""
-        if cell.key not in self._done:
-            found = self._outcome(self.cells_folder / f"{cell.key}.json")
-            if found is None:
-                return None
+        file = self.cells_folder / f"{cell.key}.json"
+        if cell.key not in self._done and (found := self._outcome(file)) is not None:
             self._done[cell.key] = found
-        return self._done[cell.key]
+        return self._done.get(cell.key)
 
     def begin(self, cell: Cell) -> None:
         """Notes that this process is at a cell now, for the one that has started it."""
