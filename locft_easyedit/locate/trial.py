@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -57,13 +57,9 @@ class Trials:
     edits: Sequence[Edit]
     hparams: LocFTBFHyperParams
     batch_size: int
-    own: TokenizedTexts = field(init=False)
-    rewordings: TokenizedTexts = field(init=False)
-    text: TokenizedTexts = field(init=False)
-    packed: bool = field(init=False)
-    _drift: Drift | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        self._drift: Drift | None = None
         prompts = [(edit, prompt) for edit in self.edits for prompt in reword(edit.prompt)[_WHICH]]
         self.own = self._tokens(self.edits)
         self.rewordings = self._tokens([replace(edit, prompt=prompt) for edit, prompt in prompts])

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,9 +62,6 @@ class Bench:
     layers: Collection[int] = ()
     passages: Sequence[str] | None = None
     capability: Callable[[], float] | None = None
-    _held_out: HeldOut = field(init=False)
-    _drift: Drift = field(init=False)
-    _states: SharedStates = field(init=False)
 
     def __post_init__(self) -> None:
         h = self.hparams
@@ -192,7 +189,7 @@ def measure_before(
 
 def figures_of(summary: Mapping[str, Any]) -> dict[str, float]:
     """Returns the figures of a study that a summary of metrics has (see `summarize`)."""
-    figures = {}
+    figures: dict[str, float] = {}
     for means, names in ((summary.get("generated", {}), _GENERATED), (summary, _TEACHER_FORCED)):
         figures |= {name: float(means[name]) for name in names if means.get(name) is not None}
     locality = [

@@ -65,8 +65,11 @@ def _work(study: Study, progress: bool) -> list[str]:
 def _start(study: Study, pool: WorkerPool, slot: int) -> None:
     device = str(pool.devices[slot])
     log = study.path / "logs" / f"{device.replace(':', '-')}-{slot}.txt"
-    command = [sys.executable, "-m", _WORKER, str(study.path), device]
-    pool.start(slot, "location study", command, log)
+    pool.start(slot, "location study", _command(study, device), log)
+
+
+def _command(study: Study, device: str) -> list[str]:
+    return [sys.executable, "-m", _WORKER, str(study.path), device]
 
 
 def _devices(study: Study) -> list[str]:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,6 @@ class Study:
 
     settings: StudySettings
     path: Path
-    requests: list[dict[str, Any]] = field(init=False)
-    locations: list[Location] = field(init=False)
-    rates: list[float] = field(init=False)
-    passages: list[str] | None = field(init=False, default=None)
-    _done: dict[str, CellOutcome] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Reads and checks everything; no weights are loaded and nothing is written.
@@ -78,8 +73,8 @@ class Study:
             raise HyperParamsError(one_message("This study cannot be made:", problems))
         self.requests = read_requests(s.data, s.n)
         distinct_edits(self.requests, "error" if h.on_conflict == "error" else None)
-        if s.text is not None:
-            self.passages = read_passages(s.text)
+        self.passages = None if s.text is None else read_passages(s.text)
+        self._done: dict[str, CellOutcome] = {}
         if s.capability:
             from ...evaluation.capability.prepared_tasks import prepare_tasks  # an extra
 
