@@ -111,9 +111,7 @@ def take_config_file(
 ) -> tuple[list[str], str, Path]:
     """Returns the arguments without `--config-name`, the YAML's name, and the YAML.
 
-    Args:
-        arguments: What follows a command.
-        keep_folder: Leave `--config-dir` among the arguments.
+    `--config-dir` is left among the arguments with `keep_folder` alone.
 
     Raises:
         HyperParamsError: No YAML is named, or there is no such YAML.

@@ -135,8 +135,7 @@ def _verify(arguments: Sequence[str]) -> int:
 
 def _apply(arguments: Sequence[str]) -> int:
     paths, config = _read(ApplyConfig, arguments, "apply")
-    deltas = [Delta.load(path) for path in paths]
-    return _write("edited model", deltas, config, reverted=False)
+    return _write("edited model", [Delta.load(path) for path in paths], config, reverted=False)
 
 
 def _revert(arguments: Sequence[str]) -> int:

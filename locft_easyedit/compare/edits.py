@@ -131,16 +131,7 @@ def method_editor(
 
 
 class Edits:
-    """The edits of one method, made with `make_`.
-
-    Args:
-        method: The method.
-        requests: All edits.
-        model: The model; edits change it in place.
-        tokenizer: Its tokenizer.
-        how: How prompts are run.
-        folder: Where checkpoints go.
-        progress: Told of each edit.
+    """The edits of one method, made with `make_`, which changes the model in place.
 
     Attributes:
         right_after: Metrics of each edit right after it, for one that edits one by one.

@@ -300,15 +300,8 @@ def choose_once(
 ) -> Choice:
     """Returns the place for these edits, which rank 0 chooses for all (see `choose_place`).
 
-    Args:
-        model: The model, not edited.
-        tokenizer: Its tokenizer.
-        edits: The distinct edits to be made.
-        texts: What is trained, as tokens.
-        hparams: As for `choose_place`.
-        folder: Where an interrupted run finds its choice again; `None` keeps none.
-        world: The processes that train together.
-        progress: Show a progress bar.
+    In `folder` an interrupted run finds its choice again; it was made for the same `texts`, which
+    are what is trained, as tokens. `None` keeps none.
 
     Raises:
         LocFTError: As for `choose_place` and `kept_choice`, here or on rank 0.

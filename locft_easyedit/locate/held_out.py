@@ -36,11 +36,8 @@ _STATEMENT_FRAMES = (
 class HeldOut:
     """The rewordings of edits, ready to be asked of the model.
 
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        edits: The edits; nothing of them but prompt and target is used.
-        append_eos: Whether an end-of-sequence token belongs to a target.
+    Nothing of the edits but prompt and target is used. With `append_eos` an end-of-sequence token
+    belongs to a target.
     """
 
     def __init__(

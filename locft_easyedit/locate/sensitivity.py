@@ -90,16 +90,8 @@ def sensitivities(
     """Returns the figures of every linear layer's weight within the model's layers, by its name.
 
     Matrices that are given something else than all tokens (a router's experts) have none. The
-    model is as before afterwards.
-
-    Args:
-        model: The model.
-        stack: Its layers.
-        edits: The edits.
-        rewordings: Their prompts reworded, with the same targets.
-        text: Unrelated text.
-        packed: Whether rows are packed.
-        row_tokens: Length of packed rows.
+    model is as before afterwards. `rewordings` are the edits' prompts reworded, with the same
+    targets; `text` is unrelated.
     """
     texts, kinds = _joined(edits, rewordings, text)
     length = row_length(model, row_tokens)
@@ -193,12 +185,8 @@ def _recomputed(stack: LayerList) -> Iterator[None]:
 def _run_again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not args or not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    hidden, *rest = args
-
-    def run(states: torch.Tensor) -> Any:
-        return forward(states, *rest, **kwargs)
-
-    return checkpoint(run, hidden, use_reentrant=True, preserve_rng_state=False)
+    run = partial(forward, **kwargs)
+    return checkpoint(run, *args, use_reentrant=True, preserve_rng_state=False)
 
 
 class _Watch:

@@ -82,10 +82,8 @@ class Bench:
     ) -> Iterator[CellOutcome]:
         """Tries one place with each rate; yields what each found, whatever goes wrong.
 
-        Args:
-            location: The place; its prefix is computed once for all rates.
-            rates: Learning rates.
-            begin: Is told of each cell before anything is computed for it.
+        The prefix is computed once for all rates. `begin` is told of each cell before anything is
+        computed for it.
         """
         left = list(rates)
         begin(Cell(location, left[0]))

@@ -21,10 +21,6 @@ def locate(study: Study, *, progress: bool = True) -> StudyOutcome:
 
     Interrupted, the same call goes on: what is lost is the cell that was being tried.
 
-    Args:
-        study: The study.
-        progress: Show a progress bar, with the time left.
-
     Raises:
         LocFTError: The folder is another study's, or the cells could not be tried.
     """

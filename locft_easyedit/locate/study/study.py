@@ -142,11 +142,8 @@ class Study:
     def held(self, name: str, *, wait: bool = True) -> Iterator[bool]:
         """Context manager that locks this part of the folder; yields whether it could.
 
-        The system ends it with the process, however that ends.
-
-        Args:
-            name: The part.
-            wait: Wait for it, or else yield `False` where another process has it.
+        The system ends it with the process, however that ends. Without `wait` it yields `False`
+        where another process has the part.
         """
         folder = self.path / "locks"
         with output_errors(folder):

@@ -38,11 +38,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def work(study: Study, device: int | str | None = None) -> None:
-    """Tries all places that no other process is at.
-
-    Args:
-        study: The study, its folder opened.
-        device: As EasyEdit's `device` key; the study's own if `None`.
+    """Tries all places that no other process is at, on this device or else the study's own.
 
     Raises:
         LocFTError: The model cannot be loaded or measured, or a result cannot be written.
