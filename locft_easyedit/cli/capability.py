@@ -83,10 +83,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def run_capability(config: CapabilityConfig) -> dict[str, Any]:
+def run_capability(config: CapabilityConfig) -> None:
     """Measures as `config` says, prints the table and writes `capability.json`.
-
-    Returns its content.
 
     Raises:
         LocFTError: The tasks, a model or the folder cannot be used; tasks and folder are checked
@@ -109,13 +107,13 @@ def run_capability(config: CapabilityConfig) -> dict[str, Any]:
         num_fewshot=config.num_fewshot,
     )
     results = {label: _measured(str(name), ready, config) for label, name in models.items()}
+    path = output / "capability.json"
     content = {
         "models": models,
         "results": results,
         "settings": {key: getattr(config, key) for key in _SETTINGS}
         | {"lm_eval": version("lm_eval")},
     }
-    path = output / "capability.json"
     write_json(path, content)
     show(capability_table(results))
     for label, result in results.items():
@@ -123,7 +121,6 @@ def run_capability(config: CapabilityConfig) -> dict[str, Any]:
             if "reason" in entry:
                 sys.stdout.write(f"{label}, {name}: no value, because {entry['reason']}\n")
     sys.stdout.write(f"capability: {path}\n")
-    return content
 
 
 def _measured(name: str, ready: Any, config: CapabilityConfig) -> dict[str, Any]:

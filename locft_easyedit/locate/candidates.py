@@ -38,15 +38,14 @@ def candidates(
     Raises:
         PlaceError: There is none; what is wrong with the first, if templates are given.
     """
-    given = hparams.rewrite_module_tmp != AUTO
-    if given:
+    if hparams.rewrite_module_tmp == AUTO:
+        locations = find_locations(model)
+    else:
         templates = tuple(hparams.templates)
         known = {one.templates: one.module for one in find_locations(model)}
         path = templates[0].partition("{}")[2].strip(".").removesuffix(".weight")
         module = known.get(templates) or path.rpartition(".")[2] or "layer"
         locations = [Location(i, module, templates) for i in range(len(stack.layers))]
-    else:
-        locations = find_locations(model)
     found, why_not = [], None
     for location in locations:
         try:
