@@ -27,7 +27,6 @@ def run_application(
     *,
     command: str,
     config_class: type,
-    command_keys: Sequence[str],
     help_text: str,
     job: Job,
 ) -> int:
@@ -36,10 +35,10 @@ def run_application(
     Args:
         arguments: What follows the command.
         command: Its name.
-        config_class: The hyper-parameters' dataclass with the command's keys.
-        command_keys: These keys.
+        config_class: The hyper-parameters' dataclass with the command's keys besides.
         help_text: Printed for `--help`, with the names of the YAMLs after it.
-        job: Called with the hyper-parameters, the command's values and the output folder.
+        job: Called with the hyper-parameters, the values of the command's own keys and the folder
+            where results go.
     """
     arguments = list(arguments)
     if not arguments or {"-h", "--help"} & set(arguments):
@@ -47,6 +46,8 @@ def run_application(
         return 0
 
     begun = False
+    shared = {f.name for f in fields(LocFTBFHyperParams)}
+    command_keys = [f.name for f in fields(config_class) if f.name not in shared]
 
     def run(config: DictConfig) -> None:
         """One run; Hydra calls it once, or once a cell of a multirun."""
@@ -110,9 +111,7 @@ def take_config_file(
 ) -> tuple[list[str], str, Path]:
     """Returns the arguments without `--config-name`, the YAML's name, and the YAML.
 
-    Args:
-        arguments: What follows a command.
-        keep_folder: Leave `--config-dir` among the arguments.
+    `--config-dir` is left among the arguments with `keep_folder` alone.
 
     Raises:
         HyperParamsError: No YAML is named, or there is no such YAML.

@@ -18,7 +18,7 @@ from ..errors import HyperParamsError, one_message
 T = TypeVar("T")
 
 # A path such as ./lr=1e-3/model is no pair: its first part is not a name.
-_PAIR = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+PAIR = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 # What YAML raises besides its own errors.
 _BAD_VALUES = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
 _NULL = ("null", "~", "")
@@ -50,18 +50,17 @@ def read_arguments(
         HyperParamsError: Lists every argument that is unknown, missing, repeated or ill-typed.
     """
     hints = get_type_hints(config_class)
-    fields: dict[str, Any] = {
-        f.name: hints[f.name]
-        for f in dataclasses.fields(config_class)  # type: ignore[arg-type]
-        if f.init
-    }
+    own = [f for f in dataclasses.fields(config_class) if f.init]  # type: ignore[arg-type]
+    fields: dict[str, Any] = {f.name: hints[f.name] for f in own}
+    missing = dataclasses.MISSING
+    required = {f.name for f in own if f.default is missing and f.default_factory is missing}
     named = [name for name in fields if name not in positional]
     typed: dict[str, Any] = {}
     problems = []
     places = list(positional)
     given: set[str] = set()
     for argument in arguments:
-        pair = _PAIR.fullmatch(argument)
+        pair = PAIR.fullmatch(argument)
         if argument.startswith("-") and argument != "-":
             problems.append(_option(argument, named))
             continue
@@ -83,7 +82,7 @@ def read_arguments(
     problems += [
         f"`{name}` is missing. Add {name}=VALUE."
         for name in named
-        if name not in {*given, *(defaults or {})} and _is_required(config_class, name)
+        if name in required and name not in {*given, *(defaults or {})}
     ]
     if problems:
         keys = f"Keys: {', '.join(named)}. `locft {command} --help` explains them."
@@ -119,13 +118,6 @@ def _alternatives(annotation: Any) -> set[Any]:
     if get_origin(annotation) in (Union, types.UnionType):
         return set(get_args(annotation))
     return {annotation}
-
-
-def _is_required(config_class: Any, name: str) -> bool:
-    field = next(f for f in dataclasses.fields(config_class) if f.name == name)
-    missing = dataclasses.MISSING
-    # OmegaConf's own mark of a value that must be given is the text "???".
-    return (field.default is missing and field.default_factory is missing) or field.default == "???"
 
 
 def _option(argument: str, named: Sequence[str]) -> str:

@@ -38,6 +38,10 @@ The mean counts each task once: mmlu and sst2 with accuracy, nq_open and gsm8k w
 """
 
 
+# What `capability.json` says of how the figures were made.
+_SETTINGS = ("tasks", "tasks_dir", "limit", "num_fewshot", "batch_size", "dtype")
+
+
 # OmegaConf reads these annotations at run time and knows no PEP 604 unions on Python 3.10.
 @dataclass(kw_only=True)
 class CapabilityConfig:
@@ -79,10 +83,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def run_capability(config: CapabilityConfig) -> dict[str, Any]:
+def run_capability(config: CapabilityConfig) -> None:
     """Measures as `config` says, prints the table and writes `capability.json`.
-
-    Returns its content.
 
     Raises:
         LocFTError: The tasks, a model or the folder cannot be used; tasks and folder are checked
@@ -105,20 +107,13 @@ def run_capability(config: CapabilityConfig) -> dict[str, Any]:
         num_fewshot=config.num_fewshot,
     )
     results = {label: _measured(str(name), ready, config) for label, name in models.items()}
+    path = output / "capability.json"
     content = {
         "models": models,
         "results": results,
-        "settings": {
-            "tasks": list(config.tasks),
-            "tasks_dir": config.tasks_dir,
-            "limit": config.limit,
-            "num_fewshot": config.num_fewshot,
-            "batch_size": config.batch_size,
-            "dtype": config.dtype,
-            "lm_eval": version("lm_eval"),
-        },
+        "settings": {key: getattr(config, key) for key in _SETTINGS}
+        | {"lm_eval": version("lm_eval")},
     }
-    path = output / "capability.json"
     write_json(path, content)
     show(capability_table(results))
     for label, result in results.items():
@@ -126,7 +121,6 @@ def run_capability(config: CapabilityConfig) -> dict[str, Any]:
             if "reason" in entry:
                 sys.stdout.write(f"{label}, {name}: no value, because {entry['reason']}\n")
     sys.stdout.write(f"capability: {path}\n")
-    return content
 
 
 def _measured(name: str, ready: Any, config: CapabilityConfig) -> dict[str, Any]:
@@ -146,6 +140,5 @@ def _measured(name: str, ready: Any, config: CapabilityConfig) -> dict[str, Any]
     result = measure_prepared(model, tokenizer, ready, batch_size=config.batch_size)
     del model
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     return result

@@ -67,46 +67,15 @@ class CompareConfig(LocFTBFHyperParams):
     devices: Optional[list[Any]] = None  # noqa: UP045
 
 
-_COMMAND_KEYS = (
-    "data",
-    "n",
-    "methods",
-    "output",
-    "peers",
-    "text",
-    "documents",
-    "document_tokens",
-    "stats_dir",
-    "capability",
-    "capability_limit",
-    "tasks_dir",
-    "devices",
-)
-
-
 def main(arguments: Sequence[str]) -> int:
     """Runs `locft compare`; returns the exit status."""
-    try:
-        return run_application(
-            arguments,
-            command="compare",
-            config_class=CompareConfig,
-            command_keys=_COMMAND_KEYS,
-            help_text=HELP,
-            job=run_compare,
-        )
-    except KeyboardInterrupt:
-        sys.stderr.write("locft compare: interrupted. The same command goes on from here.\n")
-        return 130
+    return run_application(
+        arguments, command="compare", config_class=CompareConfig, help_text=HELP, job=run_compare
+    )
 
 
 def run_compare(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path) -> None:
     """Compares, prints the table and writes `comparison.json`, `.md` and `.png`.
-
-    Args:
-        hparams: The hyper-parameters of LocFT-BF.
-        command: The values of the command's own keys.
-        output: Where results go.
 
     Raises:
         LocFTError: Something cannot be used, and nothing has run; or a file cannot be written.

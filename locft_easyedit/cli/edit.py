@@ -61,9 +61,6 @@ class EditConfig(LocFTBFHyperParams):
     resume: bool = True
 
 
-_COMMAND_KEYS = ("data", "n", "output", "save", "resume")
-
-
 def main(arguments: Sequence[str]) -> int:
     """Runs `locft edit`; returns the exit status."""
     outputs: dict[str, str] = {}
@@ -80,22 +77,12 @@ def main(arguments: Sequence[str]) -> int:
 
     OmegaConf.register_new_resolver("locft_output", output, replace=True)
     return run_application(
-        arguments,
-        command="edit",
-        config_class=EditConfig,
-        command_keys=_COMMAND_KEYS,
-        help_text=HELP,
-        job=run_edit,
+        arguments, command="edit", config_class=EditConfig, help_text=HELP, job=run_edit
     )
 
 
 def run_edit(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path) -> None:
     """Edits, prints the tables and writes the files.
-
-    Args:
-        hparams: The hyper-parameters.
-        command: The values of the command's own keys.
-        output: Where results go.
 
     Raises:
         LocFTError: Something in the hyper-parameters, the data or the model cannot be used.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -93,7 +94,7 @@ def run_evaluate(config: EvaluateConfig) -> int:
     watch = Stopwatch()
     requests = read_requests(config.data, config.n)
     original: Sequence[Metrics] | None = None
-    if _is_file(config.original):
+    if config.original is not None and is_file(config.original):
         original = _stored(config, requests)
     delta = Delta.load(config.delta) if config.delta is not None else None
     world = get_world()
@@ -105,8 +106,7 @@ def run_evaluate(config: EvaluateConfig) -> int:
         watch.lap("metrics before")
         del model, tokenizer
         gc.collect()  # the evaluation's own references to the model go in circles
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
     model, tokenizer = _load(config, config.model)
     evaluation = _evaluation(config, model, tokenizer, requests)
     watch.lap("loading")
@@ -174,10 +174,6 @@ def _evaluation(
     return shared_evaluation(world, model, tokenizer, requests, how, metrics=config.metrics)
 
 
-def _is_file(name: str | None) -> bool:
-    return name is not None and is_file(name)
-
-
 def _stored(config: EvaluateConfig, requests: list[dict[str, Any]]) -> list[Metrics]:
     """Returns the metrics of an earlier run on the same records.
 
@@ -235,9 +231,7 @@ def _with_nan(value: Any) -> Any:
 def _report_not_finite(summary: Mapping[str, Any]) -> int:
     """Returns the exit status; says which means are no numbers."""
     figures = flat(summary.get("post", {}))
-    wrong = [
-        name for name, value in figures.items() if value != value or abs(value) == float("inf")
-    ]
+    wrong = [name for name, value in figures.items() if not math.isfinite(value)]
     if wrong:
         sys.stderr.write(
             f"locft evaluate: {', '.join(wrong)} are no finite numbers: the model is damaged, or "

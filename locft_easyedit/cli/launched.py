@@ -26,12 +26,10 @@ _BY_DEVICE = ("locate", "compare")
 
 
 def run_in_world(command: str, run: Command, arguments: list[str]) -> int:
-    """Runs a command as one process of several; returns the exit status.
+    """Runs a command, which is `run` with its arguments, as one of several processes.
 
-    Args:
-        command: The command.
-        run: What it does with its arguments.
-        arguments: They.
+    Returns:
+        The exit status.
     """
     if command not in (*_SHARED, *_BY_DEVICE):  # one process is enough, and need not wait
         first = os.environ["RANK"] == "0"
@@ -75,7 +73,9 @@ def _by_device(command: str, world: World, run: Command, arguments: list[str]) -
     """Lets one process of each machine run a command on all devices that were launched there."""
     given = any(argument.startswith("devices=") for argument in arguments)
     if not given:
-        arguments = [*arguments, f"devices=[{','.join(_devices(world))}]"]
+        on_gpu = torch.cuda.is_available()
+        devices = (str(i) if on_gpu else "cpu" for i in range(world.local_size))
+        arguments = [*arguments, f"devices=[{','.join(devices)}]"]
     # A study's folder may be worked on from several machines; a comparison's may not.
     works = world.local_rank == 0 and (command == "locate" or world.is_main_process)
     with single_process():
@@ -84,8 +84,3 @@ def _by_device(command: str, world: World, run: Command, arguments: list[str]) -
         if world.is_main_process and sum(worked for worked, _ in statuses) > 1:
             status = run(arguments)  # nothing is left to do but to show what all have found
     return max([status, *(other for _, other in statuses)])
-
-
-def _devices(world: World) -> list[str]:
-    on_gpu = torch.cuda.is_available()
-    return [str(i) if on_gpu else "cpu" for i in range(world.local_size)]

@@ -70,63 +70,29 @@ class LocateConfig(LocFTBFHyperParams):
     worker: int = 0  # tells the jobs of a multirun apart, and nothing else
 
 
-_COMMAND_KEYS = (
-    "data",
-    "n",
-    "output",
-    "sweep_layers",
-    "every",
-    "sweep_modules",
-    "sweep_lrs",
-    "text",
-    "capability",
-    "capability_limit",
-    "tasks_dir",
-    "devices",
-    "retry",
-    "worker",
-)
+# Keys of the command that `StudySettings` has under another name.
+_RENAMED = {"sweep_layers": "layers", "sweep_modules": "modules", "sweep_lrs": "rates"}
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs `locft locate`; returns the exit status."""
     return run_application(
-        arguments,
-        command="locate",
-        config_class=LocateConfig,
-        command_keys=_COMMAND_KEYS,
-        help_text=HELP,
-        job=run_locate,
+        arguments, command="locate", config_class=LocateConfig, help_text=HELP, job=run_locate
     )
 
 
 def run_locate(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path) -> None:
-    """Makes a study, prints its table and writes its files.
-
-    Args:
-        hparams: The hyper-parameters; their place and rate are not used.
-        command: The values of the command's own keys.
-        output: Where results go.
+    """Makes a study, prints its table and writes its files; place and rate are not used.
 
     Raises:
         LocFTError: Something cannot be used, and nothing has run; or a file cannot be written.
     """
-    settings = StudySettings(
-        hparams,
-        command["data"],
-        n=command["n"],
-        layers=command["sweep_layers"],
-        every=command["every"],
-        modules=command["sweep_modules"],
-        rates=command["sweep_lrs"],
-        text=command["text"],
-        capability=command["capability"],
-        capability_limit=command["capability_limit"],
-        tasks_dir=command["tasks_dir"],
-        devices=command["devices"],
-        retry=command["retry"],
-    )
-    study = Study(settings, output)
+    values = {
+        _RENAMED.get(key, key): value
+        for key, value in command.items()
+        if key not in ("output", "worker")
+    }
+    study = Study(StudySettings(hparams, **values), output)
     study.open()  # from here on the folder is this study's, and may be written to
     try:
         outcome = locate(study)
@@ -143,12 +109,7 @@ def run_locate(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Pat
 def write_study_files(
     folder: Path, outcome: StudyOutcome, hparams: LocFTBFHyperParams
 ) -> dict[str, Path]:
-    """Writes all that there is to see of a study; returns what is where.
-
-    Args:
-        folder: The study's folder.
-        outcome: What was found.
-        hparams: What the cells have in common.
+    """Writes all that there is to see of a study into its folder; returns what is where.
 
     Raises:
         OutputError: A file cannot be written.

@@ -69,12 +69,7 @@ def tell(command: str, error: BaseException) -> int:
 
 
 def say_interrupted(command: str, error: KeyboardInterrupt) -> int:
-    """Prints one message; returns the exit status that shells know for such an end.
-
-    Args:
-        command: Which command was running.
-        error: What ended it.
-    """
+    """Prints one message; returns the exit status that shells know for such an end."""
     number = signal.SIGINT
     message = "Interrupted."
     if isinstance(error, EditInterrupted):

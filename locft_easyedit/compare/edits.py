@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 # Methods whose state is the weights and their context templates; others keep a cache or an adapter.
 _RESUMABLE = ("FT", "ROME", "MEMIT")
 _CHECKPOINT_SECONDS = 60.0
+_KEPT = ("right_after", "seconds", "seconds_measuring")  # attributes, in a checkpoint
 _SEED = 42  # EasyEdit's
 # Values that say where things are; the others that a rule has set are choices, and told.
 _UNTOLD = tuple(
@@ -130,16 +131,7 @@ def method_editor(
 
 
 class Edits:
-    """The edits of one method, made with `make_`.
-
-    Args:
-        method: The method.
-        requests: All edits.
-        model: The model; edits change it in place.
-        tokenizer: Its tokenizer.
-        how: How prompts are run.
-        folder: Where checkpoints go.
-        progress: Told of each edit.
+    """The edits of one method, made with `make_`, which changes the model in place.
 
     Attributes:
         right_after: Metrics of each edit right after it, for one that edits one by one.
@@ -169,7 +161,11 @@ class Edits:
         self.seconds = self.seconds_measuring = 0.0
         self.peak = Peak()
         self.notes: list[str] = []
-        self.possible = [i for i, r in enumerate(requests) if self._is_possible(r)]
+        self.possible = [
+            i
+            for i, r in enumerate(requests)
+            if not method.needs_subject or (r.get("subject") and r["subject"] in r["prompt"])
+        ]
         self.n_made = len(self.possible)
         if self.n_made < len(requests):
             self.notes.append(
@@ -222,10 +218,6 @@ class Edits:
                 "room in this model (for AlphaEdit, no direction below `nullspace_threshold`)."
             )
 
-    def _is_possible(self, request: Mapping[str, Any]) -> bool:
-        subject = request.get("subject")
-        return not self.method.needs_subject or bool(subject and subject in request["prompt"])
-
     def _save(self, done: int) -> None:
         """Saves what was edited so far, whole or not at all.
 
@@ -243,10 +235,8 @@ class Edits:
         state = {
             "done": done,
             "templates": self.method.editor.templates,
-            "right_after": self.right_after,
-            "seconds": self.seconds,
-            "seconds_measuring": self.seconds_measuring,
             "peak": [self.peak.gib, self.peak.of],
+            **{name: getattr(self, name) for name in _KEPT},
         }
         with output_errors(self._checkpoint):
             self.folder.state.mkdir(parents=True, exist_ok=True)
@@ -263,8 +253,8 @@ class Edits:
         write_(dict(self.model.named_parameters()), tensors)
         self.method.editor.changed |= set(tensors)
         self.method.editor.templates = state["templates"]
-        self.right_after = state["right_after"]
-        self.seconds, self.seconds_measuring = state["seconds"], state["seconds_measuring"]
+        for name in _KEPT:
+            setattr(self, name, state[name])
         self.peak = Peak(*state["peak"])
         done: int = state["done"]
         logger.info("Going on after %d edits.", done)

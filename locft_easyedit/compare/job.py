@@ -27,26 +27,14 @@ PACKAGES = ("locft_easyedit", "torch", "transformers", "peft")
 class Job:
     """One process: the model before editing, the key covariances, or one method.
 
+    What is not explained here is as in `Settings` or in the hyper-parameters of LocFT-BF.
+
     Attributes:
         name: `BEFORE`, `STATISTICS` or a method.
         model: The model's folder or hub name.
-        data: The data file.
-        n: Edits; all of the file if `None`.
-        device: As EasyEdit's key.
-        dtype: Precision of the weights.
-        model_parallel: Spread the model over the visible GPUs.
-        trust_remote_code: Allow the model folder's own code.
         batch_size: Prompts measured together.
-        row_tokens: Length of packed rows.
-        capability: lm-evaluation-harness tasks; empty for none.
-        capability_limit: Items a task, at most.
-        tasks_dir: Folder with tasks besides the harness's own.
         hparams: LocFT-BF's hyper-parameters, for it.
         overrides: The user's values for a method of EasyEdit.
-        stats_dir: Where key covariances are kept.
-        text: Folder of text files for them; `None` samples text from the model.
-        documents: Documents they are measured on.
-        document_tokens: Tokens of a sampled document.
         covariance_modules: Modules whose covariance is wanted, for `STATISTICS`.
         statistics: What `STATISTICS` found, for a method that needs it.
         identity: What the result depends on besides: hashes of data and model, versions.

@@ -10,6 +10,12 @@ from typing import Any
 from ..errors import DataError
 from ..utils.json_fields import plain
 
+_GENERATED = ("reliability", "contains_target", "generalization", "portability")
+# Figures of an outcome, and of these the mappings in which `None` is a figure that got lost.
+_FIGURES = ("after_all", "right_after_each", "capability", "seconds", "seconds_per_edit",
+            "peak_memory_gib")  # fmt: skip
+_NEVER_NONE = ("after_all", "right_after_each", "seconds")
+
 
 @dataclass
 class Outcome:
@@ -138,13 +144,9 @@ def accuracies(means: Mapping[str, Any] | None) -> dict[str, float | None]:
     unchanged = [_number(v) for key, v in locality.items() if key.endswith("acc")]
     numbers = [math.nan if value is None else value for value in unchanged]
     return {
-        "reliability": _number(generated.get("reliability")),
-        "contains_target": _number(generated.get("contains_target")),
-        "generalization": _number(generated.get("generalization")),
-        "portability": _number(generated.get("portability")),
+        **{key: _number(generated.get(key)) for key in _GENERATED},
         "locality": sum(numbers) / len(numbers) if numbers else None,
-        "rewrite_acc": _number(means.get("rewrite_acc")),
-        "rephrase_acc": _number(means.get("rephrase_acc")),
+        **{key: _number(means.get(key)) for key in ("rewrite_acc", "rephrase_acc")},
     }
 
 
@@ -156,12 +158,9 @@ def checked(outcome: Outcome) -> Outcome:
     if outcome.status != "ok":
         return outcome
     found = [
-        *_not_finite(outcome.after_all, "after_all", none_counts=True),
-        *_not_finite(outcome.right_after_each, "right_after_each", none_counts=True),
-        *_not_finite(outcome.capability, "capability"),
-        *_not_finite(outcome.seconds, "seconds", none_counts=True),
-        *_not_finite(outcome.seconds_per_edit, "seconds_per_edit"),
-        *_not_finite(outcome.peak_memory_gib, "peak_memory_gib"),
+        line
+        for name in _FIGURES
+        for line in _not_finite(getattr(outcome, name), name, none_counts=name in _NEVER_NONE)
     ]
     if outcome.capability is not None and outcome.capability.get("mean") is None:
         why = outcome.capability.get("reason")

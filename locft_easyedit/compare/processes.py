@@ -30,13 +30,10 @@ def run_processes(
 ) -> dict[str, str | None]:
     """Runs jobs beside one another, one on each device at a time, in their order.
 
-    Args:
-        folders: The jobs' folders by name. The device of each is noted there when one is free.
-        devices: Where they run; a device may be named several times.
-        progress: Show a line for each device, and one for all.
+    A device may be named several times. Which one a job has is noted in its folder.
 
     Returns:
-        For each in words how it failed, or `None`.
+        For each job in words how it failed, or `None`.
     """
     waiting = list(folders)
     failures: dict[str, str | None] = {}

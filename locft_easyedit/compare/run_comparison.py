@@ -116,18 +116,17 @@ def _results(
 ) -> dict[str, Any]:
     """Returns what jobs found, from their folders or by running them; a text for one that failed.
 
-    Args:
-        jobs: The jobs.
-        folders: Their folders by name.
-        settings: Of the comparison.
-        again_if: Whether what is in a folder is to be found anew.
-        devices: Where they run beside one another; one after another if `None`.
+    What is in a folder is found anew where `again_if` says so. Without `devices`, to run beside one
+    another, jobs run one after another.
     """
     found = {job.name: _stored(folders[job.name], again_if) for job in jobs}
     waiting = {name: folders[name] for name, result in found.items() if result is None}
     for job in jobs:
-        if job.name in waiting:
-            _prepare(job, folders[job.name])
+        if (folder := waiting.get(job.name)) is not None:
+            folder.result.unlink(missing_ok=True)
+            # AlphaEdit trusts any that it finds.
+            (folder.path / "null_space_project.pt").unlink(missing_ok=True)
+            folder.write(folder.job, vars(job))
     if not waiting:
         return found
     if devices is None:
@@ -143,13 +142,6 @@ def _stored(folder: JobFolder, again_if: Callable[[Any], bool]) -> Any:
     """Returns what a job found earlier; `None` if it is to be run."""
     stored = folder.read(folder.result, "result")
     return None if stored is None or again_if(stored["result"]) else stored["result"]
-
-
-def _prepare(job: Job, folder: JobFolder) -> None:
-    """Makes a folder ready for its job's process."""
-    folder.result.unlink(missing_ok=True)
-    (folder.path / "null_space_project.pt").unlink(missing_ok=True)  # AlphaEdit trusts any it finds
-    folder.write(folder.job, vars(job))
 
 
 def _found(folder: JobFolder, reason: str | None) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -149,10 +148,10 @@ def planned(settings: Settings) -> tuple[dict[str, Job], dict[str, list[str]]]:
     for method in settings.methods:
         files = texts if method in needed else {}
         if method in ALG_NAMES:
-            values = _for_json(h.to_dict() | {"alg_name": method})
+            values = h.to_dict() | {"alg_name": method}
             jobs[method] = Job(method, **common, hparams=values)
         else:
-            given = _for_json(dict(settings.peers.get(method, {})))
+            given = dict(settings.peers.get(method, {}))
             if "hparams" in given:  # the process works in a folder of its own
                 given["hparams"] = _absolute(given["hparams"])
                 files = files | {"hparams": file_hash(given["hparams"])}
@@ -247,8 +246,3 @@ def _easyedit() -> str:
 
 def _natural(name: str) -> list[Any]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
-
-
-def _for_json(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns the values as they will be read from the job's file."""
-    return dict(json.loads(json.dumps(values)))

@@ -16,7 +16,6 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from ..distributed.world import World
 from ..errors import ModelError, NonFiniteLossError, RequestError
 from ..hparams import LocFTBFHyperParams
 from ..hparams_rules import AUTO
-from ..modeling.places import LayerList, Location, Place, find_layers, match_parameters
+from ..modeling.places import Location, Place, find_layers, match_parameters
 from ..training.choice import Cell, Choice, TrialScores, TriedPlace, keep_choice, kept_choice
 from ..training.identity import Identity
 from .candidates import Costs, candidates, diverse
@@ -95,9 +94,9 @@ def choose_place(
         NonFiniteLossError: Training diverged at every place.
     """
     start = time.perf_counter()
-    screen = _screen_of(model, tokenizer, edits, hparams)
+    screen = _Screen(model, tokenizer, edits, hparams)
     best = screen.best(progress)
-    n_places, n_edits = len(screen.locations), len(screen.trials.edits)
+    n_places, n_edits = len(screen.promises), len(screen.trials.edits)
     choice = Choice(best.cell, tuple(screen.tried), n_places, n_edits, time.perf_counter() - start)
     logger.info(
         "`layers=auto` chose %s (%s) with lr=%g among %d places, %d of them tried, in %.0f s.",
@@ -122,49 +121,53 @@ def promises_of(
     The larger, the more is taught for the same drift; `None` where nothing is known. Arguments and
     errors are those of `choose_place`.
     """
-    return _screen_of(model, tokenizer, edits, hparams).promises()
+    return _Screen(model, tokenizer, edits, hparams).promises
 
 
-def _screen_of(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    edits: Sequence[Edit],
-    hparams: LocFTBFHyperParams,
-) -> _Screen:
-    """Returns the places in question, and a sample of the edits to tell them apart with."""
-    check_enough(len(edits))
-    stack = find_layers(model)
-    if stack is None or any(parameter.is_meta for parameter in model.parameters()):
-        raise ModelError(
-            f"`layers=auto` needs all of {type(model).__name__}'s layers, in one list and loaded. "
-            "Name a layer and a module."
-        )
-    locations = candidates(model, stack, hparams)
-    order = np.random.default_rng(_SEED).permutation(len(edits))[:MOST_EDITS]
-    sample = [edits[i] for i in sorted(order.tolist())]
-    trials = Trials(model, tokenizer, sample, hparams, min(_BATCH, hparams.batch_size))
-    return _Screen(model, stack, hparams, locations, trials)
-
-
-@dataclass
 class _Screen:
-    """The places in question, what is known of them, and what it has cost."""
+    """The places in question, what is known of them, and what it has cost.
 
-    model: PreTrainedModel
-    stack: LayerList
-    hparams: LocFTBFHyperParams
-    locations: Sequence[Location]
-    trials: Trials
-    tried: list[TriedPlace] = field(default_factory=list)
-    spent: float = 0.0
-    scale: float = 1.0  # of all rates that are not given
+    Attributes:
+        trials: A sample of the edits to tell the places apart with.
+        promises: What one backward pass says of each place.
+        tried: What was tried.
+        scale: Of all rates that are not given.
+        spent: The work done so far, as `Costs` counts it.
+    """
 
-    def __post_init__(self) -> None:
-        t = self.trials
-        self.costs = Costs.estimate(
-            self.model, self.stack, t.own, t.rewordings, t.text, t.batch_size
-        )
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        edits: Sequence[Edit],
+        hparams: LocFTBFHyperParams,
+    ) -> None:
+        check_enough(len(edits))
+        stack = find_layers(model)
+        if stack is None or any(parameter.is_meta for parameter in model.parameters()):
+            raise ModelError(
+                f"`layers=auto` needs all of {type(model).__name__}'s layers, in one list and "
+                "loaded. Name a layer and a module."
+            )
+        self.model, self.stack, self.hparams = model, stack, hparams
+        locations = candidates(model, stack, hparams)
+        order = np.random.default_rng(_SEED).permutation(len(edits))[:MOST_EDITS]
+        sample = [edits[i] for i in sorted(order.tolist())]
+        t = Trials(model, tokenizer, sample, hparams, min(_BATCH, hparams.batch_size))
+        self.trials = t
+        self.tried: list[TriedPlace] = []
+        self.scale = 1.0
+        self.costs = Costs.estimate(model, stack, t.own, t.rewordings, t.text, t.batch_size)
         self.spent = self.costs.sensitivities()
+        figures = sensitivities(
+            model, stack, t.own, t.rewordings, t.text,
+            packed=t.packed, row_tokens=hparams.row_tokens,
+        )  # fmt: skip
+        self.promises: dict[Location, float | None] = {}
+        for location in locations:
+            names = [name for name, p in self._parameters(location).items() if p.ndim > 1]
+            found = of_place(figures, names)
+            self.promises[location] = None if found is None else found.promise
 
     def best(self, progress: bool) -> TriedPlace:
         """Returns the best of what was tried, or the most promising if there is no room for trials.
@@ -172,10 +175,9 @@ class _Screen:
         Raises:
             NonFiniteLossError: Nothing that was tried could be trained.
         """
-        promises = self.promises()
         factors, longer = _RATES if self.hparams.lr == AUTO else ((), 0)
         n_places, epochs = _PLACES_FIRST if factors else _PLACES
-        first = diverse(promises, n_places, len(self.stack.layers))
+        first = diverse(self.promises, n_places, len(self.stack.layers))
         with tqdm(
             total=len(first) + len(factors),
             desc="choosing the place",
@@ -183,15 +185,15 @@ class _Screen:
             disable=not progress,
         ) as bar:
             if factors:
-                self._calibrate(first[0], promises, epochs, bar)
+                self._calibrate(first[0], epochs, bar)
             cells = [
                 Cell(location, self._rate(location))
                 for location in first
                 if location not in {one.cell.location for one in self.tried}
             ]
-            self._round(cells, promises, epochs, bar, kept_back=(len(factors), longer))
+            self._round(cells, epochs, bar, kept_back=(len(factors), longer))
             if not self.tried:
-                return TriedPlace(cells[0], promises[first[0]], 0, TrialScores())
+                return TriedPlace(cells[0], self.promises[first[0]], 0, TrialScores())
             learned = [one for one in self.tried if not math.isnan(one.found.drift)]
             if not learned:
                 raise NonFiniteLossError(
@@ -202,15 +204,9 @@ class _Screen:
             again = [
                 Cell(best.cell.location, _rounded(best.cell.lr * factor)) for factor in factors
             ]
-            return next(iter(self._round(again, promises, longer, bar)), best)
+            return next(iter(self._round(again, longer, bar)), best)
 
-    def _calibrate(
-        self,
-        location: Location,
-        promises: dict[Location, float | None],
-        epochs: int,
-        bar: tqdm,
-    ) -> None:
+    def _calibrate(self, location: Location, epochs: int, bar: tqdm) -> None:
         """Raises all rates as long as one place, tried with them, learns too little.
 
         How large a rate a model's weights take beside their size differs from model to model
@@ -220,7 +216,7 @@ class _Screen:
         for raised in range(1 + _MOST_RAISES):
             self.scale = _RAISE**raised
             bar.total = (bar.total or 0) + bool(raised)
-            self._round([Cell(location, self._rate(location))], promises, epochs, bar)
+            self._round([Cell(location, self._rate(location))], epochs, bar)
             if len(self.tried) == len(found):
                 break  # no room
             found[self.scale] = self.tried[-1].found
@@ -229,24 +225,9 @@ class _Screen:
         if found:
             self.scale = max(found, key=lambda scale: found[scale].score)
 
-    def promises(self) -> dict[Location, float | None]:
-        """Returns what one backward pass says of each place."""
-        t, h = self.trials, self.hparams
-        figures = sensitivities(
-            self.model, self.stack, t.own, t.rewordings, t.text,
-            packed=t.packed, row_tokens=h.row_tokens,
-        )  # fmt: skip
-        promises: dict[Location, float | None] = {}
-        for location in self.locations:
-            names = [name for name, p in self._parameters(location).items() if p.ndim > 1]
-            found = of_place(figures, names)
-            promises[location] = None if found is None else found.promise
-        return promises
-
     def _round(
         self,
         cells: Sequence[Cell],
-        promises: dict[Location, float | None],
         epochs: int,
         bar: tqdm,
         *,
@@ -255,14 +236,8 @@ class _Screen:
         """Tries cells as far as the budget goes; returns those that were learned, best first.
 
         What is spent never exceeds the allowance of the best place so far, nor that of the one to
-        be tried: whichever is chosen, the choice took no more than its share.
-
-        Args:
-            cells: The cells, the most promising first.
-            promises: What the backward pass says of their places.
-            epochs: Passes over the few edits, at most.
-            bar: The progress.
-            kept_back: Trials of the next round for which room is left, and their epochs.
+        be tried: whichever is chosen, the choice took no more than its share. `kept_back` is the
+        trials of the next round for which room is left, and their epochs.
         """
         h = self.hparams
         done: list[TriedPlace] = []
@@ -278,10 +253,12 @@ class _Screen:
                 logger.info("%s is not tried: the choice would take more than its share.", cell.key)
                 continue
             self.spent += cost
-            one = TriedPlace(cell, promises[cell.location], epochs, self.trials.run(cell, epochs))
+            one = TriedPlace(
+                cell, self.promises[cell.location], epochs, self.trials.run(cell, epochs)
+            )
             logger.info("%s, %d epochs: %s", cell.key, epochs, one.found)
             done.append(one)
-            best = min((x for x in (best, one) if x is not None), key=_worse)
+            best = one if best is None else min(best, one, key=_worse)
             bar.update()
         self.tried += done
         learned = [one for one in done if not math.isnan(one.found.drift)]
@@ -321,17 +298,10 @@ def choose_once(
     world: World,
     progress: bool = True,
 ) -> Choice:
-    """Returns the place for these edits, which rank 0 chooses for all.
+    """Returns the place for these edits, which rank 0 chooses for all (see `choose_place`).
 
-    Args:
-        model: The model, not edited.
-        tokenizer: Its tokenizer.
-        edits: The distinct edits to be made.
-        texts: What is trained, as tokens.
-        hparams: As for `choose_place`.
-        folder: Where an interrupted run finds its choice again; `None` keeps none.
-        world: The processes that train together.
-        progress: Show a progress bar.
+    In `folder` an interrupted run finds its choice again; it was made for the same `texts`, which
+    are what is trained, as tokens. `None` keeps none.
 
     Raises:
         LocFTError: As for `choose_place` and `kept_choice`, here or on rank 0.

@@ -38,15 +38,14 @@ def candidates(
     Raises:
         PlaceError: There is none; what is wrong with the first, if templates are given.
     """
-    given = hparams.rewrite_module_tmp != AUTO
-    if given:
+    if hparams.rewrite_module_tmp == AUTO:
+        locations = find_locations(model)
+    else:
         templates = tuple(hparams.templates)
         known = {one.templates: one.module for one in find_locations(model)}
         path = templates[0].partition("{}")[2].strip(".").removesuffix(".weight")
         module = known.get(templates) or path.rpartition(".")[2] or "layer"
         locations = [Location(i, module, templates) for i in range(len(stack.layers))]
-    else:
-        locations = find_locations(model)
     found, why_not = [], None
     for location in locations:
         try:
@@ -144,12 +143,7 @@ class Costs:
         )
 
     def run(self, first_layer: int, epochs: int) -> float:
-        """Returns the work of a run of 3,000 edits, whose mini-batches are large.
-
-        Args:
-            first_layer: The lowest layer that is trained.
-            epochs: Passes over the edits.
-        """
+        """Returns the work of a run of 3,000 edits from this layer on, in large mini-batches."""
         tokens = max(self.tokens, self.least / RUN_BATCH)
         step = _TRAINING * (tokens * (self.n_layers - first_layer) + self.scored * self.head)
         return RUN_EDITS * (self.tokens * first_layer + min(epochs, RUN_EPOCHS) * step)

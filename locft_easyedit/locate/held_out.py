@@ -36,11 +36,8 @@ _STATEMENT_FRAMES = (
 class HeldOut:
     """The rewordings of edits, ready to be asked of the model.
 
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        edits: The edits; nothing of them but prompt and target is used.
-        append_eos: Whether an end-of-sequence token belongs to a target.
+    Nothing of the edits but prompt and target is used. With `append_eos` an end-of-sequence token
+    belongs to a target.
     """
 
     def __init__(
@@ -60,20 +57,14 @@ class HeldOut:
         )
 
     def predictor(self, how: EvalConfig) -> ArgmaxPredictor:
-        """Returns what predicts the rewordings' targets, as often as wanted.
-
-        Args:
-            how: How texts are run.
-        """
+        """Returns what predicts the rewordings' targets, as often as wanted."""
         return ArgmaxPredictor(self.model, self.texts, how, alone=self._alone)
 
     def measure(self, asked: ArgmaxPredictor) -> float:
         """Returns the share of rewordings of whose target every token is the model's first choice.
 
-        That is what greedy decoding would answer. NaN if the model's logits are no finite numbers.
-
-        Args:
-            asked: What asks the model (see `predictor`).
+        That is what greedy decoding would answer; `asked` is of `predictor`. NaN if the model's
+        logits are no finite numbers.
         """
         choices = asked.take("rewordings")
         if asked.not_finite:
@@ -90,17 +81,9 @@ class HeldOut:
 
 
 def reword(prompt: str) -> list[str]:
-    """Returns other wordings of a prompt, the same for every call; each still leads to its answer.
-
-    Args:
-        prompt: A question, or the beginning of a statement.
-    """
+    """Returns other wordings of a question or of a statement's beginning, always the same."""
     plain = prompt.strip()
     frames = _QUESTION_FRAMES if plain.endswith("?") else _STATEMENT_FRAMES
-    return [frame.format(prompt=plain, lower=_within_sentence(plain)) for frame in frames]
-
-
-def _within_sentence(prompt: str) -> str:
-    """Returns the prompt as it stands in the middle of a sentence."""
-    first = prompt.split(" ", 1)[0]
-    return prompt[:1].lower() + prompt[1:] if first.lower() in _SMALL_WORDS.split() else prompt
+    first = plain.split(" ", 1)[0]
+    within = plain[:1].lower() + plain[1:] if first.lower() in _SMALL_WORDS.split() else plain
+    return [frame.format(prompt=plain, lower=within) for frame in frames]

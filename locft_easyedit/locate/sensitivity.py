@@ -46,7 +46,7 @@ from ..modeling.modes import forward_replaced, only_trainable, with_gradients
 from ..modeling.places import LayerList
 
 _SEED = 0  # of the tokens that the model draws
-_LOSS_SCALE = 1024.0  # small gradients vanish in float16
+_LOSS_SCALE = 1024.0
 
 
 @dataclass(frozen=True)
@@ -90,22 +90,15 @@ def sensitivities(
     """Returns the figures of every linear layer's weight within the model's layers, by its name.
 
     Matrices that are given something else than all tokens (a router's experts) have none. The
-    model is as before afterwards.
-
-    Args:
-        model: The model.
-        stack: Its layers.
-        edits: The edits.
-        rewordings: Their prompts reworded, with the same targets.
-        text: Unrelated text.
-        packed: Whether rows are packed.
-        row_tokens: Length of packed rows.
+    model is as before afterwards. `rewordings` are the edits' prompts reworded, with the same
+    targets; `text` is unrelated.
     """
     texts, kinds = _joined(edits, rewordings, text)
     length = row_length(model, row_tokens)
     rows = lay_out(texts, np.arange(len(texts)), row_tokens=length, packed=packed)
     owners = _owners(rows, texts)
-    watch = _Watch(rows, owners, kinds, _scale(model))
+    # Small gradients vanish in float16.
+    watch = _Watch(rows, owners, kinds, _LOSS_SCALE if model.dtype == torch.float16 else 1.0)
     with (
         with_gradients(),
         only_trainable(model, ()),
@@ -138,10 +131,6 @@ def _owners(rows: Rows, texts: TokenizedTexts) -> np.ndarray:
     cells = rows.token_index.flatten().numpy()
     owners = np.searchsorted(texts.offsets, cells, side="right") - 1
     return np.where(cells >= 0, owners, -1)
-
-
-def _scale(model: PreTrainedModel) -> float:
-    return _LOSS_SCALE if model.dtype == torch.float16 else 1.0
 
 
 def _backward(
@@ -196,12 +185,8 @@ def _recomputed(stack: LayerList) -> Iterator[None]:
 def _run_again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not args or not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    hidden, *rest = args
-
-    def run(states: torch.Tensor) -> Any:
-        return forward(states, *rest, **kwargs)
-
-    return checkpoint(run, hidden, use_reentrant=True, preserve_rng_state=False)
+    run = partial(forward, **kwargs)
+    return checkpoint(run, *args, use_reentrant=True, preserve_rng_state=False)
 
 
 class _Watch:
@@ -259,12 +244,7 @@ class _Watch:
 
 
 def of_place(figures: Mapping[str, Sensitivity], names: Sequence[str]) -> Sensitivity | None:
-    """Returns the figures of a place's matrices together; `None` if one of its matrices has none.
-
-    Args:
-        figures: As `sensitivities` gives them.
-        names: The matrices' names.
-    """
+    """Returns the figures of a place's matrices together; `None` if one of them has none."""
     if not names or any(name not in figures for name in names):
         return None
     return sum((figures[name] for name in names), Sensitivity())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from ..prefix.runner import TextRunner
 from ..prefix.shortcuts import can_pack
 from ..training.choice import Cell, TrialScores
 from ..training.health import health_texts
+from ..training.result import EditResult
 from ..training.session import EditSession
 from .held_out import reword
 from .score import Drift, score
@@ -56,13 +57,9 @@ class Trials:
     edits: Sequence[Edit]
     hparams: LocFTBFHyperParams
     batch_size: int
-    own: TokenizedTexts = field(init=False)
-    rewordings: TokenizedTexts = field(init=False)
-    text: TokenizedTexts = field(init=False)
-    packed: bool = field(init=False)
-    _drift: Drift | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        self._drift: Drift | None = None
         prompts = [(edit, prompt) for edit in self.edits for prompt in reword(edit.prompt)[_WHICH]]
         self.own = self._tokens(self.edits)
         self.rewordings = self._tokens([replace(edit, prompt=prompt) for edit, prompt in prompts])
@@ -81,12 +78,7 @@ class Trials:
         )
 
     def run(self, cell: Cell, epochs: int) -> TrialScores:
-        """Makes the edits at a place and rate, measures, and takes them back.
-
-        Args:
-            cell: The place and the rate.
-            epochs: Passes over the edits, at most.
-        """
+        """Makes the edits in at most so many epochs, measures, and takes them back."""
         if self._drift is None:
             self._drift = Drift(self.model, self.text, packed=self.packed)
         h = replace(
@@ -105,6 +97,7 @@ class Trials:
             health_check=False,
         )
         requests = [{"prompt": e.prompt, "target_new": e.target} for e in self.edits]
+        result: EditResult | None = None
         try:
             with EditSession(
                 self.model, self.tokenizer, requests, h, progress=False, world=SINGLE_PROCESS
@@ -112,13 +105,9 @@ class Trials:
                 result = session.train_()
         except (NonFiniteLossError, torch.cuda.OutOfMemoryError) as error:
             logger.info("%s was tried and failed: %s", cell.key, error)
-            failed = True
-        else:
-            failed = False
-        if failed:  # outside the handler: the exception's frames hold the tensors that have to go
+        if result is None:  # outside the handler: its frames hold the tensors that have to go
             gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
             return TrialScores()
         try:
             learned, reworded = self._likely(self.own), self._likely(self.rewordings)

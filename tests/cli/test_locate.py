@@ -84,7 +84,7 @@ def test_another_study_in_the_folder_is_refused(toy_folder, in_process, capsys):
     assert locate("output=out", "n=3", *SMALL) == 2
     err = capsys.readouterr().err
     assert "/out` holds another study" in err
-    assert "`number of requests` is 3; there it is 6" in err
+    assert "`number of requests=6` there; now 3" in err
     assert len(files) > 8
     assert not [f for f, time in files.items() if f.stat().st_mtime_ns != time]
 

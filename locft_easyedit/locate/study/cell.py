@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,15 +34,9 @@ from .study_outcome import DIVERGED, FAILED, OUT_OF_MEMORY, CellOutcome
 
 logger = logging.getLogger(__name__)
 
-# Where a summary has the figures that are no part of the choice.
-_FROM_SUMMARY = {
-    "reliability": ("generated", "reliability"),
-    "generalization": ("generated", "generalization"),
-    "locality": ("generated", "locality"),
-    "portability": ("generated", "portability"),
-    "rewrite_acc": ("rewrite_acc",),
-    "rephrase_acc": ("rephrase_acc",),
-}
+# Figures of a study that a summary has: of generated answers, and EasyEdit's.
+_GENERATED = ("reliability", "generalization", "locality", "portability")
+_TEACHER_FORCED = ("rewrite_acc", "rephrase_acc")
 
 
 @dataclass
@@ -68,9 +62,6 @@ class Bench:
     layers: Collection[int] = ()
     passages: Sequence[str] | None = None
     capability: Callable[[], float] | None = None
-    _held_out: HeldOut = field(init=False)
-    _drift: Drift = field(init=False)
-    _states: SharedStates = field(init=False)
 
     def __post_init__(self) -> None:
         h = self.hparams
@@ -91,10 +82,8 @@ class Bench:
     ) -> Iterator[CellOutcome]:
         """Tries one place with each rate; yields what each found, whatever goes wrong.
 
-        Args:
-            location: The place; its prefix is computed once for all rates.
-            rates: Learning rates.
-            begin: Is told of each cell before anything is computed for it.
+        The prefix is computed once for all rates. `begin` is told of each cell before anything is
+        computed for it.
         """
         left = list(rates)
         begin(Cell(location, left[0]))
@@ -107,7 +96,7 @@ class Bench:
             health_check=False,
         )
         try:
-            session = EditSession(
+            with EditSession(
                 self.model,
                 self.tokenizer,
                 self.requests,
@@ -115,8 +104,7 @@ class Bench:
                 progress=False,
                 states=self._states,
                 world=SINGLE_PROCESS,
-            )
-            with session as one:
+            ) as one:
                 how = EvalConfig.from_session(one, progress=False)
                 evaluation = Evaluation(
                     self.model, self.tokenizer, self.requests, how, before=self.before
@@ -143,8 +131,7 @@ class Bench:
             outcome = _failed(cell, error)
         # Outside the handler: the exception's frames hold the tensors that have to go.
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         return outcome
 
     def _cell(
@@ -200,13 +187,9 @@ def measure_before(
 
 def figures_of(summary: Mapping[str, Any]) -> dict[str, float]:
     """Returns the figures of a study that a summary of metrics has (see `summarize`)."""
-    figures = {}
-    for name, path in _FROM_SUMMARY.items():
-        value: Any = summary
-        for key in path:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        if value is not None:
-            figures[name] = float(value)
+    figures: dict[str, float] = {}
+    for means, names in ((summary.get("generated", {}), _GENERATED), (summary, _TEACHER_FORCED)):
+        figures |= {name: float(means[name]) for name in names if means.get(name) is not None}
     locality = [
         float(value) for key, value in summary.get("locality", {}).items() if key.endswith("acc")
     ]
@@ -220,17 +203,11 @@ def _failed(cell: Cell, error: Exception) -> CellOutcome:
     reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, NonFiniteLossError):
         return CellOutcome(cell, DIVERGED, reason)
-    if _is_out_of_memory(error):
+    # What PyTorch raises where the host has no memory left has no type of its own.
+    on_host = isinstance(error, RuntimeError) and "allocate memory" in reason
+    if on_host or isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
         return CellOutcome(cell, OUT_OF_MEMORY, reason[:300])
     if not isinstance(error, LocFTError):
         logger.exception("%s failed", cell.key)
         reason = f"{type(error).__name__}: {reason}"
     return CellOutcome(cell, FAILED, reason[:1000])
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether a device or the host had no memory left."""
-    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
-        return True
-    # What PyTorch raises on a CPU has no type of its own.
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)

@@ -13,24 +13,20 @@ from .study import Study
 from .study_outcome import FAILED, OUT_OF_MEMORY, CellOutcome, StudyOutcome
 from .study_settings import ANY_DEVICE
 
+_WORKER = "locft_easyedit.locate.study.study_worker"
+
 
 def locate(study: Study, *, progress: bool = True) -> StudyOutcome:
     """Tries what was not tried yet, and returns all there is.
 
     Interrupted, the same call goes on: what is lost is the cell that was being tried.
 
-    Args:
-        study: The study.
-        progress: Show a progress bar, with the time left.
-
     Raises:
         LocFTError: The folder is another study's, or the cells could not be tried.
     """
     study.open()
-    if study.open_cells():
-        reasons = _work(study, progress)
-        if reasons and study.open_cells():
-            raise LocFTError(one_message("The study could not be finished:", reasons))
+    if study.open_cells() and (reasons := _work(study, progress)) and study.open_cells():
+        raise LocFTError(one_message("The study could not be finished:", reasons))
     return study.outcome()
 
 
@@ -68,6 +64,10 @@ def _start(study: Study, pool: WorkerPool, slot: int) -> None:
     pool.start(slot, "location study", _command(study, device), log)
 
 
+def _command(study: Study, device: str) -> list[str]:
+    return [sys.executable, "-m", _WORKER, str(study.path), device]
+
+
 def _devices(study: Study) -> list[str]:
     """Returns where processes work, one for each; a device may be named several times."""
     settings = study.settings
@@ -75,16 +75,6 @@ def _devices(study: Study) -> list[str]:
         return [str(device) for device in settings.devices]
     own = settings.hparams.device
     return [ANY_DEVICE if own is None else str(own)]
-
-
-def _command(study: Study, device: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "locft_easyedit.locate.study.study_worker",
-        str(study.path),
-        device,
-    ]
 
 
 def _marked(study: Study, worker: Worker) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,6 @@ class Study:
 
     settings: StudySettings
     path: Path
-    requests: list[dict[str, Any]] = field(init=False)
-    locations: list[Location] = field(init=False)
-    rates: list[float] = field(init=False)
-    passages: list[str] | None = field(init=False, default=None)
-    _done: dict[str, CellOutcome] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Reads and checks everything; no weights are loaded and nothing is written.
@@ -78,8 +73,8 @@ class Study:
             raise HyperParamsError(one_message("This study cannot be made:", problems))
         self.requests = read_requests(s.data, s.n)
         distinct_edits(self.requests, "error" if h.on_conflict == "error" else None)
-        if s.text is not None:
-            self.passages = read_passages(s.text)
+        self.passages = None if s.text is None else read_passages(s.text)
+        self._done: dict[str, CellOutcome] = {}
         if s.capability:
             from ...evaluation.capability.prepared_tasks import prepare_tasks  # an extra
 
@@ -130,7 +125,9 @@ class Study:
                     f"`output={path}` holds another study. Choose another output, or remove that "
                     "one:",
                 )
-            file.write(study=identity, settings=self._stored())
+            settings = self.settings.to_dict()
+            settings["data"] = str(Path(settings["data"]).resolve())
+            file.write(study=identity, settings=settings)
             self._forget_marks()
 
     def _forget_marks(self) -> None:
@@ -141,34 +138,23 @@ class Study:
                 file.unlink()
         self._done.clear()
 
-    def _stored(self) -> dict[str, Any]:
-        values = self.settings.to_dict()
-        values["data"] = str(Path(values["data"]).resolve())
-        return values
-
     @contextmanager
     def held(self, name: str, *, wait: bool = True) -> Iterator[bool]:
         """Context manager that locks this part of the folder; yields whether it could.
 
-        The system ends it with the process, however that ends.
-
-        Args:
-            name: The part.
-            wait: Wait for it, or else yield `False` where another process has it.
+        The system ends it with the process, however that ends. Without `wait` it yields `False`
+        where another process has the part.
         """
         folder = self.path / "locks"
         with output_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(folder / f"{name}.lock", timeout=-1 if wait else 0)
-            try:
+            with suppress(Timeout):
                 lock.acquire()
-            except Timeout:
-                lock = None  # type: ignore[assignment]
         try:
-            yield lock is not None
+            yield lock.is_locked
         finally:
-            if lock is not None:
-                lock.release()
+            lock.release()
 
     def all_cells(self) -> list[Cell]:
         """Returns the cells of the grid that is asked for."""
@@ -192,12 +178,10 @@ class Study:
 
     def result(self, cell: Cell) -> CellOutcome | None:
         """Returns what a cell found; `None` if it is to be tried."""
-        if cell.key not in self._done:
-            found = self._outcome(self.cells_folder / f"{cell.key}.json")
-            if found is None:
-                return None
+        file = self.cells_folder / f"{cell.key}.json"
+        if cell.key not in self._done and (found := self._outcome(file)) is not None:
             self._done[cell.key] = found
-        return self._done[cell.key]
+        return self._done.get(cell.key)
 
     def begin(self, cell: Cell) -> None:
         """Notes that this process is at a cell now, for the one that has started it."""

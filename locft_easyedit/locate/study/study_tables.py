@@ -84,10 +84,7 @@ def study_markdown(outcome: StudyOutcome) -> str:
 
 def best_places(outcome: StudyOutcome) -> list[CellOutcome]:
     """Returns each place's best cell, the best place first; of equals the one with less drift."""
-    return sorted(
-        outcome.best_rates(),
-        key=lambda one: (-one.figures["score"], one.figures["drift"], one.cell.rank),
-    )
+    return sorted(outcome.best_rates(), key=lambda one: one.merit, reverse=True)
 
 
 def best_of_modules(outcome: StudyOutcome) -> list[CellOutcome]:

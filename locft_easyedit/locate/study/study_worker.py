@@ -38,11 +38,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def work(study: Study, device: int | str | None = None) -> None:
-    """Tries all places that no other process is at.
-
-    Args:
-        study: The study, its folder opened.
-        device: As EasyEdit's `device` key; the study's own if `None`.
+    """Tries all places that no other process is at, on this device or else the study's own.
 
     Raises:
         LocFTError: The model cannot be loaded or measured, or a result cannot be written.
@@ -70,8 +66,7 @@ def work(study: Study, device: int | str | None = None) -> None:
 def _bench(study: Study, device: int | str | None) -> Bench:
     """Returns the loaded model with all that its cells share."""
     h = study.settings.hparams
-    if device is not None:
-        h = replace(h, device=device)
+    h = h if device is None else replace(h, device=device)
     model, tokenizer = load_causal_lm(
         h.model_name,
         device=h.device,
@@ -80,11 +75,24 @@ def _bench(study: Study, device: int | str | None) -> Bench:
         trust_remote_code=h.trust_remote_code,
     )
     before = _before(study, model, tokenizer)
-    capability = None
-    if study.settings.capability:
-        capability = _Capability(study, model, tokenizer)
+
+    def capability() -> float:
+        from ...evaluation.capability.harness import measure_capability  # an extra
+
+        asked = study.settings
+        found = measure_capability(
+            model,
+            tokenizer,
+            list(asked.capability),
+            tasks_dir=asked.tasks_dir,
+            limit=asked.capability_limit,
+            progress=False,
+        )
+        return float("nan") if found["mean"] is None else float(found["mean"])
+
     layers = {location.layer for location in study.locations}
-    return Bench(model, tokenizer, study.requests, h, before, layers, study.passages, capability)
+    measured = capability if study.settings.capability else None
+    return Bench(model, tokenizer, study.requests, h, before, layers, study.passages, measured)
 
 
 def _before(study: Study, model: Any, tokenizer: Any) -> list[Metrics]:
@@ -98,27 +106,6 @@ def _before(study: Study, model: Any, tokenizer: Any) -> list[Metrics]:
             there = CompactRecords(records)
             there.write(study.before, study.identity)
     return list(there)
-
-
-class _Capability:
-    """The mean over the tasks that a study asks for."""
-
-    def __init__(self, study: Study, model: Any, tokenizer: Any) -> None:
-        self._asked = study.settings, model, tokenizer
-
-    def __call__(self) -> float:
-        from ...evaluation.capability.harness import measure_capability  # an extra
-
-        settings, model, tokenizer = self._asked
-        found = measure_capability(
-            model,
-            tokenizer,
-            list(settings.capability),
-            tasks_dir=settings.tasks_dir,
-            limit=settings.capability_limit,
-            progress=False,
-        )
-        return float("nan") if found["mean"] is None else float(found["mean"])
 
 
 if __name__ == "__main__":
