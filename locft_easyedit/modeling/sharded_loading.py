@@ -22,7 +22,7 @@ from ..distributed.world import World
 from ..errors import ModelError
 from ..hparams import LocFTBFHyperParams
 from ..utils.memory import free_memory
-from .device_map import USABLE, DeviceMap, full_map, streaming_map
+from .device_map import USABLE, DeviceMap, full_map, resident_bytes, streaming_map
 from .fsdp import ShardedLayers, note_sharded
 from .places import LayerList, find_layers, first_layer_of, match_parameters
 
@@ -77,8 +77,7 @@ def places(
     if sharding is None:
         return device_map, None
     assert skeleton is not None
-    on_disk = [name for name, place in (device_map or {}).items() if place == "disk"]
-    on_disk += [f"{sharding.stack}.{i}" for i in sharding.layers]
+    on_disk = _on_disk(device_map) + [f"{sharding.stack}.{i}" for i in sharding.layers]
     return full_map(skeleton, dict.fromkeys(on_disk, "disk"), str(device)), sharding
 
 
@@ -112,7 +111,7 @@ def _sharding(
     assert first is not None
     whole = frozenset(trained)
     layers = tuple(i for i in range(first + 1, len(stack.layers)) if _frozen(stack, i, whole))
-    resident = _bytes(skeleton, hparams.dtype_on(device), device_map)
+    resident = resident_bytes(skeleton, hparams.dtype_on(device), _on_disk(device_map))
     shared = sum(
         parameter.numel() * hparams.dtype_on(device).itemsize
         for i in layers
@@ -155,11 +154,8 @@ def _shared_between_layers(skeleton: Any, stack: LayerList, first: int) -> str:
     return ""
 
 
-def _bytes(skeleton: Any, dtype: torch.dtype, device_map: DeviceMap | None) -> int:
-    """Returns what the weights take that a device map leaves on the device."""
-    on_disk = tuple(f"{name}." for name, place in (device_map or {}).items() if place == "disk")
-    names = skeleton.named_parameters()
-    return sum(p.numel() * dtype.itemsize for name, p in names if not name.startswith(on_disk))
+def _on_disk(device_map: DeviceMap | None) -> list[str]:
+    return [name for name, place in (device_map or {}).items() if place == "disk"]
 
 
 def shard_(
