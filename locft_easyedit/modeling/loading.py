@@ -311,21 +311,13 @@ def _check_place(name: str, hparams: LocFTBFHyperParams) -> Any | None:
 def check_model_name(name: str) -> str:
     """Returns a model's folder or hub name, with the home folder in place of `~`.
 
-    Raises:
-        ModelError: It is a folder that does not exist or holds no model.
-    """
-    name = str(Path(name).expanduser()) if name.startswith("~") else name
-    check_folder(name)
-    return name
-
-
-def check_folder(name: str) -> None:
-    """Tells a folder that is missing from a hub name, before anybody asks the hub.
+    A folder that is missing is told from a hub name before anybody asks the hub.
 
     Raises:
         ModelError: It is a folder that does not exist, holds no model, or lacks parts of one.
     """
-    path = Path(name).expanduser()
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
+    path = Path(name)
     in_a_folder_here = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
     looks_local = name.startswith(".") or path.is_absolute() or name.count("/") > 1
     if path.is_dir():
@@ -340,6 +332,7 @@ def check_folder(name: str) -> None:
             f"`model_name={name!r}` does not exist. Download the model to that folder, or give its "
             "hub name or another folder."
         )
+    return name
 
 
 def _check_shards(name: str, folder: Path) -> None:

@@ -109,12 +109,7 @@ def select_place(model: nn.Module, layers: Sequence[int], templates: Sequence[st
 def match_parameters(
     model: nn.Module, layers: Sequence[int], templates: Sequence[str]
 ) -> dict[str, nn.Parameter]:
-    """Returns the parameters that `layers` and `templates` name, trainable or not.
-
-    Args:
-        model: The model; its weights need not be loaded.
-        layers: Layers, counted from 0.
-        templates: Templates with `{}` for the layer.
+    """Returns what `select_place` selects, trainable or not; weights need not be loaded.
 
     Raises:
         PlaceError: A layer is out of range, or a template matches nothing.
@@ -329,12 +324,7 @@ def sides(module: nn.Module) -> tuple[int, int]:
 
 
 def check_low_rank(model: nn.Module, parameters: Mapping[str, nn.Parameter], rank: int) -> None:
-    """Checks that LoRA of this rank can be trained at a place.
-
-    Args:
-        model: The model; its weights need not be loaded.
-        parameters: The place's parameters by name.
-        rank: The rank.
+    """Checks that LoRA of this rank can be trained at a place; weights need not be loaded.
 
     Raises:
         PlaceError: Lists every parameter that is not the weight of a linear layer, and every one

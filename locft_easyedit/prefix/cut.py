@@ -80,12 +80,8 @@ class Cut:
     @property
     def above_attention(self) -> bool:
         """Whether no position sees another one above the cut, and the scored ones alone can run."""
-        return self.narrows and self.kind != "layer" and self.in_last_layer
-
-    @property
-    def in_last_layer(self) -> bool:
-        """Whether the cut is in the last layer, or where it begins."""
-        return self.first_layer == len(self.stack.layers) - 1
+        in_last_layer = self.first_layer == len(self.stack.layers) - 1
+        return self.narrows and self.kind != "layer" and in_last_layer
 
     @property
     def layer(self) -> nn.Module:

@@ -250,14 +250,14 @@ class FrozenPrefix:
         entry: Cut | None = None,
         below: StateStore | None = None,
     ) -> None:
-        """Runs the model over some rows.
+        """Runs the model over some rows: all of it, or from the states `below` that enter `entry`.
 
         Args:
             on_host: The layout, on the host.
             ids: All token ids, on the device that the model takes its input on.
             keeping: Context manager that keeps states of the pass.
-            entry: Where the pass begins, if at the states in `below`.
-            below: The states at `entry`; `None` runs the whole model.
+            entry: Where the pass begins.
+            below: The states there.
         """
         rows = on_host.to(ids.device)
         if entry is None or below is None:

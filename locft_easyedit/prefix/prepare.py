@@ -114,13 +114,7 @@ def kept_file(
 ) -> tuple[Path, str] | None:
     """Returns the file in which a prefix stays, and the fingerprint of all it depends on.
 
-    Args:
-        kept: As for `prepare_runner`.
-        model: The model.
-        cut: Where the prefix ends.
-        texts: What is run.
-        packed: Whether rows are packed.
-        stream: What reads frozen layers from disk, if they are there.
+    `None` where it is not `kept`; arguments are as for `prepare_runner`.
     """
     if kept is None:
         return None
