@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.batching import in_batches
 from ..data.tokenization import TokenizedTexts
 from ..modeling.modes import evaluation_mode
-from ..prefix.frozen_prefix import FrozenPrefix
+from ..prefix.frozen_prefix import FrozenPrefix, Layout
 from ..prefix.runner import TextRunner
 from ..prefix.shortcuts import can_pack
 from .predictions import EvalConfig
@@ -79,9 +79,8 @@ class Perplexity:
         if how.stream is not None and how.frozen is not None and len(self.texts):
             n_tokens = int(self.texts.input_offsets[-1])
             self._prefix = FrozenPrefix(model, how.frozen, n_tokens, how.budget)
-            how.stream.record(
-                self._prefix, self.texts, row_tokens=how.row_tokens, packed=self._packed()
-            )
+            layout = Layout(self.texts, how.row_tokens, self._packed())
+            how.stream.record(self._prefix, layout)
 
     @torch.no_grad()
     def measure(self, description: str, only: Sequence[int] | None = None) -> list[Metrics]:

@@ -20,7 +20,7 @@ from ..data.tokenization import TokenizedTexts
 from ..modeling.last_layer import Tail
 from ..modeling.modes import evaluation_mode
 from ..prefix.cut import Cut
-from ..prefix.frozen_prefix import FrozenPrefix, PrefixRecorder
+from ..prefix.frozen_prefix import FrozenPrefix, Layout, PrefixRecorder
 from ..prefix.runner import TextRunner
 from ..prefix.shortcuts import can_pack
 from ..prefix.store import Budget
@@ -157,13 +157,7 @@ class ArgmaxPredictor:
             there = how.stream is not None or self._filled(prefix)
             self._prefix = prefix if there or prefix.fits() else None
             if how.stream is not None and len(texts):
-                how.stream.record(
-                    prefix,
-                    texts,
-                    row_tokens=how.row_tokens,
-                    packed=self.packed(),
-                    first_position=first_position,
-                )
+                how.stream.record(prefix, self._layout())
 
     @torch.no_grad()
     def take(self, description: str, only: np.ndarray | None = None) -> ArgmaxPredictions:
@@ -220,14 +214,10 @@ class ArgmaxPredictor:
         """Returns whether `prefix` could take its states from a recorder that had them."""
         if self.how.states is None or not len(self.texts):
             return False
-        return self.how.states.fill(
-            prefix,
-            self.texts,
-            batch_size=self.how.batch_size,
-            row_tokens=self.how.row_tokens,
-            packed=self.packed(),
-            first_position=self.first_position,
-        )
+        return self.how.states.fill(prefix, self._layout(), self.how.batch_size)
+
+    def _layout(self) -> Layout:
+        return Layout(self.texts, self.how.row_tokens, self.packed(), self.first_position)
 
     def packed(self) -> bool:
         """Returns whether rows are packed; measured on a few texts if `how` leaves it open."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
-import shutil
-import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -218,12 +215,7 @@ def resident_map(
     room = room_on(gpus)
     places = spread_map(skeleton, dtype, room, on_disk)
     if places is None:
-        left = [f"{path}." for path in on_disk]
-        n_bytes = dtype.itemsize * sum(
-            parameter.numel()
-            for name, parameter in skeleton.named_parameters()
-            if not name.startswith(tuple(left))
-        )
+        n_bytes = resident_bytes(skeleton, dtype, on_disk)
         ways = "choose a later layer" if on_disk else "leave `stream_frozen` out"
         raise ModelError(
             f"`model_parallel=true`: weights of {n_bytes / 2**30:.3g} GiB do not fit the GPUs "
@@ -240,17 +232,14 @@ def _fits(
     """Returns whether the weights take at most nine tenths of the free memory."""
     if gpus:
         return spread_map(skeleton, dtype, room_on(gpus)) is not None
-    needed = sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize
-    return bool(needed <= USABLE * free_memory(device))
+    return resident_bytes(skeleton, dtype) <= USABLE * free_memory(device)
 
 
-def room_for_conversions(device_map: Mapping[str, Any] | None) -> dict[str, str]:
-    """Returns where weights go that are saved in another form than the model has them in."""
-    if not device_map:
-        return {}
-    folder = tempfile.mkdtemp(prefix="locft-weights-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return {"offload_folder": folder}
+def resident_bytes(skeleton: Any, dtype: torch.dtype, on_disk: Iterable[str] = ()) -> int:
+    """Returns what a model's weights take, but for modules that stay on disk."""
+    left = tuple(f"{path}." for path in on_disk)
+    names = skeleton.named_parameters()
+    return sum(p.numel() * dtype.itemsize for name, p in names if not name.startswith(left))
 
 
 def left_on_disk(model: Any) -> bool:

@@ -51,9 +51,11 @@ def row_length(model: PreTrainedModel, row_tokens: int) -> int:
 
 def context_length(model: PreTrainedModel) -> int | None:
     """Returns the model's context in tokens, if its configuration names one."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return None
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    length = getattr(text_config, "max_position_embeddings", None)
+    length = getattr(text_config(model), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None
+
+
+def text_config(model: nn.Module) -> Any:
+    """Returns the configuration of a model, or of its text part; `None` if it has none."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -14,45 +14,45 @@ from transformers import PreTrainedModel
 from ..data.packing import Rows
 
 
+def run_layout(model: PreTrainedModel, rows: Rows, **inputs: torch.Tensor) -> Any:
+    """Returns the model's output for some rows.
+
+    Args:
+        model: A causal language model.
+        rows: The layout, on the model's device.
+        **inputs: `input_ids`, [R, L], or `inputs_embeds`, [R, L, D].
+    """
+    return model(
+        **inputs,
+        position_ids=rows.position_ids,
+        attention_mask=rows.attention_mask,
+        use_cache=False,
+    )
+
+
 def run_rows(
-    model: PreTrainedModel,
-    rows: Rows,
-    *,
-    input_ids: torch.Tensor | None = None,
-    inputs_embeds: torch.Tensor | None = None,
-    narrowed: bool = False,
+    model: PreTrainedModel, rows: Rows, *, narrowed: bool = False, **inputs: torch.Tensor
 ) -> torch.Tensor:
     """Returns the logits at the scored cells, [S, V].
 
     Args:
         model: A causal language model.
         rows: The layout, on the model's device.
-        input_ids: Token ids, [R, L].
-        inputs_embeds: Instead of ids, [R, L, D].
         narrowed: The model's last layer gives the scored cells alone already.
+        **inputs: As for `run_layout`.
     """
     with head_sees(model, _narrow(rows, narrowed)) as seen:  # [1, S, D]
-        output = _run(model, rows, input_ids, inputs_embeds)
+        output = run_layout(model, rows, **inputs)
     logits: torch.Tensor = output.logits  # [1, S, V], or [R, L, V] without a head to hook
     return logits[0] if seen or narrowed else _scored(logits, rows)
 
 
 def run_to_head(
-    model: PreTrainedModel,
-    rows: Rows,
-    *,
-    input_ids: torch.Tensor | None = None,
-    inputs_embeds: torch.Tensor | None = None,
-    narrowed: bool = False,
+    model: PreTrainedModel, rows: Rows, *, narrowed: bool = False, **inputs: torch.Tensor
 ) -> torch.Tensor:
     """Returns what the output embedding would be given for the scored cells, [S, D].
 
-    Args:
-        model: A causal language model with an output embedding.
-        rows: As for `run_rows`.
-        input_ids: As for `run_rows`.
-        inputs_embeds: As for `run_rows`.
-        narrowed: As for `run_rows`.
+    The model needs an output embedding; arguments are as for `run_rows`.
     """
     hidden: list[torch.Tensor] = []
 
@@ -61,23 +61,8 @@ def run_to_head(
         raise Stop
 
     with head_sees(model, leave), suppress(Stop):
-        _run(model, rows, input_ids, inputs_embeds)
+        run_layout(model, rows, **inputs)
     return hidden[0][0]
-
-
-def _run(
-    model: PreTrainedModel,
-    rows: Rows,
-    input_ids: torch.Tensor | None,
-    inputs_embeds: torch.Tensor | None,
-) -> Any:
-    return model(
-        input_ids=input_ids,
-        inputs_embeds=inputs_embeds,
-        position_ids=rows.position_ids,
-        attention_mask=rows.attention_mask,
-        use_cache=False,
-    )
 
 
 def _narrow(rows: Rows, narrowed: bool) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -85,13 +70,7 @@ def _narrow(rows: Rows, narrowed: bool) -> Callable[[torch.Tensor], torch.Tensor
 
 
 def run_next(model: PreTrainedModel, cache: Any, **inputs: Any) -> tuple[torch.Tensor, Any]:
-    """Returns the logits after the last column, [B, V], and the cache, as `run_cached` does.
-
-    Args:
-        model: A causal language model.
-        cache: As for `run_cached`.
-        **inputs: As for `run_cached`.
-    """
+    """Returns the logits after the last column, [B, V], and the cache, as `run_cached` does."""
     with head_sees(model, lambda hidden: hidden[:, -1:]):
         output, cache = run_cached(model, cache, **inputs)
     return output.logits[:, -1], cache
@@ -160,12 +139,8 @@ def head_sees(
         return (select(args[0]).contiguous(), *args[1:])
 
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    handle = head.register_forward_pre_hook(hook) if head is not None else None
-    try:
+    with nullcontext() if head is None else head.register_forward_pre_hook(hook):
         yield seen
-    finally:
-        if handle is not None:
-            handle.remove()
 
 
 def _scored(values: torch.Tensor, rows: Rows) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layer_trace import Trace, tracing
+from .layer_trace import Trace, hidden_of, tracing, with_hidden
 from .places import LayerList
 
 
@@ -45,39 +45,30 @@ class Tail:
         def narrow_hidden(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            everything[:] = [hidden]
-            return _replaced(args, kwargs, select(hidden, scored()))
+            everything[:] = [hidden_of(args, kwargs)]
+            return with_hidden(args, kwargs, select(everything[0], scored()))
 
         def give_all(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            return _replaced(args, kwargs, everything.pop())
+            return with_hidden(args, kwargs, everything.pop())
 
         def narrow(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (select(args[0], scored()), *args[1:])
 
         with ExitStack() as hooks:
-            for handle in (
-                self.layer.register_forward_pre_hook(narrow_hidden, with_kwargs=True),
-                self.reads_all.register_forward_pre_hook(give_all, with_kwargs=True),
-                *(module.register_forward_pre_hook(narrow) for module in self.narrows),
-            ):
-                hooks.callback(handle.remove)
+            first = self.layer.register_forward_pre_hook(narrow_hidden, with_kwargs=True)
+            hooks.enter_context(first)
+            norm = self.reads_all.register_forward_pre_hook(give_all, with_kwargs=True)
+            hooks.enter_context(norm)
+            for module in self.narrows:
+                hooks.enter_context(module.register_forward_pre_hook(narrow))
             yield
 
 
 def select(hidden: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
     """Returns the scored cells of [R, L, any], [1, S, any]."""
     return hidden.flatten(0, 1).index_select(0, scored.to(hidden.device)).unsqueeze(0)
-
-
-def _replaced(
-    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if args:
-        return (hidden, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": hidden}
 
 
 def find_tail(stack: LayerList, run: Callable[[], None]) -> Tail | None:

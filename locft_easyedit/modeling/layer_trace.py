@@ -8,7 +8,7 @@ add a block's output to a residual stream; nothing depends on a module's name.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,11 +114,9 @@ def tracing(layer: nn.Module) -> Iterator[Trace]:
         call.result, call.ended = first_tensor(output), len(trace.calls)
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        trace.entry = sent_to(args[0] if args else kwargs["hidden_states"], module)
+        trace.entry = sent_to(hidden_of(args, kwargs), module)
         # What is inside gets this very tensor, by which it is recognized.
-        if args:
-            return (trace.entry, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": trace.entry}
+        return with_hidden(args, kwargs, trace.entry)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         trace.returns_tuple = isinstance(output, tuple)
@@ -126,22 +124,37 @@ def tracing(layer: nn.Module) -> Iterator[Trace]:
     def hand_on(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return output if module.training else args[0]
 
-    handles = [
-        layer.register_forward_pre_hook(enter, with_kwargs=True),
-        layer.register_forward_hook(leave),
-    ]
-    for name, module in layer.named_modules():
-        if isinstance(module, nn.Dropout):
-            # Off, it hands its input on, but not always as the same tensor.
-            handles.append(module.register_forward_hook(hand_on))
-        elif name:
-            handles.append(module.register_forward_pre_hook(begin(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(end))
-    try:
+    with ExitStack() as hooks:
+        hooks.enter_context(layer.register_forward_pre_hook(enter, with_kwargs=True))
+        hooks.enter_context(layer.register_forward_hook(leave))
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Dropout):
+                # Off, it hands its input on, but not always as the same tensor.
+                hooks.enter_context(module.register_forward_hook(hand_on))
+            elif name:
+                started = module.register_forward_pre_hook(begin(name), with_kwargs=True)
+                hooks.enter_context(started)
+                hooks.enter_context(module.register_forward_hook(end))
         yield trace
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Returns a module's input, given by position or by name."""
+    hidden: torch.Tensor = args[0] if args else kwargs[_hidden_name(kwargs)]
+    return hidden
+
+
+def with_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns a module's arguments with another input, as a pre-forward hook returns them."""
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, {**kwargs, _hidden_name(kwargs): hidden}
+
+
+def _hidden_name(kwargs: dict[str, Any]) -> str:
+    return next(name for name in ("hidden_states", "input", "x") if name in kwargs)
 
 
 def first_tensor(output: Any) -> torch.Tensor | None:

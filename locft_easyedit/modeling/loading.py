@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import json
 import logging
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,14 +28,7 @@ from ..errors import HyperParamsError, LocFTError, MissingDependencyError, Model
 from ..hparams import DTYPES, LocFTBFHyperParams
 from ..utils.memory import free_host_memory
 from ..utils.parsing import is_file, shown
-from .device_map import (
-    DeviceMap,
-    devices_of,
-    resident_map,
-    room_for_conversions,
-    room_on,
-    streaming_map,
-)
+from .device_map import DeviceMap, devices_of, resident_map, room_on, streaming_map
 from .places import check_low_rank, match_parameters
 from .sharded_loading import Sharding, places, shard_
 
@@ -200,7 +196,10 @@ def load_causal_lm(
 def _placement(device_map: DeviceMap | None, gpus: Sequence[int]) -> dict[str, Any]:
     """Returns what tells transformers where a model goes."""
     if device_map is not None:
-        return {"device_map": device_map, **room_for_conversions(device_map)}
+        # For weights that are saved in another form than the model has them in.
+        folder = tempfile.mkdtemp(prefix="locft-weights-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return {"device_map": device_map, "offload_folder": folder}
     if not gpus:
         return {}
     return {"device_map": "auto", "max_memory": {**room_on(gpus), "cpu": free_host_memory()}}
@@ -312,21 +311,13 @@ def _check_place(name: str, hparams: LocFTBFHyperParams) -> Any | None:
 def check_model_name(name: str) -> str:
     """Returns a model's folder or hub name, with the home folder in place of `~`.
 
-    Raises:
-        ModelError: It is a folder that does not exist or holds no model.
-    """
-    name = str(Path(name).expanduser()) if name.startswith("~") else name
-    check_folder(name)
-    return name
-
-
-def check_folder(name: str) -> None:
-    """Tells a folder that is missing from a hub name, before anybody asks the hub.
+    A folder that is missing is told from a hub name before anybody asks the hub.
 
     Raises:
         ModelError: It is a folder that does not exist, holds no model, or lacks parts of one.
     """
-    path = Path(name).expanduser()
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
+    path = Path(name)
     in_a_folder_here = len(path.parts) > 1 and Path(path.parts[0]).is_dir()
     looks_local = name.startswith(".") or path.is_absolute() or name.count("/") > 1
     if path.is_dir():
@@ -341,6 +332,7 @@ def check_folder(name: str) -> None:
             f"`model_name={name!r}` does not exist. Download the model to that folder, or give its "
             "hub name or another folder."
         )
+    return name
 
 
 def _check_shards(name: str, folder: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError, PlaceError, one_message
+from .devices import text_config
 
 # What models call the matrices of a layer, by the part they play in it.
 _ATTENTION = {
@@ -72,12 +73,7 @@ def find_layers(model: nn.Module) -> LayerList | None:
 
 def number_of_layers(model: nn.Module) -> int | None:
     """Returns the number of layers that the model's configuration names, if it does."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return None
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    return getattr(config, "num_hidden_layers", None)
+    return getattr(text_config(model), "num_hidden_layers", None)
 
 
 def select_place(model: nn.Module, layers: Sequence[int], templates: Sequence[str]) -> Place:
@@ -99,12 +95,12 @@ def select_place(model: nn.Module, layers: Sequence[int], templates: Sequence[st
     selected, problems = _match(model, layers, templates)
     everywhere = dict(model.named_parameters(remove_duplicate=False))
     stack = find_layers(model)
-    owners = Counter(_memory(parameter) for parameter in everywhere.values())
-    problems += [
-        problem
-        for name, parameter in selected.items()
-        if (problem := _untrainable(name, parameter, everywhere, owners))
-    ]
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in everywhere.items():
+        names[_memory(parameter)].append(name)
+    for name, parameter in selected.items():
+        others = [other for other in names[_memory(parameter)] if other != name]
+        problems += _untrainable(name, parameter, others)
     if problems:
         raise PlaceError(one_message("Nothing is trained:", problems))
     return Place(selected, first_layer_of(selected, stack), stack)
@@ -113,12 +109,7 @@ def select_place(model: nn.Module, layers: Sequence[int], templates: Sequence[st
 def match_parameters(
     model: nn.Module, layers: Sequence[int], templates: Sequence[str]
 ) -> dict[str, nn.Parameter]:
-    """Returns the parameters that `layers` and `templates` name, trainable or not.
-
-    Args:
-        model: The model; its weights need not be loaded.
-        layers: Layers, counted from 0.
-        templates: Templates with `{}` for the layer.
+    """Returns what `select_place` selects, trainable or not; weights need not be loaded.
 
     Raises:
         PlaceError: A layer is out of range, or a template matches nothing.
@@ -178,24 +169,18 @@ def _no_match(model: nn.Module, template: str, layer: int, stack: LayerList | No
     )
 
 
-def _untrainable(
-    name: str, parameter: nn.Parameter, everywhere: dict[str, nn.Parameter], owners: Counter[int]
-) -> str | None:
-    """Returns why a parameter cannot be trained, or `None`."""
+def _untrainable(name: str, parameter: nn.Parameter, tied: Sequence[str]) -> Iterator[str]:
+    """Yields why a parameter cannot be trained, if so; `tied` are the other names it has."""
     if parameter.is_meta:
-        return f"`{name}` is not loaded (meta device). Load the model's weights first."
-    if not parameter.is_floating_point() or hasattr(parameter, "quant_state"):
+        yield f"`{name}` is not loaded (meta device). Load the model's weights first."
+    elif not parameter.is_floating_point() or hasattr(parameter, "quant_state"):
         kind = "quantized" if hasattr(parameter, "quant_state") else str(parameter.dtype)
-        return f"`{name}` is {kind}; only floating-point weights train. Load it unquantized."
-    if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"`{name}` is {parameter.dtype}; train float32, bfloat16 or float16 weights."
-    if owners[_memory(parameter)] > 1:
-        others = [
-            o for o, p in everywhere.items() if o != name and _memory(p) == _memory(parameter)
-        ]
-        tied = ", ".join(others)
-        return f"`{name}` is tied to {tied}; an edit would change both. Choose another place."
-    return None
+        yield f"`{name}` is {kind}; only floating-point weights train. Load it unquantized."
+    elif parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        yield f"`{name}` is {parameter.dtype}; train float32, bfloat16 or float16 weights."
+    elif tied:
+        others = ", ".join(tied)
+        yield f"`{name}` is tied to {others}; an edit would change both. Choose another place."
 
 
 def _memory(parameter: nn.Parameter) -> int:
@@ -339,12 +324,7 @@ def sides(module: nn.Module) -> tuple[int, int]:
 
 
 def check_low_rank(model: nn.Module, parameters: Mapping[str, nn.Parameter], rank: int) -> None:
-    """Checks that LoRA of this rank can be trained at a place.
-
-    Args:
-        model: The model; its weights need not be loaded.
-        parameters: The place's parameters by name.
-        rank: The rank.
+    """Checks that LoRA of this rank can be trained at a place; weights need not be loaded.
 
     Raises:
         PlaceError: Lists every parameter that is not the weight of a linear layer, and every one

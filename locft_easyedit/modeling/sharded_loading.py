@@ -22,7 +22,7 @@ from ..distributed.world import World
 from ..errors import ModelError
 from ..hparams import LocFTBFHyperParams
 from ..utils.memory import free_memory
-from .device_map import USABLE, DeviceMap, full_map, streaming_map
+from .device_map import USABLE, DeviceMap, full_map, resident_bytes, streaming_map
 from .fsdp import ShardedLayers, note_sharded
 from .places import LayerList, find_layers, first_layer_of, match_parameters
 
@@ -77,8 +77,7 @@ def places(
     if sharding is None:
         return device_map, None
     assert skeleton is not None
-    on_disk = [name for name, place in (device_map or {}).items() if place == "disk"]
-    on_disk += [f"{sharding.stack}.{i}" for i in sharding.layers]
+    on_disk = _on_disk(device_map) + [f"{sharding.stack}.{i}" for i in sharding.layers]
     return full_map(skeleton, dict.fromkeys(on_disk, "disk"), str(device)), sharding
 
 
@@ -99,9 +98,11 @@ def _sharding(
         [] if skeleton is None else match_parameters(skeleton, hparams.layers, hparams.templates)
     )
     first = first_layer_of(trained, stack)
-    problem = "no list of layers was found in it, or the place lies outside"
-    if stack is not None and first is not None:
-        problem = _shared_between_layers(skeleton, stack, first)
+    problem = ""
+    if stack is None or first is None:
+        problem = "no list of layers was found in it, or the place lies outside"
+    elif _shares_parameters(skeleton, stack, first):
+        problem = "a layer above the place shares parameters with another one"
     if problem:
         if by_itself:
             return None
@@ -112,7 +113,7 @@ def _sharding(
     assert first is not None
     whole = frozenset(trained)
     layers = tuple(i for i in range(first + 1, len(stack.layers)) if _frozen(stack, i, whole))
-    resident = _bytes(skeleton, hparams.dtype_on(device), device_map)
+    resident = resident_bytes(skeleton, hparams.dtype_on(device), _on_disk(device_map))
     shared = sum(
         parameter.numel() * hparams.dtype_on(device).itemsize
         for i in layers
@@ -142,37 +143,26 @@ def _frozen(stack: LayerList, number: int, trained: frozenset[str]) -> list[nn.P
     ]
 
 
-def _shared_between_layers(skeleton: Any, stack: LayerList, first: int) -> str:
-    """Returns what is wrong where a parameter above the place has another name elsewhere."""
+def _shares_parameters(skeleton: Any, stack: LayerList, first: int) -> bool:
+    """Returns whether a parameter above the place has another name elsewhere."""
     owners: dict[int, set[str]] = {}
     for name, parameter in skeleton.named_parameters(remove_duplicate=False):
         inside = name.startswith(stack.path + ".")
         number = name[len(stack.path) + 1 :].split(".")[0] if inside else ""
         owners.setdefault(id(parameter), set()).add(number)
     above = {str(i) for i in range(first + 1, len(stack.layers))}
-    if any(len(found) > 1 and found & above for found in owners.values()):
-        return "a layer above the place shares parameters with another one"
-    return ""
+    return any(len(found) > 1 and found & above for found in owners.values())
 
 
-def _bytes(skeleton: Any, dtype: torch.dtype, device_map: DeviceMap | None) -> int:
-    """Returns what the weights take that a device map leaves on the device."""
-    on_disk = tuple(f"{name}." for name, place in (device_map or {}).items() if place == "disk")
-    names = skeleton.named_parameters()
-    return sum(p.numel() * dtype.itemsize for name, p in names if not name.startswith(on_disk))
+def _on_disk(device_map: DeviceMap | None) -> list[str]:
+    return [name for name, place in (device_map or {}).items() if place == "disk"]
 
 
-def shard_(
-    model: Any, sharding: Sharding, device: torch.device, world: World, *, progress: bool = True
-) -> None:
+def shard_(model: Any, sharding: Sharding, device: torch.device, world: World) -> None:
     """Reads the layers that were left on disk to be sharded, one after another; collective.
 
-    Args:
-        model: The model, loaded with the device map of `places`.
-        sharding: What to shard.
-        device: Where this process computes.
-        world: The processes.
-        progress: Show a progress bar, on the first of them.
+    The model was loaded with the device map of `places`, which gives `sharding` as well; `device`
+    is where this process computes.
     """
     if device.type == "cuda":
         # FSDP2 compares devices, and takes the current one for its own.
@@ -183,12 +173,8 @@ def shard_(
     assert stack is not None
     mesh = _mesh(sharding, device, world)
     sharded = ShardedLayers(len(sharding.layers), world, mesh)
-    for number in tqdm(
-        sharding.layers,
-        desc="sharding",
-        unit="layer",
-        disable=not (progress and world.is_main_process),
-    ):
+    quiet = not world.is_main_process
+    for number in tqdm(sharding.layers, desc="sharding", unit="layer", disable=quiet):
         layer = stack.layers[number]
         _read_(layer, device)
         prefix = f"{stack.path}.{number}."

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import nn
 
 from ..modeling.devices import module_device, sent_to
 from ..modeling.forward import Stop
-from ..modeling.layer_trace import Call, Trace, first_tensor, tracing
+from ..modeling.layer_trace import Trace, first_tensor, hidden_of, tracing, with_hidden
 from ..modeling.places import LayerList, Place
 
 Keep = Callable[[torch.Tensor], None]
@@ -80,12 +80,8 @@ class Cut:
     @property
     def above_attention(self) -> bool:
         """Whether no position sees another one above the cut, and the scored ones alone can run."""
-        return self.narrows and self.kind != "layer" and self.in_last_layer
-
-    @property
-    def in_last_layer(self) -> bool:
-        """Whether the cut is in the last layer, or where it begins."""
-        return self.first_layer == len(self.stack.layers) - 1
+        in_last_layer = self.first_layer == len(self.stack.layers) - 1
+        return self.narrows and self.kind != "layer" and in_last_layer
 
     @property
     def layer(self) -> nn.Module:
@@ -108,7 +104,7 @@ class Cut:
         residual: list[torch.Tensor] = []
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            residual[:] = [sent_to(_hidden(args, kwargs), module)]
+            residual[:] = [sent_to(hidden_of(args, kwargs), module)]
             if self.kind == "layer":
                 finish(residual[0])
 
@@ -122,7 +118,7 @@ class Cut:
             if self.kind != "matrix":
                 finish(total)
                 return
-            inner = _hidden(args, kwargs)
+            inner = hidden_of(args, kwargs)
             if self.fold is not None:
                 total, inner = total + self.fold.constant(inner), self.fold.inner(inner)
             finish(torch.cat([total, inner], dim=-1))
@@ -132,18 +128,14 @@ class Cut:
             if not go_on:
                 raise Stop
 
-        with ExitStack() as stack:
-
-            def hook(handle: Any) -> None:
-                stack.callback(handle.remove)
-
-            hook(self.layer.register_forward_pre_hook(enter, with_kwargs=True))
+        with ExitStack() as hooks:
+            hooks.enter_context(self.layer.register_forward_pre_hook(enter, with_kwargs=True))
             if self.kind != "layer":
                 for side in self.sides:
-                    hook(side.register_forward_hook(add))
+                    hooks.enter_context(side.register_forward_hook(add))
                 until = self.norm if self.norm is not None else self.block
                 assert until is not None
-                hook(until.register_forward_pre_hook(reach, with_kwargs=True))
+                hooks.enter_context(until.register_forward_pre_hook(reach, with_kwargs=True))
             with suppress(Stop):
                 yield
 
@@ -156,15 +148,37 @@ class Cut:
         Args:
             states: Gives the states of the rows that are run, [R, L, W].
         """
-        layer = self.layer
-        with bypassing(self.stack, self.first_layer, self.returns_tuple), ExitStack() as stack:
-            if self.kind == "layer":
-                hook = layer.register_forward_pre_hook(_substitute(states), with_kwargs=True)
-                stack.callback(hook.remove)
-            else:
-                stack.callback(self.stack.layers.__setitem__, self.first_layer, layer)
-                self.stack.layers[self.first_layer] = _Resumed(self, layer, states)
-            yield
+
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return with_hidden(args, kwargs, states())
+
+        def resume(hidden: torch.Tensor) -> torch.Tensor:
+            return self._from_block(states(), hidden.shape[-1])
+
+        if self.kind == "layer":
+            with (
+                bypassing(self.stack, self.first_layer, self.returns_tuple),
+                self.layer.register_forward_pre_hook(begin, with_kwargs=True),
+            ):
+                yield
+        else:
+            with bypassing(self.stack, self.first_layer, self.returns_tuple, then=resume):
+                yield
+
+    def _from_block(self, states: torch.Tensor, width: int) -> torch.Tensor:
+        """Returns what leaves the layer, [R, L, width], of the states at the cut, [R, L, W]."""
+        assert self.block is not None
+        if self.kind == "matrix":
+            residual, given = states[..., :width], states[..., width:]
+        else:
+            residual = states
+            given = states if self.norm is None else self.norm(states)
+        run = self.block if self.fold is None else self.fold.trained
+        output = first_tensor(run(given))
+        for module in self.after:
+            output = first_tensor(module(output))
+        assert output is not None
+        return residual + output
 
 
 def layer_cut(stack: LayerList, first_layer: int, returns_tuple: bool = False) -> Cut:
@@ -189,35 +203,27 @@ def find_cuts(place: Place, run: Callable[[], None]) -> list[Cut]:
         for name in place.parameters
         if name.startswith(f"{stack.path}.{first}.")
     }
-    found = []
-    if len(trained) == 1:
-        found += _matrix_cut(stack, first, trace, next(iter(trained)))
-    found += _mlp_cut(stack, first, trace, trained)
-    return [*found, layer_cut(stack, first, trace.returns_tuple)]
+    general = layer_cut(stack, first, trace.returns_tuple)
+    return [*_matrix_cut(general, trace, trained), *_mlp_cut(general, trace, trained), general]
 
 
-def _matrix_cut(stack: LayerList, first: int, trace: Trace, path: str) -> list[Cut]:
-    module = trace.layer.get_submodule(path)
+def _matrix_cut(general: Cut, trace: Trace, trained: set[str]) -> list[Cut]:
+    if len(trained) != 1:
+        return []
+    module = trace.layer.get_submodule(*trained)
     call = trace.call_of(module)
     if call is None or len(call.given) != 1 or call.result is None or call.given[0].dim() != 3:
         return []
     after = trace.way_out(call)
     if after is None:
         return []
-    cut = Cut(
-        stack,
-        first,
-        "matrix",
-        block=module,
-        sides=tuple(trace.side_outputs(_outermost(trace, call))),
-        after=tuple(after),
-        returns_tuple=trace.returns_tuple,
-    )
-    return [cut]
+    root = call.name.split(".")[0]
+    outermost = next(c for c in trace.calls if c.name == root and c.started <= call.started)
+    sides = tuple(trace.side_outputs(outermost))
+    return [replace(general, kind="matrix", block=module, sides=sides, after=tuple(after))]
 
 
-def _mlp_cut(stack: LayerList, first: int, trace: Trace, trained: set[str]) -> list[Cut]:
-    children = {path.split(".")[0] for path in trained if path}
+def _mlp_cut(general: Cut, trace: Trace, trained: set[str]) -> list[Cut]:
     calls = [c for c in trace.calls if "." not in c.name]
     blocks = [c for c in calls if any(True for _ in c.module.children()) and c.given]
     if "" in trained or not blocks:
@@ -233,38 +239,39 @@ def _mlp_cut(stack: LayerList, first: int, trace: Trace, trained: set[str]) -> l
             residual = residual + call.result
     if residual is None or not norm.given or not torch.equal(norm.given[0], residual):
         return []  # attention and MLP side by side, say: the norm does not see the residual
-    if not children <= {block.name, norm.name, *_names(calls, after)}:
+    run_anew = {block.name, norm.name, *(call.name for call in calls if call.module in after)}
+    if not {path.split(".")[0] for path in trained} <= run_anew:
         return []
-    cut = Cut(
-        stack,
-        first,
-        "mlp",
+    cut = replace(
+        general,
+        kind="mlp",
         block=block.module,
         norm=norm.module,
         sides=tuple(sides),
         after=tuple(after),
-        returns_tuple=trace.returns_tuple,
     )
     return [cut]
 
 
-def _outermost(trace: Trace, call: Call) -> Call:
-    """Returns the call of the layer's own child that `call` was made within."""
-    root = call.name.split(".")[0]
-    return next(c for c in trace.calls if c.name == root and c.started <= call.started)
-
-
-def _names(calls: list[Call], modules: list[nn.Module]) -> set[str]:
-    return {call.name for call in calls if call.module in modules}
-
-
 @contextmanager
-def bypassing(stack: LayerList, n_layers: int, returns_tuple: bool) -> Iterator[None]:
-    """Context manager that lets the first `n_layers` pass on their input; then they run again."""
-    originals = list(stack.layers[:n_layers])
+def bypassing(
+    stack: LayerList, n_layers: int, returns_tuple: bool, then: Apply | None = None
+) -> Iterator[None]:
+    """Context manager that lets the first `n_layers` pass on their input; then they run again.
+
+    Args:
+        stack: The model's layers.
+        n_layers: How many of them do not run.
+        returns_tuple: Whether layers return tuples.
+        then: Runs in place of the layer after them; `None` leaves that as it is.
+    """
+    runs: list[Apply] = [lambda hidden: hidden] * n_layers
+    if then is not None:
+        runs.append(then)
+    originals = list(stack.layers[: len(runs)])
     try:
-        for i, layer in enumerate(originals):
-            stack.layers[i] = _PassThrough(layer, returns_tuple)
+        for i, (layer, run) in enumerate(zip(originals, runs, strict=True)):
+            stack.layers[i] = _StandIn(layer, run, returns_tuple)
         yield
     finally:
         for i, layer in enumerate(originals):
@@ -274,69 +281,15 @@ def bypassing(stack: LayerList, n_layers: int, returns_tuple: bool) -> Iterator[
 class _StandIn(nn.Module):
     """Takes a layer's place in the stack; models read attributes of it to choose a mask."""
 
-    def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
+    def __init__(self, layer: nn.Module, run: Apply, returns_tuple: bool) -> None:
         super().__init__()
+        self.run = run
         self.returns_tuple = returns_tuple
         # The layer itself must not be a child: its parameters would be listed.
         for name in ("attention_type", "layer_type", "is_sliding", "layer_idx"):
             if hasattr(layer, name):
                 setattr(self, name, getattr(layer, name))
 
-    def _in_form(self, hidden: torch.Tensor) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = self.run(hidden_of(args, kwargs))
         return (hidden,) if self.returns_tuple else hidden
-
-
-class _PassThrough(_StandIn):
-    """Stands in for a frozen layer: gives its input back in the form the layer would."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._in_form(_hidden(args, kwargs))
-
-
-class _Resumed(_StandIn):
-    """Stands in for the first trained layer, of which only the block and what follows it run."""
-
-    def __init__(self, cut: Cut, layer: nn.Module, states: Callable[[], torch.Tensor]) -> None:
-        super().__init__(layer, cut.returns_tuple)
-        self._cut = (cut,)  # in a tuple: its modules must not become children
-        self._states = states
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        [cut] = self._cut
-        states, width = self._states(), _hidden(args, kwargs).shape[-1]
-        assert cut.block is not None
-        if cut.kind == "matrix":
-            residual, given = states[..., :width], states[..., width:]
-        else:
-            residual = given = states
-            if cut.norm is not None:
-                given = cut.norm(given)
-        run = cut.block if cut.fold is None else cut.fold.trained
-        output = first_tensor(run(given))
-        for module in cut.after:
-            output = first_tensor(module(output))
-        assert output is not None
-        return self._in_form(residual + output)
-
-
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """Returns a layer's input, given by position or by name."""
-    hidden: torch.Tensor = (
-        args[0]
-        if args
-        else next(kwargs[name] for name in ("hidden_states", "input", "x") if name in kwargs)
-    )
-    return hidden
-
-
-def _substitute(states: Callable[[], torch.Tensor]) -> Callable[..., Any]:
-    """Returns a pre-forward hook that replaces a module's input."""
-
-    def hook(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (states(), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": states()}
-
-    return hook

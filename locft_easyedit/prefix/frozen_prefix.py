@@ -8,8 +8,9 @@ steps aside, and the recorded states are put in where the trained part takes its
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,8 @@ from ..data.batching import in_batches
 from ..data.packing import Rows, lay_out
 from ..data.tokenization import TokenizedTexts
 from ..modeling.devices import input_device, row_length
+from ..modeling.forward import run_layout
+from ..utils.hashing import arrays_sha256, json_sha256
 from .cut import Cut, layer_cut
 from .state_file import StateFile
 from .store import Budget, StateStore
@@ -28,27 +31,53 @@ from .store import Budget, StateStore
 logger = logging.getLogger(__name__)
 
 
-class Source(Protocol):
-    """What can record the states of frozen layers that are not resident."""
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Texts, and how they are laid out in rows.
 
-    def run(self) -> None:
-        """Records the states of all prefixes that wait for it."""
+    Attributes:
+        texts: The sequences.
+        row_tokens: As for `lay_out`, like those below.
+        packed: Whether rows hold several sequences.
+        first_position: Position of each sequence's first token, [N]; `None` for 0.
+    """
+
+    texts: TokenizedTexts
+    row_tokens: int
+    packed: bool
+    first_position: np.ndarray | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all sequences that are run: the last of each is not."""
+        return int(self.texts.input_offsets[-1])
+
+    def rows(self, model: PreTrainedModel, batch: np.ndarray) -> Rows:
+        """Returns the rows, on the host, in which a model runs the sequences `batch`, [B]."""
+        return lay_out(
+            self.texts,
+            batch,
+            row_tokens=row_length(model, self.row_tokens),
+            packed=self.packed,
+            first_position=self.first_position,
+        )
+
+    def key(self) -> str:
+        """Returns what tells these texts in these rows from all others.
+
+        The rows count as well: they move the last bits of a state, and what a place finds must not
+        depend on which place came first.
+        """
+        first = np.zeros(0) if self.first_position is None else self.first_position
+        tokens = arrays_sha256(self.texts.ids, self.texts.offsets, first)
+        return json_sha256([self.row_tokens, self.packed, tokens])
 
 
 class PrefixRecorder(Protocol):
     """States of frozen layers that are there already, for several prefixes."""
 
-    def fill(
-        self,
-        prefix: FrozenPrefix,
-        texts: TokenizedTexts,
-        *,
-        batch_size: int,
-        row_tokens: int,
-        packed: bool,
-        first_position: np.ndarray | None = None,
-    ) -> bool:
-        """Returns whether `prefix` now has the states of `texts`."""
+    def fill(self, prefix: FrozenPrefix, layout: Layout, batch_size: int) -> bool:
+        """Returns whether `prefix` now has the states of these texts."""
 
 
 class FrozenPrefix:
@@ -63,7 +92,8 @@ class FrozenPrefix:
 
     Attributes:
         complete: Whether every sequence was recorded, so that they can be replayed.
-        source: A stream of frozen layers that will record them, if they are not resident.
+        source: Records the states of all prefixes that wait for it, if frozen layers are not
+            resident.
     """
 
     def __init__(
@@ -79,7 +109,7 @@ class FrozenPrefix:
         self.n_tokens = n_tokens
         self.budget = budget or Budget()
         self.complete = False
-        self.source: Source | None = None
+        self.source: Callable[[], None] | None = None
         self._kept = kept
         self._store: StateStore | None = None
         self._borrowed = False
@@ -117,7 +147,7 @@ class FrozenPrefix:
     def ensure(self) -> None:
         """Has the states recorded by the stream of frozen layers, if they are to come from it."""
         if not self.complete and self.source is not None:
-            self.source.run()
+            self.source()
 
     def reuse(self, *, progress: bool = False) -> bool:
         """Returns whether the file of an earlier run holds the very states; then they are here."""
@@ -169,58 +199,35 @@ class FrozenPrefix:
 
     def record(
         self,
-        texts: TokenizedTexts,
-        ids: torch.Tensor,
-        *,
+        layout: Layout,
         batch_size: int,
-        row_tokens: int,
-        packed: bool,
-        progress: bool,
-        first_position: np.ndarray | None = None,
+        *,
         below: StateStore | None = None,
+        progress: bool = False,
     ) -> None:
         """Runs what is frozen, and nothing else, over all sequences and keeps what leaves it.
 
         Args:
-            texts: The sequences.
-            ids: Their token ids on the model's device, [T].
+            layout: The sequences.
             batch_size: Sequences a forward pass.
-            row_tokens: As for `lay_out`.
-            packed: As for `lay_out`.
-            progress: Show a progress bar.
-            first_position: As for `lay_out`.
             below: The states that enter the first trained layer, [T, D]: what is below it does
                 not run. `None` runs it.
+            progress: Show a progress bar.
 
         Raises:
             MemoryBudgetError: The budgets cannot hold the states.
             OutputError: The disk is full or cannot be written to.
         """
-        row_tokens = row_length(self.model, row_tokens)
+        ids = torch.from_numpy(layout.texts.ids).to(input_device(self.model))
         entry = layer_cut(self.cut.stack, self.cut.first_layer, self.cut.returns_tuple)
 
         def run(batch: np.ndarray) -> None:
-            on_host = lay_out(
-                texts, batch, row_tokens=row_tokens, packed=packed, first_position=first_position
-            )
-            rows = on_host.to(ids.device)
-            begin: AbstractContextManager[None] = nullcontext()
-            inputs = {"input_ids": ids[rows.gather_index]}
-            if below is not None:
-                states = below.get(on_host.state_index.clamp(min=0))  # [R, L, D]
-                begin = entry.replaying(lambda: states)
-                inputs = {"inputs_embeds": self.zeros(states, ids.device)}
-            with begin, self.keeping(on_host, go_on=False), torch.no_grad():
-                self.model(
-                    **inputs,
-                    position_ids=rows.position_ids,
-                    attention_mask=rows.attention_mask,
-                    use_cache=False,
-                )
+            rows = layout.rows(self.model, batch)
+            self.run(rows, ids, self.keeping(rows, go_on=False), entry, below)
 
         try:
             in_batches(
-                texts.lengths,
+                layout.texts.lengths,
                 batch_size,
                 run,
                 description="frozen prefix",
@@ -234,6 +241,34 @@ class FrozenPrefix:
                 self._store = None
             raise
 
+    @torch.no_grad()
+    def run(
+        self,
+        on_host: Rows,
+        ids: torch.Tensor,
+        keeping: AbstractContextManager[None],
+        entry: Cut | None = None,
+        below: StateStore | None = None,
+    ) -> None:
+        """Runs the model over some rows: all of it, or from the states `below` that enter `entry`.
+
+        Args:
+            on_host: The layout, on the host.
+            ids: All token ids, on the device that the model takes its input on.
+            keeping: Context manager that keeps states of the pass.
+            entry: Where the pass begins.
+            below: The states there.
+        """
+        rows = on_host.to(ids.device)
+        if entry is None or below is None:
+            with keeping:
+                run_layout(self.model, rows, input_ids=ids[rows.gather_index])
+            return
+        states = below.get_rows(on_host)  # [R, L, D]
+        # What keeps states comes last, and sees those that are put in.
+        with entry.replaying(lambda: states), keeping:
+            run_layout(self.model, rows, inputs_embeds=self.zeros(states, ids.device))
+
     @contextmanager
     def keeping(self, rows: Rows, *, go_on: bool = True) -> Iterator[None]:
         """Context manager that keeps the states at the cut of a forward pass over `rows`.
@@ -242,20 +277,14 @@ class FrozenPrefix:
             rows: The layout that is run, on the host.
             go_on: Let the pass go on to the logits; else it ends there.
         """
-        cells = rows.real.flatten().nonzero().squeeze(1)
-        where = rows.state_index.flatten()[cells]
 
         def keep(states: torch.Tensor) -> None:
             if self._store is None:
                 self._store = self.new_store(states.shape[-1], states.dtype, states.device)
-            self._store.put(where, states.flatten(0, 1)[cells.to(states.device)])
+            self._store.put_rows(rows, states)
 
         with self.cut.recording(keep, go_on=go_on):
             yield
-
-    def states(self, rows: Rows) -> torch.Tensor:
-        """Returns the states of `rows` (on the host), [R, L, W]; filler cells hold anything."""
-        return self.store.get(rows.state_index.clamp(min=0))
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
@@ -279,7 +308,7 @@ class FrozenPrefix:
         """Returns what to give the model as `inputs_embeds`, [R, L, D of the embedding].
 
         Args:
-            states: As `states` returns them, [R, L, W].
+            states: The states that are put in, [R, L, W].
             device: Where the model takes its input.
         """
         zeros = torch.zeros(1, 1, self._embedding_width, dtype=states.dtype, device=device)

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 from ..data.tokenization import TokenizedTexts
@@ -14,7 +13,7 @@ from ..distributed.world import World
 from ..modeling.devices import input_device
 from .cut import Cut
 from .fingerprint import prefix_fingerprint
-from .frozen_prefix import FrozenPrefix, PrefixRecorder
+from .frozen_prefix import FrozenPrefix, Layout, PrefixRecorder
 from .runner import TextRunner
 from .shortcuts import Shortcuts
 from .store import Budget
@@ -63,28 +62,14 @@ def prepare_runner(
     if chosen is not None and len(texts):
         file = kept_file(kept, model, chosen, texts, shortcuts.packed, stream)
         prefix = FrozenPrefix(model, chosen, int(texts.input_offsets[-1]), budget, file)
+        layout = Layout(texts, row_tokens, shortcuts.packed)
         there = prefix.reuse(progress=progress) or (
-            states is not None
-            and states.fill(
-                prefix,
-                texts,
-                batch_size=batch_size,
-                row_tokens=row_tokens,
-                packed=shortcuts.packed,
-            )
+            states is not None and states.fill(prefix, layout, batch_size)
         )
-        if not there:
-            if stream is not None:
-                stream.record(prefix, texts, row_tokens=row_tokens, packed=shortcuts.packed)
-            else:
-                prefix.record(
-                    texts,
-                    torch.from_numpy(texts.ids).to(input_device(model)),
-                    batch_size=batch_size,
-                    row_tokens=row_tokens,
-                    packed=shortcuts.packed,
-                    progress=progress,
-                )
+        if not there and stream is not None:
+            stream.record(prefix, layout)
+        elif not there:
+            prefix.record(layout, batch_size, progress=progress)
         where = prefix.store.where() if prefix.complete else "computed with the next pass"
         logger.info(
             "The frozen prefix ends at the first trained %s: %d tokens, %s.",
@@ -129,13 +114,7 @@ def kept_file(
 ) -> tuple[Path, str] | None:
     """Returns the file in which a prefix stays, and the fingerprint of all it depends on.
 
-    Args:
-        kept: As for `prepare_runner`.
-        model: The model.
-        cut: Where the prefix ends.
-        texts: What is run.
-        packed: Whether rows are packed.
-        stream: What reads frozen layers from disk, if they are there.
+    `None` where it is not `kept`; arguments are as for `prepare_runner`.
     """
     if kept is None:
         return None

@@ -12,13 +12,13 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from ..data.packing import Rows, lay_out
+from ..data.packing import Rows
 from ..data.tokenization import TokenizedTexts
 from ..modeling.cross_entropy import Head
-from ..modeling.devices import input_device, row_length
+from ..modeling.devices import input_device
 from ..modeling.forward import mean_by_owner, run_rows, run_to_head
 from ..modeling.last_layer import Tail, select
-from .frozen_prefix import FrozenPrefix
+from .frozen_prefix import FrozenPrefix, Layout
 
 
 @dataclass
@@ -78,10 +78,9 @@ class TextRunner:
     ) -> None:
         self.model = model
         self.texts = texts
-        self.row_tokens = row_length(model, row_tokens)
+        self.layout = Layout(texts, row_tokens, packed, first_position)
         self.packed = packed
         self.prefix = prefix
-        self.first_position = first_position
         self.tail = tail
         self.head = head
         self.device = input_device(model)
@@ -129,14 +128,9 @@ class TextRunner:
 
     def prepare(self, batch: np.ndarray) -> Prepared:
         """Lays a batch out and fetches its states; touches nothing that a running step uses."""
-        on_host = lay_out(
-            self.texts,
-            batch,
-            row_tokens=self.row_tokens,
-            packed=self.packed,
-            first_position=self.first_position,
-        )
-        states = self.prefix.states(on_host) if self.prefix and self.replays else None
+        on_host = self.layout.rows(self.model, batch)
+        replayed = self.prefix if self.replays else None
+        states = None if replayed is None else replayed.store.get_rows(on_host)
         return Prepared(batch, on_host.to(self.device), on_host, states)
 
     def logits(self, batch: np.ndarray | Prepared) -> tuple[torch.Tensor, Rows]:

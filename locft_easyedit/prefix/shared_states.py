@@ -11,7 +11,6 @@ import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -20,52 +19,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..data.batching import in_batches
-from ..data.packing import Rows, lay_out
-from ..data.tokenization import TokenizedTexts
+from ..data.packing import Rows
 from ..errors import MemoryBudgetError, OutputError, PlaceError
-from ..modeling.devices import input_device, row_length
+from ..modeling.devices import input_device
+from ..modeling.forward import run_layout
 from ..modeling.modes import evaluation_mode
 from ..modeling.places import LayerList, find_layers
-from ..utils.hashing import arrays_sha256, json_sha256, sample_digest
+from ..utils.hashing import sample_digest
 from .cut import layer_cut
-from .frozen_prefix import FrozenPrefix
+from .frozen_prefix import FrozenPrefix, Layout
 from .store import Budget, StateStore
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class _Layout:
-    """Texts, and the rows in which they are run."""
-
-    texts: TokenizedTexts
-    batch_size: int
-    row_tokens: int
-    packed: bool
-    first_position: np.ndarray | None
-
-    @property
-    def n_tokens(self) -> int:
-        return int(self.texts.input_offsets[-1])
-
-    def key(self) -> str:
-        """Returns what tells these texts in these rows from all others.
-
-        The rows count as well: they move the last bits of a state, and what a place finds must not
-        depend on which place came first.
-        """
-        first = np.zeros(0) if self.first_position is None else self.first_position
-        tokens = arrays_sha256(self.texts.ids, self.texts.offsets, first)
-        return json_sha256([self.batch_size, self.row_tokens, self.packed, tokens])
-
-    def rows(self, batch: np.ndarray) -> Rows:
-        return lay_out(
-            self.texts,
-            batch,
-            row_tokens=self.row_tokens,
-            packed=self.packed,
-            first_position=self.first_position,
-        )
 
 
 class SharedStates:
@@ -111,9 +76,8 @@ class SharedStates:
             )
         self._given = budget or Budget()
         self._budget: Budget | None = None
-        self._stores: dict[str, dict[int, StateStore]] = {}
-        self._refused: set[str] = set()
-        self._warned = False
+        self._stores: dict[tuple[int, str], dict[int, StateStore]] = {}
+        self._refused: set[tuple[int, str]] = set()
         self._unchanged: UnchangedLayers | None = None
         if self._stack is not None and self.layers:
             self._unchanged = UnchangedLayers(model, self._stack, self.layers[-1])
@@ -131,25 +95,7 @@ class SharedStates:
                 store.close()
         self._stores = {}
 
-    @property
-    def n_bytes(self) -> int:
-        """What all states take, in bytes."""
-        return sum(
-            store.n_tokens * store.width * store.dtype.itemsize
-            for stores in self._stores.values()
-            for store in stores.values()
-        )
-
-    def fill(
-        self,
-        prefix: FrozenPrefix,
-        texts: TokenizedTexts,
-        *,
-        batch_size: int,
-        row_tokens: int,
-        packed: bool,
-        first_position: np.ndarray | None = None,
-    ) -> bool:
+    def fill(self, prefix: FrozenPrefix, layout: Layout, batch_size: int) -> bool:
         """Returns whether `prefix` is complete now; if not, it is as it was.
 
         Where it ends at the input of a layer it borrows the states; where it ends inside one, that
@@ -157,41 +103,27 @@ class SharedStates:
 
         Args:
             prefix: An empty prefix of this model, which can begin at the input of its layer.
-            texts: The sequences.
+            layout: The sequences.
             batch_size: Sequences a forward pass.
-            row_tokens: As for `lay_out`.
-            packed: As for `lay_out`.
-            first_position: As for `lay_out`.
         """
-        row_tokens = row_length(self.model, row_tokens)
-        layout = _Layout(texts, batch_size, row_tokens, packed, first_position)
         # What is recorded outlives this call, and a caller's inference mode with it.
         with evaluation_mode(self.model), torch.inference_mode(False), torch.no_grad():
-            store = self._store_of(layout, prefix)
+            store = self._store_of(layout, batch_size, prefix)
             if store is None:
                 return False
             if prefix.cut.kind == "layer":
                 prefix.borrow(store)
                 return True
             try:
-                prefix.record(
-                    texts,
-                    torch.from_numpy(texts.ids).to(input_device(self.model)),
-                    batch_size=batch_size,
-                    row_tokens=row_tokens,
-                    packed=packed,
-                    progress=self.progress,
-                    first_position=first_position,
-                    below=store,
-                )
+                prefix.record(layout, batch_size, below=store, progress=self.progress)
             except (MemoryBudgetError, OutputError) as error:
                 logger.debug("Not from the shared states: %s", error)
                 return False
             return True
 
-    def _store_of(self, layout: _Layout, prefix: FrozenPrefix) -> StateStore | None:
+    def _store_of(self, layout: Layout, batch_size: int, prefix: FrozenPrefix) -> StateStore | None:
         """Returns what enters the layer of `prefix`, recorded now if need be; `None` if not."""
-        layer, key = prefix.cut.first_layer, layout.key()
+        layer, key = prefix.cut.first_layer, (batch_size, layout.key())
         ours = prefix.model is self.model and layer in self.layers and layout.n_tokens > 0
         if not ours or self._stack is None or self._unchanged is None:
             return None
@@ -204,15 +136,23 @@ class SharedStates:
                 return None
             missing = [i for i in self.layers if i <= intact and i not in stores]
             try:
-                self._stores[key] = stores | self._recorded(self._stack, layout, missing)
+                recorded = self._recorded(self._stack, layout, batch_size, missing)
             except (MemoryBudgetError, OutputError) as error:
+                if not self._refused:
+                    logger.warning(
+                        "The states that enter %d layers cannot be kept for %d tokens, so that "
+                        "each place computes its own: %s",
+                        len(missing),
+                        layout.n_tokens,
+                        error,
+                    )
                 self._refused.add(key)
-                self._warn(layout, missing, error)
                 return None
+            self._stores[key] = stores | recorded
         return self._stores[key][layer]
 
     def _recorded(
-        self, stack: LayerList, layout: _Layout, layers: Sequence[int]
+        self, stack: LayerList, layout: Layout, batch_size: int, layers: Sequence[int]
     ) -> dict[int, StateStore]:
         """Runs the model once over all texts, up to the last of `layers`; returns what enters each.
 
@@ -224,43 +164,28 @@ class SharedStates:
         device = input_device(self.model)
         ids = torch.from_numpy(layout.texts.ids).to(device)
 
-        def keep(
-            layer: int, cells: torch.Tensor, where: torch.Tensor, states: torch.Tensor
-        ) -> None:
+        def keep(layer: int, rows: Rows, states: torch.Tensor) -> None:
             if layer not in stores:
-                stores[layer] = StateStore(
-                    layout.n_tokens,
-                    states.shape[-1],
-                    states.dtype,
-                    states.device,
-                    self._resolved(device),
-                )
-            stores[layer].put(where, states.flatten(0, 1)[cells.to(states.device)])
+                budget = self._resolved(device)
+                n_tokens, width = layout.n_tokens, states.shape[-1]
+                stores[layer] = StateStore(n_tokens, width, states.dtype, states.device, budget)
+            stores[layer].put_rows(rows, states)
 
         def run(batch: np.ndarray) -> None:
-            on_host = layout.rows(batch)
+            on_host = layout.rows(self.model, batch)
             rows = on_host.to(device)
-            cells = on_host.real.flatten().nonzero().squeeze(1)
-            where = on_host.state_index.flatten()[cells]
             with ExitStack() as hooks:
                 for layer in layers:
-                    cut = layer_cut(stack, layer)
-                    go_on = layer != layers[-1]
-                    hooks.enter_context(
-                        cut.recording(partial(keep, layer, cells, where), go_on=go_on)
-                    )
-                self.model(
-                    input_ids=ids[rows.gather_index],
-                    position_ids=rows.position_ids,
-                    attention_mask=rows.attention_mask,
-                    use_cache=False,
-                )
+                    kept = partial(keep, layer, on_host)
+                    recording = layer_cut(stack, layer).recording(kept, go_on=layer != layers[-1])
+                    hooks.enter_context(recording)
+                run_layout(self.model, rows, input_ids=ids[rows.gather_index])
 
         self.n_passes += 1
         try:
             in_batches(
                 layout.texts.lengths,
-                layout.batch_size,
+                batch_size,
                 run,
                 description=f"hidden states of {len(layers)} layers",
                 unit="text",
@@ -281,17 +206,6 @@ class SharedStates:
             gpu, host, disk = (n_bytes / 2**30 for n_bytes in self._given.rows(1, device))
             self._budget = Budget(gpu, host, disk, self._given.folder)
         return self._budget
-
-    def _warn(self, layout: _Layout, layers: Sequence[int], error: Exception) -> None:
-        if not self._warned:
-            logger.warning(
-                "The states that enter %d layers cannot be kept for %d tokens, so that each place "
-                "computes its own: %s",
-                len(layers),
-                layout.n_tokens,
-                error,
-            )
-        self._warned = True
 
 
 class UnchangedLayers:

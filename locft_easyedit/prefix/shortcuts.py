@@ -28,7 +28,7 @@ from ..modeling.fsdp import lockstep
 from ..modeling.last_layer import Tail, find_tail
 from ..modeling.places import Place
 from .cut import Cut, find_cuts, layer_cut
-from .frozen_prefix import FrozenPrefix
+from .frozen_prefix import FrozenPrefix, Layout
 from .runner import TextRunner
 from .store import Budget
 from .streaming import FrozenStream, stream_of
@@ -201,14 +201,7 @@ class Probes:
         prefix = FrozenPrefix(self.model, cut, int(self.texts.input_offsets[-1]), Budget())
         # Recorded in other rows than it is replayed in: a layer that keeps something of an
         # earlier pass for a later layer must not find it by luck.
-        prefix.record(
-            self.texts,
-            torch.from_numpy(self.texts.ids).to(input_device(self.model)),
-            batch_size=_N_PROBES,
-            row_tokens=1,
-            packed=packed,
-            progress=False,
-        )
+        prefix.record(Layout(self.texts, 1, packed), _N_PROBES)
         return prefix
 
     def _runner(self, **shortcuts: Any) -> TextRunner:

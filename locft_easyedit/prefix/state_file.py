@@ -47,15 +47,6 @@ class StateFile:
         self._file = file
 
     @classmethod
-    def create(cls, path: Path, n_tokens: int, width: int, dtype: torch.dtype) -> StateFile:
-        """Returns a new file, its room on the disk reserved; it is not whole yet (see `seal`).
-
-        Raises:
-            OutputError: The disk has no room or cannot be written to.
-        """
-        return cls._made(path, n_tokens, width, dtype, temporary=False)
-
-    @classmethod
     def temporary(
         cls, n_tokens: int, width: int, dtype: torch.dtype, folder: str | None = None
     ) -> StateFile:
@@ -69,12 +60,17 @@ class StateFile:
                 Path(folder).mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(suffix=".states", prefix="locft-", dir=folder)
         os.close(handle)
-        return cls._made(Path(name), n_tokens, width, dtype, temporary=True)
+        return cls.create(Path(name), n_tokens, width, dtype, nameless=True)
 
     @classmethod
-    def _made(
-        cls, path: Path, n_tokens: int, width: int, dtype: torch.dtype, *, temporary: bool
+    def create(
+        cls, path: Path, n_tokens: int, width: int, dtype: torch.dtype, *, nameless: bool = False
     ) -> StateFile:
+        """Returns a new file, its room on the disk reserved; it is not whole yet (see `seal`).
+
+        Raises:
+            OutputError: The disk has no room or cannot be written to.
+        """
         header = _header(n_tokens, width, dtype)
         size = len(header) + n_tokens * width * dtype.itemsize
         with _disk_errors(path), ExitStack() as undo:
@@ -82,8 +78,8 @@ class StateFile:
             _seal_path(path).unlink(missing_ok=True)
             file = open(path, "w+b")  # noqa: SIM115
             undo.callback(_give_up, file, path)
-            if temporary and os.name == "posix":
-                path.unlink()  # no name: nothing stays, whatever ends this process
+            if nameless and os.name == "posix":
+                path.unlink()  # nothing stays, whatever ends this process
             file.write(header)
             file.flush()
             _reserve(file.fileno(), size)
@@ -124,23 +120,21 @@ class StateFile:
         found._whole = True
         return found, ""
 
-    def seal(self, fingerprint: str, *, progress: bool = False) -> None:
+    def seal(self, fingerprint: str) -> None:
         """Declares the file whole: from now on it can be opened again.
 
         Raises:
             OutputError: The disk is full or cannot be written to.
         """
-        with _disk_errors(self.path):
-            self._file.flush()
-            os.fsync(self._file.fileno())
         value = {
             "format": _FORMAT,
             "fingerprint": fingerprint,
             "states": [self.n_tokens, self.width],
             "block_bytes": _BLOCK,
-            "crc32": self._checksums(progress),
+            "crc32": self._checksums(progress=False),
         }
         with _disk_errors(self.path):
+            os.fsync(self._file.fileno())
             write_atomically(_seal_path(self.path), json.dumps(value).encode())
         self._whole = True
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ..data.packing import Rows
 from ..errors import MemoryBudgetError
 from ..utils.memory import free_host_memory
 from .state_file import StateFile
@@ -138,25 +139,31 @@ class StateStore:
             where: Numbers of the tokens on the host, [K].
             states: Their states, [K, W], on any device.
         """
-        n_gpu, host_end, _ = self._ends
-        if self._gpu is not None:
-            self._put_in(self._gpu, where, states, 0, n_gpu)
-        if self._host is not None:
-            self._put_in(self._host, where, states, n_gpu, host_end)
+        for tier, start, end in self._tiers():
+            chosen = ((where >= start) & (where < end)).nonzero().squeeze(1)
+            if len(chosen):
+                rows = states[chosen.to(states.device)].to(tier.device)
+                tier[(where[chosen] - start).to(tier.device)] = rows
         if self.file is not None:
             chosen = (where >= self._file_start).nonzero().squeeze(1)
             if len(chosen):
                 rows = states if len(chosen) == len(where) else states[chosen.to(states.device)]
                 self.file.put(where[chosen] - self._file_start, rows.cpu())
 
-    @staticmethod
-    def _put_in(
-        tier: torch.Tensor, where: torch.Tensor, states: torch.Tensor, start: int, end: int
-    ) -> None:
-        chosen = ((where >= start) & (where < end)).nonzero().squeeze(1)
-        if len(chosen):
-            rows = states[chosen.to(states.device)].to(tier.device)
-            tier[(where[chosen] - start).to(tier.device)] = rows
+    def put_rows(self, rows: Rows, states: torch.Tensor) -> None:
+        """Writes the states of `rows` (on the host), [R, L, W]; those of filler cells are left."""
+        cells = rows.real.flatten().nonzero().squeeze(1)
+        self.put(rows.state_index.flatten()[cells], states.flatten(0, 1)[cells.to(states.device)])
+
+    def get_rows(self, rows: Rows) -> torch.Tensor:
+        """Returns the states of `rows` (on the host), [R, L, W]; filler cells hold anything."""
+        return self.get(rows.state_index.clamp(min=0))
+
+    def _tiers(self) -> list[tuple[torch.Tensor, int, int]]:
+        """Returns the tiers above the file, each with the tokens that it begins and ends at."""
+        n_gpu, host_end, _ = self._ends
+        tiers = ((self._gpu, 0, n_gpu), (self._host, n_gpu, host_end))
+        return [(tier, start, end) for tier, start, end in tiers if tier is not None]
 
     def get(self, where: torch.Tensor) -> torch.Tensor:
         """Returns the states of tokens, [..., W], on the store's device.
@@ -165,34 +172,30 @@ class StateStore:
             where: Numbers of the tokens on the host, any shape.
         """
         flat = where.reshape(-1)
-        n_gpu, host_end, end = self._ends
-        if n_gpu == end and self._gpu is not None:
-            found = self._gpu[flat.to(self.device, non_blocking=True)]
-        elif n_gpu == 0:
-            found = self._to_device(self._from_host(flat, host_end))
+        n_gpu, _, end = self._ends
+        if self._gpu is None:
+            found = self._to_device(self._from_host(flat))
+        elif n_gpu == end:
+            found = self._gpu[self._to_device(flat)]
         else:
             found = torch.empty(len(flat), self.width, dtype=self.dtype, device=self.device)
             on_gpu = flat < n_gpu
-            if self._gpu is not None and bool(on_gpu.any()):
-                cells = on_gpu.nonzero().squeeze(1).to(self.device, non_blocking=True)
-                rows = flat[on_gpu].to(self.device, non_blocking=True)
-                found[cells] = self._gpu[rows]
-            if not bool(on_gpu.all()):
-                cells = (~on_gpu).nonzero().squeeze(1).to(self.device, non_blocking=True)
-                found[cells] = self._to_device(self._from_host(flat[~on_gpu], host_end))
+            cells, others = (chosen.nonzero().squeeze(1) for chosen in (on_gpu, ~on_gpu))
+            found[self._to_device(cells)] = self._gpu[self._to_device(flat[cells])]
+            found[self._to_device(others)] = self._to_device(self._from_host(flat[others]))
         return found.view(*where.shape, self.width)
 
-    def _from_host(self, where: torch.Tensor, host_end: int) -> torch.Tensor:
+    def _from_host(self, where: torch.Tensor) -> torch.Tensor:
         """Returns rows of the host's memory and the file, [K, W], pinned for a GPU."""
-        n_gpu = self._ends[0]
-        if host_end == self._ends[2] and self._host is not None and self.device.type == "cpu":
+        n_gpu, host_end, end = self._ends
+        if host_end == end and self._host is not None and self.device.type == "cpu":
             return self._host[where - n_gpu]
         rows = torch.empty(
             len(where), self.width, dtype=self.dtype, pin_memory=self.device.type == "cuda"
         )
         in_file = (where >= host_end).nonzero().squeeze(1)
         in_host = (where < host_end).nonzero().squeeze(1)
-        if self._host is not None and len(in_host):
+        if self._host is not None:
             if len(in_host) == len(where):
                 torch.index_select(self._host, 0, where - n_gpu, out=rows)
             else:
@@ -202,17 +205,15 @@ class StateStore:
             rows[in_file] = self.file.get(where[in_file] - self._file_start)
         return rows
 
-    def _to_device(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.to(self.device, non_blocking=True)
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
     def fill_from_file_(self) -> None:
         """Copies what the tiers above the file hold from it."""
         assert self.file is not None
-        n_gpu, host_end, _ = self._ends
-        for tier, start, end in ((self._gpu, 0, n_gpu), (self._host, n_gpu, host_end)):
+        for tier, start, end in self._tiers():
             for first in range(start, end, 2**16):
                 last = min(first + 2**16, end)
-                assert tier is not None
                 tier[first - start : last - start] = self.file.get(torch.arange(first, last))
 
     def close(self) -> None:

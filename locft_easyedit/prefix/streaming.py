@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from accelerate.utils import send_to_device
@@ -22,26 +21,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..data.batching import length_sorted_batches
-from ..data.packing import lay_out
-from ..data.tokenization import TokenizedTexts
-from ..modeling.devices import input_device, module_device, row_length
+from ..modeling.devices import input_device, module_device
 from ..modeling.layer_trace import tracing
 from ..modeling.places import LayerList, find_layers
 from .cut import Cut, bypassing, layer_cut
-from .frozen_prefix import FrozenPrefix
+from .frozen_prefix import FrozenPrefix, Layout
 from .prefetch import prefetch
 from .store import StateStore
 
 _TOKENS = 8192  # tokens a forward pass through one layer: large products, small activations
-
-
-@dataclass(frozen=True, eq=False)
-class _Job:
-    prefix: FrozenPrefix
-    texts: TokenizedTexts
-    row_tokens: int
-    packed: bool
-    first_position: np.ndarray | None
 
 
 class FrozenStream:
@@ -71,24 +59,25 @@ class FrozenStream:
         self.returns_tuple = False
         self.n_passes = 0
         self._hooks: dict[nn.Module, Any] = {}
-        self._senders: list[Any] = []
-        self._jobs: list[_Job] = []
+        self._undo = ExitStack()
+        self._jobs: list[tuple[FrozenPrefix, Layout]] = []
 
     def __enter__(self) -> FrozenStream:
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._hooks.clear)
             for module in self._on_disk():
                 if not any(parameter.is_meta for parameter in module.parameters()):
                     continue  # resident, and perhaps on another device: its hooks are needed
                 for part in module.modules():
                     if hasattr(part, "_hf_hook"):
                         self._hooks[part] = part._hf_hook
+                        undo.callback(add_hook_to_module, part, part._hf_hook)
                         remove_hook_from_module(part)
                         self._place_buffers(part)
-                self._senders.append(module.register_forward_pre_hook(self._send, with_kwargs=True))
+                sender = module.register_forward_pre_hook(self._send, with_kwargs=True)
+                undo.enter_context(sender)
             self._look()
-        except BaseException:  # `__exit__` is not called then
-            self.__exit__()
-            raise
+            self._undo = undo.pop_all()
         return self
 
     def _place_buffers(self, part: nn.Module) -> None:
@@ -106,11 +95,7 @@ class FrozenStream:
         return send_to_device(args, self.device), sent
 
     def __exit__(self, *exc: object) -> None:
-        for sender in self._senders:
-            sender.remove()
-        for part, hook in self._hooks.items():
-            add_hook_to_module(part, hook)
-        self._hooks, self._senders = {}, []
+        self._undo.close()
 
     @contextmanager
     def shortened(self) -> Iterator[None]:
@@ -131,8 +116,8 @@ class FrozenStream:
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
         forms: list[bool] = []
         with _resident(embedding, self._read(embedding)), ExitStack() as stack:
-            hook = layer.register_forward_hook(lambda _m, _a, out: forms.append(type(out) is tuple))
-            stack.callback(hook.remove)
+            seen = layer.register_forward_hook(lambda _m, _a, out: forms.append(type(out) is tuple))
+            stack.enter_context(seen)
             for form in (False, True):
                 with (
                     bypassing(self.stack, self.first_layer, form),
@@ -156,18 +141,10 @@ class FrozenStream:
         embedding: Any = self.model.get_input_embeddings()
         return [embedding, *self.stack.layers[: self.first_layer]]
 
-    def record(
-        self,
-        prefix: FrozenPrefix,
-        texts: TokenizedTexts,
-        *,
-        row_tokens: int,
-        packed: bool,
-        first_position: np.ndarray | None = None,
-    ) -> None:
-        """Lets the next pass compute `prefix` for `texts` as well, laid out in this way."""
-        self._jobs.append(_Job(prefix, texts, row_tokens, packed, first_position))
-        prefix.source = self
+    def record(self, prefix: FrozenPrefix, layout: Layout) -> None:
+        """Lets the next pass compute `prefix` as well, for texts that are laid out in this way."""
+        self._jobs.append((prefix, layout))
+        prefix.source = self.run
 
     @torch.no_grad()
     def run(self) -> None:
@@ -177,7 +154,7 @@ class FrozenStream:
             MemoryBudgetError: The budgets cannot hold the states; nothing was read yet.
             OutputError: The disk is full or cannot be written to.
         """
-        jobs = [job for job in self._jobs if not job.prefix.complete]
+        jobs = [(prefix, layout) for prefix, layout in self._jobs if not prefix.complete]
         if not jobs:
             return
         self.n_passes += 1
@@ -186,15 +163,17 @@ class FrozenStream:
         states: list[StateStore] = []  # between two layers
         try:
             # First what stays: it is read in every epoch, and takes the fastest tiers.
-            for job in jobs:
-                width = job.prefix.cut.width or self.width
-                final.append(job.prefix.new_store(width, self.dtype, job.prefix.device))
-            for job, last in zip(jobs, final, strict=True):
-                states.append(last if job.prefix.cut.kind == "layer" else self._between(job))
-            n_tokens = sum(job.prefix.n_tokens for job in jobs)
-            total = n_tokens * (len(stages) + 1)
+            for prefix, _ in jobs:
+                width = prefix.cut.width or self.width
+                final.append(prefix.new_store(width, self.dtype, prefix.device))
+            for (prefix, _), last in zip(jobs, final, strict=True):
+                between = last
+                if prefix.cut.kind != "layer":
+                    n_tokens, budget = prefix.n_tokens, prefix.budget
+                    between = StateStore(n_tokens, self.width, self.dtype, self.device, budget)
+                states.append(between)
             with tqdm(
-                total=total,
+                total=sum(prefix.n_tokens for prefix, _ in jobs) * (len(stages) + 1),
                 desc=f"frozen prefix, {len(stages) - 1} layers from disk",
                 unit="token",
                 unit_scale=True,
@@ -211,21 +190,16 @@ class FrozenStream:
                 for weights in arriving:  # `enumerate` would keep the last ones alive
                     with _resident(stages[layer + 1], weights):
                         for job, store in zip(jobs, states, strict=True):
-                            self._stage(layer, job, store, bar)
+                            self._stage(layer, *job, store, bar)
                     layer += 1
                     del weights
                 for job, store, last in zip(jobs, states, final, strict=True):
-                    self._last_stage(job, store, last, bar)
+                    self._last_stage(*job, store, last, bar)
             self._jobs = []
         finally:
-            held = [job.prefix for job in jobs]
-            for store in {id(s): s for s in (*final, *states)}.values():
-                if not any(prefix.holds(store) for prefix in held):
+            for store in {*final, *states}:
+                if not any(prefix.holds(store) for prefix, _ in jobs):
                     store.close()
-
-    def _between(self, job: _Job) -> StateStore:
-        prefix = job.prefix
-        return StateStore(prefix.n_tokens, self.width, self.dtype, self.device, prefix.budget)
 
     def _read(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """Returns a module's weights, read from the checkpoint to the device."""
@@ -244,67 +218,43 @@ class FrozenStream:
                 weights[full] = value.to(self.device, non_blocking=True)
         return weights
 
-    def _stage(self, layer: int, job: _Job, store: StateStore, bar: Any) -> None:
-        """Runs one layer (-1 is the embedding) over all tokens of a job, in place."""
+    def _stage(
+        self, layer: int, prefix: FrozenPrefix, layout: Layout, store: StateStore, bar: Any
+    ) -> None:
+        """Runs one layer (-1 is the embedding) over all tokens of a prefix, in place."""
         entry = layer_cut(self.stack, layer, self.returns_tuple) if layer >= 0 else None
         exit_ = layer_cut(self.stack, layer + 1, self.returns_tuple)
-        self._batches(job, entry, store, exit_, store, bar)
+        self._batches(prefix, layout, entry, store, exit_, store, bar)
 
-    def _last_stage(self, job: _Job, store: StateStore, final: StateStore, bar: Any) -> None:
+    def _last_stage(
+        self, prefix: FrozenPrefix, layout: Layout, store: StateStore, final: StateStore, bar: Any
+    ) -> None:
         """Runs what is frozen of the first trained layer."""
-        prefix = job.prefix
         if final is store:
-            prefix.adopt(store)
             bar.update(prefix.n_tokens)
-            return
-        entry = layer_cut(self.stack, self.first_layer, self.returns_tuple)
-        self._batches(job, entry, store, prefix.cut, final, bar)
+        else:
+            entry = layer_cut(self.stack, self.first_layer, self.returns_tuple)
+            self._batches(prefix, layout, entry, store, prefix.cut, final, bar)
         prefix.adopt(final)
 
     def _batches(
         self,
-        job: _Job,
+        prefix: FrozenPrefix,
+        layout: Layout,
         entry: Cut | None,
         source: StateStore,
         exit_: Cut,
         target: StateStore,
         bar: Any,
     ) -> None:
-        texts, row_tokens = job.texts, row_length(self.model, job.row_tokens)
-        ids = torch.from_numpy(texts.ids)
+        texts = layout.texts
+        ids = torch.from_numpy(texts.ids).to(self.device)
         mean = max(1.0, float(texts.input_lengths.mean()))
-        fed: list[torch.Tensor] = []
         for batch in length_sorted_batches(texts.lengths, max(1, int(_TOKENS / mean))):
-            on_host = lay_out(
-                texts,
-                batch,
-                row_tokens=row_tokens,
-                packed=job.packed,
-                first_position=job.first_position,
-            )
-            rows = on_host.to(self.device)
-            cells = on_host.real.flatten().nonzero().squeeze(1)
-            where = on_host.state_index.flatten()[cells]
-
-            def keep(
-                states: torch.Tensor, cells: torch.Tensor = cells, where: torch.Tensor = where
-            ) -> None:
-                target.put(where, states.flatten(0, 1)[cells.to(states.device)])
-
-            inputs: dict[str, Any] = {
-                "position_ids": rows.position_ids,
-                "attention_mask": rows.attention_mask,
-                "use_cache": False,
-            }
-            if entry is None:
-                with exit_.recording(keep, go_on=False):
-                    self.model(input_ids=ids[on_host.gather_index].to(self.device), **inputs)
-            else:
-                fed[:] = [source.get(on_host.state_index.clamp(min=0))]
-                zeros = job.prefix.zeros(fed[0], self.device)
-                with entry.replaying(lambda: fed[0]), exit_.recording(keep, go_on=False):
-                    self.model(inputs_embeds=zeros, **inputs)
-            bar.update(len(cells))
+            rows = layout.rows(self.model, batch)
+            keeping = exit_.recording(partial(target.put_rows, rows), go_on=False)
+            prefix.run(rows, ids, keeping, entry, source)
+            bar.update(int(texts.input_lengths[batch].sum()))
 
 
 @contextmanager

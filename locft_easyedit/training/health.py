@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.tokenization import TokenizedTexts, ids_of
 from ..errors import RankError
 from ..modeling.devices import context_length
-from ..prefix.frozen_prefix import FrozenPrefix
+from ..prefix.frozen_prefix import FrozenPrefix, Layout
 from ..prefix.prepare import kept_file
 from ..prefix.runner import TextRunner
 from ..prefix.shortcuts import Shortcuts
@@ -79,7 +79,7 @@ class HealthCheck:
             file = kept_file(kept, model, cut, texts, shortcuts.packed, stream)
             prefix = FrozenPrefix(model, cut, n_tokens, Budget(), file)
             if not prefix.reuse() and stream is not None:
-                stream.record(prefix, texts, row_tokens=row_tokens, packed=shortcuts.packed)
+                stream.record(prefix, Layout(texts, row_tokens, shortcuts.packed))
         self._runner = TextRunner(
             model,
             texts,
@@ -169,14 +169,7 @@ class HealthCheck:
         assert runner is not None
         texts, prefix = runner.texts, runner.prefix
         if prefix is not None and not prefix.complete:
-            prefix.record(
-                texts,
-                runner.ids,
-                batch_size=len(texts),
-                row_tokens=runner.row_tokens,
-                packed=runner.packed,
-                progress=False,
-            )
+            prefix.record(runner.layout, len(texts))
         with runner.running():
             losses = runner.edit_losses(np.arange(len(texts))).double().cpu().numpy()  # [N]
         counts = texts.lengths - texts.target_start

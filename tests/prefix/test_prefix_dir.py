@@ -28,10 +28,10 @@ def recordings(monkeypatch):
     recorded = []
     record = FrozenPrefix.record
 
-    def counting(self, texts, *args, **kwargs):
+    def counting(self, layout, *args, **kwargs):
         if self._kept is not None:
-            recorded.append(len(texts))
-        return record(self, texts, *args, **kwargs)
+            recorded.append(len(layout.texts))
+        return record(self, layout, *args, **kwargs)
 
     monkeypatch.setattr(FrozenPrefix, "record", counting)
     return recorded

@@ -16,7 +16,7 @@ from locft_easyedit.evaluation.evaluation import Evaluation
 from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.modeling.places import find_layers
 from locft_easyedit.prefix.cut import layer_cut
-from locft_easyedit.prefix.frozen_prefix import FrozenPrefix
+from locft_easyedit.prefix.frozen_prefix import FrozenPrefix, Layout
 from locft_easyedit.prefix.shared_states import SharedStates, UnchangedLayers
 from locft_easyedit.prefix.shortcuts import find_shortcuts
 from locft_easyedit.prefix.state_file import StateFile
@@ -100,8 +100,12 @@ def empty_prefix(model, layer, texts, budget=None):
 
 
 def fill(states, prefix, texts, **changes):
-    layout = {"batch_size": 3, "row_tokens": 24, "packed": True} | changes
-    return states.fill(prefix, texts, **layout)
+    return states.fill(prefix, *laid_out(texts, **changes))
+
+
+def laid_out(texts, *, batch_size=3, row_tokens=24, packed=True, first_position=None):
+    """Returns texts in rows, and the batch size, as prefixes are recorded."""
+    return Layout(texts, row_tokens, packed, first_position), batch_size
 
 
 # Equal to what each place finds by itself
@@ -240,7 +244,7 @@ def test_texts_are_told_apart_by_content():
         assert fill(states, empty_prefix(model, 1, texts), texts, packed=False)
         assert states.n_passes == 4
         n_tokens = 3 * int(texts.input_offsets[-1]) + int(other.input_offsets[-1])
-        assert states.n_bytes == n_tokens * 2 * 32 * 4
+        assert sum(states._budget.taken) == n_tokens * 2 * 32 * 4
 
 
 def test_positions_of_first_tokens_count():
@@ -260,9 +264,9 @@ def test_positions_of_first_tokens_reach_the_layer_that_runs_alone(kind):
     with session(model=model) as plain:
         [cut] = [cut for cut in plain.shortcuts.cuts if cut.kind == kind]
     texts, positions = small_texts(12), 7 * np.arange(12)
-    layout = {"batch_size": 12, "row_tokens": 24, "packed": True, "first_position": positions}
+    layout = {"batch_size": 12, "first_position": positions}
     own, filled = (FrozenPrefix(model, cut, int(texts.input_offsets[-1])) for _ in range(2))
-    own.record(texts, torch.from_numpy(texts.ids), **layout, progress=False)
+    own.record(*laid_out(texts, **layout))
     with SharedStates(model, [2, 3]) as states:
         assert fill(states, filled, texts, **layout)
         assert torch.equal(recorded(filled), recorded(own))
@@ -284,14 +288,12 @@ def test_borrowed_states_outlive_the_borrower():
         assert first.budget.taken == [0, 0, 0]
         assert states._budget.taken != [0, 0, 0]
     assert states._budget.taken == [0, 0, 0]
-    assert states.n_bytes == 0
 
 
 def test_own_states_are_given_back():
     model, texts = toy_model(), small_texts()
     prefix = empty_prefix(model, 2, texts)
-    layout = {"batch_size": 3, "row_tokens": 24, "packed": True}
-    prefix.record(texts, torch.from_numpy(texts.ids), **layout, progress=False)
+    prefix.record(*laid_out(texts))
     assert prefix.budget.taken[1]
     prefix.close()
     assert prefix.budget.taken == [0, 0, 0]
@@ -351,12 +353,11 @@ def test_a_budget_for_one_layer_is_not_taken_for_three():
 
 def test_states_that_memory_cannot_hold_go_to_the_disk(tmp_path):
     model, texts = toy_model(), small_texts()
-    layout = {"batch_size": 3, "row_tokens": 24, "packed": True}
     budget = Budget(host_gib=0.0, folder=str(tmp_path))
     with SharedStates(model, [1, 2], budget) as states:
         prefix, own = (empty_prefix(model, 2, texts) for _ in range(2))
         assert fill(states, prefix, texts)
-        own.record(texts, torch.from_numpy(texts.ids), **layout, progress=False)
+        own.record(*laid_out(texts))
         assert prefix.store.file is not None
         assert torch.equal(recorded(prefix), recorded(own))
 
@@ -472,11 +473,10 @@ def edit_(model, layer):
 
 def test_after_an_edit_only_what_lies_below_it_is_recorded():
     model, texts = toy_model(), small_texts()
-    layout = {"batch_size": 3, "row_tokens": 24, "packed": True}
     expected = {}
     for layer in (1, 2, 3):
         prefix = empty_prefix(model, layer, texts)
-        prefix.record(texts, torch.from_numpy(texts.ids), **layout, progress=False)
+        prefix.record(*laid_out(texts))
         expected[layer] = recorded(prefix)
     with SharedStates(model, [1, 2, 3]) as states:
         original = {name: value.clone() for name, value in model.state_dict().items()}

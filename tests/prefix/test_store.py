@@ -249,7 +249,7 @@ def test_a_temporary_file_leaves_nothing_behind(tmp_path):
 def test_a_killed_process_leaves_nothing_behind(moment, tmp_path):
     script = f"""
         import time, torch
-        from locft_easyedit import statefile
+        from locft_easyedit.prefix import state_file as statefile
         from locft_easyedit.prefix.store import Budget, StateStore
 
         def ready(*args):
