@@ -6,8 +6,9 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import TextIO
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -53,9 +54,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         # An error here would hide the one that led here.
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-    # The new content is in place by now, and not every system can do this with a folder.
-    with suppress(OSError):
-        _sync_folder(target.parent)
+    _sync(target.parent)
 
 
 def _beside(target: Path) -> Path:
@@ -106,8 +105,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    with suppress(OSError):
-        _sync_folder(target.parent)
+    _sync(target.parent)
 
 
 @contextmanager
@@ -131,6 +129,25 @@ def output_errors(
         raise OutputError(
             f"{path} cannot be written: {reason}. Free some space, or {otherwise}."
         ) from error
+
+
+@contextmanager
+def text_output(path: str | Path, errors: str = "strict") -> Iterator[TextIO]:
+    """Context manager that gives a UTF-8 file, which takes the place of `path` if it ends well.
+
+    Args:
+        path: What is written; see `replacing`.
+        errors: What becomes of lone surrogates, as for `open`.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    with (
+        output_errors(path),
+        replacing(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors=errors) as file,
+    ):
+        yield file
 
 
 @contextmanager
@@ -167,17 +184,9 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 def _sync(path: Path) -> None:
     """Waits until a file is on the disk; not every system can do this with a folder."""
-    if path.is_dir():
-        with suppress(OSError):
-            _sync_folder(path)
-    else:
-        _sync_folder(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
