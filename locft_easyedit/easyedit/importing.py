@@ -42,7 +42,6 @@ class EasyEdit:
     """What this library uses of an EasyEdit, under EasyEdit's own names.
 
     Attributes:
-        package: The module `easyeditor`.
         home: The folder that holds `easyeditor/`.
         is_release: Whether it is the PyPI release of 2023 and not the current source.
         ALG_DICT: From `alg_name` to the function that edits; may be added to.
@@ -53,7 +52,6 @@ class EasyEdit:
         test_generation_quality: Scores the fluency of generated text.
     """
 
-    package: ModuleType
     home: Path
     is_release: bool
     ALG_DICT: dict[str, Callable[..., Any]]
@@ -93,7 +91,7 @@ def load_easyedit(home: str | os.PathLike[str] | None = None, *, shield: bool = 
             f"easyeditor is already imported from {found.parent.parent}, not from the home asked "
             f"for, {init.parent.parent}. Start a new process, or do not give a home."
         )
-    return _handles(package, found.parent.parent)
+    return _handles(found.parent.parent)
 
 
 def _wanted_init(home: str | os.PathLike[str] | None) -> Path | None:
@@ -171,7 +169,7 @@ def _forget() -> None:
         del sys.modules[name]
 
 
-def _handles(package: ModuleType, home: Path) -> EasyEdit:
+def _handles(home: Path) -> EasyEdit:
     # `import easyeditor.util.alg_dict as A` fails: star imports rebind `easyeditor.util`.
     from easyeditor.editors.batch_editor import BatchEditor
     from easyeditor.editors.editor import BaseEditor
@@ -181,15 +179,12 @@ def _handles(package: ModuleType, home: Path) -> EasyEdit:
     from easyeditor.util.hparams import HyperParams
 
     try:
-        from easyeditor.editors.utils import summary_metrics  # noqa: F401
+        from easyeditor.editors.utils import summary_metrics
     except ImportError:
-        is_release = True
-    else:
-        is_release = False
+        summary_metrics = None
     return EasyEdit(
-        package=package,
         home=home,
-        is_release=is_release,
+        is_release=summary_metrics is None,
         ALG_DICT=ALG_DICT,
         BatchEditor=BatchEditor,
         BaseEditor=BaseEditor,
