@@ -9,6 +9,7 @@ nothing of torch.distributed is set up.
 from __future__ import annotations
 
 import atexit
+import functools
 import json
 import logging
 import os
@@ -126,18 +127,12 @@ class World:
 
     def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replaces each tensor by its sum over all ranks: the same bits on all of them."""
-        if self.is_distributed:
-            # A GPU goes on by itself; the host does not wait.
-            self._exchange(
-                "all_reduce", tensors, lambda tensor, group: dist.all_reduce(tensor, group=group)
-            )
+        # A GPU goes on by itself; the host does not wait.
+        self._exchange("all_reduce", tensors, dist.all_reduce)
 
     def broadcast_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replaces each tensor by that of rank 0."""
-        if self.is_distributed:
-            self._exchange(
-                "broadcast", tensors, lambda tensor, group: dist.broadcast(tensor, 0, group=group)
-            )
+        self._exchange("broadcast", tensors, functools.partial(dist.broadcast, src=0))
 
     def all_max(self, values: Sequence[int]) -> list[int]:
         """Returns the largest of each number over all ranks, on the host."""
@@ -172,16 +167,14 @@ class World:
                 told[0] = find()
             except Exception as raised:  # the others wait for an answer, whatever went wrong
                 error = raised
-                told[1] = raised if isinstance(raised, LocFTError) else brief(raised)
+                told[1] = raised
+                if not isinstance(raised, LocFTError):
+                    told[1] = RankError(f"Rank 0 of {self.size} failed: {brief(raised)}")
         with self._waiting_for_others("broadcast"):
             dist.broadcast_object_list(told, src=0, group=self._hosts)
-        if error is not None:
-            raise error
-        if isinstance(told[1], LocFTError):
-            raise told[1]
-        if told[1] is not None:
-            raise RankError(f"Rank 0 of {self.size} failed: {told[1]}")
-        found: T = told[0]
+        found, failure = told
+        if failure is not None:
+            raise failure if error is None else error
         return found
 
     @contextmanager
@@ -223,8 +216,6 @@ class World:
 
     def close(self) -> None:
         """Waits for all ranks, and leaves them."""
-        if not self.is_distributed:
-            return
         self.all_gather(None)
         self._leave()
 
@@ -241,9 +232,11 @@ class World:
         self,
         collective: str,
         tensors: Iterable[torch.Tensor],
-        operation: Callable[[torch.Tensor, Any], Any],
+        operation: Callable[..., Any],
     ) -> None:
         """Runs a collective operation on each tensor, in place."""
+        if not self.is_distributed:
+            return
         with self._waiting_for_others(collective):
             for tensor in tensors:
                 given = tensor.detach()
@@ -252,7 +245,7 @@ class World:
                 else:
                     # NCCL wants the GPUs in pairs, and spread models are not split alike.
                     moved, group = given.to(self._home), None
-                operation(moved, group)
+                operation(moved, group=group)
                 if moved is not given:
                     given.copy_(moved)
 

@@ -152,14 +152,11 @@ def _import(spec: ModuleSpec) -> ModuleType:
     try:
         with standing_in(importers=("easyeditor",), lenient=True):
             spec.loader.exec_module(package)
-    except ModuleNotFoundError as error:
+    except BaseException as error:
         _forget()
-        root = str(error.name).partition(".")[0]
-        if root == "easyeditor":
-            raise
-        raise _missing({root: root}) from error
-    except BaseException:
-        _forget()
+        root = str(getattr(error, "name", None)).partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and root != "easyeditor":
+            raise _missing({root: root}) from error
         raise
     return package
 
@@ -204,12 +201,8 @@ def imports_shielded() -> Iterator[None]:
     import numpy as np
     import torch
 
-    python_state, numpy_state, torch_state = (
-        random.getstate(),
-        np.random.get_state(),
-        torch.get_rng_state(),
-    )
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     # Before CUDA is initialised, `torch.manual_seed` leaves a seed to be set when it is.
     cuda_seeds = getattr(torch.cuda, "_lazy_seed_tracker", None)
     queued = dict(vars(cuda_seeds)) if cuda_seeds is not None else {}
@@ -217,13 +210,11 @@ def imports_shielded() -> Iterator[None]:
     handlers, level = list(root.handlers), root.level
     blocking = os.environ.get(_LAUNCH_BLOCKING)
     try:
-        yield
+        with torch.random.fork_rng(gpus):
+            yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
-        if cuda_states is not None:
-            torch.cuda.set_rng_state_all(cuda_states)
         if cuda_seeds is not None:
             vars(cuda_seeds).update(queued)
         root.handlers[:] = handlers

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -158,18 +158,24 @@ def pieces_of(text: str, limit: int) -> list[str]:
     return pieces
 
 
-def bad_text(value: Any) -> str | None:
-    """Returns why the texts within `value` cannot be used as names or paths; `None` if they can."""
+def texts_in(value: Any) -> Iterator[str]:
+    """Yields the texts within a value, however deep lists and tuples in it are nested."""
     waiting = [value]
     while waiting:
         one = waiting.pop()
         if isinstance(one, (list, tuple)):
             waiting += one
         elif isinstance(one, str):
-            if "\0" in one:
-                return "holds a NUL character. Remove it"
-            if not encodable(one):
-                return "holds a lone surrogate. Clean the text"
+            yield one
+
+
+def bad_text(value: Any) -> str | None:
+    """Returns why the texts within `value` cannot be used as names or paths; `None` if they can."""
+    for text in texts_in(value):
+        if "\0" in text:
+            return "holds a NUL character. Remove it"
+        if not encodable(text):
+            return "holds a lone surrogate. Clean the text"
     return None
 
 
