@@ -68,11 +68,6 @@ def share_of_gpus(n_gpus: int, local_rank: int, local_size: int) -> list[int]:
 
     Shares are disjoint, of neighbours, and differ by one GPU at most.
 
-    Args:
-        n_gpus: GPUs of the machine.
-        local_rank: The process, from 0.
-        local_size: Processes on the machine.
-
     Raises:
         HyperParamsError: There are fewer GPUs than processes.
     """
@@ -120,8 +115,7 @@ class World:
     def partition(self, sizes: np.ndarray) -> np.ndarray:
         """Returns which of N items are this rank's, ascending; every item is one rank's.
 
-        Args:
-            sizes: Work of each item, [N], to be dealt out evenly.
+        What is dealt out evenly is the work of each item, [N].
         """
         return np.sort(np.argsort(-sizes, kind="stable")[self.rank :: self.size])
 
@@ -199,9 +193,6 @@ class World:
     def share_error(self, error: Exception | None) -> None:
         """Tells all ranks what went wrong in each, and ends what they do together.
 
-        Args:
-            error: What went wrong here; `None` if nothing did.
-
         Raises:
             Exception: What went wrong here.
             RankError: Another rank has failed.
@@ -252,9 +243,6 @@ class World:
     @contextmanager
     def _waiting_for_others(self, collective: str) -> Iterator[None]:
         """Context manager that runs a collective operation, and warns once if it takes long.
-
-        Args:
-            collective: What torch.distributed calls it.
 
         Raises:
             LostRankError: It has failed: another rank has ended, or cannot be reached.

@@ -124,11 +124,7 @@ class Measures:
             )
 
     def run_as(self, how: EvalConfig, world: World = SINGLE_PROCESS) -> None:
-        """Tokenizes the requests, to be run in this way.
-
-        Args:
-            how: The way.
-            world: The processes that share the requests.
+        """Tokenizes the requests, to be run in this way and shared by the processes of `world`.
 
         Raises:
             RequestError: They cannot be evaluated.
@@ -146,12 +142,7 @@ class Measures:
         return self._requests if only is None else [self._requests[i] for i in only]
 
     def of(self, description: str, only: Sequence[int] | None = None) -> list[Metrics]:
-        """Returns what EasyEdit's `compute_edit_quality` gives, for each request that was checked.
-
-        Args:
-            description: Label of the progress bars.
-            only: Requests to measure; all if `None`.
-        """
+        """Returns what EasyEdit's `compute_edit_quality` gives, for each request or `only` some."""
         requests = self._asked(only)
         if self.hparams.evaluation_type is None:
             parts = [measure.measure(description, only) for measure in self._ours]

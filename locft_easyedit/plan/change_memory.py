@@ -77,11 +77,8 @@ def preparing_parts(run: Run, widest: float) -> list[Part]:
     """Returns what preparing a confined change takes beyond what then stays of it.
 
     The prefix is recorded afterwards. Sampling, and keys of prompts that are kept exactly, are not
-    in it: how many these are is known when they are there.
-
-    Args:
-        run: The run.
-        widest: What autograd would keep of a layer, bytes a token.
+    in it: how many these are is known when they are there. `widest` is what autograd would keep of
+    a layer, in bytes a token.
     """
     confined = run.shapes.confined
     if confined is None:

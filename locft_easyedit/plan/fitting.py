@@ -68,13 +68,8 @@ def candidates(
     On several GPUs each holds a copy of what stays. Only where that does not fit are layers cut up
     or laid on several GPUs, and of these ways the quickest comes first.
 
-    Args:
-        shapes: The model's sizes.
-        saved: By precision, preferred ones first: what autograd keeps of each layer from the first
-            trained one up.
-        work: The work.
-        machine: The machine.
-        hparams: What is settled: `stream_frozen`, `prefix_cut` and `model_parallel`.
+    `saved` says, by precision and preferred ones first, what autograd keeps of each layer from the
+    first trained one up. `hparams` settles `stream_frozen`, `prefix_cut` and `model_parallel`.
     """
     streamed, cut = hparams.stream_frozen, hparams.prefix_cut
     # What is preserved is measured with all layers in each process, neither streamed nor cut up.

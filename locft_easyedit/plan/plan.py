@@ -178,13 +178,7 @@ def _refuse(hparams: LocFTBFHyperParams, machine: Machine) -> None:
 
 
 def launch_command(setting: Setting, gpus: int, nodes: int) -> list[str]:
-    """Returns how a run starts its processes; RANK and HOST are each node's to fill in.
-
-    Args:
-        setting: How the model lies on GPUs.
-        gpus: Of a node.
-        nodes: Their number.
-    """
+    """Returns how a run starts its processes; RANK and HOST are each node's to fill in."""
     n_processes = setting.processes(gpus) * nodes
     command = ["accelerate", "launch", "--num_processes", str(n_processes)]
     if nodes > 1:

@@ -25,10 +25,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     It does so once its content is on the disk; until then, and after any failure, `path` holds
     what it held, and no temporary file is left. The folder must exist. What is no regular file (a
-    device, a pipe) cannot be replaced and is itself what is yielded.
-
-    Args:
-        path: The file; where it is a symbolic link, what this leads to is replaced.
+    device, a pipe) cannot be replaced and is itself what is yielded. Of a symbolic link, what it
+    leads to is replaced.
 
     Raises:
         OSError: The content cannot be made safe or put in place.
@@ -79,9 +77,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     """Yields a temporary folder that becomes `path` when the context ends well.
 
     It does so once everything in it is on the disk; after any failure nothing is left of it.
-
-    Args:
-        path: A folder that does not exist or is empty; folders above it are made.
+    Folders above it are made.
 
     Raises:
         OutputError: `path` holds something.
@@ -114,10 +110,6 @@ def output_errors(
 ) -> Iterator[None]:
     """Context manager that turns an error of the disk into one that says what to do about `path`.
 
-    Args:
-        path: What is written.
-        otherwise: What to do besides freeing space.
-
     Raises:
         OutputError: Something could not be written.
     """
@@ -133,11 +125,7 @@ def output_errors(
 
 @contextmanager
 def text_output(path: str | Path, errors: str = "strict") -> Iterator[TextIO]:
-    """Context manager that gives a UTF-8 file, which takes the place of `path` if it ends well.
-
-    Args:
-        path: What is written; see `replacing`.
-        errors: What becomes of lone surrogates, as for `open`.
+    """Context manager that gives a UTF-8 file to write; see `replacing`, and `open` for `errors`.
 
     Raises:
         OutputError: The file cannot be written.

@@ -82,17 +82,8 @@ def corpus_from_model(
     """Returns `n_documents` documents sampled from the model itself.
 
     They go from BOS (or EOS where there is no BOS) until EOS (see `TextSampler`): text with the
-    model's own statistics, which needs no data.
-
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
-        n_documents: Documents to sample; a blank one is sampled anew.
-        tokens_per_document: Tokens of a document at most.
-        seed: Seed of the sampling.
-        batch_size: Documents sampled together.
-        cache: A folder where the texts are kept, so that they are sampled once.
-        progress: Show a progress bar.
+    model's own statistics, which needs no data. A blank document is sampled anew. In the folder
+    `cache` the texts are kept, so that they are sampled once.
 
     Raises:
         ModelError: There is no token to begin with, or the model samples blank texts only.

@@ -71,16 +71,7 @@ def write_key_covariances(
 
     One pass over the corpus for all modules whose file is missing or damaged. The sum of x x^T,
     [D, D] in float32, is over all tokens, special ones included, as the tokenizer gives them.
-
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
-        corpus: The texts.
-        modules: Full names of linear modules in the model.
-        stats_dir: EasyEdit's `stats_dir`.
-        model_id: The last part of the model's `config._name_or_path` when EasyEdit runs.
-        batch_tokens: Tokens of a batch, padding included; a longer document is a batch by itself.
-        progress: Show a progress bar.
+    `model_id` is the last part of the model's `config._name_or_path` when EasyEdit runs.
 
     Raises:
         ModelError: A module does not exist or is not linear, is not run, or gets a NaN or an
