@@ -90,7 +90,7 @@ def covariances(method, model, tokenizer, path, stats_dir, hparams):
     corpus = corpus_from_model(model, tokenizer, DOCUMENTS, tokens_per_document=DOCUMENT_TOKENS,
                                batch_size=hparams.eval_batch_size, cache=stats_dir)  # fmt: skip
     write_key_covariances(model, tokenizer, corpus, plan.covariance_modules, stats_dir=stats_dir,
-                          n_samples=len(corpus.texts), model_id=model_id(path))  # fmt: skip
+                          model_id=model_id(path))  # fmt: skip
     return {"name": stats_name(corpus, model), "n_samples": len(corpus.texts)}
 
 

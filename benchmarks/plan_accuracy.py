@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -133,7 +134,8 @@ def plan_for(hparams, options, cut):
         gpu=None, host=psutil.virtual_memory().available,
         disk=psutil.disk_usage(tempfile.gettempdir()).free,
     )  # fmt: skip
-    plan = make_plan(hparams, work, machine, streamed=options.streamed, cut=cut)
+    hparams = replace(hparams, stream_frozen=options.streamed, prefix_cut=cut)
+    plan = make_plan(hparams, work, machine)
     if plan.chosen is None:
         sys.exit(f"The plan says that nothing fits: {plan.candidates[-1].reason}.")
     return plan

@@ -82,10 +82,9 @@ def arguments():
 
 def row_of(model, edits, batch, gpus, options):
     """Returns the figures of one plan; `None` where nothing fits."""
-    # As Python values: the file's own are what the plan is for, but for the mini-batch.
-    path = hparams_folder() / f"{model}.yaml"
-    values = LocFTBFHyperParams.from_hparams(path).to_dict() | {"batch_size": batch}
-    hparams = LocFTBFHyperParams(**values)
+    # The file's own values are what the plan is for, but for the mini-batch; streamed or not.
+    hparams = LocFTBFHyperParams.from_hparams(hparams_folder() / f"{model}.yaml")
+    hparams = dataclasses.replace(hparams, batch_size=batch, stream_frozen=None)
     machine = Machine(
         gpu=parse_size("gpu", options.gpu), host=parse_size("host", options.host),
         disk=parse_size("disk", options.disk), rate=options.rate, read=options.read,

@@ -28,7 +28,7 @@ from .hparams_rules import (
     SAMPLED,
     broken_rules,
 )
-from .utils.parsing import bad_text, is_file, json_of, shown, text_of, yaml_of
+from .utils.parsing import bad_text, is_file, json_of, shown, text_of, texts_in, yaml_of
 
 _MOST_BYTES = 2**20
 REQUIRED_IN_FILE = ("alg_name", "model_name", "layers", "rewrite_module_tmp", "lr")
@@ -399,14 +399,9 @@ def _schema_of(key: str) -> Any:
 
 def _unusable(value: Any) -> str | None:
     """Returns what is wrong with the texts within a value, whatever its type."""
-    waiting = [value] if isinstance(value, (str, list)) else []
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, list):
-            waiting += one
-        # OmegaConf would put in what it names: an environment variable, say.
-        elif isinstance(one, str) and "${" in one:
-            return "holds `${`; nothing is put in here. Write the value out"
+    # OmegaConf would put in what it names: an environment variable, say.
+    if any("${" in text for text in texts_in(value)):
+        return "holds `${`; nothing is put in here. Write the value out"
     return bad_text(value)
 
 

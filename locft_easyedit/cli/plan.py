@@ -129,7 +129,7 @@ def plan_of(config: PlanConfig) -> Plan:
         evaluate=config.evaluate,
         epochs=hparams.num_steps if config.epochs is None else config.epochs,
     )
-    return make_plan(hparams, work, machine, streamed=config.stream_frozen, cut=config.prefix_cut)
+    return make_plan(hparams, work, machine)
 
 
 def _values(file: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..easyedit.importing import EasyEdit
-from ..easyedit.peers.peer_editor import PeerEditor, fields_of, hparams_class
+from ..easyedit.peers.peer_editor import PeerEditor, hparams_class
 from ..easyedit.peers.peer_hparams import (
     PEERS,
     easyedit_name,
@@ -117,7 +118,7 @@ def method_editor(
     tokenizer.pad_token = tokenizer.eos_token  # as EasyEdit's editor sets both
     tokenizer.padding_side = padding_side(job.name)
     name_for_easyedit_(model, model_id(job.model))
-    hparams = cls(**plan.values_for(fields_of(cls)))
+    hparams = cls(**plan.values_for([field.name for field in dataclasses.fields(cls)]))
     editor = PeerEditor(job.name, model, tokenizer, hparams, easyedit_name(model))
     return MethodEditor(
         job.name,

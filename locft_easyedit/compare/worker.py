@@ -90,20 +90,18 @@ def _statistics(job: Job, progress: Progress) -> dict[str, Any]:
             cache=job.stats_dir,
         )
     progress.say("key covariances")
-    n_documents = len(corpus.texts)
     files = write_key_covariances(
         model,
         tokenizer,
         corpus,
         job.covariance_modules,
         stats_dir=str(job.stats_dir),
-        n_samples=n_documents,
         model_id=model_id(job.model),
     )
     return {
         "name": stats_name(corpus, model),
         "corpus": corpus.description,
-        "n_samples": n_documents,
+        "n_samples": len(corpus.texts),
         "files": [str(file) for file in files.values()],
         "seconds": time.perf_counter() - start,
     }

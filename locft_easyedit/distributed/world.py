@@ -9,6 +9,7 @@ nothing of torch.distributed is set up.
 from __future__ import annotations
 
 import atexit
+import functools
 import json
 import logging
 import os
@@ -67,11 +68,6 @@ def share_of_gpus(n_gpus: int, local_rank: int, local_size: int) -> list[int]:
 
     Shares are disjoint, of neighbours, and differ by one GPU at most.
 
-    Args:
-        n_gpus: GPUs of the machine.
-        local_rank: The process, from 0.
-        local_size: Processes on the machine.
-
     Raises:
         HyperParamsError: There are fewer GPUs than processes.
     """
@@ -119,25 +115,18 @@ class World:
     def partition(self, sizes: np.ndarray) -> np.ndarray:
         """Returns which of N items are this rank's, ascending; every item is one rank's.
 
-        Args:
-            sizes: Work of each item, [N], to be dealt out evenly.
+        What is dealt out evenly is the work of each item, [N].
         """
         return np.sort(np.argsort(-sizes, kind="stable")[self.rank :: self.size])
 
     def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replaces each tensor by its sum over all ranks: the same bits on all of them."""
-        if self.is_distributed:
-            # A GPU goes on by itself; the host does not wait.
-            self._exchange(
-                "all_reduce", tensors, lambda tensor, group: dist.all_reduce(tensor, group=group)
-            )
+        # A GPU goes on by itself; the host does not wait.
+        self._exchange("all_reduce", tensors, dist.all_reduce)
 
     def broadcast_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replaces each tensor by that of rank 0."""
-        if self.is_distributed:
-            self._exchange(
-                "broadcast", tensors, lambda tensor, group: dist.broadcast(tensor, 0, group=group)
-            )
+        self._exchange("broadcast", tensors, functools.partial(dist.broadcast, src=0))
 
     def all_max(self, values: Sequence[int]) -> list[int]:
         """Returns the largest of each number over all ranks, on the host."""
@@ -172,16 +161,14 @@ class World:
                 told[0] = find()
             except Exception as raised:  # the others wait for an answer, whatever went wrong
                 error = raised
-                told[1] = raised if isinstance(raised, LocFTError) else brief(raised)
+                told[1] = raised
+                if not isinstance(raised, LocFTError):
+                    told[1] = RankError(f"Rank 0 of {self.size} failed: {brief(raised)}")
         with self._waiting_for_others("broadcast"):
             dist.broadcast_object_list(told, src=0, group=self._hosts)
-        if error is not None:
-            raise error
-        if isinstance(told[1], LocFTError):
-            raise told[1]
-        if told[1] is not None:
-            raise RankError(f"Rank 0 of {self.size} failed: {told[1]}")
-        found: T = told[0]
+        found, failure = told
+        if failure is not None:
+            raise failure if error is None else error
         return found
 
     @contextmanager
@@ -206,9 +193,6 @@ class World:
     def share_error(self, error: Exception | None) -> None:
         """Tells all ranks what went wrong in each, and ends what they do together.
 
-        Args:
-            error: What went wrong here; `None` if nothing did.
-
         Raises:
             Exception: What went wrong here.
             RankError: Another rank has failed.
@@ -223,8 +207,6 @@ class World:
 
     def close(self) -> None:
         """Waits for all ranks, and leaves them."""
-        if not self.is_distributed:
-            return
         self.all_gather(None)
         self._leave()
 
@@ -241,9 +223,11 @@ class World:
         self,
         collective: str,
         tensors: Iterable[torch.Tensor],
-        operation: Callable[[torch.Tensor, Any], Any],
+        operation: Callable[..., Any],
     ) -> None:
         """Runs a collective operation on each tensor, in place."""
+        if not self.is_distributed:
+            return
         with self._waiting_for_others(collective):
             for tensor in tensors:
                 given = tensor.detach()
@@ -252,16 +236,13 @@ class World:
                 else:
                     # NCCL wants the GPUs in pairs, and spread models are not split alike.
                     moved, group = given.to(self._home), None
-                operation(moved, group)
+                operation(moved, group=group)
                 if moved is not given:
                     given.copy_(moved)
 
     @contextmanager
     def _waiting_for_others(self, collective: str) -> Iterator[None]:
         """Context manager that runs a collective operation, and warns once if it takes long.
-
-        Args:
-            collective: What torch.distributed calls it.
 
         Raises:
             LostRankError: It has failed: another rank has ended, or cannot be reached.

@@ -3,51 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from tqdm import tqdm
 
 from ..errors import ModelError
 from ..evaluation.fluency import fluency_of
+from ..evaluation.prompts import Metrics
 from .measures import Measures
 
 _MAX_NEW_TOKENS = 512
 
 
-def check_chat(tokenizer: Any) -> None:
-    """Checks that the model can be asked in chat form.
+@dataclass
+class ChatMeasures(Measures):
+    """Chat answers to each request's prompts, in place of scores.
 
     Raises:
         ModelError: The tokenizer has no chat template.
     """
-    if not tokenizer.chat_template:
-        raise ModelError(
-            "`generate_edit` asks in the model's chat format, and this tokenizer has no chat "
-            "template. Use an instruct model, or `edit`."
-        )
 
+    scores: ClassVar[bool] = False
 
-def chat_answers(
-    measures: Measures,
-    records: Sequence[Mapping[str, Any]],
-    description: str,
-    *,
-    progress: bool = True,
-) -> list[dict[str, Any]]:
-    """Returns the chat answers to each record's prompts.
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tokenizer.chat_template:
+            raise ModelError(
+                "`generate_edit` asks in the model's chat format, and this tokenizer has no chat "
+                "template. Use an instruct model, or `edit`."
+            )
 
-    Args:
-        measures: Model, tokenizer and whether fluency is asked for.
-        records: Requests.
-        description: Label of the progress bar.
-        progress: Show it, if `measures` shows any.
-    """
-    show = measures.progress and progress
-    return [
-        _answers(measures, record)
-        for record in tqdm(records, desc=f"answers {description}", unit="record", disable=not show)
-    ]
+    def of(self, description: str, only: Sequence[int] | None = None) -> list[Metrics]:
+        """Returns the answers for each request that was checked; see `Measures.of`."""
+        show = self.progress and only is None
+        records = self._asked(only)
+        return [
+            _answers(self, record)
+            for record in tqdm(
+                records, desc=f"answers {description}", unit="record", disable=not show
+            )
+        ]
 
 
 def _answers(measures: Measures, record: Mapping[str, Any]) -> dict[str, Any]:

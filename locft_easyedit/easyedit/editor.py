@@ -28,8 +28,8 @@ from ..modeling.loading import load_model
 from ..training.result import EditResult
 from ..training.session import EditSession
 from ..training.trained_weights import values_swapped, write_
-from ..utils.files import output_errors, replacing
-from .chat import chat_answers, check_chat
+from ..utils.files import text_output
+from .chat import ChatMeasures
 from .importing import EasyEdit
 from .measures import Measures
 
@@ -37,6 +37,41 @@ logger = logging.getLogger(__name__)
 
 Request = Mapping[str, Any]
 Returned = tuple[Any, Any, dict[str, torch.Tensor]]
+
+
+def _takes_columns(method: Callable[..., Returned]) -> Callable[..., Returned]:
+    """Gives a method EasyEdit's arguments; it gets the requests that they mean."""
+
+    def with_columns(
+        self: Any,
+        prompts: str | list[str],
+        target_new: str | list[str],
+        ground_truth: str | list[str] | None = None,
+        target_neg: str | list[str] | None = None,
+        rephrase_prompts: str | list[str] | None = None,
+        locality_inputs: dict[str, Any] | None = None,
+        portability_inputs: dict[str, Any] | None = None,
+        sequential_edit: bool = False,
+        verbose: bool = True,
+        **kwargs: Any,
+    ) -> Returned:
+        requests = kwargs.pop("requests", None)
+        if requests is None:
+            requests = make_requests(
+                prompts,
+                target_new,
+                ground_truth,
+                target_neg,
+                rephrase_prompts,
+                locality_inputs,
+                portability_inputs,
+                subject=kwargs.get("subject"),
+                loc_prompts=kwargs.get("loc_prompts"),
+            )
+        return method(self, requests, sequential_edit, verbose, **kwargs)
+
+    with_columns.__name__, with_columns.__doc__ = method.__name__, method.__doc__
+    return with_columns
 
 
 class LocFTBFMethods:
@@ -80,22 +115,14 @@ class LocFTBFMethods:
         self._original: dict[str, torch.Tensor] = {}  # to restore when the next call begins
         self._first: dict[str, torch.Tensor] = {}  # values before the first edit of each parameter
 
+    @_takes_columns
     def edit(
-        self,
-        prompts: str | list[str],
-        target_new: str | list[str],
-        ground_truth: str | list[str] | None = None,
-        target_neg: str | list[str] | None = None,
-        rephrase_prompts: str | list[str] | None = None,
-        locality_inputs: dict[str, Any] | None = None,
-        portability_inputs: dict[str, Any] | None = None,
-        sequential_edit: bool = False,
-        verbose: bool = True,
-        **kwargs: Any,
+        self, requests: Sequence[Request], sequential_edit: bool, verbose: bool, **kwargs: Any
     ) -> Returned:
         """Edits, and measures before and after; see the class for `sequential_edit`.
 
         Args:
+            requests: EasyEdit's request dictionaries, by keyword, in place of the next seven.
             prompts: N prompts, or one.
             target_new: N targets, or one.
             ground_truth: N former answers.
@@ -105,9 +132,9 @@ class LocFTBFMethods:
             portability_inputs: The same for portability.
             sequential_edit: Train all edits together and keep them; else each alone.
             verbose: Show progress bars and log the summary.
-            **kwargs: EasyEdit's others: `requests`, `subject`, `loc_prompts`, `test_generation`
-                (fluency), `eval_metric`, `pre_edit`, `pre_file`; those of other methods
-                (`train_ds`, `keep_original_weight`) change nothing.
+            **kwargs: EasyEdit's others: `subject`, `loc_prompts`, `test_generation` (fluency),
+                `eval_metric`, `pre_edit`, `pre_file`; those of other methods (`train_ds`,
+                `keep_original_weight`) change nothing.
 
         Returns:
             A list of metric dictionaries, the edited model, and the former weights by name.
@@ -115,16 +142,6 @@ class LocFTBFMethods:
         Raises:
             LocFTError: The requests cannot be used; nothing was changed.
         """
-        requests = _requests(
-            kwargs,
-            prompts,
-            target_new,
-            ground_truth,
-            target_neg,
-            rephrase_prompts,
-            locality_inputs,
-            portability_inputs,
-        )
         return self.edit_requests(requests, sequential_edit, verbose, **kwargs)
 
     def edit_requests(
@@ -141,56 +158,32 @@ class LocFTBFMethods:
                 "`metric_kwargs` asks for ConvSent's metrics, which compare two models side by "
                 f"side; {ALG_NAME} edits in place. Leave it out."
             )
-        metrics, _ = self._edit_and_measure(
+        metric = kwargs.get("eval_metric", "exact match")
+        metrics = self._edit_and_measure(
             requests,
+            self._measures(Measures, verbose, test_generation, metric),
             sequential=sequential_edit,
             alone=not sequential_edit,
-            verbose=verbose,
-            test_generation=test_generation,
-            eval_metric=kwargs.get("eval_metric", "exact match"),
             pre_edit=kwargs.get("pre_edit"),
             pre_file=kwargs.get("pre_file"),
         )
         return metrics, self.model, self._former_weights()
 
+    @_takes_columns
     def batch_edit(
-        self,
-        prompts: list[str],
-        target_new: list[str],
-        ground_truth: list[str] | None = None,
-        target_neg: list[str] | None = None,
-        rephrase_prompts: list[str] | None = None,
-        locality_inputs: dict[str, Any] | None = None,
-        portability_inputs: dict[str, Any] | None = None,
-        sequential_edit: bool = False,
-        verbose: bool = True,
-        **kwargs: Any,
+        self, requests: Sequence[Request], sequential_edit: bool, verbose: bool, **kwargs: Any
     ) -> Returned:
         """Edits with all requests together, whatever `batch_size`: that is the mini-batch.
 
         Arguments, result and errors as for `edit`; each metric dictionary has `time` as well, the
         seconds of the whole edit.
         """
-        requests = _requests(
-            kwargs,
-            prompts,
-            target_new,
-            ground_truth,
-            target_neg,
-            rephrase_prompts,
-            locality_inputs,
-            portability_inputs,
-        )
-        metrics, seconds = self._edit_and_measure(
-            requests,
-            sequential=sequential_edit,
-            alone=False,
-            verbose=verbose,
-            test_generation=kwargs.get("test_generation", False),
-            eval_metric="exact match",
+        measures = self._measures(Measures, verbose, kwargs.get("test_generation", False))
+        metrics = self._edit_and_measure(
+            requests, measures, sequential=sequential_edit, alone=False
         )
         for entry in metrics:
-            entry["time"] = seconds
+            entry["time"] = self._seconds
         return metrics, self.model, self._former_weights()
 
     def normal_edit(
@@ -203,46 +196,18 @@ class LocFTBFMethods:
             self._done(session.train_(), sequential_edit)
         return None, self.model, self._former_weights()
 
+    @_takes_columns
     def generate_edit(
-        self,
-        prompts: str | list[str],
-        target_new: str | list[str],
-        ground_truth: str | list[str] | None = None,
-        target_neg: str | list[str] | None = None,
-        rephrase_prompts: str | list[str] | None = None,
-        locality_inputs: dict[str, Any] | None = None,
-        portability_inputs: dict[str, Any] | None = None,
-        sequential_edit: bool = False,
-        verbose: bool = True,
-        **kwargs: Any,
+        self, requests: Sequence[Request], sequential_edit: bool, verbose: bool, **kwargs: Any
     ) -> Returned:
         """Edits as `edit`, and records chat answers before and after instead of scores.
 
         Each entry has `rewrite_ans`, and where the request has the prompts `rephrase_ans`,
         `portability_ans` (`por_hop`) and `locality_ans` (`loc_hop`), as in EasyEdit.
         """
-        requests = _requests(
-            kwargs,
-            prompts,
-            target_new,
-            ground_truth,
-            target_neg,
-            rephrase_prompts,
-            locality_inputs,
-            portability_inputs,
-        )
-        check_chat(self.tok)
-        measures = self._measures("exact match", kwargs.get("test_generation", False), verbose)
-        measures.scores = False
-
-        def answers(description: str, only: Sequence[int] | None = None) -> list[Metrics]:
-            asked = requests if only is None else [requests[i] for i in only]
-            return chat_answers(measures, asked, description, progress=only is None)
-
-        results = self._train_and_call(
+        results = self._edit_and_measure(
             requests,
-            measures,
-            answers,
+            self._measures(ChatMeasures, verbose, kwargs.get("test_generation", False)),
             sequential=sequential_edit,
             alone=not sequential_edit,
             pre_edit=kwargs.get("pre_edit"),
@@ -262,47 +227,12 @@ class LocFTBFMethods:
     def _edit_and_measure(
         self,
         requests: Sequence[Request],
+        measures: Measures,
         *,
         sequential: bool,
         alone: bool,
-        verbose: bool,
-        test_generation: bool,
-        eval_metric: str,
         pre_edit: list[dict[str, Any]] | None = None,
         pre_file: str | None = None,
-    ) -> tuple[list[dict[str, Any]], float]:
-        """Returns the metrics of every request, and the seconds that editing took."""
-        measures = self._measures(eval_metric, test_generation, verbose)
-        metrics = self._train_and_call(
-            requests,
-            measures,
-            measures.of,
-            sequential=sequential,
-            alone=alone,
-            pre_edit=pre_edit,
-            pre_file=pre_file,
-        )
-        for entry in metrics:
-            measures.finish_(entry, entry["requested_rewrite"])
-            if not self.keeps_locality_outputs:
-                locality = entry["post"]["locality"]
-                entry["post"]["locality"] = {
-                    key: value for key, value in locality.items() if not key.endswith("_output")
-                }
-        if verbose and get_world().is_main_process:
-            logger.info("Metrics Summary: %s", json.dumps(summarize(metrics)))
-        return metrics, self._seconds
-
-    def _train_and_call(
-        self,
-        requests: Sequence[Request],
-        measures: Measures,
-        measure: Callable[..., list[Any]],
-        *,
-        sequential: bool,
-        alone: bool,
-        pre_edit: list[dict[str, Any]] | None,
-        pre_file: str | None,
     ) -> list[dict[str, Any]]:
         """Measures, edits and measures again; returns an entry with `pre` and `post` a request."""
         # All that can be wrong shows before any weight changes, the last call's edits included.
@@ -315,43 +245,50 @@ class LocFTBFMethods:
             if pre_edit is not None:
                 entries = pre_edit
             else:
-                entries = [{"pre": value} for value in measure("before the edit")]
+                entries = [{"pre": value} for value in measures.of("before the edit")]
                 if pre_file is not None and get_world().is_main_process:
-                    with (
-                        output_errors(pre_file),
-                        replacing(pre_file) as path,
-                        path.open("w", encoding="utf-8") as file,
-                    ):
+                    with text_output(pre_file) as file:
                         json.dump(entries, file, indent=4)
             start = time.perf_counter()
             if alone and len(requests) > 1:
-                after = self._each_alone(session, requests, measure)
+                after = self._each_alone(session, requests, measures)
             else:
                 self._done(session.train_(), sequential)
                 once = sum(session.timings.get(phase, 0.0) for phase in ("prefix", "preserve"))
                 self._seconds = time.perf_counter() - start + once
-                after = measure("after the edit")
+                after = measures.of("after the edit")
         # A script's own files are written by all processes: they have to be the same.
         self._seconds = get_world().broadcast_from_main(lambda: self._seconds)
         for i, (entry, request, value) in enumerate(zip(entries, requests, after, strict=True)):
             entry.update({"case_id": i, "requested_rewrite": request, "post": value})
+        if measures.scores:
+            self._finish_(entries, measures)
         return entries
 
+    def _finish_(self, entries: Sequence[Metrics], measures: Measures) -> None:
+        """Completes the locality of each entry, and logs the summary."""
+        for entry in entries:
+            measures.finish_(entry, entry["requested_rewrite"])
+            if not self.keeps_locality_outputs:
+                locality = entry["post"]["locality"]
+                entry["post"]["locality"] = {
+                    key: value for key, value in locality.items() if not key.endswith("_output")
+                }
+        if measures.progress:
+            logger.info("Metrics Summary: %s", json.dumps(summarize(entries)))
+
     def _each_alone(
-        self,
-        session: EditSession,
-        requests: Sequence[Request],
-        measure: Callable[..., list[Any]],
-    ) -> list[Any]:
+        self, session: EditSession, requests: Sequence[Request], measures: Measures
+    ) -> list[Metrics]:
         """Edits and measures each request on the original model; the last one stays in."""
-        after = []
+        after: list[Metrics] = []
         start = time.perf_counter()
         for i in trange(
             len(requests), desc="edits, each alone", unit="edit", disable=not session.progress
         ):
             self._begin()
             self._done(session.train_([i], progress=False), sequential=False)
-            after += measure("after the edit", [i])
+            after += measures.of("after the edit", [i])
         self._seconds = time.perf_counter() - start
         logger.info(
             "Each of %d edits was made alone, on the original model; the model returned carries "
@@ -360,8 +297,10 @@ class LocFTBFMethods:
         )
         return after
 
-    def _measures(self, eval_metric: str, fluency: bool, verbose: bool) -> Measures:
-        return Measures(
+    def _measures(
+        self, kind: type[Measures], verbose: bool, fluency: bool, eval_metric: str = "exact match"
+    ) -> Measures:
+        return kind(
             self.easyedit,
             self.model,
             self.tok,
@@ -409,16 +348,6 @@ class LocFTBFMethods:
 
     def _former_weights(self) -> dict[str, torch.Tensor]:
         return dict(self.last_result.original) if self.last_result is not None else {}
-
-
-def _requests(kwargs: dict[str, Any], *columns: Any) -> Sequence[Request]:
-    """Returns the requests that EasyEdit's arguments mean; takes `requests` out of `kwargs`."""
-    requests = kwargs.pop("requests", None)
-    if requests is not None:
-        return requests
-    return make_requests(
-        *columns, subject=kwargs.get("subject"), loc_prompts=kwargs.get("loc_prompts")
-    )
 
 
 def apply_locft_bf_to_model(

@@ -42,7 +42,6 @@ class EasyEdit:
     """What this library uses of an EasyEdit, under EasyEdit's own names.
 
     Attributes:
-        package: The module `easyeditor`.
         home: The folder that holds `easyeditor/`.
         is_release: Whether it is the PyPI release of 2023 and not the current source.
         ALG_DICT: From `alg_name` to the function that edits; may be added to.
@@ -53,7 +52,6 @@ class EasyEdit:
         test_generation_quality: Scores the fluency of generated text.
     """
 
-    package: ModuleType
     home: Path
     is_release: bool
     ALG_DICT: dict[str, Callable[..., Any]]
@@ -93,7 +91,7 @@ def load_easyedit(home: str | os.PathLike[str] | None = None, *, shield: bool = 
             f"easyeditor is already imported from {found.parent.parent}, not from the home asked "
             f"for, {init.parent.parent}. Start a new process, or do not give a home."
         )
-    return _handles(package, found.parent.parent)
+    return _handles(found.parent.parent)
 
 
 def _wanted_init(home: str | os.PathLike[str] | None) -> Path | None:
@@ -154,14 +152,11 @@ def _import(spec: ModuleSpec) -> ModuleType:
     try:
         with standing_in(importers=("easyeditor",), lenient=True):
             spec.loader.exec_module(package)
-    except ModuleNotFoundError as error:
+    except BaseException as error:
         _forget()
-        root = str(error.name).partition(".")[0]
-        if root == "easyeditor":
-            raise
-        raise _missing({root: root}) from error
-    except BaseException:
-        _forget()
+        root = str(getattr(error, "name", None)).partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and root != "easyeditor":
+            raise _missing({root: root}) from error
         raise
     return package
 
@@ -171,7 +166,7 @@ def _forget() -> None:
         del sys.modules[name]
 
 
-def _handles(package: ModuleType, home: Path) -> EasyEdit:
+def _handles(home: Path) -> EasyEdit:
     # `import easyeditor.util.alg_dict as A` fails: star imports rebind `easyeditor.util`.
     from easyeditor.editors.batch_editor import BatchEditor
     from easyeditor.editors.editor import BaseEditor
@@ -181,15 +176,12 @@ def _handles(package: ModuleType, home: Path) -> EasyEdit:
     from easyeditor.util.hparams import HyperParams
 
     try:
-        from easyeditor.editors.utils import summary_metrics  # noqa: F401
+        from easyeditor.editors.utils import summary_metrics
     except ImportError:
-        is_release = True
-    else:
-        is_release = False
+        summary_metrics = None
     return EasyEdit(
-        package=package,
         home=home,
-        is_release=is_release,
+        is_release=summary_metrics is None,
         ALG_DICT=ALG_DICT,
         BatchEditor=BatchEditor,
         BaseEditor=BaseEditor,
@@ -209,12 +201,8 @@ def imports_shielded() -> Iterator[None]:
     import numpy as np
     import torch
 
-    python_state, numpy_state, torch_state = (
-        random.getstate(),
-        np.random.get_state(),
-        torch.get_rng_state(),
-    )
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     # Before CUDA is initialised, `torch.manual_seed` leaves a seed to be set when it is.
     cuda_seeds = getattr(torch.cuda, "_lazy_seed_tracker", None)
     queued = dict(vars(cuda_seeds)) if cuda_seeds is not None else {}
@@ -222,13 +210,11 @@ def imports_shielded() -> Iterator[None]:
     handlers, level = list(root.handlers), root.level
     blocking = os.environ.get(_LAUNCH_BLOCKING)
     try:
-        yield
+        with torch.random.fork_rng(gpus):
+            yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
-        if cuda_states is not None:
-            torch.cuda.set_rng_state_all(cuda_states)
         if cuda_seeds is not None:
             vars(cuda_seeds).update(queued)
         root.handlers[:] = handlers

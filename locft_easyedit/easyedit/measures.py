@@ -6,7 +6,9 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from functools import reduce
+from operator import or_
+from typing import Any, ClassVar
 
 from tqdm import tqdm
 
@@ -62,7 +64,7 @@ class Measures:
     eval_metric: str
     fluency: bool
     progress: bool
-    scores: bool = True
+    scores: ClassVar[bool] = True
     words: Callable[[str], list[str]] | None = field(init=False, default=None)
     _requests: Sequence[Mapping[str, Any]] = field(init=False, default=())
     _ours: list[SharedMeasurement] = field(init=False, default_factory=list)
@@ -122,48 +124,29 @@ class Measures:
             )
 
     def run_as(self, how: EvalConfig, world: World = SINGLE_PROCESS) -> None:
-        """Tokenizes the requests, to be run in this way.
-
-        Args:
-            how: The way.
-            world: The processes that share the requests.
+        """Tokenizes the requests, to be run in this way and shared by the processes of `world`.
 
         Raises:
             RequestError: They cannot be evaluated.
         """
-        model, tokenizer = self.model, self.tokenizer
-        parts = ("locality", "portability") if self.eval_metric in PERPLEXITIES else PARTS
-        self._ours = [
-            SharedMeasurement(
-                world,
-                model,
-                self._requests,
-                lambda some, _: TeacherForced(model, tokenizer, some, how, parts=parts),
-            )
+        model, tokenizer, metric = self.model, self.tokenizer, self.eval_metric
+        parts = ("locality", "portability") if metric in PERPLEXITIES else PARTS
+        makers: list[Callable[..., Any]] = [
+            lambda some, _: TeacherForced(model, tokenizer, some, how, parts=parts)
         ]
-        if self.eval_metric in PERPLEXITIES:
-            metric = self.eval_metric
-            self._ours.insert(
-                0,
-                SharedMeasurement(
-                    world,
-                    model,
-                    self._requests,
-                    lambda some, _: Perplexity(model, tokenizer, some, how, metric=metric),
-                ),
-            )
+        if metric in PERPLEXITIES:
+            makers.insert(0, lambda some, _: Perplexity(model, tokenizer, some, how, metric=metric))
+        self._ours = [SharedMeasurement(world, model, self._requests, make) for make in makers]
+
+    def _asked(self, only: Sequence[int] | None) -> Sequence[Mapping[str, Any]]:
+        return self._requests if only is None else [self._requests[i] for i in only]
 
     def of(self, description: str, only: Sequence[int] | None = None) -> list[Metrics]:
-        """Returns what EasyEdit's `compute_edit_quality` gives, for each request that was checked.
-
-        Args:
-            description: Label of the progress bars.
-            only: Requests to measure; all if `None`.
-        """
-        requests = self._requests if only is None else [self._requests[i] for i in only]
+        """Returns what EasyEdit's `compute_edit_quality` gives, for each request or `only` some."""
+        requests = self._asked(only)
         if self.hparams.evaluation_type is None:
             parts = [measure.measure(description, only) for measure in self._ours]
-            metrics = [_joined(entries) for entries in zip(*parts, strict=True)]
+            metrics = [reduce(or_, entries) for entries in zip(*parts, strict=True)]
         else:
             metrics = self._by_easyedit(requests, description)
         if self.words is not None:
@@ -206,10 +189,3 @@ class Measures:
                     records, desc=description, unit="record", disable=not self.progress
                 )
             ]
-
-
-def _joined(entries: Sequence[Metrics]) -> Metrics:
-    metrics: Metrics = {}
-    for entry in entries:
-        metrics |= entry
-    return metrics

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from ..utils.files import output_errors, replacing
+from ..utils.files import text_output
 
 _BLOCK = 64  # records compressed together: their keys repeat
 
@@ -44,11 +44,7 @@ class CompactRecords(Sequence[dict[str, Any]]):
         Raises:
             OutputError: The file cannot be written.
         """
-        with (
-            output_errors(path),
-            replacing(path) as temporary,
-            temporary.open("w", encoding="utf-8", errors="surrogatepass") as file,
-        ):
+        with text_output(path, errors="surrogatepass") as file:
             file.write(json.dumps({"of": of, "records": len(self)}) + "\n")
             for block in range(len(self._blocks) + 1):
                 file.writelines(text + "\n" for text in self._texts(block))

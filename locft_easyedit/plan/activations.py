@@ -27,13 +27,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """Bytes a token that autograd keeps of one layer.
-
-    Attributes:
-        norms: Of all norms outside the attention.
-        attention: Of the attention.
-        mlp: Of the MLP.
-    """
+    """Bytes a token that autograd keeps of one layer; `norms` are those outside the attention."""
 
     norms: float
     attention: float
@@ -72,16 +66,10 @@ def layer_activations(
     row_tokens: int,
     device: str,
 ) -> LayerActivations:
-    """Returns what autograd keeps of one layer.
+    """Returns what autograd keeps of one layer, which is on the meta device and put into `dtype`.
 
-    Args:
-        layer: The layer, on the meta device; it is put into `dtype`.
-        config: The text model's configuration.
-        hidden: Width of the residual stream, D.
-        attention: Width of all heads together, A.
-        dtype: Precision of weights and computation.
-        row_tokens: Length of packed rows, R.
-        device: `cpu` or `cuda`.
+    The widths are those of the residual stream, D, and of all attention heads together, A;
+    `row_tokens` is the length of packed rows, R.
     """
     norms, attentions, mlp = layer_parts(layer.to(dtype))
     scores = _attention_bytes(config, attention, dtype, row_tokens, device)

@@ -43,20 +43,14 @@ def change_parts(run: Run) -> list[Part]:
 
 def training_parts(run: Run) -> list[Part]:
     """Returns what training adds to the model and to `change_parts`."""
-    shapes, setting = run.shapes, run.setting
-    lora, confined, size, device = (
-        shapes.lora,
-        shapes.confined,
-        setting.itemsize,
-        run.machine.device,
-    )
-    n = shapes.optimized
+    shapes, size, device = run.shapes, run.setting.itemsize, run.machine.device
+    lora, confined, n = shapes.lora, shapes.confined, shapes.optimized
     sizes: dict[str, float] = {}
     if lora:  # in float32 in every case
         sizes |= {"LoRA's matrices": 4 * n, "their values at the beginning": 4 * n}
     # In float32 a parameter is its own master, and its gradient is in float32. Of LoRA both are
     # apart in float16 alone, whose loss is scaled.
-    if setting.dtype == "float16" if lora else size < 4:
+    if run.setting.dtype == "float16" if lora else size < 4:
         if confined is None:
             sizes["float32 masters"] = 4 * n
         sizes["float32 gradients"] = 4 * n
@@ -83,11 +77,8 @@ def preparing_parts(run: Run, widest: float) -> list[Part]:
     """Returns what preparing a confined change takes beyond what then stays of it.
 
     The prefix is recorded afterwards. Sampling, and keys of prompts that are kept exactly, are not
-    in it: how many these are is known when they are there.
-
-    Args:
-        run: The run.
-        widest: What autograd would keep of a layer, bytes a token.
+    in it: how many these are is known when they are there. `widest` is what autograd would keep of
+    a layer, in bytes a token.
     """
     confined = run.shapes.confined
     if confined is None:

@@ -93,12 +93,7 @@ def ring_seconds(n_bytes: float, n: int, gb_per_second: float) -> float:
     """Returns the seconds of an all-reduce of `n_bytes` around a ring of `n`.
 
     Each passes 2 (n - 1) / n of the bytes on to the next (Patarasuk and Yuan, "Bandwidth optimal
-    all-reduce algorithms", 2009).
-
-    Args:
-        n_bytes: What each of them holds.
-        n: How many they are.
-        gb_per_second: What the slowest link of the ring carries, in GB/s.
+    all-reduce algorithms", 2009). The slowest link of the ring carries `gb_per_second`.
     """
     return 2 * (n - 1) / n * n_bytes / (gb_per_second * 1e9)
 
@@ -132,12 +127,7 @@ def step_cost(run: Run) -> StepCost:
 
 
 def phases(run: Run, parts: Sequence[Part]) -> list[Phase]:
-    """Returns the phases of a run with their work and time, in order.
-
-    Args:
-        run: The run.
-        parts: Its memory, which says where both prefixes lie.
-    """
+    """Returns the phases of a run with their work and time; `parts` says where prefixes lie."""
     shapes, setting, work, machine = run.shapes, run.setting, run.work, run.machine
     stored, streamed = DTYPES[shapes.stored_dtype].itemsize, setting.streamed
     edits_disk, prompts_disk = (

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ..hparams import LocFTBFHyperParams
+from ..hparams_rules import CUTS
 from .activations import LayerActivations
 from .change_memory import change_parts, preparing_parts, training_parts
 from .cost import EDITS_PREFIX, PROMPTS_PREFIX, phases
 from .memory_parts import LATER, PLACES, Part, peak, standing_parts, working_parts
 from .setting import LAYOUTS, Run, Setting
-from .shapes import CUTS, ModelShapes
+from .shapes import ModelShapes
 from .units import bytes_text
 from .workload import Machine, Workload
 
@@ -55,10 +57,7 @@ def candidates(
     saved: Mapping[str, Sequence[LayerActivations]],
     work: Workload,
     machine: Machine,
-    *,
-    streamed: bool | None = None,
-    cut: str | None = None,
-    model_parallel: bool = False,
+    hparams: LocFTBFHyperParams,
 ) -> list[Candidate]:
     """Returns every setting, preferred ones first.
 
@@ -69,22 +68,16 @@ def candidates(
     On several GPUs each holds a copy of what stays. Only where that does not fit are layers cut up
     or laid on several GPUs, and of these ways the quickest comes first.
 
-    Args:
-        shapes: The model's sizes.
-        saved: By precision, preferred ones first: what autograd keeps of each layer from the first
-            trained one up.
-        work: The work.
-        machine: The machine.
-        streamed: Whether frozen layers are streamed; `None` leaves it open.
-        cut: Where the prefix ends; `None` leaves it open.
-        model_parallel: Whether layers have to lie on several GPUs.
+    `saved` says, by precision and preferred ones first, what autograd keeps of each layer from the
+    first trained one up. `hparams` settles `stream_frozen`, `prefix_cut` and `model_parallel`.
     """
+    streamed, cut = hparams.stream_frozen, hparams.prefix_cut
     # What is preserved is measured with all layers in each process, neither streamed nor cut up.
     whole = shapes.confined is not None
     ways = [False, True] if streamed is None else [streamed]
     if whole or shapes.first_layer == 0:
         ways = [False]
-    layouts = LAYOUTS[2 if model_parallel or whole else 1 :]
+    layouts = LAYOUTS[2 if hparams.model_parallel or whole else 1 :]
     cuts = [one for one in CUTS if one in shapes.cuts and cut in (None, one)]
 
     def tried(dtype: str, streamed: bool, layout: str, group: int = 1) -> list[Candidate]:
@@ -98,7 +91,7 @@ def candidates(
     found: list[Candidate] = []
     for dtype in saved:
         copies = []
-        if not model_parallel:
+        if not hparams.model_parallel:
             copies = [one for way in ways for one in tried(dtype, way, "copies")]
         found += copies
         if machine.gpus == 1 or any(one.reason is None for one in copies):

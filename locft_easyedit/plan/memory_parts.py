@@ -117,9 +117,7 @@ def standing_parts(run: Run) -> list[Part]:
 def working_parts(run: Run, saved: Sequence[LayerActivations]) -> list[Part]:
     """Returns what comes and goes: activations, logits, buffers of streamed layers.
 
-    Args:
-        run: The run.
-        saved: What autograd keeps of each layer from the first trained one up.
+    `saved` is what autograd keeps of each layer from the first trained one up.
     """
     shapes, setting, work, device = run.shapes, run.setting, run.work, run.machine.device
     n_texts = min(work.eval_batch_size, work.n * work.recorded_texts)

@@ -13,7 +13,7 @@ from .fitting import Candidate, candidates
 from .memory_parts import PLACES, peak
 from .reader import ModelReader, meta_model
 from .setting import Setting
-from .shapes import CUTS, ModelShapes
+from .shapes import ModelShapes
 from .units import GIB
 from .workload import Machine, Workload
 
@@ -100,23 +100,15 @@ class Plan:
         }
 
 
-def make_plan(
-    hparams: LocFTBFHyperParams,
-    work: Workload,
-    machine: Machine,
-    *,
-    streamed: bool | None = None,
-    cut: str | None = None,
-) -> Plan:
+def make_plan(hparams: LocFTBFHyperParams, work: Workload, machine: Machine) -> Plan:
     """Returns what an edit will take, and which settings fit.
 
     Args:
         hparams: The hyper-parameters; `model_name` is a folder with a `config.json`, or the name
-            of a model whose shapes are shipped. Nothing else is read.
+            of a model whose shapes are shipped. Nothing else is read. Where `stream_frozen` or
+            `prefix_cut` is `None`, all that is possible is tried.
         work: The work.
         machine: The machine.
-        streamed: Read the frozen layers from the checkpoint; `None` tries both.
-        cut: Where the prefix ends: `matrix`, `mlp` or `layer`; `None` tries all.
 
     Raises:
         HyperParamsError: A value cannot be used.
@@ -124,19 +116,18 @@ def make_plan(
         PlaceError: The place is not in the model, or suits no LoRA or no confined change.
         DataError: `preserve` names what is no source.
     """
-    _refuse(hparams, machine, streamed)
+    _refuse(hparams, machine)
     model, source = meta_model(hparams.model_name, trust_remote_code=hparams.trust_remote_code)
     rank = hparams.lora_rank if hparams.tuning == "lora" else None
     preserve = hparams.preserved
     reader = ModelReader(model, source, hparams.layers, hparams.templates, rank, preserve)
     shapes = reader.shapes()
+    cut = hparams.prefix_cut
     if cut is not None and cut not in shapes.cuts:
         raise HyperParamsError(
             f"`prefix_cut={cut}` is not possible here; choose among {', '.join(shapes.cuts)}."
-            if cut in CUTS
-            else f"`prefix_cut={cut}` must be one of {', '.join(CUTS)}."
         )
-    if streamed and shapes.first_layer == 0:
+    if hparams.stream_frozen and shapes.first_layer == 0:
         raise HyperParamsError(
             "`stream_frozen=True` has nothing to stream: layer 0 is trained. Turn it off, or "
             "choose a later layer."
@@ -147,21 +138,13 @@ def make_plan(
         one: reader.activations(DTYPES[one], work.row_tokens, device)
         for one in ([dtype, "bfloat16"] if dtype == "float32" else [dtype])
     }
-    found = candidates(
-        shapes,
-        saved,
-        work,
-        machine,
-        streamed=streamed,
-        cut=cut,
-        model_parallel=hparams.model_parallel,
-    )
+    found = candidates(shapes, saved, work, machine, hparams)
     chosen = next((one for one in found if one.reason is None), None)
     done = phases(chosen.run, chosen.parts) if chosen else []
     return Plan(shapes, work, machine, dtype, tuple(found), chosen, tuple(done))
 
 
-def _refuse(hparams: LocFTBFHyperParams, machine: Machine, streamed: bool | None) -> None:
+def _refuse(hparams: LocFTBFHyperParams, machine: Machine) -> None:
     """Checks that what is asked for is something that a plan is made for.
 
     Raises:
@@ -183,29 +166,19 @@ def _refuse(hparams: LocFTBFHyperParams, machine: Machine, streamed: bool | None
             "`model_parallel=True` spreads the model over several GPUs of a node, and the plan is "
             "for one. Say how many there are, gpus=8, or give model_parallel=false."
         )
-    in_parts = {
-        "stream_frozen": hparams.stream_frozen if streamed is None else streamed,
-        "shard_frozen": hparams.shard_frozen,
-    }
     problems = [
         f"`{key}=True` does not go with `preserve=[{','.join(hparams.preserved)}]`: what enters "
         "the trained matrices is measured with the whole model on its device. Give "
         f"{key}=false, or preserve=[]."
-        for key, value in in_parts.items()
-        if value and hparams.preserved
+        for key in ("stream_frozen", "shard_frozen")
+        if getattr(hparams, key) and hparams.preserved
     ]
     if problems:
         raise HyperParamsError(one_message("Nothing can be planned:", problems))
 
 
 def launch_command(setting: Setting, gpus: int, nodes: int) -> list[str]:
-    """Returns how a run starts its processes; RANK and HOST are each node's to fill in.
-
-    Args:
-        setting: How the model lies on GPUs.
-        gpus: Of a node.
-        nodes: Their number.
-    """
+    """Returns how a run starts its processes; RANK and HOST are each node's to fill in."""
     n_processes = setting.processes(gpus) * nodes
     command = ["accelerate", "launch", "--num_processes", str(n_processes)]
     if nodes > 1:

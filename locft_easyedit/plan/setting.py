@@ -64,14 +64,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """A run in one setting: what memory, work and time are counted of.
-
-    Attributes:
-        shapes: The model's sizes.
-        setting: The setting.
-        work: The work.
-        machine: The machine.
-    """
+    """A run in one setting: what memory, work and time are counted of."""
 
     shapes: ModelShapes
     setting: Setting

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-CUTS = ("matrix", "mlp", "layer")
-
 
 @dataclass(frozen=True)
 class LoraShapes:

@@ -6,8 +6,9 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import TextIO
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -24,10 +25,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     It does so once its content is on the disk; until then, and after any failure, `path` holds
     what it held, and no temporary file is left. The folder must exist. What is no regular file (a
-    device, a pipe) cannot be replaced and is itself what is yielded.
-
-    Args:
-        path: The file; where it is a symbolic link, what this leads to is replaced.
+    device, a pipe) cannot be replaced and is itself what is yielded. Of a symbolic link, what it
+    leads to is replaced.
 
     Raises:
         OSError: The content cannot be made safe or put in place.
@@ -53,9 +52,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         # An error here would hide the one that led here.
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-    # The new content is in place by now, and not every system can do this with a folder.
-    with suppress(OSError):
-        _sync_folder(target.parent)
+    _sync(target.parent)
 
 
 def _beside(target: Path) -> Path:
@@ -80,9 +77,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     """Yields a temporary folder that becomes `path` when the context ends well.
 
     It does so once everything in it is on the disk; after any failure nothing is left of it.
-
-    Args:
-        path: A folder that does not exist or is empty; folders above it are made.
+    Folders above it are made.
 
     Raises:
         OutputError: `path` holds something.
@@ -106,8 +101,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    with suppress(OSError):
-        _sync_folder(target.parent)
+    _sync(target.parent)
 
 
 @contextmanager
@@ -115,10 +109,6 @@ def output_errors(
     path: str | Path, otherwise: str = "choose another place that you may write to"
 ) -> Iterator[None]:
     """Context manager that turns an error of the disk into one that says what to do about `path`.
-
-    Args:
-        path: What is written.
-        otherwise: What to do besides freeing space.
 
     Raises:
         OutputError: Something could not be written.
@@ -131,6 +121,21 @@ def output_errors(
         raise OutputError(
             f"{path} cannot be written: {reason}. Free some space, or {otherwise}."
         ) from error
+
+
+@contextmanager
+def text_output(path: str | Path, errors: str = "strict") -> Iterator[TextIO]:
+    """Context manager that gives a UTF-8 file to write; see `replacing`, and `open` for `errors`.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    with (
+        output_errors(path),
+        replacing(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors=errors) as file,
+    ):
+        yield file
 
 
 @contextmanager
@@ -167,17 +172,9 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 def _sync(path: Path) -> None:
     """Waits until a file is on the disk; not every system can do this with a folder."""
-    if path.is_dir():
-        with suppress(OSError):
-            _sync_folder(path)
-    else:
-        _sync_folder(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -68,13 +68,7 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
 
 
 def parts_sha256(dtype: str, shape: Sequence[int], parts: Iterable[Any]) -> str:
-    """Returns what `tensor_sha256` gives for a tensor of these bytes.
-
-    Args:
-        dtype: `float32`, `bfloat16`, ...
-        shape: Its shape.
-        parts: Its bytes in order, little-endian.
-    """
+    """Returns what `tensor_sha256` gives for a tensor of these bytes, little-endian, in order."""
     sha = hashlib.sha256(_canonical([dtype, list(shape)]))
     for part in parts:
         sha.update(part)

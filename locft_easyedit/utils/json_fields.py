@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from numbers import Real
 from pathlib import Path
@@ -30,25 +30,28 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def encoded(value: Any) -> Any:
-    """Returns `value` with NaN and infinity as `{"not finite": "nan"}`.
-
-    JSON has no NaN. So a figure that is NaN or infinite stays visible, and differs from a text.
-    """
+def encoded(value: Any, not_finite: Callable[[float], Any]) -> Any:
+    """Returns `value` with what `not_finite` gives in place of NaN and infinity."""
     if isinstance(value, float) and not math.isfinite(value):
-        return {"not finite": str(value)}
+        return not_finite(value)
     if isinstance(value, Mapping):
-        return {key: encoded(entry) for key, entry in value.items()}
-    return [encoded(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+        return {str(key): encoded(entry, not_finite) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [encoded(entry, not_finite) for entry in value]
+    return value
 
 
 def write_dataclass(path: str | Path, record: DataclassInstance) -> None:
-    """Writes a dataclass as JSON, every field under its name; see `encoded`.
+    """Writes a dataclass as JSON, every field under its name.
+
+    JSON has no NaN: it is written as `{"not finite": "nan"}`, infinity likewise. So such a figure
+    stays visible, and differs from a text.
 
     Raises:
         OutputError: The file cannot be written.
     """
-    text = json.dumps(encoded(asdict(record)), indent=2, ensure_ascii=False, allow_nan=False)
+    values = encoded(asdict(record), lambda value: {"not finite": str(value)})
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
     with output_errors(path):
         # A lone surrogate in an error message becomes the JSON escape that it came from.
         write_atomically(path, f"{text}\n".encode("utf-8", "backslashreplace"))

@@ -1,9 +1,8 @@
-"""TODO."""
+"""What commands leave: folders, JSON files, pictures, and tables on the terminal."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, RenderableType
 
 from ..errors import OutputError
-from .files import output_errors, replacing
+from .files import output_errors, replacing, text_output
+from .json_fields import encoded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,11 +54,7 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         OutputError: The file cannot be written.
     """
-    with (
-        output_errors(path),
-        replacing(path) as temporary,
-        temporary.open("w", encoding="utf-8") as file,
-    ):
+    with text_output(path) as file:
         file.writelines(_json(value, _STREAMED_LEVELS))
         file.write("\n")
 
@@ -66,7 +62,8 @@ def write_json(path: Path, value: Any) -> None:
 def _json(value: Any, levels: int, newline: str = "\n") -> Iterator[str]:
     """Yields indented JSON in parts: the outer `levels` of `value` entry by entry."""
     if isinstance(value, str) or not (levels and isinstance(value, (Mapping, Sequence)) and value):
-        text = json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
+        values = encoded(value, lambda _: None)
+        text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
         yield text.replace("\n", newline)  # line ends within a text are escaped
         return
     opening, closing = "[]"
@@ -80,16 +77,6 @@ def _json(value: Any, levels: int, newline: str = "\n") -> Iterator[str]:
         yield ("," if i else opening) + inner + key
         yield from _json(entry, levels - 1, inner)
     yield newline + closing
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _without_nan(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def write_picture(path: str | Path, figure: Figure) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,7 @@ def is_file(path: str | Path) -> bool:
 
 
 def text_of(path: str | Path, error: type[LocFTError], *, most: int | None = None) -> str:
-    """Returns a file's text; a byte-order mark is no part of it.
-
-    Args:
-        path: A file that is there.
-        error: What to raise.
-        most: Bytes that such a file may have.
+    """Returns a file's text, of `most` bytes; a byte-order mark is no part of it.
 
     Raises:
         LocFTError: Of the kind `error`: it cannot be read, is too large or not UTF-8.
@@ -62,14 +57,11 @@ def text_of(path: str | Path, error: type[LocFTError], *, most: int | None = Non
 
 
 def json_of(text: str, *, unique_keys: bool = False) -> Any:
-    """Returns what a JSON text holds.
-
-    Args:
-        text: The text.
-        unique_keys: Refuse a mapping that gives a key twice; the last one counts otherwise.
+    """Returns what a JSON text holds; without `unique_keys` the last one of a key counts.
 
     Raises:
-        ParseError: It is no JSON, nested too deeply, or holds a number too long to read.
+        ParseError: It is no JSON, nested too deeply, holds a number too long to read, or gives a
+            key twice that must be unique.
     """
     try:
         return json.loads(text, object_pairs_hook=_mapping_of if unique_keys else None)
@@ -139,12 +131,7 @@ def shown(value: Any, limit: int = 200) -> str:
 
 
 def pieces_of(text: str, limit: int) -> list[str]:
-    """Returns the pieces of a text, divided at line ends or spaces; none of them is blank.
-
-    Args:
-        text: The text.
-        limit: Characters of a piece at most.
-    """
+    """Returns pieces of `limit` characters at most, divided at spaces or line ends; none blank."""
     pieces, length, end = [], len(text.rstrip()), 0
     # By places in the text: what is left of megabytes is not copied for each piece.
     while begun := _NO_SPACE.search(text, end):
@@ -158,18 +145,24 @@ def pieces_of(text: str, limit: int) -> list[str]:
     return pieces
 
 
-def bad_text(value: Any) -> str | None:
-    """Returns why the texts within `value` cannot be used as names or paths; `None` if they can."""
+def texts_in(value: Any) -> Iterator[str]:
+    """Yields the texts within a value, however deep lists and tuples in it are nested."""
     waiting = [value]
     while waiting:
         one = waiting.pop()
         if isinstance(one, (list, tuple)):
             waiting += one
         elif isinstance(one, str):
-            if "\0" in one:
-                return "holds a NUL character. Remove it"
-            if not encodable(one):
-                return "holds a lone surrogate. Clean the text"
+            yield one
+
+
+def bad_text(value: Any) -> str | None:
+    """Returns why the texts within `value` cannot be used as names or paths; `None` if they can."""
+    for text in texts_in(value):
+        if "\0" in text:
+            return "holds a NUL character. Remove it"
+        if not encodable(text):
+            return "holds a lone surrogate. Clean the text"
     return None
 
 

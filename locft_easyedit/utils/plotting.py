@@ -30,10 +30,7 @@ _MARKERS = "osD^vph<"
 def new_figure(width: float, height: float, title: Sequence[str]) -> Figure:
     """Returns an empty figure of so many inches, drawn without a display.
 
-    Args:
-        width: Inches.
-        height: Inches.
-        title: Lines above it, broken where they are too long; nothing in them is a formula.
+    The lines of the title are broken where they are too long; nothing in them is a formula.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

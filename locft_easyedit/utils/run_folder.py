@@ -53,10 +53,7 @@ class SettingsFile:
         write_json(self.path, {"format": self.format, **values})
 
     def read(self, **kinds: type) -> dict[str, Any] | None:
-        """Returns what the file holds under these names; `None` if there is none.
-
-        Args:
-            kinds: The type of each value.
+        """Returns what the file holds under these names, of these types; `None` without a file.
 
         Raises:
             LocFTError: Of the kind `error`: the file is damaged or of another version.
@@ -92,12 +89,7 @@ def differences_of(now: Mapping[str, Any], found: Mapping[str, Any]) -> list[str
 def refuse_differences(
     differences: Sequence[str], title: str, error: type[LocFTError] = OutputError
 ) -> None:
-    """Refuses what was made with other settings.
-
-    Args:
-        differences: A line for each (see `differences_of`).
-        title: What was found, where, and what to do about it.
-        error: What to raise.
+    """Refuses what was made with other settings; see `differences_of`.
 
     Raises:
         LocFTError: Of the kind `error`: there are differences.
@@ -160,15 +152,9 @@ def run_folder(
 ) -> Iterator[RunFolder]:
     """Context manager that gives the output folder of a run, locked.
 
-    An interrupted run of the same settings is gone on with.
-
-    Args:
-        folder: Made if need be.
-        settings: What the run is.
-        command: What it was started with.
-        resume: Go on with what is there; else it is begun anew, whatever is there.
-        once: Calls what opens the folder, in one of several processes, and returns what it gives
-            in all of them.
+    An interrupted run of the same settings is gone on with; without `resume` it is begun anew,
+    whatever is there. `once` calls what opens the folder, in one of several processes, and returns
+    what it gives in all of them.
 
     Raises:
         OutputError: The folder belongs to another run, is in use or cannot be written to.

@@ -80,15 +80,9 @@ class WorkerPool:
         folder: Path | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> Worker:
-        """Returns a worker that has started.
+        """Returns a worker that has started in a free slot; what it prints is added to `log`.
 
-        Args:
-            slot: A free slot.
-            name: What it does.
-            command: The program and its arguments.
-            log: Where what it prints is added.
-            folder: Its current folder; that of this process if `None`.
-            environment: Variables besides those of this process.
+        Its `environment` comes on top of that of this process.
 
         Raises:
             OutputError: The log cannot be written.

@@ -54,15 +54,8 @@ def terminal_table(
 ) -> Table:
     """Returns a table for the terminal; nothing in it is taken for markup.
 
-    Args:
-        columns: The headings.
-        rows: The rows.
-        title: What stands above the table.
-        caption: What stands below it.
-        text_columns: So many of the first columns hold texts, which are broken where they are
-            too long; the others hold numbers, at the right and never broken.
-        header: Whether headings are shown.
-        compact: Without a frame, for many columns.
+    The first `text_columns` hold texts, which are broken where they are too long; the others hold
+    numbers, at the right and never broken. `compact` leaves out the frame, for many columns.
     """
     table = Table(
         title=None if title is None else Text(title, style="table.title"),
@@ -91,10 +84,7 @@ def markdown_table(
 ) -> list[str]:
     """Returns the lines of a table in GitHub Markdown; nothing in it is taken for markup.
 
-    Args:
-        columns: The headings.
-        rows: The rows; their styles and sections play no part.
-        text_columns: So many of the first columns hold texts; the others are aligned right.
+    All but the first `text_columns` are aligned right. Styles and sections of rows play no part.
     """
     lines = [[markdown_text(heading) for heading in columns]]
     lines.append([":--" if i < text_columns else "--:" for i in range(len(columns))])
@@ -107,13 +97,7 @@ def markdown_table(
 
 
 def number_text(value: float | None, form: str = ".3f", missing: str = "-") -> str:
-    """Returns a number as the text of a cell.
-
-    Args:
-        value: The number; `None` if there is none.
-        form: The format of a finite number.
-        missing: What stands for `None`.
-    """
+    """Returns a number as the text of a cell, in the format `form`; `missing` for `None`."""
     if value is None:
         return missing
     if not math.isfinite(value):

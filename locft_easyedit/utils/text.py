@@ -19,9 +19,6 @@ def as_word(name: str) -> str:
 
     "Paris" is none in "Parisian". Next to letters of a script that puts no spaces between words the
     name stands for itself, as it does in "Appleの本社" and "法国的首都".
-
-    Args:
-        name: The name, not empty.
     """
     before = "" if _UNSPACED_LETTER.match(name[0]) else rf"(?<!{_SPACED_LETTER})"
     after = "" if _UNSPACED_LETTER.match(name[-1]) else rf"(?!{_SPACED_LETTER})"

@@ -14,10 +14,7 @@ from torch import nn
 def timed(timings: dict[str, float], phase: str, model: nn.Module) -> Iterator[None]:
     """Context manager around a phase: its seconds are put into `timings`, unless it fails.
 
-    Args:
-        timings: Seconds by phase.
-        phase: Its name. Of a phase that has been there already the later time stays.
-        model: The model, whose devices are waited for.
+    Of a phase that has been there already the later time stays. The model's devices are waited for.
     """
     start, before = time.perf_counter(), sum(timings.values())
     yield

@@ -28,15 +28,9 @@ H = hparams_folder()
 def plan_for(
     name="llama3-8b", n=3000, machine=LARGE, *, work=None, streamed=None, cut=None, **keys
 ):
-    values = LocFTBFHyperParams.from_hparams(H / name).to_dict() | keys
-    hparams = LocFTBFHyperParams(**values)
-    return make_plan(
-        hparams,
-        Workload.from_hparams(hparams, n, **(work or {})),
-        machine,
-        streamed=streamed,
-        cut=cut,
-    )
+    keys = {"stream_frozen": streamed, "prefix_cut": cut} | keys
+    hparams = LocFTBFHyperParams(**LocFTBFHyperParams.from_hparams(H / name).to_dict() | keys)
+    return make_plan(hparams, Workload.from_hparams(hparams, n, **(work or {})), machine)
 
 
 def sizes(plan, place="gpu"):
@@ -404,7 +398,7 @@ def test_layer_0_leaves_nothing_to_stream():
 @pytest.mark.parametrize(
     ("cut", "message"),
     [("mlp", "`prefix_cut=mlp` is not possible here; choose among matrix, layer"),
-     ("head", "`prefix_cut=head` must be one of matrix, mlp, layer")],
+     ("head", "`prefix_cut='head'` must be null or one of matrix, mlp, layer")],
 )  # fmt: skip
 def test_wrong_cut(cut, message):
     with pytest.raises(HyperParamsError, match=message):

@@ -51,6 +51,7 @@ def test_published_numbers_of_parameters():
 def test_every_yaml_has_a_plan_without_any_folder(yaml, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     hparams = LocFTBFHyperParams.from_hparams(hparams_folder() / yaml)
+    hparams.stream_frozen = None
     machine = Machine(gpu=320 * GIB, host=1000 * GIB, disk=1000 * GIB)
     plan = make_plan(hparams, Workload.from_hparams(hparams, 1000), machine)
     assert plan.chosen is not None

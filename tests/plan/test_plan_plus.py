@@ -80,7 +80,7 @@ def test_the_plan_is_what_a_session_of_the_preset_holds(dtype, tmp_path):
         work = Workload.from_hparams(
             hparams, 12, tokens=float(own.lengths.mean()), longer=float(longer)
         )
-        plan = make_plan(hparams, work, CPU, cut="matrix")
+        plan = make_plan(hparams, work, CPU)
         told = sizes(plan, "host")
 
         size = model.dtype.itemsize
@@ -386,7 +386,6 @@ def test_both_are_told_at_once():
     with pytest.raises(HyperParamsError, match="stream_frozen=True") as info:
         plus(stream_frozen=True, shard_frozen=True)
     assert "`shard_frozen=True`" in str(info.value)
-    assert plus(stream_frozen=True, streamed=False).chosen is not None
 
 
 def test_wrong_sources_and_places():

@@ -15,6 +15,7 @@ from ...utils.hashing import json_sha256
 from ...utils.parsing import pieces_of
 
 _HASH_LENGTH = 10
+_DOCUMENT_CHARS = 2000  # of a document from a file, at most
 
 
 @dataclass(frozen=True)
@@ -33,27 +34,16 @@ class Corpus:
     texts: list[str]
 
 
-def corpus_from_folder(
-    folder: str | Path, n_documents: int, *, document_chars: int = 2000
-) -> Corpus:
+def corpus_from_folder(folder: str | Path, n_documents: int) -> Corpus:
     """Returns at most `n_documents` documents from all `*.txt` files below a folder.
 
     Files are read in the order of their paths. A long file becomes several documents, divided at
     line ends or spaces. Of more documents than asked for, evenly spread ones are taken.
 
-    Args:
-        folder: The folder.
-        n_documents: Documents to take.
-        document_chars: Characters of a document at most.
-
     Raises:
-        DataError: The folder does not exist or holds no text, files are not UTF-8, or a number is
-            below 1.
+        DataError: The folder holds no text, or files are not UTF-8.
     """
     path = Path(folder)
-    _check_counts(n_documents=n_documents, document_chars=document_chars)
-    if not path.is_dir():
-        raise DataError(f"`corpus={folder}` is not a folder. Give a folder of .txt files.")
     files = sorted(
         (file for file in path.rglob("*.txt") if file.is_file()),
         key=lambda file: file.relative_to(path).as_posix(),
@@ -62,7 +52,7 @@ def corpus_from_folder(
     problems = []
     for file in files:
         try:
-            documents += pieces_of(file.read_text(encoding="utf-8"), document_chars)
+            documents += pieces_of(file.read_text(encoding="utf-8"), _DOCUMENT_CHARS)
         except UnicodeDecodeError as error:
             problems.append(f"{file} is not UTF-8 (byte {error.start}). Convert or remove it.")
         except OSError as error:
@@ -92,26 +82,13 @@ def corpus_from_model(
     """Returns `n_documents` documents sampled from the model itself.
 
     They go from BOS (or EOS where there is no BOS) until EOS (see `TextSampler`): text with the
-    model's own statistics, which needs no data.
-
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
-        n_documents: Documents to sample; a blank one is sampled anew.
-        tokens_per_document: Tokens of a document at most.
-        seed: Seed of the sampling.
-        batch_size: Documents sampled together.
-        cache: A folder where the texts are kept, so that they are sampled once.
-        progress: Show a progress bar.
+    model's own statistics, which needs no data. A blank document is sampled anew. In the folder
+    `cache` the texts are kept, so that they are sampled once.
 
     Raises:
-        DataError: A number is below 1.
         ModelError: There is no token to begin with, or the model samples blank texts only.
         OutputError: The texts cannot be kept in `cache`.
     """
-    _check_counts(
-        n_documents=n_documents, tokens_per_document=tokens_per_document, batch_size=batch_size
-    )
     size = min(batch_size, n_documents)
     kind = TextKind("documents", [[first_token(tokenizer)]], size, tokens_per_document)
     folder = None if cache is None else Path(cache)
@@ -134,9 +111,3 @@ def corpus_from_model(
         f"{n_documents} documents of at most {tokens_per_document} tokens sampled from the model"
     )
     return Corpus(f"sampled-{json_sha256(texts)[:_HASH_LENGTH]}", description, texts)
-
-
-def _check_counts(**counts: int) -> None:
-    problems = [f"`{name}={n}` must be 1 or more." for name, n in counts.items() if n < 1]
-    if problems:
-        raise DataError(one_message("The corpus cannot be made:", problems))

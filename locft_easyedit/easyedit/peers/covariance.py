@@ -19,7 +19,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ...data.tokenization import ids_of
-from ...errors import DataError, one_message
 from ...training.preserve.input_moments import (
     check_finite,
     check_modules,
@@ -64,7 +63,6 @@ def write_key_covariances(
     modules: Sequence[str],
     *,
     stats_dir: str | Path,
-    n_samples: int,
     model_id: str,
     batch_tokens: int = 4096,
     progress: bool = True,
@@ -73,26 +71,16 @@ def write_key_covariances(
 
     One pass over the corpus for all modules whose file is missing or damaged. The sum of x x^T,
     [D, D] in float32, is over all tokens, special ones included, as the tokenizer gives them.
-
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
-        corpus: The texts.
-        modules: Full names of linear modules in the model.
-        stats_dir: EasyEdit's `stats_dir`.
-        n_samples: How many of the corpus' documents to use, from its beginning.
-        model_id: The last part of the model's `config._name_or_path` when EasyEdit runs.
-        batch_tokens: Tokens of a batch, padding included; a longer document is a batch by itself.
-        progress: Show a progress bar.
+    `model_id` is the last part of the model's `config._name_or_path` when EasyEdit runs.
 
     Raises:
         ModelError: A module does not exist or is not linear, is not run, or gets a NaN or an
             infinite number.
-        DataError: The corpus is too small, or a number is below 1.
+        DataError: The corpus has no tokens.
         OutputError: A file cannot be written.
     """
-    _check(model, modules, corpus, n_samples, model_id, batch_tokens)
-    dataset = stats_name(corpus, model)
+    check_modules(model, modules, "Key covariances cannot be measured; correct:")
+    dataset, n_samples = stats_name(corpus, model), len(corpus.texts)
     files = {
         module: covariance_file(
             module, stats_dir=stats_dir, model_id=model_id, dataset=dataset, n_samples=n_samples
@@ -105,7 +93,7 @@ def write_key_covariances(
         if not _is_complete(file, n_samples, input_width(model.get_submodule(module)))
     ]
     if missing:
-        documents = within_context(model, ids_of(tokenizer, corpus.texts[:n_samples]))
+        documents = within_context(model, ids_of(tokenizer, corpus.texts))
         sums, n_tokens = second_moments(
             model,
             documents,
@@ -117,28 +105,6 @@ def write_key_covariances(
         for module in missing:
             _write(files[module], sums[module], n_tokens, n_samples, module)
     return files
-
-
-def _check(
-    model: Any,
-    modules: Sequence[str],
-    corpus: Corpus,
-    n_samples: int,
-    model_id: str,
-    batch_tokens: int,
-) -> None:
-    counts = {"n_samples": n_samples, "batch_tokens": batch_tokens}
-    problems = [f"`{name}={n}` must be 1 or more." for name, n in counts.items() if n < 1]
-    if n_samples > len(corpus.texts):
-        problems.append(
-            f"`n_samples={n_samples}`, but there are {len(corpus.texts)} documents "
-            f"({corpus.description}). Lower it, or give more."
-        )
-    if not model_id or "/" in model_id:
-        problems.append(f"`model_id={model_id!r}` must be a name without a slash.")
-    if problems:
-        raise DataError(one_message("Key covariances cannot be measured:", problems))
-    check_modules(model, modules, "Key covariances cannot be measured; correct:")
 
 
 def _is_complete(file: Path, n_samples: int, width: int) -> bool:

@@ -34,14 +34,7 @@ _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
 def module_names(
     method: str, model: Any, stack: LayerList, i: int
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Returns EasyEdit's names of modules, and a problem for each that was not found.
-
-    Args:
-        method: FT, or one of the methods that edit one matrix a layer.
-        model: The model.
-        stack: Its layers.
-        i: The layer to look at; the model may mix layers of several kinds.
-    """
+    """Returns EasyEdit's names of modules, as in layer `i`, and a problem for each not found."""
     layer, template = stack.layers[i], f"{stack.path}.{{}}"
     names, missing = {"layer_module_tmp": template}, {}
     output = _mlp_output(layer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -134,11 +133,6 @@ def hparams_class(method: str) -> Any:
             f"{describe(easyedit)} has no method {method}; it has {known}. {hint}"
         )
     return classes[wanted]
-
-
-def fields_of(cls: Any) -> list[str]:
-    """Returns the keys that a hyper-parameter class takes."""
-    return [field.name for field in dataclasses.fields(cls)]
 
 
 def describe(easyedit: EasyEdit) -> str:

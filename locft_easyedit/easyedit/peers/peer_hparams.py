@@ -266,14 +266,7 @@ def _runtime_rules(
 def _model_rules(
     method: str, model: Any, n_edits: int, layers: list[int] | None
 ) -> tuple[list[_Rule], dict[str, str]]:
-    """Returns the values that depend on the model, and a problem for each key without one.
-
-    Args:
-        method: One of `PEERS`.
-        model: The model.
-        n_edits: Edits in the run.
-        layers: The user's choice, if any.
-    """
+    """Returns the values that depend on the model, and a problem for each key without one."""
     stack = find_layers(model)
     if stack is None or not len(stack.layers):
         raise PeerError(f"{model_label(model)} has no list of layers to edit. Take another model.")

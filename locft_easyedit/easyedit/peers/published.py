@@ -8,15 +8,9 @@ from typing import Any
 PEERS = ("FT", "LoRA", "ROME", "MEMIT", "AlphaEdit")
 BATCHED = ("MEMIT", "AlphaEdit")
 
-# Values of EasyEdit's YAMLs that depend on no model; layers are those of the 32 in these Llamas.
+# Values of EasyEdit's YAMLs that depend on no model; layers are those of the 32 in these Llamas:
+# hparams/METHOD/llama3-8b.yaml, of MEMIT llama-7b.yaml.
 VALUES_LAYERS = 32
-SOURCES = {
-    "FT": "hparams/FT/llama3-8b.yaml",
-    "LoRA": "hparams/LoRA/llama3-8b.yaml",
-    "ROME": "hparams/ROME/llama3-8b.yaml",
-    "MEMIT": "hparams/MEMIT/llama-7b.yaml",
-    "AlphaEdit": "hparams/AlphaEdit/llama3-8b.yaml",
-}
 _LOCATED = {
     "fact_token": "subject_last",
     "v_num_grad_steps": 25,

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
+from locft_easyedit.easyedit.peers import corpus as module
 from locft_easyedit.easyedit.peers.corpus import corpus_from_folder, corpus_from_model
 from locft_easyedit.errors import DataError, ModelError
 from locft_easyedit.modeling import sampling
@@ -34,10 +35,11 @@ def test_files_in_the_order_of_their_paths(tmp_path):
     assert corpus == corpus_from_folder(str(tmp_path), 10)
 
 
-def test_long_file_becomes_several_documents(tmp_path):
+def test_long_file_becomes_several_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_DOCUMENT_CHARS", 100)
     text = " ".join(f"word{i}" for i in range(500)) + "\n" + "x" * 250
     write(tmp_path, long=text)
-    texts = corpus_from_folder(tmp_path, 1000, document_chars=100).texts
+    texts = corpus_from_folder(tmp_path, 1000).texts
     assert max(map(len, texts)) <= 100
     assert [w for t in texts[:-3] for w in t.split()] == [f"word{i}" for i in range(500)]
     assert texts[-3:] == ["x" * 100, "x" * 100, "x" * 50]
@@ -76,15 +78,13 @@ def test_names_tell_texts_apart(tmp_path):
 
 
 def test_what_a_folder_must_hold(tmp_path):
-    with pytest.raises(DataError, match=r"nothing` is not a folder\. Give a folder of \.txt"):
+    with pytest.raises(DataError, match=r"nothing` holds no text: it has no \.txt files\."):
         corpus_from_folder(tmp_path / "nothing", 5)
     with pytest.raises(DataError, match=r"holds no text: it has no \.txt files\."):
         corpus_from_folder(tmp_path, 5)
     write(tmp_path, a=" \n", b="")
     with pytest.raises(DataError, match=r"holds no text: its 2 \.txt files are blank\."):
         corpus_from_folder(tmp_path, 5)
-    with pytest.raises(DataError, match=r"`n_documents=0` must be 1 or more\.\n.*`document_chars="):
-        corpus_from_folder(tmp_path, 0, document_chars=-1)
 
 
 def test_files_that_are_no_text_are_all_named(tmp_path):
@@ -198,11 +198,6 @@ def test_blank_texts_are_sampled_anew():
     tokenizer.batch_decode = lambda ids, **_: [""] * len(ids)
     with pytest.raises(ModelError, match="samples blank texts"):
         sample(model, tokenizer, 4, tokens_per_document=1)
-
-
-def test_numbers_of_a_sample():
-    with pytest.raises(DataError, match=r"`n_documents=0`.*\n.*`tokens_per_document=0`.*\n.*`bat"):
-        sample(n=0, tokens_per_document=0, batch_size=0)
 
 
 # The cache

@@ -28,7 +28,6 @@ from locft_easyedit.easyedit.peers.peer_hparams import (
 from locft_easyedit.easyedit.peers.published import (
     DEFAULTS,
     MODULE_KEYS,
-    SOURCES,
     VALUES,
     number_if_it_is_one,
 )
@@ -83,7 +82,8 @@ def loaded():
 @pytest.mark.skipif(not CHECKOUT, reason="set EASYEDIT_HOME to a clone of EasyEdit")
 @pytest.mark.parametrize("method", PEERS)
 def test_published_values(method):
-    text = (Path(CHECKOUT) / SOURCES[method]).read_text(encoding="utf-8")
+    source = "llama-7b.yaml" if method == "MEMIT" else "llama3-8b.yaml"
+    text = (Path(CHECKOUT) / "hparams" / method / source).read_text(encoding="utf-8")
     published = {key: number_if_it_is_one(v) for key, v in yaml.safe_load(text).items()}
     assert {key: published[key] for key in VALUES[method]} == VALUES[method]
     assert all(type(published[k]) is bool for k, v in VALUES[method].items() if type(v) is bool)
@@ -647,7 +647,6 @@ def test_easyedit_runs_with_them(loaded, tmp_path, monkeypatch, method, kind):
         corpus,
         hparams.covariance_modules,
         stats_dir=tmp_path / "stats",
-        n_samples=40,
         model_id=f"toy-{kind}",
         progress=False,
     )
