@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,7 +15,7 @@ from ..utils.files import output_errors, replacing
 from ..utils.hashing import DTYPES, dtype_name, tensor_sha256
 from ..utils.parsing import ParseError, json_of, shown
 from .metadata import PREFIXES, problems_of
-from .safetensors_header import Entry, opened, read_header
+from .safetensors_header import opened, read_header, read_tensor
 
 METADATA_KEY = "locft_delta"
 
@@ -72,7 +72,7 @@ def read_edit(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
         ]
         if problems:
             raise DeltaError(one_message(f"`{path}` cannot be used:", problems))
-        tensors = {name: _read(file, entry, path) for name, entry in entries.items()}
+        tensors = {name: read_tensor(file, entry, path) for name, entry in entries.items()}
     problems = tensor_problems(metadata, tensors)
     if problems:
         raise DeltaError(one_message(f"`{path}` is damaged:", problems))
@@ -120,17 +120,3 @@ def _is_factor(factor: Sequence[int], kind: str, shape: Sequence[int], rank: int
         return False
     side, other = (1, 0) if kind == "lora_A" else (0, 1)
     return factor[other] == rank and factor[side] in shape
-
-
-def _read(file: BinaryIO, entry: Entry, path: str | Path) -> torch.Tensor:
-    """Returns a tensor; read, not mapped: a file that is cut meanwhile would end the program."""
-    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-    view = tensor.view(-1).view(torch.uint8).numpy().data
-    file.seek(entry.start)
-    done = 0
-    while done < entry.size:
-        n_read = file.readinto(view[done:])  # type: ignore[attr-defined]
-        if not n_read:
-            raise DeltaError(f"`{path}` ends at byte {entry.start + done}: it is cut short.")
-        done += n_read
-    return tensor

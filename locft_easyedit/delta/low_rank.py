@@ -6,7 +6,6 @@ from collections.abc import Collection
 
 import torch
 
-from ..errors import DeltaError
 from .edited_matrices import EditedMatrices, Factors
 
 # Beyond this many numbers a decomposition in float64 would take hours on a CPU.
@@ -19,27 +18,14 @@ def low_rank_factors(
     """Returns each matrix's change as factors of a rank, and how much of the change they leave out.
 
     Args:
-        delta: The edit, with the values that it replaced.
+        delta: An edit of matrices alone, with the values that it replaced.
         rank: The rank R; a matrix whose change has less beyond rounding gets less.
         transposed: Names of matrices that are stored as [in, out] (transformers' `Conv1D`).
 
     Returns:
         By matrix A, [R, in], and B, [out, R], float32, whose product B A is near the change; and
         ||change - B A|| / ||change|| over all matrices (Frobenius norms).
-
-    Raises:
-        DeltaError: The edit lacks what it replaced, or changes what is no matrix.
     """
-    if not delta.original:
-        raise DeltaError(
-            f"Edit {delta.short_id} was saved without the values that it replaced; its change "
-            "is not known. Take them from its base (`Delta.with_originals`)."
-        )
-    wrong = [name for name, value in delta.new.items() if value.dim() != 2]
-    if wrong:
-        raise DeltaError(
-            f"`{wrong[0]}` is no matrix, and has no low rank. Use as=adapter or as=model."
-        )
     factors, left_out, whole = {}, 0.0, 0.0
     for name, new in delta.new.items():
         exact = torch.float64 if new.numel() <= _MOST_IN_DOUBLE else torch.float32

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import DeltaError
+from ..utils.hashing import DTYPES
 from ..utils.parsing import json_of
 
 
@@ -65,10 +67,6 @@ def _unreadable(path: str | Path, error: Exception) -> DeltaError:
 def read_header(file: BinaryIO, path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Returns the tensors' places by name, and the texts under `__metadata__`.
 
-    Args:
-        file: The file, open.
-        path: Its name.
-
     Raises:
         DeltaError: It is no safetensors file, or a damaged one.
     """
@@ -91,3 +89,21 @@ def read_header(file: BinaryIO, path: str | Path) -> tuple[dict[str, Entry], dic
         shape = tuple(described["shape"])
         entries[name] = Entry(described["dtype"], shape, 8 + length + start, end - start)
     return entries, texts
+
+
+def read_tensor(file: BinaryIO, entry: Entry, path: str | Path) -> torch.Tensor:
+    """Returns a tensor; read, not mapped: a file that is cut meanwhile would end the program.
+
+    Raises:
+        DeltaError: The file ends before the tensor does.
+    """
+    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    view = tensor.view(-1).view(torch.uint8).numpy().data
+    file.seek(entry.start)
+    done = 0
+    while done < entry.size:
+        n_read = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not n_read:
+            raise DeltaError(f"`{path}` ends at byte {entry.start + done}: it is cut short.")
+        done += n_read
+    return tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,7 +60,7 @@ class Weights(ABC):
     def put(self, values: Mapping[str, torch.Tensor], hashes: Mapping[str, str]) -> None:
         """Counts parameters as holding other values, whose hashes are known; changes no model."""
         self._digests |= hashes
-        self._samples |= {name: sample_hashes(value) for name, value in values.items()}
+        self._samples |= {name: {sample_digest(value)} for name, value in values.items()}
 
 
 @dataclass
@@ -93,9 +93,8 @@ def compare(delta: EditedMatrices, weights: Weights) -> Report:
     """Returns how a model stands to an edit; see `Delta.verify`."""
     found: dict[str, set[str]] = {}
     differences, other_precision = [], set()
-    names = weights.names
     for name, described in delta.matrices.items():
-        kind = weights.kind(name) if name in names else "it is not in the model"
+        kind = weights.kind(name) if name in weights.names else "it is not in the model"
         if isinstance(kind, str):
             differences.append(f"`{name}`: {kind}.")
         elif list(kind[1]) != described["shape"]:
@@ -115,16 +114,13 @@ def compare(delta: EditedMatrices, weights: Weights) -> Report:
         )
     if differences:
         return Report(delta.id, weights.label, False, False, differences)
-    others, unchecked = _other_parameters(delta, weights, names)
-    differences = [*_of_matrices(found), *others]
-    return Report(
-        delta.id,
-        weights.label,
-        not others and all("original" in kinds for kinds in found.values()),
-        not others and all("new" in kinds for kinds in found.values()),
-        differences,
-        unchecked,
+    others, unchecked = _other_parameters(delta, weights)
+    fits_base, fits_applied = (
+        not others and all(kind in kinds for kinds in found.values())
+        for kind in ("original", "new")
     )
+    differences = [*_of_matrices(found), *others]
+    return Report(delta.id, weights.label, fits_base, fits_applied, differences, unchecked)
 
 
 def _of_matrices(found: Mapping[str, set[str]]) -> list[str]:
@@ -141,11 +137,9 @@ def _of_matrices(found: Mapping[str, set[str]]) -> list[str]:
     return [f"{_some(edited)}: the edited values; the edit's other matrices hold those before it."]
 
 
-def _other_parameters(
-    delta: EditedMatrices, weights: Weights, names: Set[str]
-) -> tuple[list[str], int]:
+def _other_parameters(delta: EditedMatrices, weights: Weights) -> tuple[list[str], int]:
     """Returns lines on the parameters that the edit leaves alone, and how many went unseen."""
-    frozen = delta.metadata["frozen"]
+    frozen, names = delta.metadata["frozen"], weights.names
     lacking = sorted(set(frozen) - names)
     added = sorted(names - set(frozen) - set(delta.matrices))
     lines = []
@@ -207,7 +201,8 @@ class ModelWeights(Weights):
         return tensor_sha256(self.parameters[name])
 
     def _sample(self, name: str) -> set[str]:
-        return sample_hashes(self.parameters[name])
+        parameter = self.parameters[name]
+        return {sample_digest(parameter)} if readable(parameter) else set()
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -215,13 +210,6 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     own = {id(p): name for name, p in model.named_parameters()}
     everywhere = model.named_parameters(remove_duplicate=False)
     return {own[id(p)]: name for name, p in everywhere if name != own[id(p)]}
-
-
-def sample_hashes(tensor: torch.Tensor) -> set[str]:
-    """Returns the hash of a tensor's sample, none if it cannot be read."""
-    if not readable(tensor):
-        return set()
-    return {sample_digest(tensor)}
 
 
 def values_after(

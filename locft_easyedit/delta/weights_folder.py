@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,16 +13,15 @@ from tqdm import tqdm
 
 from ..errors import DeltaError, ModelError, one_message
 from ..utils.hashing import DTYPES as _BY_CODE
-from ..utils.hashing import digest_of_sample, dtype_name, parts_sha256, sample_positions
+from ..utils.hashing import digest_of_sample, dtype_name, sample_positions, tensor_sha256
 from ..utils.parsing import json_of, shown, text_of
 from .metadata import DTYPES
-from .safetensors_header import Entry, opened, read_header
+from .safetensors_header import Entry, opened, read_header, read_tensor
 from .verify import Weights
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MOST_INDEX = 256 * 2**20
-_CHUNK = 2**26
 _PATIENCE = 2  # seconds before a progress bar shows
 # Weights in another form: they would be those of the model before.
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
@@ -107,23 +106,15 @@ def _shard_names(folder: Path, files: dict[str, Path]) -> list[str]:
         shards = sorted(set(json_of(text, unique_keys=True)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"`{index}` is damaged: {error}. Download it again.") from error
+    # Only names of files that stand in the folder itself: no path leads out of it.
     problems = [
-        f"{shown(name)} is no plain file name that ends in .safetensors."
+        f"{shown(name)} is missing, or no plain file name that ends in .safetensors."
         for name in shards
-        if not _is_plain(name)
-    ] or [f"`{name}` is missing." for name in shards if name not in files]
+        if name not in files or not name.endswith(".safetensors")
+    ]
     if problems:
         raise ModelError(one_message(f"`{index}` names parts that cannot be:", problems))
     return shards
-
-
-def _is_plain(name: object) -> bool:
-    return (
-        isinstance(name, str)
-        and name.endswith(".safetensors")
-        and not name.startswith(".")
-        and not set(name) & {"/", "\\", "\0", ":"}
-    )
 
 
 class CheckpointWeights(Weights):
@@ -147,26 +138,13 @@ class CheckpointWeights(Weights):
         return dtype_name(_BY_CODE[entry.dtype]), entry.shape
 
     def _digest(self, name: str) -> str:
-        shard, entry = self._checkpoint.places[name]
-        dtype = dtype_name(_BY_CODE[entry.dtype])
-        return parts_sha256(dtype, entry.shape, self._parts(shard, entry))
-
-    def _parts(self, shard: str, entry: Entry) -> Iterator[bytes]:
-        with opened(self._checkpoint.shards[shard]) as file:
-            file.seek(entry.start)
-            left = entry.size
-            while left:
-                part = file.read(min(_CHUNK, left))
-                if not part:
-                    raise ModelError(f"`{shard}` ends early: it is cut short. Download it again.")
-                left -= len(part)
-                yield part
+        return tensor_sha256(self.tensor(name))
 
     def tensor(self, name: str) -> torch.Tensor:
         """Returns a parameter."""
         shard, entry = self._checkpoint.places[name]
-        data = bytearray().join(self._parts(shard, entry))
-        return torch.frombuffer(data, dtype=_BY_CODE[entry.dtype]).view(entry.shape)
+        with opened(self._checkpoint.shards[shard]) as file:
+            return read_tensor(file, entry, self._checkpoint.shards[shard])
 
     def _sample(self, name: str) -> set[str]:
         # In each precision: loading may leave some parameters in another one than the file's.

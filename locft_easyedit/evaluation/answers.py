@@ -31,16 +31,11 @@ def normalize_answer(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
-def exact_match(answer: str, target: str) -> bool:
-    """Returns whether two answers are the same after normalisation."""
-    return normalize_answer(answer) == normalize_answer(target)
-
-
 def matches_any(answer: str, accepted: Sequence[str]) -> bool:
     """Returns whether the answer is the same as one of the accepted after normalisation.
 
-    With a single accepted answer it is `exact_match`, also where that is odd: "The" normalises to
-    nothing, and so an empty answer matches it.
+    That is EasyEdit's exact match, also where it is odd: "The" normalises to nothing, and so an
+    empty answer matches it.
     """
     normal = normalize_answer(answer)
     return any(normal == normalize_answer(text) for text in accepted)

@@ -115,7 +115,7 @@ class GreedyDecoder:
         model: A causal language model.
         tokenizer: Its tokenizer.
         prompts: Plain prompts; no chat template is applied.
-        drafts: The answer that is expected of each prompt, or `None` for no guess.
+        drafts: The answer that is expected of each prompt.
         how: How prompts are run.
         max_new_tokens: Tokens of an answer, at most.
         still_open: Says of prompt i whether the rest of an answer that begins so is wanted; `None`
@@ -131,7 +131,7 @@ class GreedyDecoder:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[str],
-        drafts: Sequence[str] | None,
+        drafts: Sequence[str],
         how: EvalConfig,
         *,
         max_new_tokens: int,
@@ -145,28 +145,27 @@ class GreedyDecoder:
         self.ends = end_tokens(model, tokenizer)
         self.stops = stop_tokens(tokenizer)
         self.not_finite: set[int] = set()
-        self._n_prompts = len(prompts)
         self._texts = self._tokenized(prompts, drafts)
-        self._choices: ArgmaxPredictor | None = None
-        if prompts and drafts is not None:
-            self._choices = ArgmaxPredictor(model, self._texts, how, alone=self._draft_alone)
+        self._choices = ArgmaxPredictor(model, self._texts, how)
 
     @property
     def prompt_lengths(self) -> np.ndarray:
         """Tokens of each prompt, [N]."""
         return self._texts.target_start
 
-    def _tokenized(self, prompts: Sequence[str], drafts: Sequence[str] | None) -> TokenizedTexts:
-        """Returns each prompt with what is expected after it."""
+    def _tokenized(self, prompts: Sequence[str], drafts: Sequence[str]) -> TokenizedTexts:
+        """Returns each prompt with its draft and an end token after it: at least one token."""
+        end = self.ends[:1] or [0]
         growing = GrowingTexts()
         for first in range(0, len(prompts), CHUNK):
             part = slice(first, first + CHUNK)
             alone = ids_of(self.tokenizer, prompts[part])
-            expected: list[list[int]] = [[] for _ in alone]
-            if drafts is not None:
-                expected = self._tokenized_drafts(prompts[part], alone, drafts[part])
-            for ids, draft in zip(alone, expected, strict=True):
-                growing.add(ids + draft, len(ids))
+            both = [f"{p} {d.strip()}" for p, d in zip(prompts[part], drafts[part], strict=True)]
+            for prompt, ids in zip(alone, ids_of(self.tokenizer, both), strict=True):
+                # Where a token reaches over the end of the prompt there is no draft to be had.
+                follows = ids[: len(prompt)] == prompt
+                draft = [i for i in ids[len(prompt) :] if i not in self.ends] if follows else []
+                growing.add(prompt + (draft + end)[: self.max_new_tokens], len(prompt))
         return growing.finished()
 
     def answers(self, description: str, only: np.ndarray | None = None) -> list[str]:
@@ -176,14 +175,11 @@ class GreedyDecoder:
             description: Label of the progress bar.
             only: Indices of the prompts that are asked; the others' answers are empty.
         """
-        indices = range(self._n_prompts) if only is None else only.tolist()
-        self.not_finite = set()
-        chosen: ArgmaxPredictions | None = None
-        if self._choices is not None:
-            chosen = self._choices.take(description, only)
-            self.not_finite |= self._choices.not_finite
-            description = f"{description}, word by word"
-        answers = [""] * self._n_prompts
+        indices = range(len(self._texts)) if only is None else only.tolist()
+        chosen = self._choices.take(description, only)
+        self.not_finite = set(self._choices.not_finite)
+        description = f"{description}, word by word"
+        answers = [""] * len(self._texts)
         open_, lengths = array("q"), array("q")
         for i in indices:
             if i in self.not_finite:
@@ -223,14 +219,11 @@ class GreedyDecoder:
             )
         return answers
 
-    def _begun(self, i: int, chosen: ArgmaxPredictions | None) -> list[int]:
+    def _begun(self, i: int, chosen: ArgmaxPredictions) -> list[int]:
         """Returns prompt i with as much of its answer as the draft has shown."""
-        return self._prompt(i) + ([] if chosen is None else self._accepted(i, chosen[i]))
-
-    def _prompt(self, i: int) -> list[int]:
         first = int(self._texts.offsets[i])
-        ids: list[int] = self._texts.ids[first : first + int(self.prompt_lengths[i])].tolist()
-        return ids
+        prompt: list[int] = self._texts.ids[first : first + int(self.prompt_lengths[i])].tolist()
+        return prompt + self._accepted(i, chosen[i])
 
     def _stream_out_(self, sequences: list[list[int]], done: Done, description: str) -> None:
         """Appends a token to every open sequence in each pass over frozen layers on disk."""
@@ -240,26 +233,12 @@ class GreedyDecoder:
             texts = TokenizedTexts.from_lists(
                 [[*sequences[i], 0] for i in open_], [len(sequences[i]) for i in open_]
             )
-            choices = ArgmaxPredictor(self.model, texts, self.how, alone=lambda i: [])
+            choices = ArgmaxPredictor(self.model, texts, self.how)
             taken = choices.take(description)
             for k, i in enumerate(open_):
                 sequences[i].append(-1 if k in choices.not_finite else taken[k][0])
             choices.close()
             open_ = [i for i in open_ if not done(i, sequences[i])]
-
-    def _tokenized_drafts(
-        self, prompts: Sequence[str], alone: list[list[int]], drafts: Sequence[str]
-    ) -> list[list[int]]:
-        """Returns each draft's tokens after its prompt, with an end token: at least one."""
-        end = self.ends[:1] or [0]
-        both = [f"{p} {d.strip()}" for p, d in zip(prompts, drafts, strict=True)]
-        tokenized = []
-        for prompt, ids in zip(alone, ids_of(self.tokenizer, both), strict=True):
-            # Where a token reaches over the end of the prompt there is no draft to be had.
-            follows = ids[: len(prompt)] == prompt
-            draft = [i for i in ids[len(prompt) :] if i not in self.ends] if follows else []
-            tokenized.append((draft + end)[: self.max_new_tokens])
-        return tokenized
 
     def _accepted(self, i: int, choices: list[int]) -> list[int]:
         """Returns the first choices as far as they followed from the draft."""
@@ -271,16 +250,10 @@ class GreedyDecoder:
                 return answer[: k + 1]
         return answer
 
-    def _draft_alone(self, i: int) -> list[int]:
-        logits = self._alone((self._prompt(i) + self._texts.target(i))[:-1])
-        first: list[int] = logits[int(self.prompt_lengths[i]) - 1 :].argmax(-1).tolist()
-        return first
-
-    def _alone(self, ids: list[int]) -> torch.Tensor:
-        """Returns the logits of one text run by itself, [L, V]."""
+    def _alone(self, ids: list[int]) -> int:
+        """Returns the first choice after one text, run by itself."""
         inputs = torch.tensor([ids], device=input_device(self.model))
-        logits: torch.Tensor = self.model(input_ids=inputs, use_cache=False).logits[0]
-        return logits
+        return int(self.model(input_ids=inputs, use_cache=False).logits[0, -1].argmax())
 
     def _pick(
         self, logits: torch.Tensor, texts: np.ndarray, sequences: list[list[int]]
@@ -289,7 +262,7 @@ class GreedyDecoder:
         tokens = best.indices[:, 0].clone()
         near = too_close(best.values, self.model)
         for row in near.nonzero().flatten().tolist():
-            tokens[row] = int(self._alone(sequences[row])[-1].argmax())
+            tokens[row] = self._alone(sequences[row])
         return torch.where(torch.isfinite(best.values[:, 0]), tokens, -1)
 
     def _complete(self, i: int, ids: list[int]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, overload
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -16,9 +16,9 @@ from ..modeling.fsdp import lockstep
 from .fluency import batched_fluency, word_tokenizer
 from .generated import Generated, finish_generated_
 from .perplexity import Perplexity
-from .predictions import EvalConfig
+from .predictions import EvalConfig, Measurement
 from .prompts import Metrics, Questions
-from .records import CompactRecords
+from .records import CompactRecords, LazyRecords
 from .teacher_forced import TeacherForced, finish_locality_
 
 METRICS = ("accuracy", "generated", "ppl", "fluency")
@@ -27,7 +27,7 @@ DEFAULT_METRICS = ("accuracy", "generated")
 Records = Sequence[Mapping[str, Any]]
 
 
-class Evaluation:
+class Evaluation(Measurement):
     """Metrics of the same records with the same model, whose weights may change in between.
 
     Records are checked and tokenized once. With `how.frozen`, the first measurement records what
@@ -109,14 +109,14 @@ class Evaluation:
             when: Goes into the labels of the progress bars.
             only: Records to measure; all if `None`.
         """
-        parts: list[tuple[Iterator[Metrics], Callable[[Metrics, Metrics], None]]] = []
+        parts: list[Iterator[Metrics]] = []
         if self._accuracy is not None:
-            parts.append((self._accuracy.stream(f"metrics {when}".strip(), only), _merge_))
+            parts.append(self._accuracy.stream(f"metrics {when}".strip(), only))
         if self._perplexity is not None:
-            perplexities = self._perplexity.measure(f"perplexity {when}".strip(), only)
-            parts.append((iter(perplexities), _merge_))
+            parts.append(self._perplexity.stream(f"perplexity {when}".strip(), only))
         if self._generated is not None:
-            parts.append((self._generated.stream(f"answers {when}".strip(), only), _generated_))
+            answers = self._generated.stream(f"answers {when}".strip(), only)
+            parts.append({"generated": found} for found in answers)
         if self._words is not None:
             asked = self.records if only is None else [self.records[i] for i in only]
             fluency = batched_fluency(
@@ -128,29 +128,19 @@ class Evaluation:
                 numbers=self._numbers if only is None else [self._numbers[i] for i in only],
                 progress=self.how.progress and only is None,
             )
-            parts.append((iter(fluency), _fluency_))
-        for _ in range(len(self.records) if only is None else len(only)):
+            parts.append({"fluency": found} for found in fluency)
+        for found in zip(*parts, strict=True):
             measured: Metrics = {"locality": {}, "portability": {}}
-            for values, join in parts:
-                join(measured, next(values))
+            for values in found:
+                _merge_(measured, values)
             yield measured
 
-    def paired(self, before: Sequence[Metrics], after: Sequence[Metrics]) -> list[Metrics]:
-        """Returns EasyEdit's metric dictionaries: `case_id`, `requested_rewrite`, `pre`, `post`.
 
-        `PairedMetrics` makes them one at a time.
-
-        Args:
-            before: What was measured before the edit.
-            after: What was measured after it.
-        """
-        return list(PairedMetrics(self.records, before, after))
-
-
-class PairedMetrics(Sequence[dict[str, Any]]):
+class PairedMetrics(LazyRecords):
     """Records with their metrics before and after an edit, put together when they are looked at.
 
-    In `post` is also what only the comparison tells (see `finish_`).
+    As EasyEdit's dictionaries: `case_id`, `requested_rewrite`, `pre` and `post`. In `post` is also
+    what only the comparison tells (see `finish_`).
 
     Args:
         records: The requests.
@@ -177,20 +167,11 @@ class PairedMetrics(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._columns[0])
 
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
-    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
+    def _record(self, index: int) -> dict[str, Any]:
         records, before, after = self._columns
         record, pre, post = records[index], before[index], after[index]
         finish_(pre, post)
-        case_id = index % len(self)
-        return {"case_id": case_id, "requested_rewrite": dict(record), "pre": pre, "post": post}
+        return {"case_id": index, "requested_rewrite": dict(record), "pre": pre, "post": post}
 
 
 def finish_(pre: Mapping[str, Any], post: Metrics) -> None:
@@ -213,14 +194,6 @@ def _merge_(entry: Metrics, value: Metrics) -> None:
             entry[key] = {**part, **entry.get(key, {})}
         else:
             entry[key] = part
-
-
-def _generated_(entry: Metrics, value: Metrics) -> None:
-    entry["generated"] = value
-
-
-def _fluency_(entry: Metrics, value: Metrics) -> None:
-    entry["fluency"] = value
 
 
 def shared_evaluation(
@@ -252,14 +225,7 @@ def shared_evaluation(
     return SharedMeasurement(world, model, records, make)
 
 
-class Measurement(Protocol):
-    """What measures records that it was made with: `Evaluation`, `TeacherForced` and the like."""
-
-    def measure(self, description: str, only: Sequence[int] | None = None, /) -> list[Metrics]:
-        """Returns each record's metrics; those of `only` if given."""
-
-
-class SharedMeasurement:
+class SharedMeasurement(Measurement):
     """A measurement of which every process of a world makes its share.
 
     All processes get all metrics. With one process it is the measurement itself.
@@ -296,25 +262,20 @@ class SharedMeasurement:
                 make(records, list(range(len(records))))
                 raise
 
-    def measure(self, description: str = "", only: Sequence[int] | None = None) -> list[Metrics]:
-        """Returns each record's metrics, in the records' order.
+    def stream(self, description: str = "", only: Sequence[int] | None = None) -> Iterator[Metrics]:
+        """Measures; yields each record's metrics, in the records' order.
 
         Args:
             description: Label of the progress bars.
             only: Records to measure; all if `None`. Processes do not share a part of the records.
         """
-        return list(self.stream(description, only))
-
-    def stream(self, description: str = "", only: Sequence[int] | None = None) -> Iterator[Metrics]:
-        """Measures; yields what `measure` returns."""
-        stream = getattr(self._measurement, "stream", self._measurement.measure)
         if not self.world.is_distributed:
-            yield from stream(description, only)
+            yield from self._measurement.stream(description, only)
             return
         assert only is None
         # Of a sharded model, a rank that is done goes on taking part in the others' passes.
         with self.world.sharing_errors(), lockstep(self._model):
-            found = CompactRecords(stream(description))
+            found = CompactRecords(self._measurement.stream(description))
         yield from _in_order(self.world.all_gather((self._own, found)))
 
 

@@ -101,7 +101,6 @@ def batched_fluency(
     *,
     words: Callable[[str], list[str]],
     batch_size: int = 64,
-    seed: int = 0,
     numbers: Sequence[int] | None = None,
     progress: bool = False,
 ) -> list[dict[str, float]]:
@@ -116,15 +115,14 @@ def batched_fluency(
         records: Requests with `prompt`.
         words: Splits a text into words (see `word_tokenizer`).
         batch_size: Texts at a time.
-        seed: Of the random numbers; record i takes those of `(seed, numbers[i])`.
-        numbers: The records' numbers; counted from 0 if `None`.
+        numbers: The records' numbers, which seed their draws; counted from 0 if `None`.
         progress: Show a progress bar.
     """
     if not records:
         return []
     sequences = tokenizer([r["prompt"] for r in records], padding=False)["input_ids"]
     numbers = range(len(records)) if numbers is None else numbers
-    draws = [np.random.default_rng((seed, i)).random(_TOTAL_TOKENS) for i in numbers]
+    draws = [np.random.default_rng((0, i)).random(_TOTAL_TOKENS) for i in numbers]
 
     def pick(logits: torch.Tensor, texts: np.ndarray, so_far: list[list[int]]) -> torch.Tensor:
         top = torch.softmax(logits.float(), dim=1).topk(_TOP_K, dim=1)

@@ -22,13 +22,13 @@ from .answers import (
     normalize_answer,
 )
 from .decoding import GreedyDecoder
-from .predictions import EvalConfig, warn_not_finite
+from .predictions import EvalConfig, Measurement, warn_not_finite
 from .prompts import Metrics, Questions, check_lengths
 
 MAX_NEW_TOKENS = 32
 
 
-class Generated:
+class Generated(Measurement):
     """Generated metrics of the same records, to be taken before and after an edit.
 
     Args:
@@ -70,16 +70,8 @@ class Generated:
         )
         check_lengths(model, self.questions, self._decoder.prompt_lengths, max_new_tokens)
 
-    def measure(self, description: str, only: Sequence[int] | None = None) -> list[Metrics]:
-        """Returns each record's generated answers and what they are worth; see `stream`."""
-        return list(self.stream(description, only))
-
     def stream(self, description: str, only: Sequence[int] | None = None) -> Iterator[Metrics]:
         """Measures; yields each record's generated answers and what they are worth.
-
-        Args:
-            description: Label of the progress bar.
-            only: Records to measure; all if `None`.
 
         Yields:
             For each record, where 1.0 is yes and 0.0 no: `reliability` (the answer is the target or
@@ -165,52 +157,3 @@ def finish_generated_(pre: Mapping[str, Any], post: Metrics) -> None:
     if same:
         unmeasured = any(np.isnan(m.get("reliability", 0.0)) for m in (pre, post))
         post["locality"] = float("nan") if unmeasured else float(np.mean(same))
-
-
-def generate_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    batch_size: int = 64,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    progress: bool = False,
-    description: str = "generation",
-) -> list[str]:
-    """Returns the model's greedy answer to each prompt, up to EOS, "." or the end of the line.
-
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
-        prompts: Plain prompts; no chat template is applied.
-        batch_size: Prompts generated together; the answers do not depend on it.
-        max_new_tokens: Tokens at most.
-        progress: Show a progress bar.
-        description: Its label.
-
-    Raises:
-        RequestError: A prompt and its answer are beyond the model's context.
-    """
-    how = EvalConfig(batch_size, progress=progress)
-    decoder = GreedyDecoder(model, tokenizer, prompts, None, how, max_new_tokens=max_new_tokens)
-    as_questions = Questions([{"prompt": p, "target_new": "-"} for p in prompts])
-    check_lengths(model, as_questions, decoder.prompt_lengths, max_new_tokens)
-    return decoder.answers(description)
-
-
-def generated_metrics(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    records: Sequence[Mapping[str, Any]],
-    *,
-    batch_size: int = 64,
-    progress: bool = False,
-    description: str = "generation",
-) -> list[Metrics]:
-    """Returns each record's generated metrics, once; see `Generated.measure`.
-
-    Raises:
-        RequestError: As `Generated`.
-    """
-    how = EvalConfig(batch_size, progress=progress)
-    return Generated(model, tokenizer, records, how).measure(description)

@@ -8,8 +8,10 @@ token do not count.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,13 +19,9 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.batching import in_batches
-from ..data.tokenization import TokenizedTexts
-from ..modeling.modes import evaluation_mode
-from ..prefix.frozen_prefix import FrozenPrefix, Layout
-from ..prefix.runner import TextRunner
-from ..prefix.shortcuts import can_pack
-from .predictions import EvalConfig
+from ..data.packing import Rows
+from ..data.tokenization import GrowingTexts, TokenizedTexts
+from .predictions import EvalConfig, Measurement, TextPasses
 from .prompts import Metrics, Question, Questions
 
 PERPLEXITIES = ("ppl", "ood_ppl")
@@ -43,7 +41,7 @@ _META = {
 }
 
 
-class Perplexity:
+class Perplexity(Measurement):
     """Perplexities of the same records, to be taken before and after an edit.
 
     Args:
@@ -66,38 +64,27 @@ class Perplexity:
         *,
         metric: str = "ppl",
     ) -> None:
-        self.model = model
         self.tokenizer = tokenizer
-        self.how = how
         self.metric = metric
         self.n_records = len(records)
         self.questions = list(Questions(records, ("rewrite", "rephrase")))
         self._counts: list[np.ndarray] = []  # which predicted tokens count, an array for each text
         self._ends = np.cumsum([0, *(len(q.prompts) for q in self.questions)])
-        self.texts = self._tokenize()
-        self._prefix: FrozenPrefix | None = None
-        if how.stream is not None and how.frozen is not None and len(self.texts):
-            n_tokens = int(self.texts.input_offsets[-1])
-            self._prefix = FrozenPrefix(model, how.frozen, n_tokens, how.budget)
-            layout = Layout(self.texts, how.row_tokens, self._packed())
-            how.stream.record(self._prefix, layout)
+        if how.stream is None:
+            how = replace(how, frozen=None)  # all layers run, and no states are kept
+        self._passes = TextPasses(model, self._tokenize(), replace(how, tail=None))
 
-    @torch.no_grad()
-    def measure(self, description: str, only: Sequence[int] | None = None) -> list[Metrics]:
-        """Returns for each record `rewrite_ppl` and `rephrase_ppl`, or `ood_acc`; `metric_meta`.
+    def stream(self, description: str, only: Sequence[int] | None = None) -> Iterator[Metrics]:
+        """Measures; yields for each record `rewrite_ppl` and `rephrase_ppl`, or `ood_acc`.
 
-        Args:
-            description: Label of the progress bar.
-            only: Records to measure; all if `None`.
+        `metric_meta` is there as well.
         """
         wanted = range(self.n_records) if only is None else only
         metrics: dict[int, Metrics] = {i: {"metric_meta": {}} for i in wanted}
         asked = [i for i, question in enumerate(self.questions) if question.record in metrics]
         members = {i: range(self._ends[i], self._ends[i + 1]) for i in asked}
-        texts = np.array([j for i in asked for j in members[i]], np.int64)
-        with evaluation_mode(self.model):
-            progress = self.how.progress and only is None
-            losses = self._token_losses(texts, description, progress)
+        texts = None if only is None else np.array([j for i in asked for j in members[i]], np.int64)
+        losses = self._token_losses(description, texts)
         for i in asked:
             question, entry = self.questions[i], metrics[self.questions[i].record]
             nll = np.concatenate([losses[j] for j in members[i]])
@@ -105,88 +92,54 @@ class Perplexity:
             key = f"{question.part}_ppl" if self.metric == "ppl" else "ood_acc"
             entry[key] = _value(self.metric, nll, counts)
             entry["metric_meta"][question.part] = {"result_key": key, **_META[self.metric]}
-        return [metrics[i] for i in wanted]
+        yield from (metrics[i] for i in wanted)
 
     def _tokenize(self) -> TokenizedTexts:
         """Returns the texts of all questions, and notes which of their tokens count."""
-        single = [q for q in self.questions if len(q.prompts) == 1]
-        known = {
-            id(question): ([text], [prompt])
-            for question, text, prompt in zip(
-                single,
-                self._ids([self._whole(q)[0] for q in single]),
-                self._ids([q.prompts[0] for q in single]),
-                strict=True,
-            )
-        }
-        pad, sequences, starts = self.tokenizer.pad_token_id, [], []
+        all_rows = iter(self._ids([text for q in self.questions for text in self._whole(q)]))
+        all_prompts = iter(self._ids([prompt for q in self.questions for prompt in q.prompts]))
+        pad, texts = self.tokenizer.pad_token_id, GrowingTexts()
         for question in self.questions:
-            # A list of prompts is one padded batch there, in which pads are attended to: texts
-            # that begin (or end) with pad tokens.
+            rows = list(itertools.islice(all_rows, len(question.prompts)))
             several = len(question.prompts) > 1
-            rows, prompts = (
-                (self._ids(self._whole(question), padding=True), self._ids(question.prompts))
-                if several
-                else known[id(question)]
-            )
-            for ids, prompt in zip(rows, prompts, strict=True):
+            if several:
+                # A list of prompts is one padded batch there, in which pads are attended to: texts
+                # that begin (or end) with pad tokens.
+                rows = self._ids(self._whole(question), padding=True)
+            for ids in rows:
+                prompt = next(all_prompts)
                 ids = ids[:_LONGEST]
                 n_left_out = 0 if self.metric == "ood_ppl" else len(prompt) - prompt.count(pad)
                 # The first token of all has no predecessor that could predict it.
                 start = min(1 if several else max(1, n_left_out), len(ids))
-                sequences.append(ids)
-                starts.append(start)
+                texts.add(ids, start)
                 counts = np.array(ids[start:], np.int64) != pad
                 self._counts.append(counts & (np.arange(start, len(ids)) >= n_left_out))
-        return TokenizedTexts.from_lists(sequences, starts)
+        return texts.finished()
 
     def _ids(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
         if not texts:
             return []
-        ids: list[list[int]] = self.tokenizer(list(texts), truncation=True, **options)["input_ids"]
-        return ids
+        return self.tokenizer(list(texts), truncation=True, **options)["input_ids"]
 
     def _whole(self, question: Question) -> list[str]:
         if self.metric == "ood_ppl":
             return list(question.prompts)
         return [f"{p} {a}" for p, a in zip(question.prompts, question.answers, strict=True)]
 
-    def _packed(self) -> bool:
-        if self.how.packed is not None:
-            return self.how.packed
-        return bool(len(self.texts)) and can_pack(self.model, self.texts)
-
-    def _token_losses(
-        self, texts: np.ndarray, description: str, progress: bool
-    ) -> dict[int, np.ndarray]:
+    def _token_losses(self, description: str, only: np.ndarray | None) -> dict[int, np.ndarray]:
         """Returns the negative log-likelihood of each predicted token of the texts, by text."""
         losses: dict[int, np.ndarray] = {}
-        if not len(texts):
-            return losses
-        runner = TextRunner(
-            self.model,
-            self.texts,
-            row_tokens=self.how.row_tokens,
-            packed=self._packed(),
-            prefix=self._prefix,
-        )
+        ids = torch.from_numpy(self._passes.texts.ids)
 
-        def run(batch: np.ndarray) -> None:
-            logits, rows = runner.logits(texts[batch])
-            labels = runner.ids[rows.label_index].to(logits.device)
+        def note(logits: torch.Tensor, rows: Rows, texts: np.ndarray) -> None:
+            labels = ids[rows.label_index.cpu()].to(logits.device)
             nll = F.cross_entropy(logits.float(), labels, reduction="none").cpu().numpy()  # [S]
             owner = rows.owner.cpu().numpy()
-            for member, text in enumerate(texts[batch]):
+            for member, text in enumerate(texts):
                 losses[int(text)] = nll[owner == member]
 
-        with runner.running():
-            in_batches(
-                self.texts.lengths[texts],
-                self.how.batch_size,
-                run,
-                description=description,
-                progress=progress,
-            )
+        self._passes.run(note, description, only)
         return losses
 
 

@@ -8,7 +8,8 @@ never decide between them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ..data.batching import in_batches
+from ..data.packing import Rows
 from ..data.tokenization import TokenizedTexts
+from ..modeling.devices import input_device
 from ..modeling.last_layer import Tail
 from ..modeling.modes import evaluation_mode
 from ..prefix.cut import Cut
@@ -26,6 +29,7 @@ from ..prefix.shortcuts import can_pack
 from ..prefix.store import Budget
 from ..prefix.streaming import FrozenStream
 from ..training.session import EditSession
+from .prompts import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +85,23 @@ class EvalConfig:
         )
 
 
+class Measurement(ABC):
+    """What takes metrics of the records that it was made with, before and after an edit."""
+
+    @abstractmethod
+    def stream(self, description: str, only: Sequence[int] | None = None) -> Iterator[Metrics]:
+        """Measures; yields each record's metrics.
+
+        Args:
+            description: Label of the progress bars.
+            only: Records to measure; all if `None`.
+        """
+
+    def measure(self, description: str = "", only: Sequence[int] | None = None) -> list[Metrics]:
+        """Returns each record's metrics; see `stream`."""
+        return list(self.stream(description, only))
+
+
 class ArgmaxPredictions:
     """The first choice at each predicted token of many texts; `choices[i]` are those of text i.
 
@@ -95,14 +116,13 @@ class ArgmaxPredictions:
         self._ends = np.cumsum(n_choices)
         self._n_choices = n_choices
         self._tokens = np.zeros(int(n_choices.sum()), np.int32)
-        self._odd: dict[int, list[int]] = {}
+        self._replaced: dict[int, list[int]] = {}
 
     def __getitem__(self, text: int) -> list[int]:
-        if text in self._odd:
-            return self._odd[text]
+        if text in self._replaced:
+            return self._replaced[text]
         end = self._ends[text]
-        choices: list[int] = self._tokens[end - self._n_choices[text] : end].tolist()
-        return choices
+        return self._tokens[end - self._n_choices[text] : end].tolist()
 
     def put(self, texts: np.ndarray, tokens: np.ndarray) -> None:
         """Sets the choices of some texts, [B]: one text's after the other's, [S]."""
@@ -113,25 +133,17 @@ class ArgmaxPredictions:
 
     def replace(self, text: int, choices: list[int]) -> None:
         """Sets the choices of one text."""
-        if len(choices) == self._n_choices[text]:
-            self.put(np.array([text]), np.array(choices))
-        else:
-            self._odd[text] = choices
+        self._replaced[text] = choices
 
 
-class ArgmaxPredictor:
-    """First choices for a fixed set of texts, to be taken before and after an edit.
+class TextPasses:
+    """Passes of a model over a fixed set of texts; its frozen layers run but once if `how` says so.
 
     Args:
         model: A causal language model.
         texts: The texts; every token from `target_start` on is predicted.
         how: How they are run.
-        alone: Returns the first choices of text i from full forward passes of one fixed form.
         first_position: As for `lay_out`.
-
-    Attributes:
-        not_finite: Texts for which the last measurement met logits that are NaN or infinite; what
-            the model "chooses" there is meaningless.
     """
 
     def __init__(
@@ -139,56 +151,53 @@ class ArgmaxPredictor:
         model: PreTrainedModel,
         texts: TokenizedTexts,
         how: EvalConfig,
-        *,
-        alone: Callable[[int], list[int]],
         first_position: np.ndarray | None = None,
     ) -> None:
         self.model = model
         self.texts = texts
         self.how = how
-        self.alone = alone
         self.first_position = first_position
-        self.not_finite: set[int] = set()
         self._packed = how.packed
         self._prefix: FrozenPrefix | None = None
-        if how.frozen is not None:
-            n_tokens = int(texts.input_offsets[-1])
-            prefix = FrozenPrefix(model, how.frozen, n_tokens, how.budget)
-            there = how.stream is not None or self._filled(prefix)
-            self._prefix = prefix if there or prefix.fits() else None
-            if how.stream is not None and len(texts):
-                how.stream.record(prefix, self._layout())
+        if how.frozen is None or not len(texts):
+            return
+        prefix = FrozenPrefix(model, how.frozen, int(texts.input_offsets[-1]), how.budget)
+        if how.stream is not None:
+            self._prefix = prefix
+            how.stream.record(prefix, self._layout())
+        elif self._filled(prefix) or prefix.fits():
+            self._prefix = prefix
+
+    def packed(self) -> bool:
+        """Returns whether rows are packed; measured on a few texts if `how` leaves it open."""
+        if self._packed is None:
+            with evaluation_mode(self.model):
+                self._packed = bool(len(self.texts)) and can_pack(self.model, self.texts)
+        return self._packed
 
     @torch.no_grad()
-    def take(self, description: str, only: np.ndarray | None = None) -> ArgmaxPredictions:
-        """Returns the first choice at each predicted token of each text.
+    def run(
+        self,
+        use: Callable[[torch.Tensor, Rows, np.ndarray], None],
+        description: str,
+        only: np.ndarray | None = None,
+    ) -> None:
+        """Calls `use` with the logits of each batch, [S, V], its layout, and its texts.
 
         Args:
+            use: Must have no lasting effect before it has succeeded (see `in_batches`).
             description: Label of the progress bar.
-            only: Indices of the texts that are asked for; the others' choices stay empty.
+            only: Indices of the texts to run; all if `None`.
         """
         indices = np.arange(len(self.texts)) if only is None else only
-        choices = ArgmaxPredictions(self.texts, indices)
         if not len(indices):
-            return choices
-        close: set[int] = set()
-        self.not_finite = set()
+            return
         with evaluation_mode(self.model):
             runner = self._runner(everything=only is None)
 
             def run(batch: np.ndarray) -> None:
                 logits, rows = runner.logits(indices[batch])
-                best = logits.topk(2, dim=-1)  # [S, 2]
-                near = too_close(best.values, self.model)
-                finite = torch.isfinite(best.values[:, 0])
-                owner = rows.owner.to(logits.device)
-                # One copy to the host a batch.
-                columns = [owner, best.indices[:, 0], near.long(), finite.long()]
-                owners, tokens, is_close, is_finite = torch.stack(columns).cpu().numpy()
-                texts = indices[batch]
-                choices.put(texts, tokens)
-                self.not_finite.update(texts[owners[is_finite == 0]].tolist())
-                close.update(texts[owners[(is_close == 1) & (is_finite == 1)]].tolist())
+                use(logits, rows, indices[batch])
 
             with runner.running():
                 in_batches(
@@ -200,10 +209,6 @@ class ArgmaxPredictor:
                 )
             if runner.prefix is not None:
                 runner.prefix.complete = True
-            if self.how.stream is None:  # else the whole model would be read again for each
-                for text in sorted(close - self.not_finite):
-                    choices.replace(text, self.alone(text))
-        return choices
 
     def close(self) -> None:
         """Gives back what recorded states took."""
@@ -212,19 +217,12 @@ class ArgmaxPredictor:
 
     def _filled(self, prefix: FrozenPrefix) -> bool:
         """Returns whether `prefix` could take its states from a recorder that had them."""
-        if self.how.states is None or not len(self.texts):
-            return False
-        return self.how.states.fill(prefix, self._layout(), self.how.batch_size)
+        return self.how.states is not None and self.how.states.fill(
+            prefix, self._layout(), self.how.batch_size
+        )
 
     def _layout(self) -> Layout:
         return Layout(self.texts, self.how.row_tokens, self.packed(), self.first_position)
-
-    def packed(self) -> bool:
-        """Returns whether rows are packed; measured on a few texts if `how` leaves it open."""
-        if self._packed is None:
-            with evaluation_mode(self.model):
-                self._packed = bool(len(self.texts)) and can_pack(self.model, self.texts)
-        return self._packed
 
     def _runner(self, *, everything: bool) -> TextRunner:
         # A frozen prefix is recorded in a pass over all texts, or not at all.
@@ -240,6 +238,75 @@ class ArgmaxPredictor:
             first_position=self.first_position,
             tail=self.how.tail,
         )
+
+
+class ArgmaxPredictor(TextPasses):
+    """First choices for a fixed set of texts, to be taken before and after an edit.
+
+    Args:
+        model: A causal language model.
+        texts: The texts; every token from `target_start` on is predicted.
+        how: How they are run.
+        alone: Returns the first choices of text i from full forward passes of one fixed form; one
+            pass over this text if `None`.
+        first_position: As for `lay_out`.
+
+    Attributes:
+        not_finite: Texts for which the last measurement met logits that are NaN or infinite; what
+            the model "chooses" there is meaningless.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        texts: TokenizedTexts,
+        how: EvalConfig,
+        *,
+        alone: Callable[[int], list[int]] | None = None,
+        first_position: np.ndarray | None = None,
+    ) -> None:
+        super().__init__(model, texts, how, first_position)
+        self._alone = alone or self._by_itself
+        self.not_finite: set[int] = set()
+
+    @torch.no_grad()
+    def take(self, description: str, only: np.ndarray | None = None) -> ArgmaxPredictions:
+        """Returns the first choice at each predicted token of each text.
+
+        Args:
+            description: Label of the progress bar.
+            only: Indices of the texts that are asked for; the others' choices stay empty.
+        """
+        asked = np.arange(len(self.texts)) if only is None else only
+        choices = ArgmaxPredictions(self.texts, asked)
+        close: set[int] = set()
+        self.not_finite = set()
+
+        def note(logits: torch.Tensor, rows: Rows, texts: np.ndarray) -> None:
+            best = logits.topk(2, dim=-1)  # [S, 2]
+            near = too_close(best.values, self.model)
+            finite = torch.isfinite(best.values[:, 0])
+            owner = rows.owner.to(logits.device)
+            # One copy to the host a batch.
+            columns = [owner, best.indices[:, 0], near.long(), finite.long()]
+            owners, tokens, is_close, is_finite = torch.stack(columns).cpu().numpy()
+            choices.put(texts, tokens)
+            self.not_finite.update(texts[owners[is_finite == 0]].tolist())
+            close.update(texts[owners[(is_close == 1) & (is_finite == 1)]].tolist())
+
+        self.run(note, description, only)
+        if self.how.stream is None:  # else the whole model would be read again for each
+            with evaluation_mode(self.model):
+                for text in sorted(close - self.not_finite):
+                    choices.replace(text, self._alone(text))
+        return choices
+
+    def _by_itself(self, i: int) -> list[int]:
+        """Returns text i's first choices from a plain forward pass over it."""
+        texts, first = self.texts, int(self.texts.offsets[i])
+        ids = torch.from_numpy(texts.ids[first : texts.offsets[i + 1] - 1])[None]
+        output = self.model(input_ids=ids.to(input_device(self.model)), use_cache=False)
+        return output.logits[0, int(texts.target_start[i]) - 1 :].argmax(-1).tolist()
 
 
 def too_close(best: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:

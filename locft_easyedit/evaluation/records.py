@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -13,7 +14,26 @@ from ..utils.files import text_output
 _BLOCK = 64  # records compressed together: their keys repeat
 
 
-class CompactRecords(Sequence[dict[str, Any]]):
+class LazyRecords(Sequence[dict[str, Any]]):
+    """A sequence of dictionaries, each of which is made when it is looked at."""
+
+    @abstractmethod
+    def _record(self, index: int) -> dict[str, Any]:
+        """Returns the record at an index, which is within 0 and N - 1."""
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        return self._record(index % len(self))
+
+
+class CompactRecords(LazyRecords):
     """A sequence of dictionaries of what JSON knows, NaN as well, in some 200 bytes each.
 
     Every look at a record gives a new dictionary: changing it changes nothing here.
@@ -65,18 +85,9 @@ class CompactRecords(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._blocks) * _BLOCK + len(self._last)
 
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
-    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        block, within = divmod(index % len(self), _BLOCK)
-        record: dict[str, Any] = json.loads(self._texts(block)[within])
-        return record
+    def _record(self, index: int) -> dict[str, Any]:
+        block, within = divmod(index, _BLOCK)
+        return json.loads(self._texts(block)[within])
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for block in range(len(self._blocks) + 1):

@@ -18,7 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.tokenization import CHUNK, GrowingTexts, TokenizedTexts, ids_of
 from ..modeling.devices import input_device
-from .predictions import ArgmaxPredictions, ArgmaxPredictor, EvalConfig, warn_not_finite
+from .predictions import (
+    ArgmaxPredictions,
+    ArgmaxPredictor,
+    EvalConfig,
+    Measurement,
+    warn_not_finite,
+)
 from .prompts import PARTS, Metrics, Question, Questions, check_lengths
 
 # Stands for every token of a text whose logits were no numbers.
@@ -36,7 +42,7 @@ _LOCALITY_META = {
 }
 
 
-class TeacherForced:
+class TeacherForced(Measurement):
     """EasyEdit's metrics of the same records, to be taken before and after an edit.
 
     Args:
@@ -75,16 +81,8 @@ class TeacherForced:
         """Returns whether the model can be packed; measured on a few prompts if not given."""
         return self._choices.packed()
 
-    def measure(self, description: str, only: Sequence[int] | None = None) -> list[Metrics]:
-        """Returns each record's metrics; see `stream`."""
-        return list(self.stream(description, only))
-
     def stream(self, description: str, only: Sequence[int] | None = None) -> Iterator[Metrics]:
         """Measures; yields each record's metrics as EasyEdit's `compute_edit_quality` gives them.
-
-        Args:
-            description: Label of the progress bar.
-            only: Records to measure; all if `None`.
 
         Yields:
             For each record `rewrite_acc`, `rephrase_acc` (lists of shares), `locality` (the
@@ -144,8 +142,7 @@ class TeacherForced:
         )
         logits = self.model(input_ids=ids, attention_mask=mask).logits[i - members.start]
         n_targets = len(rows[i - members.start]) - int(self.texts.target_start[i])
-        first: list[int] = logits.argmax(-1)[width - 1 - n_targets : -1].tolist()
-        return first
+        return logits.argmax(-1)[width - 1 - n_targets : -1].tolist()
 
     def _asked_with(self, i: int) -> range:
         """Returns the prompts of the question that prompt i belongs to."""
@@ -156,26 +153,6 @@ class TeacherForced:
             if i < stop:
                 return range(start, stop)
         raise IndexError(i)
-
-
-def score_records(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    records: Sequence[Mapping[str, Any]],
-    *,
-    batch_size: int = 64,
-    row_tokens: int = 64,
-    packed: bool | None = None,
-    progress: bool = False,
-    description: str = "evaluation",
-) -> list[Metrics]:
-    """Returns EasyEdit's metrics of each record, once; see `TeacherForced`.
-
-    Raises:
-        RequestError: As `TeacherForced`.
-    """
-    how = EvalConfig(batch_size, row_tokens, packed, progress=progress)
-    return TeacherForced(model, tokenizer, records, how).measure(description)
 
 
 def finish_locality_(pre: Mapping[str, Any], post: Metrics) -> None:
@@ -204,38 +181,27 @@ def _tokenize(
 
     The positions are `None` if all are 0.
     """
-    growing = GrowingTexts()
+    growing, pad = GrowingTexts(), tokenizer.pad_token_id
     first_position: list[np.ndarray] = []
     remaining = iter(questions)
     while chunk := list(itertools.islice(remaining, CHUNK)):
-        lengths = _tokenize_(tokenizer, chunk, growing)
+        prompts = [p for q in chunk for p in q.prompts]
+        answers = [a for q in chunk for a in q.answers]
+        both = ids_of(tokenizer, [f"{p} {a}" for p, a in zip(prompts, answers, strict=True)])
+        for ids, alone in zip(both, ids_of(tokenizer, prompts), strict=True):
+            # EasyEdit: pads in the padded row (filler, or in the text) plus prompt tokens that are
+            # none.
+            growing.add(ids, min(ids.count(pad) + len(alone) - alone.count(pad), len(ids)))
         # EasyEdit pads the prompts of one call on the left without telling the model, so that a
         # shorter one starts at a later position; models with learned positions notice.
+        lengths = np.array([len(ids) for ids in both], np.int64)
         n_prompts = np.array([len(q.prompts) for q in chunk if q.prompts], np.int64)
-        if not len(n_prompts):
-            continue
-        widest = np.maximum.reduceat(lengths, np.cumsum(n_prompts) - n_prompts)
-        first_position.append(np.repeat(widest, n_prompts) - lengths)
+        if len(n_prompts):
+            widest = np.maximum.reduceat(lengths, np.cumsum(n_prompts) - n_prompts)
+            first_position.append(np.repeat(widest, n_prompts) - lengths)
     if not any(positions.any() for positions in first_position):
         return growing.finished(), None
     return growing.finished(), np.concatenate(first_position)
-
-
-def _tokenize_(
-    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], growing: GrowingTexts
-) -> np.ndarray:
-    """Appends the prompts of some questions with their answers; returns their lengths, [P]."""
-    prompts = [p for q in questions for p in q.prompts]
-    answers = [a for q in questions for a in q.answers]
-    both = [f"{prompt} {answer}" for prompt, answer in zip(prompts, answers, strict=True)]
-    pad = tokenizer.pad_token_id
-    lengths = []
-    for ids, alone in zip(ids_of(tokenizer, both), ids_of(tokenizer, prompts), strict=True):
-        # EasyEdit: pads in the padded row (filler, or in the text) plus prompt tokens that are
-        # none.
-        growing.add(ids, min(ids.count(pad) + len(alone) - alone.count(pad), len(ids)))
-        lengths.append(len(ids))
-    return np.array(lengths, np.int64)
 
 
 def _share(a: Sequence[float], b: Sequence[float]) -> float:

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.requests import Edit
 from ..data.tokenization import TokenizedTexts, tokenize_edits
 from ..evaluation.predictions import ArgmaxPredictor, EvalConfig
-from ..modeling.devices import context_length, input_device
+from ..modeling.devices import context_length
 
 # Begin so in the middle of a sentence; anything else may be a name.
 _SMALL_WORDS = (
@@ -58,7 +57,7 @@ class HeldOut:
 
     def predictor(self, how: EvalConfig) -> ArgmaxPredictor:
         """Returns what predicts the rewordings' targets, as often as wanted."""
-        return ArgmaxPredictor(self.model, self.texts, how, alone=self._alone)
+        return ArgmaxPredictor(self.model, self.texts, how)
 
     def measure(self, asked: ArgmaxPredictor) -> float:
         """Returns the share of rewordings of whose target every token is the model's first choice.
@@ -70,14 +69,6 @@ class HeldOut:
         if asked.not_finite:
             return float("nan")
         return float(np.mean([choices[i] == self.texts.target(i) for i in range(len(self.texts))]))
-
-    def _alone(self, i: int) -> list[int]:
-        """Returns text i's first choices from a plain forward pass of its own."""
-        ids = torch.from_numpy(self.texts.ids[self.texts.offsets[i] : self.texts.offsets[i + 1]])
-        ids = ids[None, :-1].to(input_device(self.model))
-        logits = self.model(input_ids=ids, use_cache=False).logits[0]
-        choices: list[int] = logits[int(self.texts.target_start[i]) - 1 :].argmax(-1).tolist()
-        return choices
 
 
 def reword(prompt: str) -> list[str]:

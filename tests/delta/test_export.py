@@ -235,8 +235,6 @@ def test_what_lora_cannot_hold(tmp_path):
     bias = several(["transformer.h.1.mlp.c_proj.bias"], model, torch.ones_like)
     with pytest.raises(DeltaError, match=r"c_proj.bias` is not the weight of a linear layer"):
         bias.export_lora(tmp_path / "base", tmp_path / "out", rank=2)
-    with pytest.raises(DeltaError, match="is no matrix, and has no low rank"):
-        low_rank_factors(bias, 2)
     assert not (tmp_path / "out").exists()
 
 
@@ -257,8 +255,6 @@ def test_a_base_of_another_edit(tmp_path, base):
 def test_originals_come_from_the_base(tmp_path, base):
     model = toy_model()
     delta = made_delta(model=model)
-    with pytest.raises(DeltaError, match="its change is not known"):
-        low_rank_factors(delta.without_originals(), 2)
     delta.without_originals().export_lora(base, tmp_path / "out", rank=32)
     assert (logits(loaded(base, tmp_path / "out")) - logits(model)).abs().max() < ROUNDING
 

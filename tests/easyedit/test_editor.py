@@ -21,7 +21,8 @@ from locft_easyedit.errors import (
     OutputError,
     RequestError,
 )
-from locft_easyedit.evaluation.teacher_forced import score_records
+from locft_easyedit.evaluation.predictions import EvalConfig
+from locft_easyedit.evaluation.teacher_forced import TeacherForced
 from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.training.step import TrainingStep
 
@@ -184,7 +185,7 @@ def test_edits_are_trained_together_and_measured_after_all_of_them(editor, call)
     assert editor.last_result.step_losses == expected.step_losses
     assert [m["case_id"] for m in metrics] == list(range(6))
     assert [m["requested_rewrite"]["prompt"] for m in metrics] == [r["prompt"] for r in requests]
-    after = score_records(model, editor.tok, requests)
+    after = TeacherForced(model, editor.tok, requests, EvalConfig()).measure("")
     for entry, score in zip(metrics, after, strict=True):
         assert entry["post"]["rewrite_acc"] == score["rewrite_acc"]
         assert set(entry["pre"]["locality"]) == {"neighborhood_output"}
@@ -261,7 +262,7 @@ def test_edit_without_sequential_edit_makes_each_edit_alone(editor):
     for entry, request in zip(metrics, requests, strict=True):
         alone = toy_model("llama")
         edit_model(alone, editor.tok, [request], editor.hparams, progress=False)
-        [expected] = score_records(alone, editor.tok, [request])
+        [expected] = TeacherForced(alone, editor.tok, [request], EvalConfig()).measure("")
         assert entry["post"]["rewrite_acc"] == expected["rewrite_acc"]
         assert entry["post"]["portability"] == expected["portability"]
     # The model returned carries the last one. Measured: 2.3e-6 at most, where Adam divides a

@@ -14,8 +14,9 @@ from locft_easyedit.data.readers import read_requests
 from locft_easyedit.easyedit.cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
 from locft_easyedit.easyedit.importing import load_easyedit
 from locft_easyedit.evaluation.fluency import fluency_of
+from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.evaluation.summary import summarize
-from locft_easyedit.evaluation.teacher_forced import finish_locality_, score_records
+from locft_easyedit.evaluation.teacher_forced import TeacherForced, finish_locality_
 from locft_easyedit.hparams import LocFTBFHyperParams
 
 HPARAMS = LocFTBFHyperParams(
@@ -28,6 +29,10 @@ SLICES = (
     "wikidata_recent_200",
     "knowedit_zsre_300",
 )
+
+
+def score_records(model, tokenizer, records, how=None):
+    return TeacherForced(model, tokenizer, records, how or EvalConfig()).measure("")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +85,7 @@ def test_toy_models(easyedit, kind, bos):
     model, records = toy_model(kind), records_with_lists(9)
     # Padding on the left moves positions: gpt2, which learned them, notices.
     assert_equal(
-        score_records(model, tokenizer, records, batch_size=7, row_tokens=50),
+        score_records(model, tokenizer, records, EvalConfig(7, 50)),
         theirs(easyedit, model, tokenizer, records),
     )
 

@@ -29,9 +29,6 @@ def test_same_for_every_batch_size(kind, short_texts):
     )
     assert one == many
     assert torch.equal(torch.get_rng_state(), state)
-    assert values(batched_fluency(model, tokenizer, records, words=str.split, seed=1)) != (
-        pytest.approx(values(one))
-    )
 
 
 def test_a_record_has_numbers_of_its_own(short_texts):

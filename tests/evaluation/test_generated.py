@@ -11,11 +11,7 @@ from transformers import GenerationConfig
 
 from locft_easyedit.evaluation.decoding import GreedyDecoder
 from locft_easyedit.evaluation.fluency import fluency_of
-from locft_easyedit.evaluation.generated import (
-    finish_generated_,
-    generate_answers,
-    generated_metrics,
-)
+from locft_easyedit.evaluation.generated import Generated, finish_generated_
 from locft_easyedit.evaluation.predictions import EvalConfig
 
 PROMPTS = [request["prompt"] for request in toy_requests(12)]
@@ -66,6 +62,15 @@ def naive_greedy(model, tokenizer, prompt, max_new_tokens):
     return text.split(".")[0].split("\n")[0].strip()
 
 
+def generate_answers(
+    model, tokenizer, prompts, *, batch_size=64, max_new_tokens=32, packed=None, draft="no such one"
+):
+    """The answers to prompts of which another answer is expected."""
+    how, drafts = EvalConfig(batch_size, packed=packed), [draft] * len(prompts)
+    decoder = GreedyDecoder(model, tokenizer, prompts, drafts, how, max_new_tokens=max_new_tokens)
+    return decoder.answers("")
+
+
 # Answers
 
 
@@ -112,7 +117,9 @@ def test_answer_ends_at_the_first_stop(continuation, answer, n_tokens):
     model = scripted(script, tokenizer=tokenizer)
     calls = Calls(model)
     limit = 5 if "Vienna" in continuation else 20
-    assert generate_answers(model, tokenizer, ["It is"], max_new_tokens=limit) == [answer]
+    # After each token of this draft the script has a token: none is close to another.
+    options = {"max_new_tokens": limit, "packed": True, "draft": "is"}
+    assert generate_answers(model, tokenizer, ["It is"], **options) == [answer]
     assert calls.n == n_tokens  # nothing is generated beyond the stop
 
 
@@ -123,7 +130,7 @@ def test_stop_within_a_token():
     model = scripted([*script, *tokenizer("C")["input_ids"]], tokenizer=tokenizer)
     calls = Calls(model)
     prompt = tokenizer.decode(script[:-3])
-    assert generate_answers(model, tokenizer, [prompt]) == ["Oslo"]
+    assert generate_answers(model, tokenizer, [prompt], packed=True, draft="is") == ["Oslo"]
     assert calls.n == 3
 
 
@@ -264,7 +271,7 @@ def test_close_choices_are_settled_by_the_prompt_alone(monkeypatch):
     """With everything counted as close, all answers come from passes over one prompt."""
     model, tokenizer = toy_model(), toy_tokenizer()
     drafts = ManyDrafts(model, tokenizer, 6)
-    for module in ("decoding", "choices"):
+    for module in ("decoding", "predictions"):
         monkeypatch.setattr(f"locft_easyedit.evaluation.{module}.too_close", always)
     alone = []
     original = GreedyDecoder._alone
@@ -301,7 +308,7 @@ def test_the_cache_goes_by_the_name_that_the_model_knows(kind, recwarn, caplog):
         lambda _, args, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True
     )
     tokenizer = toy_tokenizer()
-    generate_answers(model, tokenizer, PROMPTS, max_new_tokens=4)
+    generate_answers(model, tokenizer, PROMPTS, max_new_tokens=5)
     assert widths.count(1) >= 3
     widths.clear()
     fluency_of(model, tokenizer, toy_requests(1), words=str.split)
@@ -315,7 +322,7 @@ class Wrapper(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.dtype = model, model.dtype
+        self.model, self.dtype, self.config = model, model.dtype, model.config
         self.get_input_embeddings = model.get_input_embeddings
 
     def forward(self, **inputs):
@@ -382,7 +389,7 @@ def test_generated_metrics():
             "rephrase_prompt": "A",
         },
     ]
-    assert generated_metrics(model, tokenizer, records, batch_size=2) == [
+    assert Generated(model, tokenizer, records, EvalConfig(2)).measure("") == [
         {
             "reliability": 1.0,
             "answer": "Oslo",
@@ -427,7 +434,7 @@ def test_portability_and_locality():
         },
         "locality": {"near": {"prompt": ["C", "A"], "ground_truth": ["x", "y"]}},
     }
-    (pre,) = generated_metrics(model, tokenizer, [record])
+    (pre,) = Generated(model, tokenizer, [record], EvalConfig()).measure("")
     assert pre["portability"] == pytest.approx(1 / 3)
     assert pre["portability_answers"] == {"one": ["the capital of France", "Peru"], "two": ["Peru"]}
     assert pre["locality_answers"] == {"near": ["Peru", "Oslo"]}

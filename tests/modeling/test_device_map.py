@@ -11,7 +11,7 @@ from helpers.two_devices import two_devices
 
 from locft_easyedit.distributed.world import share_of_gpus
 from locft_easyedit.errors import HyperParamsError, ModelError
-from locft_easyedit.evaluation.evaluation import Evaluation
+from locft_easyedit.evaluation.evaluation import Evaluation, PairedMetrics
 from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.modeling import loading as models
 from locft_easyedit.modeling.device_map import devices_of, full_map, left_on_disk, spread_map
@@ -72,7 +72,7 @@ def edited(model, tokenizer, h, metrics=("accuracy",)):
         evaluation = Evaluation(model, tokenizer, toy_requests(4), how, metrics=metrics)
         before = evaluation.measure("before")
         result = session.train_()
-        metrics = list(evaluation.paired(before, evaluation.measure("after")))
+        metrics = list(PairedMetrics(toy_requests(4), before, evaluation.measure("after")))
         assert session.stream is None or len(metrics) > 1 or session.stream.n_passes == 1
     return json.dumps(metrics), result
 

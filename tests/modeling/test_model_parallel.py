@@ -22,7 +22,7 @@ from locft_easyedit.data.tokenization import tokenize_edits
 from locft_easyedit.delta.delta import Delta
 from locft_easyedit.easyedit import chat
 from locft_easyedit.errors import PlaceError
-from locft_easyedit.evaluation.evaluation import Evaluation
+from locft_easyedit.evaluation.evaluation import Evaluation, PairedMetrics
 from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.locate.sensitivity import sensitivities
 from locft_easyedit.modeling.devices import module_device
@@ -79,7 +79,7 @@ def run(model, h, metrics=()):
             before = evaluation.measure("before")
         result = session.train_()
         if metrics:
-            measured = list(evaluation.paired(before, evaluation.measure("after")))
+            measured = list(PairedMetrics(requests, before, evaluation.measure("after")))
         found = session.shortcuts
         prefix = session._runner.prefix
         if prefix is not None:

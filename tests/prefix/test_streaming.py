@@ -18,7 +18,7 @@ from helpers.toys import (
 
 from locft_easyedit.api import edit_and_measure, edit_model
 from locft_easyedit.errors import HyperParamsError, MemoryBudgetError, ModelError
-from locft_easyedit.evaluation.evaluation import Evaluation
+from locft_easyedit.evaluation.evaluation import Evaluation, PairedMetrics
 from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.modeling import device_map as offload
 from locft_easyedit.modeling.loading import load_model
@@ -76,7 +76,9 @@ def both(name, requests=None, **changes):
             evaluation = Evaluation(model, tokenizer, requests or records(), how, metrics=METRICS)
             before = evaluation.measure("before")
             result = session.train_()
-            runs.append((evaluation.paired(before, evaluation.measure("after")), result))
+            after = evaluation.measure("after")
+            paired = list(PairedMetrics(evaluation.records, before, after))
+            runs.append((paired, result))
             assert (session.stream is not None) == stream
         models.append(model)
     return runs, models
