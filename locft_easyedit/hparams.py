@@ -52,7 +52,6 @@ OTHER_METHODS_KEYS = frozenset(
 
 
 # What `alg_name: LocFT-BF+` stands for where the YAML says nothing else.
-_PLUS_AUGMENT = 1
 _PLUS_PRESERVE = (SAMPLED, NEIGHBOURS)
 
 # What OmegaConf, and the values themselves, raise where they do not suit a field.
@@ -76,7 +75,7 @@ class LocFTBFHyperParams:
     thresholds are those of "Fine-tuning Done Right in Model Editing" (arXiv 2509.22072).
 
     Attributes:
-        alg_name: `LocFT-BF`, the published method, or `LocFT-BF+`, the same with `augment` and
+        alg_name: `LocFT-BF`, the published method, or `LocFT-BF+`, the same with `forms` and
             `preserve` on.
         model_name: Folder or hub name of a causal language model; in EasyEdit also a pair
             `(model, tokenizer)` that is loaded already.
@@ -140,7 +139,7 @@ class LocFTBFHyperParams:
         forms_per_epoch: Of the forms beside the plain one, how many of each edit are trained in
             an epoch; they take turns.
         augment: Rewordings of each edit's prompt that are trained beside it in an epoch, by turns
-            of those that rules make of it; 0 trains the edits alone. `None` is 0, with LocFT-BF+ 1.
+            of those that English rules make of it; `None` and 0 make none.
         preserve: What the edit is to leave as it is: `sampled` (text sampled from the model
             itself), `neighbours` (the edits' prompts with other subjects), and paths of `.txt`
             files (text) and of `.json` or `.jsonl` files (prompts, which are kept exactly). `None`
@@ -248,10 +247,8 @@ class LocFTBFHyperParams:
 
     @property
     def rewordings(self) -> int:
-        """Rewordings of each edit in an epoch: `augment`, or what `alg_name` stands for."""
-        if self.augment is not None:
-            return self.augment
-        return _PLUS_AUGMENT if self._plus else 0
+        """Rewordings of each edit in an epoch that rules make: `augment`."""
+        return self.augment or 0
 
     @property
     def preserved(self) -> list[str]:

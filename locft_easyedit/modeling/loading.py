@@ -23,9 +23,11 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
+from ..data.forms import ChatTemplate
 from ..distributed.world import get_world, share_of_gpus
 from ..errors import HyperParamsError, LocFTError, MissingDependencyError, ModelError
 from ..hparams import DTYPES, LocFTBFHyperParams
+from ..hparams_rules import CHAT
 from ..utils.memory import free_host_memory
 from ..utils.parsing import is_file, shown
 from .device_map import DeviceMap, devices_of, resident_map, room_on, streaming_map
@@ -103,6 +105,13 @@ def load_model(
             "(model, tokenizer) that is loaded."
         )
     name = check_model_name(name)
+    if CHAT in (hparams.forms or ()):  # told before the weights are loaded
+        with _one_model_error(name):
+            where = tokenizer_of(name)
+            tokenizer = AutoTokenizer.from_pretrained(
+                where, trust_remote_code=hparams.trust_remote_code
+            )
+        ChatTemplate(tokenizer)
     device, chosen = devices_of(hparams.model_parallel, hparams.device, device, gpus)
     world = get_world()
     if hparams.model_parallel and len(set(world.all_gather(len(chosen)))) > 1:

@@ -17,7 +17,9 @@ from .shapes import ModelShapes
 from .units import GIB
 from .workload import Machine, Workload
 
-_AUGMENT = ("rewordings", "longer")  # of the work, told apart from what every edit has
+# Of the work, told apart from what every edit has.
+_AUGMENT = ("rewordings", "longer")
+_FORMS = ("forms", "forms_per_epoch", "form_longer")
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,9 @@ class Plan:
         step, work, chosen = self.step(), dataclasses.asdict(self.work), self.chosen
         return {
             "model": dataclasses.asdict(self.shapes) | {"layers": len(self.shapes.layers)},
-            "work": {key: value for key, value in work.items() if key not in _AUGMENT},
+            "work": {k: value for k, value in work.items() if k not in (*_AUGMENT, *_FORMS)},
             "augment": {key: work[key] for key in _AUGMENT},
+            "forms": {key: work[key] for key in _FORMS},
             "preserve": list(self.shapes.confined.preserve) if self.shapes.confined else [],
             "machine": dataclasses.asdict(self.machine)
             | {"flop_per_second": self.machine.flops(self.dtype)},

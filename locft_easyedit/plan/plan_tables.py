@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from ..hparams_rules import MOST_REWORDINGS
 from ..utils.tables import Bold, Row, counted, terminal_table
 from .cost import step_flop
 from .fitting import NAMES, Candidate
@@ -29,6 +30,8 @@ def model_table(plan: Plan) -> Table:
     trained += f" through LoRA ({shapes.lora.trained:,})" if shapes.lora else ""
     trained += " through a confined change" if shapes.confined else ""
     reworded = f", each with {counted(work.rewordings, 'rewording')}" if work.rewordings else ""
+    if work.forms:
+        reworded += f", in {counted(1 + work.forms, 'form')}"
     of = "edits and rewordings" if work.rewordings else "edits"
     rows = {
         "shapes": shapes.name,
@@ -186,9 +189,15 @@ def assumptions(plan: Plan) -> list[str]:
     ]
     if work.rewordings:
         lines.append(
-            f"{work.recorded_texts - 1} rewordings of each edit are trained, {work.longer:g} "
+            f"{MOST_REWORDINGS} rewordings of each edit are trained, {work.longer:g} "
             "tokens longer than it, and recorded with it; an epoch trains "
             f"{work.rewordings} of them beside it."
+        )
+    if work.forms:
+        lines.append(
+            f"{counted(work.forms, 'other form')} of each edit's prompt are recorded with it, "
+            f"{work.form_longer:g} tokens longer; an epoch trains "
+            f"{min(work.forms, work.forms_per_epoch)} beside it."
         )
     if confined:
         lines.append(

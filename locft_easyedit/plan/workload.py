@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import HyperParamsError, one_message
 from ..hparams import LocFTBFHyperParams
@@ -38,6 +39,9 @@ class Workload:
         evaluate: Whether the model is measured before and after.
         rewordings: Rewordings of an edit that are trained beside it in an epoch, K.
         longer: Tokens that a rewording has more than its edit.
+        forms: Forms of an edit's prompt beside the plain one.
+        forms_per_epoch: How many of them are trained in an epoch.
+        form_longer: Tokens that a prompt in such a form has more than the plain one.
     """
 
     n: int
@@ -51,6 +55,9 @@ class Workload:
     evaluate: bool = True
     rewordings: int = 0
     longer: float = 2.0  # 2.1 of CounterFact's and zsRE's
+    forms: int = 0
+    forms_per_epoch: int = 1
+    form_longer: float = 15.0  # SmolLM2's chat template has 30, a question 5, a sentence 9
 
     def __post_init__(self) -> None:
         problems = [
@@ -75,26 +82,31 @@ class Workload:
 
     @property
     def texts(self) -> int:
-        """Texts of an edit in an epoch: its own wording and its rewordings."""
-        return 1 + self.rewordings
+        """Texts of an edit in an epoch: its own wording, other forms of it, and rewordings."""
+        return 1 + self.rewordings + min(self.forms, self.forms_per_epoch)
 
     @property
     def recorded_texts(self) -> int:
         """Texts of an edit in the prefix: all that are trained, whatever an epoch takes."""
-        return 1 + (MOST_REWORDINGS if self.rewordings else 0)
+        return 1 + self._recorded_rewordings + self.forms
+
+    @property
+    def _recorded_rewordings(self) -> int:
+        return MOST_REWORDINGS if self.rewordings else 0
 
     @property
     def step_tokens(self) -> float:
         """Tokens of an edit that run in a step."""
-        return self._tokens_of(self.texts)
+        return self._tokens_of(self.rewordings, min(self.forms, self.forms_per_epoch))
 
     @property
     def recorded_tokens(self) -> float:
         """Tokens of an edit in the prefix."""
-        return self._tokens_of(self.recorded_texts)
+        return self._tokens_of(self._recorded_rewordings, self.forms)
 
-    def _tokens_of(self, texts: int) -> float:
-        return self.run_tokens + (texts - 1) * (self.run_tokens + self.longer)
+    def _tokens_of(self, rewordings: int, forms: int) -> float:
+        own = self.run_tokens
+        return own + rewordings * (own + self.longer) + forms * (own + self.form_longer)
 
     def cells(self, tokens: float) -> float:
         """Returns the cells of the packed rows, of one length, that so many tokens fill."""
@@ -131,8 +143,16 @@ class Workload:
         Raises:
             HyperParamsError: A value is out of range.
         """
-        sizes = ("batch_size", "micro_batch_size", "eval_batch_size", "row_tokens", "rewordings")
-        values = {"epochs": hparams.num_steps} | {key: getattr(hparams, key) for key in sizes}
+        sizes = (
+            "batch_size",
+            "micro_batch_size",
+            "eval_batch_size",
+            "row_tokens",
+            "rewordings",
+            "forms_per_epoch",
+        )
+        values: dict[str, Any] = {"epochs": hparams.num_steps, "forms": len(hparams.wrapped_forms)}
+        values |= {key: getattr(hparams, key) for key in sizes}
         return cls(n=n, **(values | changes))
 
 
