@@ -20,7 +20,6 @@ from .hparams_rules import (
     ALG_NAMES,
     AUTO,
     DTYPES,
-    FORMS,
     NEIGHBOURS,
     OR_AUTO,
     PLAIN,
@@ -52,6 +51,7 @@ OTHER_METHODS_KEYS = frozenset(
 
 
 # What `alg_name: LocFT-BF+` stands for where the YAML says nothing else.
+_PLUS_AUGMENT = 1
 _PLUS_PRESERVE = (SAMPLED, NEIGHBOURS)
 
 # What OmegaConf, and the values themselves, raise where they do not suit a field.
@@ -75,7 +75,7 @@ class LocFTBFHyperParams:
     thresholds are those of "Fine-tuning Done Right in Model Editing" (arXiv 2509.22072).
 
     Attributes:
-        alg_name: `LocFT-BF`, the published method, or `LocFT-BF+`, the same with `forms` and
+        alg_name: `LocFT-BF`, the published method, or `LocFT-BF+`, the same with `augment` and
             `preserve` on.
         model_name: Folder or hub name of a causal language model; in EasyEdit also a pair
             `(model, tokenizer)` that is loaded already.
@@ -134,12 +134,11 @@ class LocFTBFHyperParams:
         forms: How an edit's prompt is put to the model in training, beside the prompt itself
             (`plain`): in the model's `chat` template, as a question with an answer to come
             (`question_answer`), after a sentence that has nothing to do with it (`context`).
-            `None` is plain alone, with LocFT-BF+ all of them (`chat` where the tokenizer has a
-            template).
+            `None` is plain alone.
         forms_per_epoch: Of the forms beside the plain one, how many of each edit are trained in
             an epoch; they take turns.
         augment: Rewordings of each edit's prompt that are trained beside it in an epoch, by turns
-            of those that English rules make of it; `None` and 0 make none.
+            of those that English rules make of it; 0 makes none. `None` is 0, with LocFT-BF+ 1.
         preserve: What the edit is to leave as it is: `sampled` (text sampled from the model
             itself), `neighbours` (the edits' prompts with other subjects), and paths of `.txt`
             files (text) and of `.json` or `.jsonl` files (prompts, which are kept exactly). `None`
@@ -241,14 +240,15 @@ class LocFTBFHyperParams:
 
     @property
     def wrapped_forms(self) -> list[str]:
-        """The forms that are trained beside the plain one: `forms`, or what `alg_name` means."""
-        forms = (FORMS if self._plus else ()) if self.forms is None else self.forms
-        return [form for form in forms if form != PLAIN]
+        """The forms that are trained beside the plain one."""
+        return [form for form in self.forms or () if form != PLAIN]
 
     @property
     def rewordings(self) -> int:
-        """Rewordings of each edit in an epoch that rules make: `augment`."""
-        return self.augment or 0
+        """Rewordings of each edit in an epoch: `augment`, or what `alg_name` stands for."""
+        if self.augment is not None:
+            return self.augment
+        return _PLUS_AUGMENT if self._plus else 0
 
     @property
     def preserved(self) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from .utils.parsing import shown
 
 ALG_NAME = "LocFT-BF"
-# The preset: the published method with `forms` and `preserve` on.
+# The preset: the published method with `augment` and `preserve` on.
 PLUS_NAME = "LocFT-BF+"
 ALG_NAMES = (ALG_NAME, PLUS_NAME)
 SAMPLED, NEIGHBOURS = "sampled", "neighbours"  # what `preserve` takes besides files

@@ -124,7 +124,7 @@ class TrainingTexts:
 
 
 def trained_forms(tokenizer: PreTrainedTokenizerBase, hparams: LocFTBFHyperParams) -> Forms:
-    """Returns the forms that `hparams` asks for; a preset's without what the tokenizer has not.
+    """Returns the forms that `hparams` asks for, without `chat` where the template is broken.
 
     Raises:
         ModelError: `forms` names `chat`, and the tokenizer has no chat template.
@@ -134,7 +134,7 @@ def trained_forms(tokenizer: PreTrainedTokenizerBase, hparams: LocFTBFHyperParam
         try:
             return Forms(tokenizer, names, hparams.seed)
         except ModelError as error:
-            if hparams.forms is not None and not getattr(tokenizer, "chat_template", None):
+            if not getattr(tokenizer, "chat_template", None):
                 raise
             logger.warning("Edits are trained without the form `%s`: %s", CHAT, error)
             names = [name for name in names if name != CHAT]

@@ -184,14 +184,15 @@ def test_a_form_that_is_too_long_is_left_out_and_counted():
     assert made.variants.counts.sum() == 12 - dropped
 
 
-def test_a_preset_trains_without_chat_where_there_is_no_template(caplog):
-    edits = [Edit("Who?", "Ann", 0)]
+def test_a_template_that_is_broken_is_told_and_the_other_forms_are_trained(caplog):
+    tokenizer = toy_chat_tokenizer("{{ raise_exception('broken') }}")
     with caplog.at_level(logging.WARNING):
         made = TrainingTexts.tokenize(
-            toy_tokenizer(), edits, [None], toy_hparams(alg_name="LocFT-BF+", preserve=[]), 256
+            tokenizer, [Edit("Who?", "Ann", 0)], [None], toy_hparams(forms=WRAPPED), 256
         )
     assert made.forms.names == (QUESTION_ANSWER, CONTEXT)
-    assert [r.message for r in caplog.records if "without the form `chat`" in r.message]
+    assert "without the form `chat`" in caplog.text
+    assert "broken" in caplog.text
 
 
 def test_chat_that_is_asked_for_without_a_template_is_refused():

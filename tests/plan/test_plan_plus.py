@@ -45,7 +45,7 @@ RUN, REWORDED = 14.6, 14.6 + 2.0  # tokens of an edit and of a rewording that ru
 
 
 def plus(name="llama3-8b", **keys):
-    return plan_for(name, **({"alg_name": "LocFT-BF+", "augment": 1, "forms": []} | keys))
+    return plan_for(name, **({"alg_name": "LocFT-BF+"} | keys))
 
 
 def augmented(name="llama3-8b", augment=1, **keys):
@@ -63,7 +63,7 @@ def confined(name="llama3-8b", **keys):
 def test_the_plan_is_what_a_session_of_the_preset_holds(dtype, tmp_path):
     toy_model("llama").config.save_pretrained(tmp_path)
     hparams = toy_hparams(
-        alg_name="LocFT-BF+", augment=1, forms=[], preserve=["neighbours"], dtype=dtype,
+        alg_name="LocFT-BF+", preserve=["neighbours"], dtype=dtype,
         prefix_cut="matrix",
         model_name=str(tmp_path), device="cpu", health_check=False,
     )  # fmt: skip
@@ -417,16 +417,17 @@ def test_the_preset_on_the_command_line(capsys, tmp_path, monkeypatch):
     assert main(["plan", *arguments, "alg_name=LocFT-BF+", "output=plan.json"]) == 0
     out = capsys.readouterr().out
     for part in (
-        "1,000, 10 a step, 25 epochs, in 4 forms",
+        "1,000, 10 a step, 25 epochs, each with 1 rewording ",
         "sampled, neighbours",
-        "103,400 of edits, 58,400 of prompts",
+        "147,400 of edits and rewordings, 58,400 of prompts",
         "through a confined change",
         "filters of inputs",
         "measuring what is preserved",
     ):
         assert part in out
     found = json.loads((tmp_path / "plan.json").read_text())
-    assert found["forms"] == {"forms": 3, "forms_per_epoch": 1, "form_longer": 15.0}
+    assert found["augment"] == {"rewordings": 1, "longer": 2.0}
+    assert found["forms"]["forms"] == 0
     assert found["preserve"] == ["sampled", "neighbours"]
     [width] = found["model"]["confined"]["inputs"].values()
     assert width == WIDTH
@@ -436,6 +437,14 @@ def test_the_preset_on_the_command_line(capsys, tmp_path, monkeypatch):
     assert "preserve" not in out
     found = json.loads((tmp_path / "plan.json").read_text())
     assert (found["augment"]["rewordings"], found["preserve"]) == (2, [])
+    forms = "forms=[chat,context,question_answer]"
+    assert main(["plan", *arguments, forms, "output=plan.json"]) == 0
+    out = capsys.readouterr().out
+    assert "1,000, 10 a step, 25 epochs, in 4 forms" in out
+    assert "103,400 of edits, 58,400 of prompts" in out
+    assert "an epoch trains 1 beside it." in out
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["forms"] == {"forms": 3, "forms_per_epoch": 1, "form_longer": 15.0}
     assert main(["plan", *arguments]) == 0
     assert "rewording" not in capsys.readouterr().out
     status = main(["plan", *arguments, "alg_name=LocFT-BF+", "stream_frozen=true"])
@@ -450,7 +459,7 @@ def test_a_yaml_of_the_preset(capsys, tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text(YAML.replace("LocFT-BF", "LocFT-BF+") + "preserve: [a.txt]")
     assert main(["plan", "--config-name", "mine.yaml", "n=10", "device=cpu"]) == 0
     out = capsys.readouterr().out
-    assert "in 4 forms" in out
+    assert "each with 1 rewording" in out
     assert "a.txt" in out  # which need not be there
 
 

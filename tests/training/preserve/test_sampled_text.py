@@ -179,8 +179,6 @@ def test_all_that_is_measured_for_the_preset_counts_by_its_weight(asking, monkey
     requests = [r | {"subject": r["prompt"].split()[0]} for r in toy_requests(6)]
     hparams = toy_hparams(
         alg_name="LocFT-BF+",
-        forms=[],
-        augment=1,
         preserve_dir=str(tmp_path),
         rewrite_module_tmp=f"{DOWN}.weight",
     )
