@@ -17,7 +17,7 @@ from .delta.delta import Delta
 from .delta.weights_folder import read_checkpoint
 from .distributed.world import SINGLE_PROCESS, get_world
 from .errors import ModelError, OutputError
-from .evaluation.evaluation import PairedMetrics, SharedMeasurement, shared_evaluation
+from .evaluation.evaluation import Evaluation, PairedMetrics, SharedMeasurement
 from .evaluation.predictions import EvalConfig
 from .evaluation.records import CompactRecords
 from .evaluation.report import write_loss_curve
@@ -187,7 +187,12 @@ def edit_and_measure(
     with open_session(model, tokenizer, requests, hparams, progress=progress) as session:
         watch.lap("checks and frozen prefix")
         how = EvalConfig.from_session(session, progress=session.progress)
-        evaluation = shared_evaluation(session.world, model, tokenizer, requests, how)
+        evaluation = SharedMeasurement(
+            session.world,
+            model,
+            requests,
+            lambda some, numbers: Evaluation(model, tokenizer, some, how, numbers=numbers),
+        )
         before = _before(evaluation, requests, session)
         watch.lap("metrics before")
         result = session.train_()

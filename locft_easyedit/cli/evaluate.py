@@ -21,9 +21,9 @@ from ..errors import DataError, HyperParamsError
 from ..evaluation.evaluation import (
     DEFAULT_METRICS,
     METRICS,
+    Evaluation,
     SharedMeasurement,
     finish_,
-    shared_evaluation,
 )
 from ..evaluation.predictions import EvalConfig
 from ..evaluation.prompts import Metrics
@@ -171,7 +171,14 @@ def _evaluation(
 ) -> SharedMeasurement:
     world = get_world()
     how = EvalConfig(config.batch_size, config.row_tokens, progress=world.is_main_process)
-    return shared_evaluation(world, model, tokenizer, requests, how, metrics=config.metrics)
+    return SharedMeasurement(
+        world,
+        model,
+        requests,
+        lambda some, numbers: Evaluation(
+            model, tokenizer, some, how, metrics=config.metrics, numbers=numbers
+        ),
+    )
 
 
 def _stored(config: EvaluateConfig, requests: list[dict[str, Any]]) -> list[Metrics]:

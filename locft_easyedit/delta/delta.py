@@ -33,7 +33,8 @@ class Delta(EditedMatrices):
     edits, one on top of the other: `apply_deltas_` and `revert_deltas_`, and for models in folders
     `locft_easyedit.delta.folder`.
 
-    Attributes are those of `EditedMatrices`.
+    Attributes are those of `EditedMatrices`. What is done with folders is written in
+    `locft_easyedit.delta.folder` and `locft_easyedit.delta.export`; here it has its name.
     """
 
     # Made, kept and checked
@@ -127,17 +128,7 @@ class Delta(EditedMatrices):
         """Returns the edit without the values that it replaced: half the size, not undone alone."""
         return replace(self, original={})
 
-    def with_originals(self, base: Mapping[str, torch.Tensor] | str | Path) -> Delta:
-        """Returns the edit with the values that it replaced, which come from elsewhere.
-
-        Args:
-            base: The parameters of the model before the edit, or the folder of that model.
-
-        Raises:
-            DeltaError: They are not the values that the edit replaced.
-            ModelError: The folder cannot be used.
-        """
-        return with_originals(self, base)
+    with_originals = with_originals
 
     # In a model in memory
 
@@ -181,13 +172,7 @@ class Delta(EditedMatrices):
 
     # In a model's folder
 
-    def verify_folder(self, model: str | Path, *, trust_remote_code: bool = False) -> Report:
-        """Returns how the model in a folder stands to the edit; see `verify`.
-
-        Raises:
-            ModelError: The folder cannot be used.
-        """
-        return compare_folder(self, model, trust_remote_code=trust_remote_code)
+    verify_folder = compare_folder
 
     def apply_to_folder(
         self, model: str | Path, output: str | Path, *, trust_remote_code: bool = False
@@ -226,47 +211,5 @@ class Delta(EditedMatrices):
 
     # For other programs
 
-    def export_adapter(
-        self, model: str | Path, output: str | Path, *, trust_remote_code: bool = False
-    ) -> None:
-        """Writes a PEFT adapter that carries the edited matrices themselves.
-
-        `PeftModel.from_pretrained(base, output)` answers as the edited model, to the bit; within
-        `disable_adapter()` it answers as before. The adapter is as large as the matrices.
-        Technically it is a LoRA configuration without any low-rank layer, whose `modules_to_save`
-        are the edited modules. Args and errors are those of `apply_to_folder`.
-        """
-        write_exact_adapter(self, model, output, trust_remote_code=trust_remote_code)
-
-    def export_lora(
-        self,
-        model: str | Path,
-        output: str | Path,
-        *,
-        rank: int | None = None,
-        trust_remote_code: bool = False,
-    ) -> float:
-        """Writes a PEFT LoRA adapter: the edit's change of each matrix, cut off at a rank.
-
-        The factors are those of a singular value decomposition of new - original, the best that
-        there are of their rank; alpha equals the rank, so that peft scales by 1. An edit that was
-        trained as LoRA is written as it was trained, unless a rank is given.
-
-        Args:
-            model: The folder of the model without the edit.
-            output: A folder that does not exist or is empty.
-            rank: The rank of every matrix; one that needs less gets less.
-            trust_remote_code: Allow the model's own code.
-
-        Returns:
-            How much of the change is left out: ||change - B A|| / ||change|| (Frobenius norms).
-
-        Raises:
-            DeltaError: The edit does not fit the model, or changes what LoRA cannot.
-            HyperParamsError: `rank` is missing or below 1.
-            ModelError: The model's folder cannot be used.
-            OutputError: `output` holds something or cannot be written.
-        """
-        return write_lora_adapter(
-            self, model, output, rank=rank, trust_remote_code=trust_remote_code
-        )
+    export_adapter = write_exact_adapter
+    export_lora = write_lora_adapter

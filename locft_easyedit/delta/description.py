@@ -74,10 +74,8 @@ def _numbers(value: Any) -> dict[str, Any]:
     """Returns the numbers in nested mappings, and nothing else that a file may hold there."""
     if not isinstance(value, Mapping):
         return {}
-    kept: dict[str, Any] = {}
-    for key, entry in value.items():
-        if isinstance(entry, Mapping):
-            kept[key] = _numbers(entry)
-        elif isinstance(entry, (int, float)) and not isinstance(entry, bool):
-            kept[key] = entry
-    return kept
+    return {
+        key: _numbers(entry) if isinstance(entry, Mapping) else entry
+        for key, entry in value.items()
+        if isinstance(entry, (Mapping, int, float)) and not isinstance(entry, bool)
+    }

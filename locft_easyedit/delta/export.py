@@ -13,10 +13,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import DeltaError, HyperParamsError, one_message
-from ..modeling.loading import model_without_weights
 from ..utils.files import new_folder, output_errors
 from .edited_matrices import EditedMatrices, Factors
-from .folder import compare_folder, values_beside, with_originals
+from .folder import compare_folder, skeleton_of, values_beside, with_originals
 from .low_rank import low_rank_factors
 
 # peft's own mark of an adapter without low-rank layers (`peft.utils.constants`).
@@ -27,7 +26,13 @@ _PREFIX = "base_model.model."
 def write_exact_adapter(
     delta: EditedMatrices, model: str | Path, output: str | Path, *, trust_remote_code: bool = False
 ) -> None:
-    """Writes a PEFT adapter with the edited matrices themselves; see `Delta.export_adapter`."""
+    """Writes a PEFT adapter that carries the edited matrices themselves.
+
+    `PeftModel.from_pretrained(base, output)` answers as the edited model, to the bit; within
+    `disable_adapter()` it answers as before. The adapter is as large as the matrices. Technically
+    it is a LoRA configuration without any low-rank layer, whose `modules_to_save` are the edited
+    modules. Args and errors are those of `Delta.apply_to_folder`.
+    """
     _check_base(delta, model, trust_remote_code)
     modules = {_module_of(name): None for name in delta.new}
     if "" in modules:
@@ -50,7 +55,28 @@ def write_lora_adapter(
     rank: int | None = None,
     trust_remote_code: bool = False,
 ) -> float:
-    """Writes a PEFT LoRA adapter; see `Delta.export_lora`."""
+    """Writes a PEFT LoRA adapter: the edit's change of each matrix, cut off at a rank.
+
+    The factors are those of a singular value decomposition of new - original, the best that there
+    are of their rank; alpha equals the rank, so that peft scales by 1. An edit that was trained as
+    LoRA is written as it was trained, unless a rank is given.
+
+    Args:
+        delta: The edit.
+        model: The folder of the model without the edit.
+        output: A folder that does not exist or is empty.
+        rank: The rank of every matrix; one that needs less gets less.
+        trust_remote_code: Allow the model's own code.
+
+    Returns:
+        How much of the change is left out: ||change - B A|| / ||change|| (Frobenius norms).
+
+    Raises:
+        DeltaError: The edit does not fit the model, or changes what LoRA cannot.
+        HyperParamsError: `rank` is missing or below 1.
+        ModelError: The model's folder cannot be used.
+        OutputError: `output` holds something or cannot be written.
+    """
     if rank is not None and rank < 1:
         raise HyperParamsError(f"`rank={rank}` must be 1 or more.")
     if rank is None and not delta.lora:
@@ -120,11 +146,7 @@ def _write_adapter(
 
 
 def _check_base(delta: EditedMatrices, model: str | Path, trust_remote_code: bool) -> None:
-    """Checks that a folder holds the model that an adapter of this edit belongs to.
-
-    Raises:
-        DeltaError: It is another one.
-    """
+    """Raises if a folder does not hold the model that an adapter of this edit belongs to."""
     report = compare_folder(delta, model, trust_remote_code=trust_remote_code)
     if not report.fits_base:
         problems = report.differences or ["the edit is already in it. Give the model without it."]
@@ -136,14 +158,8 @@ def _check_base(delta: EditedMatrices, model: str | Path, trust_remote_code: boo
 def _transposed(
     delta: EditedMatrices, model: str | Path, trust_remote_code: bool
 ) -> dict[str, bool]:
-    """Returns for each edited matrix whether its linear layer stores it as [in, out].
-
-    Raises:
-        DeltaError: A parameter is not the weight of a linear layer.
-    """
-    skeleton = model_without_weights(
-        str(Path(model).expanduser().resolve()), trust_remote_code=trust_remote_code
-    )
+    """Returns for each edited matrix whether its linear layer stores it as [in, out]."""
+    skeleton = skeleton_of(model, trust_remote_code)
     modules = {name: skeleton.get_submodule(_module_of(name)) for name in delta.new}
     wrong = [
         f"`{name}` is not the weight of a linear layer."

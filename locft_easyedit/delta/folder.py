@@ -79,14 +79,27 @@ def write_changed_folder(
 def compare_folder(
     delta: EditedMatrices, model: str | Path, *, trust_remote_code: bool = False
 ) -> Report:
-    """Returns how the model in a folder stands to an edit; see `Delta.verify_folder`."""
+    """Returns how the model in a folder stands to an edit; see `Delta.verify`.
+
+    Raises:
+        ModelError: The folder cannot be used.
+    """
     checkpoint = read_checkpoint(model)
     direct = weights_in_place([delta], checkpoint, trust_remote_code=trust_remote_code)
     return compare(delta, direct or ModelWeights(_loaded(delta, model, trust_remote_code), model))
 
 
 def with_originals(delta: Edited, base: Mapping[str, torch.Tensor] | str | Path) -> Edited:
-    """Returns an edit with the values that it replaced; see `Delta.with_originals`."""
+    """Returns an edit with the values that it replaced, which come from elsewhere.
+
+    Args:
+        delta: The edit.
+        base: The parameters of the model before the edit, or the folder of that model.
+
+    Raises:
+        DeltaError: They are not the values that the edit replaced.
+        ModelError: The folder cannot be used.
+    """
     if not isinstance(base, Mapping):
         base = _originals_in(base, delta)
     values = {n: base[n].to(delta.new[n].dtype) for n in delta.new if n in base}
@@ -102,11 +115,7 @@ def with_originals(delta: Edited, base: Mapping[str, torch.Tensor] | str | Path)
 
 
 def _originals_in(base: str | Path, delta: EditedMatrices) -> dict[str, torch.Tensor]:
-    """Returns the matrices of a model's folder that are of the kinds that an edit replaced.
-
-    Raises:
-        ModelError: The folder cannot be used.
-    """
+    """Returns the matrices of a model's folder that are of the kinds that an edit replaced."""
     checkpoint = read_checkpoint(base)
     weights = CheckpointWeights(checkpoint)
     return {
@@ -126,9 +135,7 @@ def values_beside(
         ModelError: The model's folder cannot be used.
     """
     checkpoint = read_checkpoint(model)
-    skeleton = model_without_weights(
-        str(checkpoint.folder.resolve()), trust_remote_code=trust_remote_code
-    )
+    skeleton = skeleton_of(model, trust_remote_code)
     modules = {name.rpartition(".")[0] for name in delta.new}
     names = {
         f"{module}.{own}"
@@ -153,9 +160,7 @@ def weights_in_place(
     if not checkpoint.shards:
         return None
     try:
-        skeleton = model_without_weights(
-            str(checkpoint.folder.resolve()), trust_remote_code=trust_remote_code
-        )
+        skeleton = skeleton_of(checkpoint.folder, trust_remote_code)
     except LocFTError as error:
         logger.debug("%s cannot be built without weights: %s", checkpoint.folder, error)
         return None
@@ -169,16 +174,25 @@ def weights_in_place(
     return weights if same else None
 
 
+def skeleton_of(folder: str | Path, trust_remote_code: bool) -> nn.Module:
+    """Returns the model of a folder without its weights."""
+    return model_without_weights(_whole_path(folder), trust_remote_code=trust_remote_code)
+
+
+def _whole_path(folder: str | Path) -> str:
+    """Returns a folder's path as nothing that the hub could know."""
+    return str(Path(folder).expanduser().resolve())
+
+
 def _loaded(delta: EditedMatrices, model: str | Path, trust_remote_code: bool) -> nn.Module:
     """Returns the model of a folder in an edit's precision, in the host's memory."""
     try:
-        loaded: nn.Module = load_causal_lm(
-            str(Path(model).expanduser().resolve()),
+        return load_causal_lm(
+            _whole_path(model),
             device="cpu",
             dtype=delta.dtype,
             trust_remote_code=trust_remote_code,
         )[0]
-        return loaded
     except LocFTError as error:
         raise ModelError(
             f"Edit {delta.short_id} names parameters that `{model}` does not hold in "

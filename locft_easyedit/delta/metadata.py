@@ -83,10 +83,7 @@ def sealed(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _id_of(metadata: Mapping[str, Any]) -> str:
-    """Returns the edit's id: a sha256 over the hashes of all that was changed and all that was not.
-
-    Two edits with the same id put the same numbers into the same model.
-    """
+    """Returns the edit's id: of one id, edits put the same numbers into the same model."""
     return json_sha256([metadata[key] for key in ("matrices", "frozen", "requests", "lora")])
 
 
@@ -257,13 +254,7 @@ def _schema(lora: bool) -> dict[str, Any]:
 
 
 def _problems(value: Any, schema: Any, where: str) -> list[str]:
-    """Returns a line for everything in `value` that is not as `schema` has it.
-
-    Args:
-        value: The value.
-        schema: Its schema.
-        where: What it belongs to, for the lines; empty for all of the metadata.
-    """
+    """Returns a line for everything in `value` (named `where`) that is not as `schema` has it."""
     if isinstance(schema, (dict, _ByName)) and not isinstance(value, dict):
         return [f"{where} is {shown(value, 50)}, not a mapping."]
     if isinstance(schema, _ByName):

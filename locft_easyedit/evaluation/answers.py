@@ -74,18 +74,20 @@ def accepted_old(request: Mapping[str, Any]) -> list[str]:
     return [text for text in former if _key(text) not in new]
 
 
-def accepted_for(entry: Mapping[str, Any], i: int) -> list[str]:
-    """Returns all accepted answers to a prompt of a locality or portability entry.
+def accepted_answers(question: Question, record: Mapping[str, Any]) -> list[list[str]]:
+    """Returns, for each prompt of a question about the new fact, all accepted answers.
 
     Args:
-        entry: Its `prompt` and `ground_truth` (a list of N, or one text) and perhaps `aliases`
-            (a list of N lists).
-        i: Index of the prompt, 0 to N - 1.
+        question: A question of any part but locality.
+        record: The request that it is of.
     """
-    truths = entry["ground_truth"]
-    aliases = entry.get("aliases")
-    truth = truths if isinstance(truths, str) else truths[i]
-    return _distinct([truth, *(aliases[i] if aliases else ())])
+    if question.part != "portability":
+        return [accepted_targets(record) for _ in question.prompts]
+    aliases = record["portability"][question.name].get("aliases")
+    return [
+        _distinct([answer, *(aliases[i] if aliases else ())])
+        for i, answer in enumerate(question.answers)
+    ]
 
 
 def _words(text: str) -> str:
@@ -136,7 +138,11 @@ class Verdicts:
             texts
             for i, record in enumerate(records)
             for question in questions.of(i)
-            for texts in _accepted(question, record, before[i])
+            for texts in (
+                _answers_before(question, before[i])
+                if question.part == "locality"
+                else accepted_answers(question, record)
+            )
         ]
         self.drafts = [texts[0] for texts in accepted]
         self._accepted = [{_squeezed(text) for text in texts} for texts in accepted]
@@ -155,13 +161,8 @@ class Verdicts:
         return any(full.startswith(tuple(begun)) for full in self._accepted[prompt])
 
 
-def _accepted(question: Question, record: Mapping[str, Any], before: Metrics) -> list[list[str]]:
-    """Returns, for each prompt of a question, the answers that count."""
-    if question.part in ("rewrite", "rephrase"):
-        return [accepted_targets(record) for _ in question.prompts]
-    if question.part == "portability":
-        entry = record["portability"][question.name]
-        return [accepted_for(entry, i) for i in range(len(question.prompts))]
+def _answers_before(question: Question, before: Metrics) -> list[list[str]]:
+    """Returns, for each prompt of a locality question, the answer before the edit."""
     found = before.get("generated", {}).get("locality_answers", {}).get(question.name)
     if found is None or len(found) != len(question.prompts):
         raise ValueError(f"{question.where}: its answers before the edit are missing.")

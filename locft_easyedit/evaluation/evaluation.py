@@ -196,35 +196,6 @@ def _merge_(entry: Metrics, value: Metrics) -> None:
             entry[key] = part
 
 
-def shared_evaluation(
-    world: World,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    records: Sequence[Mapping[str, Any]],
-    how: EvalConfig,
-    *,
-    metrics: Sequence[str] = DEFAULT_METRICS,
-) -> SharedMeasurement:
-    """Returns an `Evaluation` whose records the processes of `world` share.
-
-    Args:
-        world: The processes.
-        model: As for `Evaluation`.
-        tokenizer: As for `Evaluation`.
-        records: All records.
-        how: How this process runs its prompts.
-        metrics: As for `Evaluation`.
-
-    Raises:
-        LocFTError: As for `Evaluation`, on all processes.
-    """
-
-    def make(some: Sequence[Mapping[str, Any]], numbers: list[int]) -> Evaluation:
-        return Evaluation(model, tokenizer, some, how, metrics=metrics, numbers=numbers)
-
-    return SharedMeasurement(world, model, records, make)
-
-
 class SharedMeasurement(Measurement):
     """A measurement of which every process of a world makes its share.
 

@@ -14,9 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .answers import (
     Verdicts,
-    accepted_for,
+    accepted_answers,
     accepted_old,
-    accepted_targets,
     contains_any,
     matches_any,
     normalize_answer,
@@ -25,7 +24,7 @@ from .decoding import GreedyDecoder
 from .predictions import EvalConfig, Measurement, warn_not_finite
 from .prompts import Metrics, Questions, check_lengths
 
-MAX_NEW_TOKENS = 32
+MAX_NEW_TOKENS = 32  # of an answer
 
 
 class Generated(Measurement):
@@ -36,7 +35,6 @@ class Generated(Measurement):
         tokenizer: Its tokenizer.
         records: Requests, as for `TeacherForced`.
         how: How prompts are run.
-        max_new_tokens: Tokens of an answer, at most.
         before: Each record's metrics before the edit, where only what counts is wanted: an answer
             that cannot count any more is not generated to its end, and no answers are given.
 
@@ -51,7 +49,6 @@ class Generated(Measurement):
         records: Sequence[Mapping[str, Any]],
         how: EvalConfig,
         *,
-        max_new_tokens: int = MAX_NEW_TOKENS,
         before: Sequence[Metrics] | None = None,
     ) -> None:
         self.records = records
@@ -65,10 +62,10 @@ class Generated(Measurement):
             prompts,
             expected if self._verdicts is None else self._verdicts.drafts,
             how,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=MAX_NEW_TOKENS,
             still_open=None if self._verdicts is None else self._verdicts.open,
         )
-        check_lengths(model, self.questions, self._decoder.prompt_lengths, max_new_tokens)
+        check_lengths(model, self.questions, self._decoder.prompt_lengths, MAX_NEW_TOKENS)
 
     def stream(self, description: str, only: Sequence[int] | None = None) -> Iterator[Metrics]:
         """Measures; yields each record's generated answers and what they are worth.
@@ -94,51 +91,35 @@ class Generated(Measurement):
             yield found
 
     def _metrics(self, i: int, answers: Sequence[str]) -> Metrics:
-        record, found = self.records[i], Metrics()
+        found, in_portability = Metrics(), []
         first = int(self.questions.first_prompt[i])
         for question in self.questions.of(i):
             own = list(answers[first : first + len(question.prompts)])
             first += len(own)
+            if question.part == "locality":
+                found.setdefault("locality_answers", {})[question.name] = own
+                continue
+            accepted = accepted_answers(question, self.records[i])
+            right = [matches_any(a, texts) for a, texts in zip(own, accepted, strict=True)]
             if question.part == "rewrite":
-                found |= _rewrite(record, own[0])
+                found |= {
+                    "reliability": float(right[0]),
+                    "answer": own[0],
+                    "contains_target": float(contains_any(own[0], accepted[0])),
+                }
+                if old := accepted_old(self.records[i]):
+                    found["old_answer"] = float(contains_any(own[0], old))
             elif question.part == "rephrase":
-                found |= _rephrase(record, own)
+                found |= {"generalization": float(np.mean(right)), "rephrase_answers": own}
             else:
-                found.setdefault(f"{question.part}_answers", {})[question.name] = own
-        found |= _portability(record, found)
+                found.setdefault("portability_answers", {})[question.name] = own
+                in_portability += right
+        if in_portability:
+            found["portability"] = float(np.mean(in_portability))
         if self._verdicts is not None:  # these would need answers that are complete
             for key in ("answer", "contains_target", "old_answer", "rephrase_answers"):
                 found.pop(key, None)
         return found
-
-
-def _rewrite(record: Mapping[str, Any], answer: str) -> Metrics:
-    targets, old = accepted_targets(record), accepted_old(record)
-    metrics: Metrics = {
-        "reliability": float(matches_any(answer, targets)),
-        "answer": answer,
-        "contains_target": float(contains_any(answer, targets)),
-    }
-    if old:
-        metrics["old_answer"] = float(contains_any(answer, old))
-    return metrics
-
-
-def _rephrase(record: Mapping[str, Any], answers: list[str]) -> Metrics:
-    targets = accepted_targets(record)
-    return {
-        "generalization": float(np.mean([matches_any(answer, targets) for answer in answers])),
-        "rephrase_answers": answers,
-    }
-
-
-def _portability(record: Mapping[str, Any], found: Metrics) -> Metrics:
-    right = [
-        matches_any(answer, accepted_for(record["portability"][name], i))
-        for name, answers in found.get("portability_answers", {}).items()
-        for i, answer in enumerate(answers)
-    ]
-    return {"portability": float(np.mean(right))} if right else {}
 
 
 def finish_generated_(pre: Mapping[str, Any], post: Metrics) -> None:

@@ -266,7 +266,7 @@ class ArgmaxPredictor(TextPasses):
         first_position: np.ndarray | None = None,
     ) -> None:
         super().__init__(model, texts, how, first_position)
-        self._alone = alone or self._by_itself
+        self._alone = alone
         self.not_finite: set[int] = set()
 
     @torch.no_grad()
@@ -296,9 +296,10 @@ class ArgmaxPredictor(TextPasses):
 
         self.run(note, description, only)
         if self.how.stream is None:  # else the whole model would be read again for each
+            alone = self._alone or self._by_itself
             with evaluation_mode(self.model):
                 for text in sorted(close - self.not_finite):
-                    choices.replace(text, self._alone(text))
+                    choices.replace(text, alone(text))
         return choices
 
     def _by_itself(self, i: int) -> list[int]:

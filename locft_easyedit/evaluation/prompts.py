@@ -117,8 +117,7 @@ def check_lengths(
         for owner, length in zip(owners, lengths.tolist(), strict=True)
         if length + n_new > limit
     ]
-    if problems:
-        raise RequestError(one_message("The requests cannot be evaluated:", problems))
+    raise RequestError(one_message("The requests cannot be evaluated:", problems))
 
 
 def _shape_problems(index: int, record: Any) -> list[str]:

@@ -42,21 +42,17 @@ class CompactRecords(LazyRecords):
         records: The records; they are taken one after the other.
     """
 
-    def __init__(self, records: Iterable[dict[str, Any]] = ()) -> None:
+    def __init__(self, records: Iterable[dict[str, Any]]) -> None:
         self._blocks: list[bytes] = []
         self._last: list[str] = []
         self._open: tuple[int, list[str]] = (-1, [])  # the block that was looked at last
         for record in records:
-            self.append(record)
-
-    def append(self, record: dict[str, Any]) -> None:
-        """Adds a record."""
-        self._last.append(json.dumps(record, ensure_ascii=False, separators=(",", ":")))
-        if len(self._last) == _BLOCK:
-            # JSON escapes line ends: between two of them is one record.
-            text = "\n".join(self._last).encode("utf-8", "surrogatepass")
-            self._blocks.append(zlib.compress(text, 1))
-            self._last = []
+            self._last.append(json.dumps(record, ensure_ascii=False, separators=(",", ":")))
+            if len(self._last) == _BLOCK:
+                # JSON escapes line ends: between two of them is one record.
+                text = "\n".join(self._last).encode("utf-8", "surrogatepass")
+                self._blocks.append(zlib.compress(text, 1))
+                self._last = []
 
     def write(self, path: Path, of: Any) -> None:
         """Writes all records to a file, one JSON text a line, after a line that says of what.

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from locft_easyedit.data.readers import read_requests
 from locft_easyedit.easyedit.importing import load_easyedit
 from locft_easyedit.evaluation.answers import (
-    accepted_for,
+    accepted_answers,
     accepted_old,
     accepted_targets,
     contains_any,
     matches_any,
     normalize_answer,
 )
+from locft_easyedit.evaluation.prompts import Questions
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +240,12 @@ def test_no_former_answer_is_known():
     assert accepted_old({"prompt": "p", "target_new": "t"}) == []
 
 
+def accepted_for(entry):
+    record = {"prompt": "p", "target_new": "t", "portability": {"name": entry}}
+    *_, question = Questions([record])
+    return accepted_answers(question, record)
+
+
 @pytest.mark.parametrize(
     ("entry", "accepted"),
     [
@@ -249,14 +256,14 @@ def test_no_former_answer_is_known():
     ],
 )
 def test_accepted_for(entry, accepted):
-    assert [accepted_for({"prompt": ["p", "q"], **entry}, i) for i in range(2)] == accepted
+    assert accepted_for({"prompt": ["p", "q"], **entry}) == accepted
 
 
 def test_real_aliases(shared_data):
     requests = read_requests(shared_data / "wikidata_recent_200.json", 1)
     entry = requests[0]["locality"]["Relation_Specificity"]
     (i,) = (i for i, truth in enumerate(entry["ground_truth"]) if truth == "Soviet Union")
-    accepted = accepted_for(entry, i)
+    accepted = accepted_for(entry)[i]
     assert matches_any("the USSR", accepted)
     assert not matches_any("the USSR", [entry["ground_truth"][i]])
     assert contains_any("a citizen of the Soviet Union until 1990", accepted)

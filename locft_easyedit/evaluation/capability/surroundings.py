@@ -42,23 +42,18 @@ def surroundings_kept(*, progress: bool) -> Iterator[None]:
     Args:
         progress: Show progress bars; without it none is shown, the harness's included.
     """
-    python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    loggers = [logging.getLogger(), logging.getLogger("lm_eval")]
-    settings = [(one, one.level, list(one.handlers), one.propagate) for one in loggers]
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices=list(devices)))
-            if not progress:
-                stack.enter_context(_bars_hidden())
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        for one, level, handlers, propagate in settings:
-            one.setLevel(level)
-            one.handlers[:] = handlers
-            one.propagate = propagate
+    with ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.enter_context(torch.random.fork_rng(devices=list(devices)))
+        for one in (logging.getLogger(), logging.getLogger("lm_eval")):
+            stack.callback(one.setLevel, one.level)
+            stack.enter_context(replaced(one, "propagate", one.propagate))
+            stack.enter_context(replaced(one, "handlers", list(one.handlers)))
+        if not progress:
+            stack.enter_context(_bars_hidden())
+        yield
 
 
 @contextmanager
