@@ -203,11 +203,7 @@ def resident_map(
 ) -> DeviceMap:
     """Returns a device map that spreads over several GPUs what does not stay on disk.
 
-    Args:
-        skeleton: The model without weights.
-        dtype: The precision to load it in.
-        gpus: The GPUs' numbers.
-        on_disk: Paths of the modules that stay there.
+    Arguments are as for `spread_map`; `gpus` are the GPUs' numbers.
 
     Raises:
         ModelError: The rest does not fit the GPUs.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layer_trace import Trace, hidden_of, tracing, with_hidden
+from .layer_trace import hidden_of, tracing, with_hidden
 from .places import LayerList
 
 
@@ -74,18 +74,11 @@ def select(hidden: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
 def find_tail(stack: LayerList, run: Callable[[], None]) -> Tail | None:
     """Returns the tail that the last layer's anatomy suggests; `None` if it suggests none.
 
-    Whether it leaves the logits as they are is for the caller to measure.
-
-    Args:
-        stack: The model's layers.
-        run: Runs the model once on some text.
+    `run` runs the model once on some text. Whether the tail leaves the logits as they are is for
+    the caller to measure.
     """
     with tracing(stack.layers[-1]) as trace, torch.no_grad():
         run()
-    return _tail(trace)
-
-
-def _tail(trace: Trace) -> Tail | None:
     children = [call for call in trace.calls if "." not in call.name]
     attention = next((c for c in children if any(True for _ in c.module.children())), None)
     if attention is None or not attention.given or attention.result is None:

@@ -227,10 +227,7 @@ def find_locations(model: Any) -> list[Location]:
     """Returns every place of a model, by layer and in the order of `MODULES`.
 
     A module that a layer does not have (a fused query-key-value projection in place of three) is
-    simply absent. The experts of a mixture are one place together.
-
-    Args:
-        model: The model; its weights need not be loaded.
+    simply absent. The experts of a mixture are one place together. Weights need not be loaded.
 
     Raises:
         ModelError: The model's layers cannot be found.

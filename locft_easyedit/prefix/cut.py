@@ -189,9 +189,7 @@ def layer_cut(stack: LayerList, first_layer: int, returns_tuple: bool = False) -
 def find_cuts(place: Place, run: Callable[[], None]) -> list[Cut]:
     """Returns the cuts that the first trained layer's anatomy suggests, the least to run first.
 
-    Args:
-        place: What is trained, inside a stack of layers.
-        run: Runs the model once on some text.
+    The place lies inside a stack of layers; `run` runs the model once on some text.
     """
     assert place.stack is not None
     assert place.first_layer is not None
@@ -259,11 +257,7 @@ def bypassing(
 ) -> Iterator[None]:
     """Context manager that lets the first `n_layers` pass on their input; then they run again.
 
-    Args:
-        stack: The model's layers.
-        n_layers: How many of them do not run.
-        returns_tuple: Whether layers return tuples.
-        then: Runs in place of the layer after them; `None` leaves that as it is.
+    `then`, where it is given, runs in place of the layer after them.
     """
     runs: list[Apply] = [lambda hidden: hidden] * n_layers
     if then is not None:

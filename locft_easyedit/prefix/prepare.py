@@ -93,10 +93,7 @@ def kept_in(
 ) -> tuple[str, Iterable[str]] | None:
     """Returns where this process's prefixes stay for a later run, as `prepare_runner` takes it.
 
-    Args:
-        folder: The folder that is given for them; `None` keeps none.
-        trained: The names of what is trained: they do not depend on it.
-        world: The processes that train together.
+    They lie in `folder` (`None` keeps none) and do not depend on what is `trained`.
     """
     if folder and world.is_distributed:
         # The health check's text is the same on all ranks, and so would be its file.

@@ -209,14 +209,9 @@ class SharedStates:
 
 
 class UnchangedLayers:
-    """A sample of a model's weights up to some layer, to be compared with those of later.
+    """A sample of a model's weights below the layer `highest`, to be compared with later ones.
 
     An edit of a matrix changes nearly all of its numbers, so that a thousand of them tell it.
-
-    Args:
-        model: The model.
-        stack: Its layers.
-        highest: The layer below which weights are compared.
     """
 
     def __init__(self, model: nn.Module, stack: LayerList, highest: int) -> None:

@@ -78,8 +78,7 @@ class Shortcuts:
 
 def can_pack(model: PreTrainedModel, texts: TokenizedTexts) -> bool:
     """Returns whether packed rows give the model's own logits; warns if they do not."""
-    probes = Probes(model, texts)
-    return probes.packing()
+    return Probes(model, texts).packing()
 
 
 def find_shortcuts(
@@ -297,13 +296,7 @@ def enabled_shortcuts(
     """Context manager that enables what makes many passes fast; afterwards the model is as before.
 
     Yields what leaves its logits as they are, and what reads frozen layers that are not resident.
-
-    Args:
-        model: The model, in evaluation mode.
-        texts: All edits as tokens.
-        place: What is trained.
-        hparams: `packing`, `frozen_prefix`.
-        progress: Show progress bars.
+    Of `hparams`, `packing` and `frozen_prefix` count; all else is as for `find_shortcuts`.
 
     Raises:
         ModelError: Frozen layers are on disk, and the model cannot be split above them.

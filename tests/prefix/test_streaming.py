@@ -25,6 +25,7 @@ from locft_easyedit.modeling.loading import load_model
 from locft_easyedit.prefix.frozen_prefix import FrozenPrefix
 from locft_easyedit.prefix.streaming import FrozenStream, stream_of
 from locft_easyedit.training.session import EditSession
+from locft_easyedit.utils import memory
 
 pytestmark = pytest.mark.usefixtures("short_answers")
 METRICS = ("accuracy", "generated", "ppl")
@@ -153,7 +154,7 @@ def test_the_whole_run(folder):
 
 @pytest.mark.parametrize("stream", [None, True])
 def test_nothing_streams_where_no_layer_is_frozen(stream, folder, monkeypatch):
-    monkeypatch.setattr(offload, "free_host_memory", lambda: 0.0)
+    monkeypatch.setattr(memory, "free_host_memory", lambda: 0.0)
     model, tokenizer, h = loaded(folder(), stream, layers=[0, 2])
     assert not offload.left_on_disk(model)
     assert edit_model(model, tokenizer, toy_requests(4), h, progress=False).n_updates
@@ -319,7 +320,7 @@ def test_states_between_layers_take_no_budget_afterwards(kind, folder):
 @pytest.mark.parametrize(("share", "streams"), [(0.5, True), (1.05, True), (1.2, False)])
 def test_free_memory_decides(share, streams, folder, monkeypatch, caplog):
     size = sum(p.numel() for p in toy_model("llama").parameters()) * 4
-    monkeypatch.setattr(offload, "free_host_memory", lambda: share * size)
+    monkeypatch.setattr(memory, "free_host_memory", lambda: share * size)
     with caplog.at_level(logging.WARNING, logger="locft_easyedit"):
         model, _, _ = loaded(folder(), None)
     assert offload.left_on_disk(model) == streams
@@ -328,13 +329,13 @@ def test_free_memory_decides(share, streams, folder, monkeypatch, caplog):
 
 def test_precision_counts_for_what_fits(folder, monkeypatch):
     size = sum(p.numel() for p in toy_model("llama").parameters()) * 4
-    monkeypatch.setattr(offload, "free_host_memory", lambda: 0.7 * size)
+    monkeypatch.setattr(memory, "free_host_memory", lambda: 0.7 * size)
     assert offload.left_on_disk(loaded(folder(), None)[0])
     assert not offload.left_on_disk(loaded(folder(), None, dtype="float16")[0])
 
 
 def test_where_it_was_turned_off_nothing_is_asked(folder, monkeypatch):
-    monkeypatch.setattr(offload, "free_host_memory", lambda: 0.0)
+    monkeypatch.setattr(memory, "free_host_memory", lambda: 0.0)
     assert not offload.left_on_disk(loaded(folder(), False)[0])
 
 
