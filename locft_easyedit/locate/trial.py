@@ -82,10 +82,7 @@ class Trials:
         if self._drift is None:
             self._drift = Drift(self.model, self.text, packed=self.packed)
         h = replace(
-            self.hparams,
-            layers=[cell.location.layer],
-            rewrite_module_tmp=cell.location.rewrite_module_tmp,
-            lr=cell.lr,
+            cell.applied(self.hparams),
             num_steps=epochs,
             alg_name=ALG_NAME,  # alone: what the preset adds takes the place that suits it
             augment=None,

@@ -58,13 +58,7 @@ class Choice:
 
     def applied(self, hparams: LocFTBFHyperParams) -> LocFTBFHyperParams:
         """Returns the hyper-parameters with the place and the rate in them."""
-        location = self.cell.location
-        return replace(
-            hparams,
-            layers=[location.layer],
-            rewrite_module_tmp=location.rewrite_module_tmp,
-            lr=self.cell.lr,
-        )
+        return self.cell.applied(hparams)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the choice ready for JSON."""
@@ -161,6 +155,15 @@ class Cell:
     def rank(self) -> tuple[int, int, float]:
         """What cells are sorted by: layer, module in the order of `MODULES`, rate."""
         return self.location.layer, MODULES.index(self.location.module), self.lr
+
+    def applied(self, hparams: LocFTBFHyperParams) -> LocFTBFHyperParams:
+        """Returns the hyper-parameters with the place and the rate in them."""
+        return replace(
+            hparams,
+            layers=[self.location.layer],
+            rewrite_module_tmp=self.location.rewrite_module_tmp,
+            lr=self.lr,
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Cell:

@@ -86,15 +86,8 @@ class Bench:
         computed for it.
         """
         left = list(rates)
-        begin(Cell(location, left[0]))
-        h = replace(
-            self.hparams,
-            layers=[location.layer],
-            rewrite_module_tmp=location.rewrite_module_tmp,
-            lr=left[0],
-            checkpoint_dir=None,
-            health_check=False,
-        )
+        begin(first := Cell(location, left[0]))
+        h = replace(first.applied(self.hparams), checkpoint_dir=None, health_check=False)
         try:
             with EditSession(
                 self.model,

@@ -85,16 +85,9 @@ def write_chosen_yaml(
             f"None of the {len(outcome.cells)} cells that are done has figures: no place can be "
             "chosen. Try smaller learning rates, or wait for more cells."
         )
-    place = chosen.cell.location
     model_name = hparams.model_name if isinstance(hparams.model_name, str) else outcome.model
-    changes: dict[str, Any] = {
-        "model_name": model_name,
-        "layers": [place.layer],
-        "rewrite_module_tmp": place.rewrite_module_tmp,
-        "lr": chosen.cell.lr,
-        "api_key": None,
-    }
-    written = dataclasses.replace(hparams, **changes)
+    found = chosen.cell.applied(hparams)
+    written = dataclasses.replace(found, model_name=model_name, api_key=None)
     values = {
         f.name: getattr(written, f.name)
         for f in dataclasses.fields(LocFTBFHyperParams)
