@@ -25,8 +25,8 @@ HPARAMS = LocFTBFHyperParams(
 SLICES = (
     "zsre_1k",
     "counterfact_1k",
-    "wikidata_counterfact_400",
-    "wikidata_recent_200",
+    pytest.param("wikidata_counterfact_400", marks=pytest.mark.slow),
+    pytest.param("wikidata_recent_200", marks=pytest.mark.slow),
     "knowedit_zsre_300",
 )
 

@@ -29,7 +29,6 @@ from locft_easyedit.prefix.cut import layer_cut
 from locft_easyedit.prefix.store import Budget
 from locft_easyedit.training.session import EditSession
 
-pytestmark = pytest.mark.usefixtures("short_answers")
 ALL = ("accuracy", "generated", "ppl")
 
 
@@ -55,6 +54,7 @@ def edit_(model, layer):
             parameter.mul_(-0.5)
 
 
+@pytest.mark.usefixtures("short_answers")
 @pytest.mark.parametrize("kind", FEW_KINDS)
 def test_the_frozen_prefix_changes_nothing(kind):
     model, tokenizer, records = toy_model(kind), toy_tokenizer(), records_with_lists(6)
@@ -97,6 +97,7 @@ def test_no_prefix_is_kept_where_memory_is_short(caplog):
     assert "all layers run in every measurement" in caplog.text
 
 
+@pytest.mark.usefixtures("short_answers")
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
 def test_same_for_every_batch_size(kind):
     model, tokenizer, records = toy_model(kind), toy_tokenizer(), records_with_lists(7)
