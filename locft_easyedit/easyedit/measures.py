@@ -45,13 +45,8 @@ class Measures:
 
     Attributes:
         easyedit: EasyEdit, for what only it computes.
-        model: The model, edited or not.
-        tokenizer: Its tokenizer.
-        hparams: The hyper-parameters (`evaluation_type`, `eval_batch_size` and so on).
-        device: The model's device.
         eval_metric: EasyEdit's argument of that name.
         fluency: Whether fluency is asked for (`test_generation=True`).
-        progress: Show progress bars.
         scores: Whether requests are scored; chat answers are no scores.
         words: Splits a text into words, if fluency is asked for.
     """

@@ -8,14 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, RenderableType
-
 from ..errors import OutputError
 from .files import output_errors, replacing, text_output
 from .json_fields import encoded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.console import RenderableType
 
 
 # Of `metrics.json`: its sections, and the entries of each.
@@ -24,6 +23,8 @@ _STREAMED_LEVELS = 2
 
 def show(*tables: RenderableType) -> None:
     """Prints tables to the terminal."""
+    from rich.console import Console  # here for the reason given in `tables`
+
     console = Console()
     for table in tables:
         console.print(table)

@@ -1,6 +1,7 @@
 """Tables for the terminal and for Markdown, and the text of others made safe in them.
 
-A command says its columns and rows once: `terminal_table` and `markdown_table` show them.
+A command says its columns and rows once: `terminal_table` and `markdown_table` show them. rich,
+which draws from Python's random numbers when it is imported, is imported when a table is made.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.table import Table
 
 # Control sequences of a terminal, as a worker's last words may hold them.
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
@@ -57,6 +58,10 @@ def terminal_table(
     The first `text_columns` hold texts, which are broken where they are too long; the others hold
     numbers, at the right and never broken. `compact` leaves out the frame, for many columns.
     """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(
         title=None if title is None else Text(title, style="table.title"),
         caption=None if caption is None else Text(caption, style="table.caption"),

@@ -43,7 +43,7 @@ def outside():
     ]
 
 before = outside()
-from locft_easyedit.easyedit.loading import load_easyedit
+from locft_easyedit.easyedit.importing import load_easyedit
 from locft_easyedit.easyedit.standins import STAND_INS, StandIn
 from locft_easyedit.errors import LocFTError, MissingDependencyError
 
