@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.evaluation import DEFAULT_METRICS
 from ..modeling.loading import resolve_device
 from ..utils.files import output_errors, write_atomically
 from ..utils.hashing import json_sha256
@@ -38,6 +39,7 @@ class Job:
         trust_remote_code: Allow the model folder's own code.
         batch_size: Prompts measured together.
         row_tokens: Length of packed rows.
+        metrics: What is measured, as for `Evaluation`.
         capability: lm-evaluation-harness tasks; empty for none.
         capability_limit: Items a task, at most.
         tasks_dir: Folder with tasks besides the harness's own.
@@ -63,6 +65,7 @@ class Job:
     trust_remote_code: bool = False
     batch_size: int = 64
     row_tokens: int = 64
+    metrics: list[str] = field(default_factory=lambda: list(DEFAULT_METRICS))
     capability: list[str] = field(default_factory=list)
     capability_limit: int | None = None
     tasks_dir: str | None = None

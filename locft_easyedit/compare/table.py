@@ -47,6 +47,8 @@ COLUMNS = (
     Column("reliability", "reliability", "rel.", "edited prompts that get the new answer"),
     Column("contains_target", "contains", "has", "edited prompts whose answer contains it"),
     Column("generalization", "generalization", "gen.", "reworded prompts that get it"),
+    Column("wrapped_reliability", "in wrappers", "wrap.", "reliability in other texts and in chat"),
+    Column("chat_reliability", "in chat", "chat", "reliability in the chat template"),
     Column("portability", "portability", "port.", "questions that follow from an edit"),
     Column("locality", "locality", "loc.", "unchanged tokens on other prompts (teacher-forced)"),
     Column("rewrite_acc", "rewrite_acc", "rewr.", "right tokens of the target (teacher-forced)"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.batching import in_batches
-from ..data.tokenization import CHUNK, GrowingTexts, TokenizedTexts, ids_of
+from ..data.tokenization import CHUNK, Asked, GrowingTexts, TokenizedTexts, asked_ids, ids_of
 from ..modeling.devices import input_device
 from ..modeling.forward import run_next
 from ..modeling.modes import evaluation_mode
@@ -114,8 +115,9 @@ class GreedyDecoder:
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        prompts: Plain prompts; no chat template is applied.
-        drafts: The answer that is expected of each prompt, or `None` for no guess.
+        prompts: Plain prompts; or texts with the answers that are expected of them (`Asked`), which
+            may be those of a chat, and whose own end ends an answer as well as the model's.
+        drafts: The answer that is expected of each plain prompt, or `None` for no guess.
         how: How prompts are run.
         max_new_tokens: Tokens of an answer, at most.
         still_open: Says of prompt i whether the rest of an answer that begins so is wanted; `None`
@@ -130,7 +132,7 @@ class GreedyDecoder:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | Sequence[Asked],
         drafts: Sequence[str] | None,
         how: EvalConfig,
         *,
@@ -146,9 +148,11 @@ class GreedyDecoder:
         self.stops = stop_tokens(tokenizer)
         self.not_finite: set[int] = set()
         self._n_prompts = len(prompts)
-        self._texts = self._tokenized(prompts, drafts)
+        asked = [prompt for prompt in prompts if isinstance(prompt, Asked)]
+        self._own_ends = [one.end for one in asked] or [None] * len(prompts)
+        self._texts = self._tokenized_asked(asked) if asked else self._tokenized(prompts, drafts)
         self._choices: ArgmaxPredictor | None = None
-        if prompts and drafts is not None:
+        if asked or (prompts and drafts is not None):
             self._choices = ArgmaxPredictor(model, self._texts, how, alone=self._draft_alone)
 
     @property
@@ -156,21 +160,56 @@ class GreedyDecoder:
         """Tokens of each prompt, [N]."""
         return self._texts.target_start
 
-    def _tokenized(self, prompts: Sequence[str], drafts: Sequence[str] | None) -> TokenizedTexts:
-        """Returns each prompt with what is expected after it."""
+    def _tokenized(self, prompts: Sequence[Any], drafts: Sequence[str] | None) -> TokenizedTexts:
+        """Returns each plain prompt with what is expected after it."""
         growing = GrowingTexts()
         for first in range(0, len(prompts), CHUNK):
-            part = slice(first, first + CHUNK)
-            alone = ids_of(self.tokenizer, prompts[part])
-            expected: list[list[int]] = [[] for _ in alone]
+            part = prompts[first : first + CHUNK]
+            alone = ids_of(self.tokenizer, part)
+            both: Sequence[list[int] | None] = [None] * len(part)
             if drafts is not None:
-                expected = self._tokenized_drafts(prompts[part], alone, drafts[part])
-            for ids, draft in zip(alone, expected, strict=True):
-                growing.add(ids + draft, len(ids))
+                expected = drafts[first : first + CHUNK]
+                texts = [f"{p} {d.strip()}" for p, d in zip(part, expected, strict=True)]
+                both = ids_of(self.tokenizer, texts)
+            for i, (ids, whole) in enumerate(zip(alone, both, strict=True), first):
+                growing.add(ids + self._draft(i, ids, whole), len(ids))
         return growing.finished()
 
+    def _tokenized_asked(self, asked: Sequence[Asked]) -> TokenizedTexts:
+        """Returns each text with the answer that is expected after it."""
+        growing = GrowingTexts()
+        for first in range(0, len(asked), CHUNK):
+            part = asked[first : first + CHUNK]
+            alone = asked_ids(self.tokenizer, part)
+            whole = [replace(one, text=one.text + one.answer) for one in part]
+            both = asked_ids(self.tokenizer, whole)
+            for i, (ids, with_answer) in enumerate(zip(alone, both, strict=True), first):
+                growing.add(ids + self._draft(i, ids, with_answer), len(ids))
+        return growing.finished()
+
+    def _draft(self, i: int, prompt: list[int], whole: list[int] | None) -> list[int]:
+        """Returns the tokens of prompt i's expected answer, with an end token: at least one.
+
+        Args:
+            i: Number of the prompt.
+            prompt: Its tokens.
+            whole: Those of prompt and answer; `None` expects nothing, and gives no token.
+        """
+        if whole is None:
+            return []
+        own = self._own_ends[i]
+        end = self.ends[:1] or [0] if own is None else [own]
+        # Where a token reaches over the end of the prompt there is no draft to be had.
+        follows = whole[: len(prompt)] == prompt
+        draft = [t for t in whole[len(prompt) :] if not self._ends(i, t)] if follows else []
+        return (draft + end)[: self.max_new_tokens]
+
+    def _ends(self, i: int, token: int) -> bool:
+        """Returns whether a token ends the answer to prompt i."""
+        return token in self.ends or token == self._own_ends[i]
+
     def answers(self, description: str, only: np.ndarray | None = None) -> list[str]:
-        """Returns the answer to each prompt, up to EOS, "." or the end of the line.
+        """Returns the answer to each prompt, up to its end token, "." or the end of the line.
 
         Args:
             description: Label of the progress bar.
@@ -247,27 +286,13 @@ class GreedyDecoder:
             choices.close()
             open_ = [i for i in open_ if not done(i, sequences[i])]
 
-    def _tokenized_drafts(
-        self, prompts: Sequence[str], alone: list[list[int]], drafts: Sequence[str]
-    ) -> list[list[int]]:
-        """Returns each draft's tokens after its prompt, with an end token: at least one."""
-        end = self.ends[:1] or [0]
-        both = [f"{p} {d.strip()}" for p, d in zip(prompts, drafts, strict=True)]
-        tokenized = []
-        for prompt, ids in zip(alone, ids_of(self.tokenizer, both), strict=True):
-            # Where a token reaches over the end of the prompt there is no draft to be had.
-            follows = ids[: len(prompt)] == prompt
-            draft = [i for i in ids[len(prompt) :] if i not in self.ends] if follows else []
-            tokenized.append((draft + end)[: self.max_new_tokens])
-        return tokenized
-
     def _accepted(self, i: int, choices: list[int]) -> list[int]:
         """Returns the first choices as far as they followed from the draft."""
         draft = self._texts.target(i)
         agreed = next((k for k, c in enumerate(choices) if c != draft[k]), len(choices) - 1)
         answer = choices[: agreed + 1]
         for k, token in enumerate(answer):
-            if token in self.ends or token in self.stops:
+            if self._ends(i, token) or token in self.stops:
                 return answer[: k + 1]
         return answer
 
@@ -296,14 +321,14 @@ class GreedyDecoder:
         n_new = len(ids) - int(self.prompt_lengths[i])
         if n_new <= 0:
             return False
-        if n_new >= self.max_new_tokens or ids[-1] in self.ends or ids[-1] in self.stops:
+        if n_new >= self.max_new_tokens or self._ends(i, ids[-1]) or ids[-1] in self.stops:
             return True
         return self._still_open is not None and not self._still_open(i, self._text(i, ids))
 
     def _text(self, i: int, ids: list[int]) -> str:
         """Returns the answer in the ids of prompt i and what follows, up to the first stop."""
         ids = ids[int(self.prompt_lengths[i]) :]
-        end = next((i for i, token in enumerate(ids) if token in self.ends), len(ids))
+        end = next((k for k, token in enumerate(ids) if self._ends(i, token)), len(ids))
         text = str(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
         cut = min((text.find(stop) for stop in STOPS if stop in text), default=len(text))
         return text[:cut].strip()

@@ -119,19 +119,14 @@ class ArgmaxPredictions:
             self._odd[text] = choices
 
 
-class ArgmaxPredictor:
-    """First choices for a fixed set of texts, to be taken before and after an edit.
+class Predictor:
+    """Runs a fixed set of texts, before and after an edit, for the logits of what they predict.
 
     Args:
         model: A causal language model.
         texts: The texts; every token from `target_start` on is predicted.
         how: How they are run.
-        alone: Returns the first choices of text i from full forward passes of one fixed form.
         first_position: As for `lay_out`.
-
-    Attributes:
-        not_finite: Texts for which the last measurement met logits that are NaN or infinite; what
-            the model "chooses" there is meaningless.
     """
 
     def __init__(
@@ -140,15 +135,12 @@ class ArgmaxPredictor:
         texts: TokenizedTexts,
         how: EvalConfig,
         *,
-        alone: Callable[[int], list[int]],
         first_position: np.ndarray | None = None,
     ) -> None:
         self.model = model
         self.texts = texts
         self.how = how
-        self.alone = alone
         self.first_position = first_position
-        self.not_finite: set[int] = set()
         self._packed = how.packed
         self._prefix: FrozenPrefix | None = None
         if how.frozen is not None:
@@ -166,35 +158,27 @@ class ArgmaxPredictor:
                 )
 
     @torch.no_grad()
-    def take(self, description: str, only: np.ndarray | None = None) -> ArgmaxPredictions:
-        """Returns the first choice at each predicted token of each text.
+    def run(
+        self,
+        description: str,
+        only: np.ndarray | None,
+        take: Callable[[np.ndarray, torch.Tensor, torch.Tensor], None],
+    ) -> None:
+        """Runs the texts in batches.
 
         Args:
             description: Label of the progress bar.
-            only: Indices of the texts that are asked for; the others' choices stay empty.
+            only: Indices of the texts that are run; all if `None`.
+            take: Called for each batch with the indices of its texts, [B], the logits of its
+                predicted tokens, [S, V], and which of the B texts each of them is of, [S].
         """
         indices = np.arange(len(self.texts)) if only is None else only
-        choices = ArgmaxPredictions(self.texts, indices)
-        if not len(indices):
-            return choices
-        close: set[int] = set()
-        self.not_finite = set()
         with evaluation_mode(self.model):
             runner = self._runner(everything=only is None)
 
             def run(batch: np.ndarray) -> None:
                 logits, rows = runner.logits(indices[batch])
-                best = logits.topk(2, dim=-1)  # [S, 2]
-                near = too_close(best.values, self.model)
-                finite = torch.isfinite(best.values[:, 0])
-                owner = rows.owner.to(logits.device)
-                # One copy to the host a batch.
-                columns = [owner, best.indices[:, 0], near.long(), finite.long()]
-                owners, tokens, is_close, is_finite = torch.stack(columns).cpu().numpy()
-                texts = indices[batch]
-                choices.put(texts, tokens)
-                self.not_finite.update(texts[owners[is_finite == 0]].tolist())
-                close.update(texts[owners[(is_close == 1) & (is_finite == 1)]].tolist())
+                take(indices[batch], logits, rows.owner.to(logits.device))
 
             with runner.running():
                 in_batches(
@@ -206,10 +190,6 @@ class ArgmaxPredictor:
                 )
             if runner.prefix is not None:
                 runner.prefix.complete = True
-            if self.how.stream is None:  # else the whole model would be read again for each
-                for text in sorted(close - self.not_finite):
-                    choices.replace(text, self.alone(text))
-        return choices
 
     def close(self) -> None:
         """Gives back what recorded states took."""
@@ -250,6 +230,69 @@ class ArgmaxPredictor:
             first_position=self.first_position,
             tail=self.how.tail,
         )
+
+
+class ArgmaxPredictor(Predictor):
+    """First choices for a fixed set of texts, to be taken before and after an edit.
+
+    Args:
+        model: A causal language model.
+        texts: The texts; every token from `target_start` on is predicted.
+        how: How they are run.
+        alone: Returns the first choices of text i from full forward passes of one fixed form.
+        first_position: As for `lay_out`.
+
+    Attributes:
+        not_finite: Texts for which the last measurement met logits that are NaN or infinite; what
+            the model "chooses" there is meaningless.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        texts: TokenizedTexts,
+        how: EvalConfig,
+        *,
+        alone: Callable[[int], list[int]],
+        first_position: np.ndarray | None = None,
+    ) -> None:
+        super().__init__(model, texts, how, first_position=first_position)
+        self.alone = alone
+        self.not_finite: set[int] = set()
+
+    @torch.no_grad()
+    def take(self, description: str, only: np.ndarray | None = None) -> ArgmaxPredictions:
+        """Returns the first choice at each predicted token of each text.
+
+        Args:
+            description: Label of the progress bar.
+            only: Indices of the texts that are asked for; the others' choices stay empty.
+        """
+        choices = ArgmaxPredictions(
+            self.texts, np.arange(len(self.texts)) if only is None else only
+        )
+        if not (len(self.texts) if only is None else len(only)):
+            return choices
+        close: set[int] = set()
+        self.not_finite = set()
+
+        def choose(texts: np.ndarray, logits: torch.Tensor, owner: torch.Tensor) -> None:
+            best = logits.topk(2, dim=-1)  # [S, 2]
+            near = too_close(best.values, self.model)
+            finite = torch.isfinite(best.values[:, 0])
+            # One copy to the host a batch.
+            columns = [owner, best.indices[:, 0], near.long(), finite.long()]
+            owners, tokens, is_close, is_finite = torch.stack(columns).cpu().numpy()
+            choices.put(texts, tokens)
+            self.not_finite.update(texts[owners[is_finite == 0]].tolist())
+            close.update(texts[owners[(is_close == 1) & (is_finite == 1)]].tolist())
+
+        self.run(description, only, choose)
+        if self.how.stream is None:  # else the whole model would be read again for each
+            with evaluation_mode(self.model):
+                for text in sorted(close - self.not_finite):
+                    choices.replace(text, self.alone(text))
+        return choices
 
 
 def too_close(best: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
