@@ -44,7 +44,8 @@ Interrupted by whatever (Ctrl-C, a kill, a full disk), the same command goes on 
   resume=BOOL          go on with an interrupted run of the same command (default), or begin anew
   metrics=[A,B,...]    of {", ".join(METRICS)};
                        default [{",".join(DEFAULT_METRICS)}]. `wrapped` asks in chat and in other
-                       wrappers too, and takes most of the evaluation's time: leave it out to save it
+                       wrappers too, and takes most of the time of measuring: leave it out to save
+                       it
   save=WHAT            the edited matrices (default), the whole edited model, or none
   KEY=VALUE            any hyper-parameter: lr=1e-3 layers=[22] model_name=FOLDER device=cpu;
                        layers=auto finds the layer, rewrite_module_tmp=auto the module and

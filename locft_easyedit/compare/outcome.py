@@ -130,8 +130,8 @@ def accuracies(means: Mapping[str, Any] | None) -> dict[str, float | None]:
     """Returns the accuracies among nested means, `None` where there is none.
 
     `reliability`, `contains_target`, `generalization` and `portability` are those of the generated
-    answers, `wrapped_reliability` and `chat_reliability` those in wrappers; `locality` is the mean over EasyEdit's locality accuracies, NaN if one of them is no
-    number.
+    answers, `wrapped_reliability` and `chat_reliability` those in wrappers; `locality` is the mean
+    over EasyEdit's locality accuracies, NaN if one of them is no number.
     """
     means = means or {}
     generated, locality = means.get("generated") or {}, means.get("locality") or {}

@@ -58,10 +58,12 @@ def _label(key: str) -> str:
     return _LABELS.get(key, key.replace(".", ": ", 1))
 
 
-def answers_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
+def answers_table(
+    rows: Sequence[tuple[str, str, str, str]], title: str = "A few questions"
+) -> Table:
     """Returns a table of (prompt, target, answer before, answer after)."""
     columns = ["prompt", "new target", "answer before", "answer after"]
-    return terminal_table(columns, map(Row, rows), title="A few questions", text_columns=4)
+    return terminal_table(columns, map(Row, rows), title=title, text_columns=4)
 
 
 def health_table(report: HealthReport) -> Table:
