@@ -176,7 +176,7 @@ def test_what_nobody_has_takes_no_column():
     assert plain(comparison_markdown(made)) == [
         ["method", "rewrite_acc ↑"], ["before editing", "-"], ["FT", "0.50"],
     ]  # fmt: skip
-    legend = "Measured for no method: reliability, contains, generalization, portability, locality"
+    legend = "Measured for no method: reliability, contains, generalization, in wrappers, in chat"
     assert legend in comparison_markdown(made)
     assert legend in " ".join(printed(made, 200).split())
 
