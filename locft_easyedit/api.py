@@ -17,7 +17,13 @@ from .delta.delta import Delta
 from .delta.weights_folder import read_checkpoint
 from .distributed.world import SINGLE_PROCESS, get_world
 from .errors import ModelError, OutputError
-from .evaluation.evaluation import Evaluation, PairedMetrics, SharedMeasurement
+from .evaluation.evaluation import (
+    DEFAULT_METRICS,
+    PairedMetrics,
+    SharedMeasurement,
+    check_metrics,
+    shared_evaluation,
+)
 from .evaluation.predictions import EvalConfig
 from .evaluation.records import CompactRecords
 from .evaluation.report import write_loss_curve
@@ -166,6 +172,7 @@ def edit_and_measure(
     requests: Sequence[Mapping[str, Any]],
     hparams: LocFTBFHyperParams,
     *,
+    metrics: Sequence[str] = DEFAULT_METRICS,
     progress: bool = True,
 ) -> Run:
     """Edits `model` in place with all `requests`; measures before, and after all are in.
@@ -177,23 +184,24 @@ def edit_and_measure(
         tokenizer: Its tokenizer.
         requests: EasyEdit's request dictionaries.
         hparams: The hyper-parameters.
+        metrics: What is measured, as for `Evaluation`. `wrapped` (chat and other wrappers) takes
+            several times as long as the other default metrics together.
         progress: Show progress bars.
 
     Raises:
-        LocFTError: The requests, the place or the model cannot be used; nothing was changed.
+        LocFTError: The requests, the metrics, the place or the model cannot be used; nothing was
+            changed.
     """
+    check_metrics(metrics)
     watch = Stopwatch()
 
     with open_session(model, tokenizer, requests, hparams, progress=progress) as session:
         watch.lap("checks and frozen prefix")
         how = EvalConfig.from_session(session, progress=session.progress)
-        evaluation = SharedMeasurement(
-            session.world,
-            model,
-            requests,
-            lambda some, numbers: Evaluation(model, tokenizer, some, how, numbers=numbers),
+        evaluation = shared_evaluation(
+            session.world, model, tokenizer, requests, how, metrics=metrics
         )
-        before = _before(evaluation, requests, session)
+        before = _before(evaluation, requests, session, metrics)
         watch.lap("metrics before")
         result = session.train_()
         watch.lap("training")
@@ -203,16 +211,23 @@ def edit_and_measure(
 
 
 def _before(
-    evaluation: SharedMeasurement, requests: Sequence[Mapping[str, Any]], session: EditSession
+    evaluation: SharedMeasurement,
+    requests: Sequence[Mapping[str, Any]],
+    session: EditSession,
+    metrics: Sequence[str],
 ) -> CompactRecords:
     """Returns the metrics before the edit; an interrupted run does not measure them twice."""
     if session.checkpoints is None:
         return CompactRecords(evaluation.stream("before"))
     path = session.checkpoints.path.with_name("before.jsonl")
-    identity = session.checkpoints.identity.to_dict() | {"records": json_sha256(list(requests))}
+    identity = session.checkpoints.identity.to_dict() | {
+        "records": json_sha256(list(requests)),
+        "metrics": list(metrics),
+    }
     records = session.world.broadcast_from_main(lambda: CompactRecords.read(path, identity))
     if records is not None:
         logger.info("%s has the metrics before the edit; they are not measured again.", path)
+        evaluation.keep()  # distributions are too large for the file
         return records
     records = CompactRecords(evaluation.stream("before"))
     try:

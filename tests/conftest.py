@@ -24,6 +24,7 @@ from hypothesis import settings
 
 from locft_easyedit.errors import MissingDependencyError
 from locft_easyedit.evaluation.generated import Generated
+from locft_easyedit.evaluation.wrapped import Wrapped
 
 torch.set_num_threads(1)
 settings.register_profile("tests", deadline=None)  # how long it takes depends on what else runs
@@ -62,8 +63,9 @@ def short_answers(monkeypatch):
 
     The answers of a random model seldom end by themselves, and 32 tokens show no more.
     """
-    short = functools.partial(Generated, max_new_tokens=16)
-    monkeypatch.setattr("locft_easyedit.evaluation.evaluation.Generated", short)
+    for measurement in (Generated, Wrapped):
+        short = functools.partial(measurement, max_new_tokens=16)
+        monkeypatch.setattr(f"locft_easyedit.evaluation.evaluation.{measurement.__name__}", short)
 
 
 @pytest.fixture(scope="session")

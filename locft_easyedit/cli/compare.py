@@ -14,6 +14,7 @@ from ..compare.picture import write_comparison_picture
 from ..compare.run_comparison import compare
 from ..compare.settings import Settings
 from ..compare.table import comparison_markdown, comparison_table
+from ..evaluation.evaluation import DEFAULT_METRICS, METRICS
 from ..hparams import ALG_NAME, LocFTBFHyperParams
 from ..utils.files import output_errors, write_atomically
 from ..utils.json_fields import write_dataclass
@@ -29,6 +30,9 @@ Usage: locft compare --config-name NAME data=FILE [methods=[...]] [n=N] [output=
   n=N                  only the first N edits
   methods=[A,B,...]    default: [{ALG_NAME},FT,LoRA,ROME,MEMIT,AlphaEdit]
   output=DIR           where results go (outputs/compare); the same command goes on there
+  metrics=[A,B,...]    of {", ".join(METRICS)};
+                       default [{",".join(DEFAULT_METRICS)}]. `wrapped` asks in chat and in other
+                       wrappers too, after all edits, and multiplies the time of measuring
   peers.METHOD.KEY=V   a hyper-parameter of another method, as in EasyEdit's YAML, or
                        peers.METHOD.hparams=FILE to start from a YAML of EasyEdit
   text=DIR             *.txt files for MEMIT's and AlphaEdit's key covariances; else they come from
@@ -56,6 +60,7 @@ class CompareConfig(LocFTBFHyperParams):
         default_factory=lambda: [ALG_NAME, "FT", "LoRA", "ROME", "MEMIT", "AlphaEdit"]
     )
     output: str = "outputs/compare"
+    metrics: list[str] = field(default_factory=lambda: list(DEFAULT_METRICS))
     peers: dict[str, Any] = field(default_factory=dict)
     text: Optional[str] = None  # noqa: UP045
     documents: int = 400

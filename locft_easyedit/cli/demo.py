@@ -22,7 +22,10 @@ from ..evaluation.generated import Generated, finish_generated_
 from ..evaluation.predictions import EvalConfig
 from ..evaluation.report import answers_table, health_table, metrics_table, seconds_table
 from ..evaluation.summary import summarize
-from ..hparams import LocFTBFHyperParams, hparams_folder
+from ..evaluation.wrapped import Wrapped
+from ..evaluation.wrappers import CHAT
+from ..hparams import ALG_NAME, LocFTBFHyperParams, hparams_folder
+from ..hparams_rules import PLUS_NAME
 from ..utils.output import prepare_folder, show
 from ..utils.timing import Stopwatch
 
@@ -30,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 FACTS = Path(__file__).resolve().parent / "demo_counterfact.json"
 _N_SHOWN = 6
+_OF_A_FACT = ("prompt", "target_new", "target_aliases")
 
 NAME = "SmolLM2-135M-Instruct"
 
@@ -40,7 +44,10 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     watch = Stopwatch()
 
-    hparams = LocFTBFHyperParams.from_hparams(hparams_folder() / "smollm2-135m.yaml")
+    method = PLUS_NAME if options.plus else ALG_NAME
+    hparams = LocFTBFHyperParams.from_hparams(
+        hparams_folder().parent / method / "smollm2-135m.yaml"
+    )
     hparams.model_name = str(prepare_smollm2(options.model or hparams.model_name))
     requests = read_requests(FACTS, options.n)
     output = prepare_folder(options.output)
@@ -58,15 +65,22 @@ def main(arguments: Sequence[str]) -> int:
 
     how = EvalConfig(hparams.eval_batch_size, hparams.row_tokens, progress=True)
     generated = Generated(editor.model, editor.tok, requests, how)
+    # The facts alone, and in the bare chat template alone: all wrappers would take minutes.
+    facts = [{key: r[key] for key in _OF_A_FACT if key in r} for r in requests]
+    chat = Wrapped(editor.model, editor.tok, facts, how, names=[CHAT])
     before = generated.measure("answers before")
+    chat_before = chat.measure("answers in chat before")
     watch.lap("generated metrics")
     metrics, model, _ = editor.edit_requests(requests, sequential_edit=True)
     watch.lap("editing and EasyEdit's metrics")
     after = generated.measure("answers after")
+    chat_after = chat.measure("answers in chat after")
     watch.lap("generated metrics")
     for entry, pre, post in zip(metrics, before, after, strict=True):
         finish_generated_(pre, post)
         entry["pre"]["generated"], entry["post"]["generated"] = pre, post
+    for entry, pre, post in zip(metrics, chat_before, chat_after, strict=True):
+        entry["pre"]["wrapped"], entry["post"]["wrapped"] = pre, post
 
     run = Run(metrics, editor.last_result, watch.seconds)
     written = write_run(output, run, hparams, save=options.save, model=model, tokenizer=editor.tok)
@@ -76,8 +90,13 @@ def main(arguments: Sequence[str]) -> int:
         for r, pre, post in zip(requests[:_N_SHOWN], before, after, strict=False)
     ]
     health = editor.last_result.health
+    asked = [
+        (r["prompt"], r["target_new"], *(str(one["answers"][CHAT]) for one in pair))
+        for r, *pair in zip(requests[:_N_SHOWN], chat_before, chat_after, strict=False)
+    ]
     show(
         answers_table(rows),
+        answers_table(asked, title="The same questions in the chat template"),
         metrics_table(summarize(metrics)),
         *([] if health is None else [health_table(health)]),
         seconds_table(watch.seconds, within=editor.last_result.timings),
@@ -97,6 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="the model's folder (default: as in the YAML)")
     parser.add_argument(
         "--save", default="matrices", choices=("matrices", "model", "none"), help="what is saved"
+    )
+    parser.add_argument(
+        "--plus", action="store_true", help=f"edit with {PLUS_NAME} instead of {ALG_NAME}"
     )
     return parser
 

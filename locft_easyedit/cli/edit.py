@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
@@ -17,6 +17,7 @@ from ..data.readers import read_requests
 from ..data.requests import distinct_edits
 from ..distributed.world import get_world
 from ..errors import HyperParamsError, OutputError
+from ..evaluation.evaluation import DEFAULT_METRICS, METRICS, check_metrics
 from ..evaluation.report import health_table, metrics_table, seconds_table
 from ..evaluation.summary import summarize
 from ..hparams import ALG_NAME, LocFTBFHyperParams
@@ -31,7 +32,7 @@ from .application import run_application
 HELP = f"""Edits a model with {ALG_NAME}.
 
 Usage: locft edit --config-name NAME data=FILE [n=N] [output=DIR] [save=matrices|model|none]
-                  [resume=true|false] [KEY=VALUE ...]
+                  [metrics=[A,B,...]] [resume=true|false] [KEY=VALUE ...]
 
 Interrupted by whatever (Ctrl-C, a kill, a full disk), the same command goes on where it stopped.
 
@@ -41,6 +42,10 @@ Interrupted by whatever (Ctrl-C, a kill, a full disk), the same command goes on 
   n=N                  only the first N edits
   output=DIR           where results go (outputs/DATE/TIME)
   resume=BOOL          go on with an interrupted run of the same command (default), or begin anew
+  metrics=[A,B,...]    of {", ".join(METRICS)};
+                       default [{",".join(DEFAULT_METRICS)}]. `wrapped` asks in chat and in other
+                       wrappers too, and takes most of the time of measuring: leave it out to save
+                       it
   save=WHAT            the edited matrices (default), the whole edited model, or none
   KEY=VALUE            any hyper-parameter: lr=1e-3 layers=[22] model_name=FOLDER device=cpu;
                        layers=auto finds the layer, rewrite_module_tmp=auto the module and
@@ -58,6 +63,7 @@ class EditConfig(LocFTBFHyperParams):
     n: Optional[int] = None  # noqa: UP045
     output: str = "${locft_output:outputs/${now:%Y-%m-%d}/${now:%H-%M-%S}}"
     save: str = "matrices"
+    metrics: list[str] = field(default_factory=lambda: list(DEFAULT_METRICS))
     resume: bool = True
 
 
@@ -89,12 +95,16 @@ def run_edit(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path)
     """
     if command["save"] not in SAVE:
         raise HyperParamsError(f"`save={command['save']!r}` must be one of {', '.join(SAVE)}.")
+    check_metrics(command["metrics"])
     requests = read_requests(command["data"], command["n"])
     # Bad requests show before a large model is loaded; conflicts are warned of only once.
     edits = distinct_edits(requests, "error" if hparams.on_conflict == "error" else None).edits
     if hparams.chooses:
         check_enough(len(edits))
-    settings = run_settings(hparams, requests) | {"save": command["save"]}
+    settings = run_settings(hparams, requests) | {
+        "save": command["save"],
+        "metrics": list(command["metrics"]),
+    }
     started_with = _without_output({**hparams.to_dict(), **command})
     world = get_world()
     with run_folder(
@@ -109,7 +119,7 @@ def run_edit(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path)
         kept = dataclasses.replace(
             hparams, checkpoint_dir=hparams.checkpoint_dir or str(folder.checkpoints)
         )
-        run = edit_and_measure(model, tokenizer, requests, kept)
+        run = edit_and_measure(model, tokenizer, requests, kept, metrics=command["metrics"])
         if not world.is_main_process:
             return
         written = write_run(

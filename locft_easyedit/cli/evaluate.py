@@ -18,12 +18,14 @@ from ..delta.apply import check_fits
 from ..delta.delta import Delta
 from ..distributed.world import get_world
 from ..errors import DataError, HyperParamsError
+from ..evaluation.divergence import BeforeEdit
 from ..evaluation.evaluation import (
     DEFAULT_METRICS,
     METRICS,
-    Evaluation,
     SharedMeasurement,
+    check_metrics,
     finish_,
+    shared_evaluation,
 )
 from ..evaluation.predictions import EvalConfig
 from ..evaluation.prompts import Metrics
@@ -46,7 +48,9 @@ Usage: locft evaluate MODEL data=FILE [KEY=VALUE ...]
                       is measured first, for locality
   original=MODEL|FILE the model before editing, or the metrics.json of an earlier `locft evaluate`
                       of it: locality compares with it
-  metrics=[A,B,...]   of {", ".join(METRICS)}; default [{",".join(DEFAULT_METRICS)}]
+  metrics=[A,B,...]   of {", ".join(METRICS)};
+                      default [{",".join(DEFAULT_METRICS)}]. `wrapped` asks in chat and in other
+                      wrappers too, and takes most of the time: leave it out to save it
   batch_size=N        prompts together (64); figures do not depend on it
   device=D            cpu, cuda, or the number of a GPU; a GPU if there is one
   dtype=T             float32 (default), bfloat16 or float16
@@ -98,17 +102,20 @@ def run_evaluate(config: EvaluateConfig) -> int:
         original = _stored(config, requests)
     delta = Delta.load(config.delta) if config.delta is not None else None
     world = get_world()
+    before_edit = BeforeEdit(requests) if "wrapped" in config.metrics else None
     output = Path(world.broadcast_from_main(lambda: str(prepare_folder(config.output))))
     if config.original is not None and original is None:
         model, tokenizer = _load(config, config.original)
         watch.lap("loading")
-        original = _evaluation(config, model, tokenizer, requests).measure("before")
+        evaluation = _evaluation(config, model, tokenizer, requests, before_edit)
+        original = evaluation.measure("before")
         watch.lap("metrics before")
+        del evaluation
         del model, tokenizer
         gc.collect()  # the evaluation's own references to the model go in circles
         torch.cuda.empty_cache()
     model, tokenizer = _load(config, config.model)
-    evaluation = _evaluation(config, model, tokenizer, requests)
+    evaluation = _evaluation(config, model, tokenizer, requests, before_edit)
     watch.lap("loading")
     if delta is not None:
         check_fits(delta, model)
@@ -149,9 +156,10 @@ def _check(config: EvaluateConfig) -> None:
         problems.append("`batch_size` and `row_tokens` must be 1 or more.")
     if config.delta is not None and config.original is not None:
         problems.append("`delta` is measured against MODEL itself. Leave `original` out.")
-    unknown = [name for name in config.metrics if name not in METRICS]
-    if unknown or not config.metrics:
-        problems.append(f"`metrics={config.metrics}` must be one or more of {', '.join(METRICS)}.")
+    try:
+        check_metrics(config.metrics)
+    except HyperParamsError as error:
+        problems.append(str(error))
     if problems:
         raise HyperParamsError(" ".join(problems))
 
@@ -167,18 +175,21 @@ def _load(config: EvaluateConfig, name: str) -> tuple[Any, Any]:
 
 
 def _evaluation(
-    config: EvaluateConfig, model: Any, tokenizer: Any, requests: list[dict[str, Any]]
+    config: EvaluateConfig,
+    model: Any,
+    tokenizer: Any,
+    requests: list[dict[str, Any]],
+    before_edit: BeforeEdit | None,
 ) -> SharedMeasurement:
     world = get_world()
     how = EvalConfig(config.batch_size, config.row_tokens, progress=world.is_main_process)
-    return SharedMeasurement(
-        world,
-        model,
-        requests,
-        lambda some, numbers: Evaluation(
-            model, tokenizer, some, how, metrics=config.metrics, numbers=numbers
-        ),
+    return shared_evaluation(
+        world, model, tokenizer, requests, how, metrics=config.metrics, before_edit=before_edit
     )
+
+
+def _is_file(name: str | None) -> bool:
+    return name is not None and is_file(name)
 
 
 def _stored(config: EvaluateConfig, requests: list[dict[str, Any]]) -> list[Metrics]:
@@ -214,7 +225,7 @@ def _stored(config: EvaluateConfig, requests: list[dict[str, Any]]) -> list[Metr
         raise DataError(
             f"`original={path}` is the file that this run would write. Choose another `output`."
         )
-    needed = {"accuracy": "rewrite_acc", "generated": "generated"}
+    needed = {"accuracy": "rewrite_acc", "generated": "generated", "wrapped": "wrapped"}
     lacking = [
         n for n in config.metrics if any(needed.get(n, "locality") not in m for m in metrics)
     ]

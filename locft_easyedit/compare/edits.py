@@ -25,7 +25,7 @@ from ..easyedit.peers.peer_hparams import (
 )
 from ..easyedit.peers.published import MODULE_KEYS
 from ..errors import LocFTError
-from ..evaluation.evaluation import Evaluation
+from ..evaluation.evaluation import PLAIN_METRICS, Evaluation
 from ..evaluation.predictions import EvalConfig
 from ..hparams import LocFTBFHyperParams
 from ..hparams_rules import ALG_NAMES
@@ -183,7 +183,7 @@ class Edits:
         if method.one_by_one:
             parts = ("prompt", "target_new", "rephrase_prompt", "target_aliases")
             own = [{key: r[key] for key in parts if key in r} for r in requests]
-            self._each = Evaluation(model, tokenizer, own, how)
+            self._each = Evaluation(model, tokenizer, own, how, metrics=PLAIN_METRICS)
             self.how = replace(how, packed=self._each.packed)
         if method.name not in (*ALG_NAMES, *PEERS):
             self.how = replace(how, packed=False)  # who knows what it puts into the model

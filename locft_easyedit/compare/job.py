@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.evaluation import DEFAULT_METRICS
 from ..modeling.loading import resolve_device
 from ..utils.files import output_errors, write_atomically
 from ..utils.hashing import json_sha256
@@ -33,6 +34,7 @@ class Job:
         name: `BEFORE`, `STATISTICS` or a method.
         model: The model's folder or hub name.
         batch_size: Prompts measured together.
+        metrics: What is measured, as for `Evaluation`.
         hparams: LocFT-BF's hyper-parameters, for it.
         overrides: The user's values for a method of EasyEdit.
         covariance_modules: Modules whose covariance is wanted, for `STATISTICS`.
@@ -51,6 +53,7 @@ class Job:
     trust_remote_code: bool = False
     batch_size: int = 64
     row_tokens: int = 64
+    metrics: list[str] = field(default_factory=lambda: list(DEFAULT_METRICS))
     capability: list[str] = field(default_factory=list)
     capability_limit: int | None = None
     tasks_dir: str | None = None

@@ -136,15 +136,18 @@ def accuracies(means: Mapping[str, Any] | None) -> dict[str, float | None]:
     """Returns the accuracies among nested means, `None` where there is none.
 
     `reliability`, `contains_target`, `generalization` and `portability` are those of the generated
-    answers; `locality` is the mean over EasyEdit's locality accuracies, NaN if one of them is no
-    number.
+    answers, `wrapped_reliability` and `chat_reliability` those in wrappers; `locality` is the mean
+    over EasyEdit's locality accuracies, NaN if one of them is no number.
     """
     means = means or {}
     generated, locality = means.get("generated") or {}, means.get("locality") or {}
+    wrapped = means.get("wrapped") or {}
     unchanged = [_number(v) for key, v in locality.items() if key.endswith("acc")]
     numbers = [math.nan if value is None else value for value in unchanged]
     return {
         **{key: _number(generated.get(key)) for key in _GENERATED},
+        "wrapped_reliability": _number(wrapped.get("reliability")),
+        "chat_reliability": _number(wrapped.get("chat_reliability")),
         "locality": sum(numbers) / len(numbers) if numbers else None,
         **{key: _number(means.get(key)) for key in ("rewrite_acc", "rephrase_acc")},
     }

@@ -13,6 +13,7 @@ from ..data.requests import distinct_edits
 from ..easyedit.peers.peer_editor import commit_of
 from ..easyedit.peers.peer_hparams import PEERS, PeerHparams, peer_hparams
 from ..errors import HyperParamsError, LocFTError, one_message
+from ..evaluation.evaluation import DEFAULT_METRICS, check_metrics
 from ..hparams import LocFTBFHyperParams
 from ..hparams_rules import ALG_NAMES
 from ..modeling.loading import check_model_name, model_without_weights, resolve_device
@@ -41,6 +42,8 @@ class Settings:
         data: A data file.
         n: Edits; all of the file if `None`.
         output: Where everything goes.
+        metrics: What is measured before and after all edits, as for `Evaluation`; right after each
+            edit it is `PLAIN_METRICS`.
         peers: The user's values for a method of EasyEdit, by its name.
         stats_dir: Where key covariances are kept from one comparison to the next.
         text: Folder of text files for key covariances; `None` samples text from the model.
@@ -59,6 +62,7 @@ class Settings:
     data: str
     n: int | None
     output: Path
+    metrics: Sequence[str] = DEFAULT_METRICS
     peers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     stats_dir: str = "data/stats"
     text: str | None = None
@@ -79,6 +83,7 @@ def planned(settings: Settings) -> tuple[dict[str, Job], dict[str, list[str]]]:
     """
     h = settings.hparams
     _check_methods(settings)
+    check_metrics(settings.metrics)
     if not isinstance(h.model_name, str):
         raise HyperParamsError(
             "`model_name` must be a folder or a hub name: each process loads it."
@@ -113,6 +118,7 @@ def planned(settings: Settings) -> tuple[dict[str, Job], dict[str, list[str]]]:
         "trust_remote_code": h.trust_remote_code,
         "batch_size": h.eval_batch_size,
         "row_tokens": h.row_tokens,
+        "metrics": list(settings.metrics),
         "capability": list(settings.capability),
         "capability_limit": settings.capability_limit,
         "tasks_dir": _absolute(settings.tasks_dir),

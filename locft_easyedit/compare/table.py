@@ -25,6 +25,7 @@ from .outcome import Comparison, Outcome, accuracies, checked, headline
 _NOT_ASKED = "-"
 _NO_FIGURE = "?"
 _RIGHT_AFTER = "right after"
+_MOST_ABREAST = 10  # figures that a terminal of 80 columns holds beside one another
 _COSTS = ("seconds_per_edit", "peak_memory_gib")
 
 
@@ -47,6 +48,8 @@ COLUMNS = (
     Column("reliability", "reliability", "rel.", "edited prompts that get the new answer"),
     Column("contains_target", "contains", "has", "edited prompts whose answer contains it"),
     Column("generalization", "generalization", "gen.", "reworded prompts that get it"),
+    Column("wrapped_reliability", "in wrappers", "wrap.", "reliability in other texts and in chat"),
+    Column("chat_reliability", "in chat", "chat", "reliability in the chat template"),
     Column("portability", "portability", "port.", "questions that follow from an edit"),
     Column("locality", "locality", "loc.", "unchanged tokens on other prompts (teacher-forced)"),
     Column("rewrite_acc", "rewrite_acc", "rewr.", "right tokens of the target (teacher-forced)"),
@@ -116,6 +119,7 @@ class _Sheet:
 def comparison_table(comparison: Comparison) -> Group:
     """Returns the comparison for the terminal; 80 columns are enough.
 
+    More figures than a line holds go into a second table below the first.
     Below the figures after all edits come, for a method that edits one by one, those right after
     each edit. Names and reasons are text, never markup.
     """
@@ -133,11 +137,14 @@ def comparison_table(comparison: Comparison) -> Group:
             each = sheet.texts(accuracies(outcome.right_after_each), "")
             rows.append(Row([_RIGHT_AFTER, *each], "dim"))
     heads = ["method", *(column.short + column.arrow for column in sheet.columns)]
-    return Group(
-        Text("\n".join(_title(comparison)), style="bold"),
-        terminal_table(heads, rows, compact=True),
-        _caption(sheet),
-    )
+    n_figures = len(sheet.columns)
+    size = n_figures if n_figures <= _MOST_ABREAST else (n_figures + 1) // 2
+    tables = []
+    for first in range(1, n_figures + 1, size):
+        part = slice(first, first + size)
+        some = [Row([*row.cells[:1], *row.cells[part]], row.style) for row in rows]
+        tables.append(terminal_table([heads[0], *heads[part]], some, compact=True))
+    return Group(Text("\n".join(_title(comparison)), style="bold"), *tables, _caption(sheet))
 
 
 def comparison_markdown(comparison: Comparison) -> str:

@@ -57,7 +57,7 @@ def _before(job: Job, progress: Progress) -> dict[str, Any]:
     easyedit = register()
     requests = read_requests(job.data, job.n)
     model, tokenizer = _load(job, progress)
-    evaluation = Evaluation(model, tokenizer, requests, _how(job))
+    evaluation = Evaluation(model, tokenizer, requests, _how(job), metrics=job.metrics)
     progress.say("metrics")
     records = evaluation.measure("before")
     summary = summarize([{"pre": record, "post": record} for record in records])["pre"]
@@ -143,7 +143,7 @@ def _edited(job: Job, folder: JobFolder, progress: Progress) -> Outcome:
 
     start = time.perf_counter()
     progress.say("metrics after all edits")
-    evaluation = Evaluation(model, tokenizer, requests, edits.how)
+    evaluation = Evaluation(model, tokenizer, requests, edits.how, metrics=job.metrics)
     after = evaluation.measure("after all edits")
     for pre, post in zip(before, after, strict=True):
         finish_(pre, post)

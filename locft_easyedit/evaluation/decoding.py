@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.batching import in_batches
-from ..data.tokenization import CHUNK, GrowingTexts, TokenizedTexts, ids_of
+from ..data.tokenization import CHUNK, Asked, GrowingTexts, TokenizedTexts, asked_ids, ids_of
 from ..modeling.devices import input_device
 from ..modeling.forward import run_next
 from ..modeling.modes import evaluation_mode
@@ -114,8 +115,9 @@ class GreedyDecoder:
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        prompts: Plain prompts; no chat template is applied.
-        drafts: The answer that is expected of each prompt.
+        prompts: Plain prompts; or texts with the answers that are expected of them (`Asked`), which
+            may be those of a chat, and whose own end ends an answer as well as the model's.
+        drafts: The answer that is expected of each plain prompt.
         how: How prompts are run.
         max_new_tokens: Tokens of an answer, at most.
         still_open: Says of prompt i whether the rest of an answer that begins so is wanted; `None`
@@ -130,8 +132,8 @@ class GreedyDecoder:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[str],
-        drafts: Sequence[str],
+        prompts: Sequence[str] | Sequence[Asked],
+        drafts: Sequence[str] | None,
         how: EvalConfig,
         *,
         max_new_tokens: int,
@@ -145,6 +147,8 @@ class GreedyDecoder:
         self.ends = end_tokens(model, tokenizer)
         self.stops = stop_tokens(tokenizer)
         self.not_finite: set[int] = set()
+        asked = [prompt for prompt in prompts if isinstance(prompt, Asked)]
+        self._own_ends = [one.end for one in asked] or [None] * len(prompts)
         self._texts = self._tokenized(prompts, drafts)
         self._choices = ArgmaxPredictor(model, self._texts, how)
 
@@ -153,23 +157,45 @@ class GreedyDecoder:
         """Tokens of each prompt, [N]."""
         return self._texts.target_start
 
-    def _tokenized(self, prompts: Sequence[str], drafts: Sequence[str]) -> TokenizedTexts:
+    def _tokenized(self, prompts: Sequence[Any], drafts: Sequence[str] | None) -> TokenizedTexts:
         """Returns each prompt with its draft and an end token after it: at least one token."""
-        end = self.ends[:1] or [0]
         growing = GrowingTexts()
         for first in range(0, len(prompts), CHUNK):
-            part = slice(first, first + CHUNK)
-            alone = ids_of(self.tokenizer, prompts[part])
-            both = [f"{p} {d.strip()}" for p, d in zip(prompts[part], drafts[part], strict=True)]
-            for prompt, ids in zip(alone, ids_of(self.tokenizer, both), strict=True):
-                # Where a token reaches over the end of the prompt there is no draft to be had.
-                follows = ids[: len(prompt)] == prompt
-                draft = [i for i in ids[len(prompt) :] if i not in self.ends] if follows else []
-                growing.add(prompt + (draft + end)[: self.max_new_tokens], len(prompt))
+            part = prompts[first : first + CHUNK]
+            if drafts is None:
+                alone = asked_ids(self.tokenizer, part)
+                whole = [replace(one, text=one.text + one.answer) for one in part]
+                both = asked_ids(self.tokenizer, whole)
+            else:
+                alone = ids_of(self.tokenizer, part)
+                expected = drafts[first : first + CHUNK]
+                texts = [f"{p} {d.strip()}" for p, d in zip(part, expected, strict=True)]
+                both = ids_of(self.tokenizer, texts)
+            for i, (ids, with_answer) in enumerate(zip(alone, both, strict=True), first):
+                growing.add(ids + self._draft(i, ids, with_answer), len(ids))
         return growing.finished()
 
+    def _draft(self, i: int, prompt: list[int], whole: list[int]) -> list[int]:
+        """Returns the tokens of prompt i's expected answer, with an end token: at least one.
+
+        Args:
+            i: Number of the prompt.
+            prompt: Its tokens.
+            whole: Those of prompt and answer.
+        """
+        own = self._own_ends[i]
+        end = self.ends[:1] or [0] if own is None else [own]
+        # Where a token reaches over the end of the prompt there is no draft to be had.
+        follows = whole[: len(prompt)] == prompt
+        draft = [t for t in whole[len(prompt) :] if not self._ends(i, t)] if follows else []
+        return (draft + end)[: self.max_new_tokens]
+
+    def _ends(self, i: int, token: int) -> bool:
+        """Returns whether a token ends the answer to prompt i."""
+        return token in self.ends or token == self._own_ends[i]
+
     def answers(self, description: str, only: np.ndarray | None = None) -> list[str]:
-        """Returns the answer to each prompt, up to EOS, "." or the end of the line.
+        """Returns the answer to each prompt, up to its end token, "." or the end of the line.
 
         Args:
             description: Label of the progress bar.
@@ -246,7 +272,7 @@ class GreedyDecoder:
         agreed = next((k for k, c in enumerate(choices) if c != draft[k]), len(choices) - 1)
         answer = choices[: agreed + 1]
         for k, token in enumerate(answer):
-            if token in self.ends or token in self.stops:
+            if self._ends(i, token) or token in self.stops:
                 return answer[: k + 1]
         return answer
 
@@ -269,14 +295,14 @@ class GreedyDecoder:
         n_new = len(ids) - int(self.prompt_lengths[i])
         if n_new <= 0:
             return False
-        if n_new >= self.max_new_tokens or ids[-1] in self.ends or ids[-1] in self.stops:
+        if n_new >= self.max_new_tokens or self._ends(i, ids[-1]) or ids[-1] in self.stops:
             return True
         return self._still_open is not None and not self._still_open(i, self._text(i, ids))
 
     def _text(self, i: int, ids: list[int]) -> str:
         """Returns the answer in the ids of prompt i and what follows, up to the first stop."""
         ids = ids[int(self.prompt_lengths[i]) :]
-        end = next((i for i, token in enumerate(ids) if token in self.ends), len(ids))
+        end = next((k for k, token in enumerate(ids) if self._ends(i, token)), len(ids))
         text = str(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
         cut = min((text.find(stop) for stop in STOPS if stop in text), default=len(text))
         return text[:cut].strip()

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..distributed.world import World
 from ..errors import HyperParamsError, RequestError
 from ..modeling.fsdp import lockstep
+from .divergence import BeforeEdit
 from .fluency import batched_fluency, word_tokenizer
 from .generated import Generated, finish_generated_
 from .perplexity import Perplexity
@@ -20,9 +21,12 @@ from .predictions import EvalConfig, Measurement
 from .prompts import Metrics, Questions
 from .records import CompactRecords, LazyRecords
 from .teacher_forced import TeacherForced, finish_locality_
+from .wrapped import Wrapped, finish_wrapped_
 
-METRICS = ("accuracy", "generated", "ppl", "fluency")
-DEFAULT_METRICS = ("accuracy", "generated")
+METRICS = ("accuracy", "generated", "wrapped", "ppl", "fluency")
+DEFAULT_METRICS = ("accuracy", "generated", "wrapped")
+# What choices among places and methods need; `wrapped` multiplies the time.
+PLAIN_METRICS = ("accuracy", "generated")
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -39,10 +43,13 @@ class Evaluation(Measurement):
         records: Requests as `make_requests` or `read_requests` return them.
         how: How prompts are run.
         metrics: Any of `accuracy` (EasyEdit's teacher-forced ones, locality and portability),
-            `generated` (the paper's), `ppl` and `fluency`.
+            `generated` (the paper's), `wrapped` (the same in chat and in other wrappers, which
+            multiplies the evaluation's time: see `Wrapped`), `ppl` and `fluency`.
         before: Each record's metrics before the edit, where the edited model's answers themselves
             are not wanted, only what counts (see `Generated`).
         numbers: The records' numbers, which their random draws depend on; counted from 0 if `None`.
+        before_edit: Where `wrapped` keeps what the model predicted before the edit, and finds it
+            if another evaluation has kept it; a place of its own if `None`.
 
     Attributes:
         packed: Whether rows are packed; `None` if it was not measured.
@@ -63,13 +70,10 @@ class Evaluation(Measurement):
         metrics: Sequence[str] = DEFAULT_METRICS,
         before: Sequence[Metrics] | None = None,
         numbers: Sequence[int] | None = None,
+        before_edit: BeforeEdit | None = None,
     ) -> None:
         how = how or EvalConfig()
-        unknown = [name for name in metrics if name not in METRICS]
-        if unknown or not metrics:
-            raise HyperParamsError(
-                f"`metrics={list(metrics)}` must be one or more of {', '.join(METRICS)}."
-            )
+        check_metrics(metrics)
         if how.stream is not None and "fluency" in metrics:
             raise HyperParamsError(
                 f"`metrics={list(metrics)}`: fluency samples 100 tokens one after another, and the "
@@ -94,6 +98,11 @@ class Evaluation(Measurement):
             if "generated" in metrics
             else None
         )
+        self._wrapped = (
+            Wrapped(model, tokenizer, records, how, numbers=numbers, before=before_edit)
+            if "wrapped" in metrics
+            else None
+        )
         self._perplexity = Perplexity(model, tokenizer, records, how) if "ppl" in metrics else None
 
     def measure(self, when: str = "evaluation", only: Sequence[int] | None = None) -> list[Metrics]:
@@ -103,7 +112,7 @@ class Evaluation(Measurement):
     def stream(
         self, when: str = "evaluation", only: Sequence[int] | None = None
     ) -> Iterator[Metrics]:
-        """Measures; yields each record's metrics, under EasyEdit's keys and `generated`.
+        """Measures; yields each record's metrics: EasyEdit's keys, `generated` and `wrapped`.
 
         Args:
             when: Goes into the labels of the progress bars.
@@ -117,6 +126,9 @@ class Evaluation(Measurement):
         if self._generated is not None:
             answers = self._generated.stream(f"answers {when}".strip(), only)
             parts.append({"generated": found} for found in answers)
+        if self._wrapped is not None:
+            wrapped = self._wrapped.stream(f"answers in wrappers {when}".strip(), only)
+            parts.append({"wrapped": found} for found in wrapped)
         if self._words is not None:
             asked = self.records if only is None else [self.records[i] for i in only]
             fluency = batched_fluency(
@@ -134,6 +146,17 @@ class Evaluation(Measurement):
             for values in found:
                 _merge_(measured, values)
             yield measured
+
+    def keep(self, when: str = "before") -> None:
+        """Keeps what only the model tells, for metrics from before the edit that a file has.
+
+        A first measurement of all records does so by itself.
+
+        Args:
+            when: Goes into the label of the progress bar.
+        """
+        if self._wrapped is not None:
+            self._wrapped.keep(f"answers in wrappers {when}")
 
 
 class PairedMetrics(LazyRecords):
@@ -177,12 +200,14 @@ class PairedMetrics(LazyRecords):
 def finish_(pre: Mapping[str, Any], post: Metrics) -> None:
     """Adds to a record's metrics after an edit what only the comparison with those before tells.
 
-    Locality, by tokens (`NAME_acc`) and by generated answers.
+    Locality, by tokens (`NAME_acc`), by generated answers and by those in chat.
 
     Raises:
         ValueError: The two were not measured on the same prompts.
     """
     finish_locality_(pre, post)
+    if "wrapped" in pre and "wrapped" in post:
+        finish_wrapped_(pre["wrapped"], post["wrapped"])
     if "generated" in pre and "generated" in post:
         finish_generated_(pre["generated"], post["generated"])
 
@@ -194,6 +219,53 @@ def _merge_(entry: Metrics, value: Metrics) -> None:
             entry[key] = {**part, **entry.get(key, {})}
         else:
             entry[key] = part
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Checks names of metrics.
+
+    Raises:
+        HyperParamsError: One is unknown, or there is none.
+    """
+    if not metrics or any(name not in METRICS for name in metrics):
+        raise HyperParamsError(
+            f"`metrics={list(metrics)}` must be one or more of {', '.join(METRICS)}."
+        )
+
+
+def shared_evaluation(
+    world: World,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Mapping[str, Any]],
+    how: EvalConfig,
+    *,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    before_edit: BeforeEdit | None = None,
+) -> SharedMeasurement:
+    """Returns an `Evaluation` whose records the processes of `world` share.
+
+    Args:
+        world: The processes.
+        model: As for `Evaluation`.
+        tokenizer: As for `Evaluation`.
+        records: All records.
+        how: How this process runs its prompts.
+        metrics: As for `Evaluation`.
+        before_edit: As for `Evaluation`, made of all records.
+
+    Raises:
+        LocFTError: As for `Evaluation`, on all processes.
+    """
+    if before_edit is None and "wrapped" in metrics:
+        before_edit = BeforeEdit(records)
+
+    def make(some: Sequence[Mapping[str, Any]], numbers: list[int]) -> Evaluation:
+        return Evaluation(
+            model, tokenizer, some, how, metrics=metrics, numbers=numbers, before_edit=before_edit
+        )
+
+    return SharedMeasurement(world, model, records, make)
 
 
 class SharedMeasurement(Measurement):
@@ -248,6 +320,16 @@ class SharedMeasurement(Measurement):
         with self.world.sharing_errors(), lockstep(self._model):
             found = CompactRecords(self._measurement.stream(description))
         yield from _in_order(self.world.all_gather((self._own, found)))
+
+    def keep(self, description: str = "before") -> None:
+        """Keeps what an `Evaluation` keeps with its first measurement, see there."""
+        if not isinstance(self._measurement, Evaluation):
+            return
+        if not self.world.is_distributed:
+            self._measurement.keep(description)
+            return
+        with self.world.sharing_errors(), lockstep(self._model):
+            self._measurement.keep(description)
 
 
 def _in_order(shares: Sequence[tuple[np.ndarray, CompactRecords]]) -> Iterator[Metrics]:

@@ -27,6 +27,12 @@ _LABELS = {
     "generated.old_answer": "answer contains the old answer",
     "generated.portability": "portability (generated)",
     "generated.locality": "locality (same generated answer)",
+    "wrapped.reliability": "reliability in wrappers (mean)",
+    "wrapped.chat_reliability": "reliability in chat (mean)",
+    "wrapped.chat_generalization": "generalization in chat",
+    "wrapped.chat_locality": "locality in chat (same answer)",
+    "wrapped.locality_kl": "locality: KL(before || after) in nats",
+    "wrapped.chat_locality_kl": "locality in chat: KL in nats",
 }
 
 
@@ -46,13 +52,18 @@ def metrics_table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _label(key: str) -> str:
+    wrapper = key.removeprefix("wrapped.reliability_in.")
+    if wrapper != key:
+        return f"  reliability in `{wrapper}`"
     return _LABELS.get(key, key.replace(".", ": ", 1))
 
 
-def answers_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
+def answers_table(
+    rows: Sequence[tuple[str, str, str, str]], title: str = "A few questions"
+) -> Table:
     """Returns a table of (prompt, target, answer before, answer after)."""
     columns = ["prompt", "new target", "answer before", "answer after"]
-    return terminal_table(columns, map(Row, rows), title="A few questions", text_columns=4)
+    return terminal_table(columns, map(Row, rows), title=title, text_columns=4)
 
 
 def health_table(report: HealthReport) -> Table:

@@ -13,7 +13,7 @@ from helpers.toys import REPOSITORY, toy_model, toy_tokenizer
 
 from locft_easyedit.api import edit_model
 from locft_easyedit.data.readers import read_requests
-from locft_easyedit.evaluation.evaluation import Evaluation, PairedMetrics
+from locft_easyedit.evaluation.evaluation import PLAIN_METRICS, Evaluation, PairedMetrics
 from locft_easyedit.evaluation.summary import summarize
 from locft_easyedit.hparams import LocFTBFHyperParams
 
@@ -70,7 +70,7 @@ def edited_by_hand(requests, **changes):
         with torch.no_grad():
             return [model(input_ids=one).logits[0, -1].double().log_softmax(-1) for one in ids]
 
-    evaluation = Evaluation(model, tokenizer, requests)
+    evaluation = Evaluation(model, tokenizer, requests, metrics=PLAIN_METRICS)
     before, first = evaluation.measure(), following()
     hparams = LocFTBFHyperParams.from_hparams("toy.yaml")
     for key, value in changes.items():
@@ -128,7 +128,7 @@ def test_a_method_of_easyedit_is_measured_as_ours_are(run, scripts, monkeypatch)
     [layer] = rome["method"]["hparams"]["layers"]
     assert changed == [f"model.layers.{layer}.mlp.down_proj.weight"]
     requests, tokenizer = read_requests("edits.json")[3:], toy_tokenizer(pad_is_eos=True)
-    metrics = Evaluation(edited[0], tokenizer, requests).measure()
+    metrics = Evaluation(edited[0], tokenizer, requests, metrics=PLAIN_METRICS).measure()
     found = summarize([{"post": one} for one in metrics])["post"]
     assert rome["figures"]["portability"] == found["portability"]["one_hop_acc"]
     assert rome["figures"]["reliability"] == found["generated"]["reliability"]

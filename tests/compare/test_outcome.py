@@ -25,6 +25,7 @@ FIGURES = {
         "locality": 0.8,
         "contains_target": 0.75,
     },
+    "wrapped": {"reliability": 0.3, "chat_reliability": 0.2, "reliability_in": {"chat": 0.1}},
     "fluency": {"ngram_entropy": 5.5},
 }
 
@@ -124,6 +125,8 @@ def test_headline():
             "reliability": 0.7,
             "contains_target": 0.75,
             "generalization": 0.6,
+            "wrapped_reliability": 0.3,
+            "chat_reliability": 0.2,
             "portability": 0.1,
             "locality": 0.6,
             "rewrite_acc": 0.5,
@@ -137,7 +140,7 @@ def test_headline():
 
 def test_headline_of_nothing():
     figures = headline(Outcome("FT"))
-    assert len(figures) == 10
+    assert len(figures) == 12
     assert set(figures.values()) == {None}
 
 

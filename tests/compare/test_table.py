@@ -176,7 +176,7 @@ def test_what_nobody_has_takes_no_column():
     assert plain(comparison_markdown(made)) == [
         ["method", "rewrite_acc ↑"], ["before editing", "-"], ["FT", "0.50"],
     ]  # fmt: skip
-    legend = "Measured for no method: reliability, contains, generalization, portability, locality"
+    legend = "Measured for no method: reliability, contains, generalization, in wrappers, in chat"
     assert legend in comparison_markdown(made)
     assert legend in " ".join(printed(made, 200).split())
 
@@ -255,6 +255,23 @@ def test_no_figure_is_truncated(width):
         "method", "rel.↑", "gen.↑", "port.↑", "loc.↑", "rewr.↑", "reph.↑", "cap.↑", "s/edit↓",
         "GiB↓",
     ]  # fmt: skip
+
+
+def test_figures_in_chat_and_in_wrappers():
+    measured = means(0.801)
+    measured["generated"]["contains_target"] = 0.805
+    measured["wrapped"] = {"reliability": 0.602, "chat_reliability": 0.403}
+    made = comparison(row("LocFT-BF", after_all=measured), row("FT", 0.804), n=3000)
+    text = printed(made, 80)
+    assert "…" not in text
+    assert {"0.602", "0.403", "wrap.↑", "chat↑"} <= {*text.split()}
+    # Too many for one table: the methods' names stand in both.
+    assert [line.split()[0] for line in text.splitlines()].count("method") == 2
+    heads, _, first, second = plain(comparison_markdown(made))
+    assert [first[heads.index(head)] for head in ("in wrappers ↑", "in chat ↑")] == [
+        "0.602", "0.403",
+    ]  # fmt: skip
+    assert second[heads.index("in chat ↑")] == "?"
 
 
 def test_terminal_bold():

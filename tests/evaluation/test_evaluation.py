@@ -20,7 +20,7 @@ from locft_easyedit.data.batching import in_batches
 from locft_easyedit.data.tokenization import TokenizedTexts
 from locft_easyedit.errors import HyperParamsError, RequestError
 from locft_easyedit.evaluation import predictions as choices
-from locft_easyedit.evaluation.evaluation import Evaluation, finish_
+from locft_easyedit.evaluation.evaluation import PLAIN_METRICS, Evaluation, finish_
 from locft_easyedit.evaluation.perplexity import Perplexity
 from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.evaluation.teacher_forced import TeacherForced
@@ -59,8 +59,10 @@ def edit_(model, layer):
 def test_the_frozen_prefix_changes_nothing(kind):
     model, tokenizer, records = toy_model(kind), toy_tokenizer(), records_with_lists(6)
     frozen = layer_cut(find_layers(model), 2)
-    shared = Evaluation(model, tokenizer, records, EvalConfig(5, frozen=frozen))
-    plain = Evaluation(model, tokenizer, records, EvalConfig(5))
+    shared = Evaluation(
+        model, tokenizer, records, EvalConfig(5, frozen=frozen), metrics=PLAIN_METRICS
+    )
+    plain = Evaluation(model, tokenizer, records, EvalConfig(5), metrics=PLAIN_METRICS)
     before = shared.measure()
     assert as_json(before) == as_json(plain.measure())
     edit_(model, 2)
@@ -104,7 +106,7 @@ def test_same_for_every_batch_size(kind):
     expected = None
     for batch_size, row_tokens, packed in ((1, 1, False), (3, 40, True), (64, 300, True)):
         how = EvalConfig(batch_size, row_tokens, packed)
-        found = as_json(Evaluation(model, tokenizer, records, how).measure())
+        found = as_json(Evaluation(model, tokenizer, records, how, metrics=PLAIN_METRICS).measure())
         expected = expected or found
         assert found == expected
 
@@ -129,11 +131,13 @@ def test_an_edit_session_shares_its_layers():
     model, tokenizer, records = toy_model(), toy_tokenizer(), toy_requests(6)
     with EditSession(model, tokenizer, records, toy_hparams(), progress=False) as session:
         how = EvalConfig.from_session(session, progress=False)
-        evaluation = Evaluation(model, tokenizer, records, how)
+        evaluation = Evaluation(model, tokenizer, records, how, metrics=PLAIN_METRICS)
         before = evaluation.measure()
         session.train_()
         after = evaluation.measure()
-    assert as_json(after) == as_json(Evaluation(model, tokenizer, records).measure())
+    assert as_json(after) == as_json(
+        Evaluation(model, tokenizer, records, metrics=PLAIN_METRICS).measure()
+    )
     assert as_json(before) != as_json(after)
     for pre, post in zip(before, after, strict=True):
         finish_(pre, post)
@@ -149,13 +153,15 @@ def test_an_edit_of_the_last_layer_is_measured(template):
     with EditSession(model, tokenizer, records, h, progress=False) as session:
         assert session.shortcuts.tail is not None
         how = EvalConfig.from_session(session, progress=False)
-        evaluation = Evaluation(model, tokenizer, records, how)
+        evaluation = Evaluation(model, tokenizer, records, how, metrics=PLAIN_METRICS)
         assert as_json(evaluation.measure()) == as_json(
-            Evaluation(model, tokenizer, records).measure()
+            Evaluation(model, tokenizer, records, metrics=PLAIN_METRICS).measure()
         )
         session.train_()
         after = evaluation.measure()
-    assert as_json(after) == as_json(Evaluation(model, tokenizer, records).measure())
+    assert as_json(after) == as_json(
+        Evaluation(model, tokenizer, records, metrics=PLAIN_METRICS).measure()
+    )
 
 
 # Perplexity
@@ -276,10 +282,10 @@ def test_a_place_in_the_last_layer_shares_its_prefix(template):
     hparams = toy_hparams(layers=[N_LAYERS - 1], rewrite_module_tmp=template, num_steps=1)
     with EditSession(model, tokenizer, records, hparams, progress=False) as session:
         how = EvalConfig.from_session(session, progress=False)
-        evaluation = Evaluation(model, tokenizer, records, how)
+        evaluation = Evaluation(model, tokenizer, records, how, metrics=PLAIN_METRICS)
         for _ in range(2):  # recorded, then replayed
             assert as_json(evaluation.measure()) == as_json(
-                Evaluation(model, tokenizer, records).measure()
+                Evaluation(model, tokenizer, records, metrics=PLAIN_METRICS).measure()
             )
             session.train_()
 

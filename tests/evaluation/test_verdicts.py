@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from locft_easyedit.evaluation.answers import Verdicts, matches_any
 from locft_easyedit.evaluation.decoding import GreedyDecoder
-from locft_easyedit.evaluation.evaluation import Evaluation, PairedMetrics
+from locft_easyedit.evaluation.evaluation import PLAIN_METRICS, Evaluation, PairedMetrics
 from locft_easyedit.evaluation.generated import Generated
 from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.evaluation.prompts import Questions
@@ -74,7 +74,7 @@ def test_the_figures_are_those_of_whole_answers(batch_size, monkeypatch):
             found["portability_answers"]["one_hop"][0] or "x"
         )
     how = EvalConfig(batch_size)
-    before = Evaluation(model, tokenizer, requests, how).measure("before")
+    before = Evaluation(model, tokenizer, requests, how, metrics=PLAIN_METRICS).measure("before")
     trained(model)
 
     n_asked = []
@@ -88,7 +88,9 @@ def test_the_figures_are_those_of_whole_answers(batch_size, monkeypatch):
     summaries = []
     for against in (None, before):
         n_asked.append(0)
-        evaluation = Evaluation(model, tokenizer, requests, how, before=against)
+        evaluation = Evaluation(
+            model, tokenizer, requests, how, metrics=PLAIN_METRICS, before=against
+        )
         after = evaluation.measure("after")
         summaries.append(summarize(PairedMetrics(requests, before, after))["post"]["generated"])
     whole, cut = summaries

@@ -12,6 +12,7 @@ from helpers.toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, 
 from locft_easyedit.api import edit_and_measure, edit_model
 from locft_easyedit.distributed.world import get_world
 from locft_easyedit.errors import LocFTError
+from locft_easyedit.evaluation.evaluation import PLAIN_METRICS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -81,7 +82,9 @@ def smollm2(folder, data):
         health_check=False,
     )
     model, tokenizer = load_model(hparams)
-    run = edit_and_measure(model, tokenizer, read_requests(data, 11), hparams, progress=False)
+    run = edit_and_measure(
+        model, tokenizer, read_requests(data, 11), hparams, metrics=PLAIN_METRICS, progress=False
+    )
     return [run.result.losses, [entry["post"] for entry in run.metrics]]
 
 

@@ -11,7 +11,7 @@ from helpers.toys import DOWN_PROJECTION, toy_hparams, toy_requests
 from locft_easyedit.api import edit_and_measure, edit_model
 from locft_easyedit.delta.metadata import frozen_samples
 from locft_easyedit.distributed.world import get_world
-from locft_easyedit.evaluation.evaluation import SharedMeasurement
+from locft_easyedit.evaluation.evaluation import PLAIN_METRICS, SharedMeasurement
 from locft_easyedit.modeling.device_map import left_on_disk
 from locft_easyedit.modeling.fsdp import sharded_layers
 from locft_easyedit.modeling.loading import load_model
@@ -47,7 +47,9 @@ def _run(world, out, name, kind, folder, n, changes, measure, fault):
     try:
         with failing(world, model, fault, faults):
             given = (model, tokenizer, toy_requests(n), h)
-            run = edit_and_measure(*given, progress=False) if measure else None
+            run = (
+                edit_and_measure(*given, metrics=PLAIN_METRICS, progress=False) if measure else None
+            )
             result = run.result if run is not None else edit_model(*given, progress=False)
     except Exception:
         now = dict(model.named_parameters())

@@ -359,7 +359,9 @@ def test_a_choice_comes_back_from_json():
 def test_what_is_written_has_the_chosen_place(tmp_path):
     model, tokenizer = toy_model("llama"), toy_tokenizer(pad_is_eos=True)
     h = auto_hparams(num_steps=4)
-    done = edit_and_measure(model, tokenizer, toy_requests(N), h, progress=False)
+    done = edit_and_measure(
+        model, tokenizer, toy_requests(N), h, metrics=["accuracy"], progress=False
+    )
     write_run(tmp_path, done, h, model=model)
     kept = json.loads((tmp_path / "hparams.json").read_text())
     cell = done.result.choice.cell

@@ -11,6 +11,7 @@ from helpers.toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, 
 from locft_easyedit.api import edit_and_measure, edit_model
 from locft_easyedit.data.tokenization import tokenize_edits
 from locft_easyedit.errors import MemoryBudgetError, OutputError
+from locft_easyedit.evaluation.evaluation import PLAIN_METRICS
 from locft_easyedit.modeling.loading import load_model
 from locft_easyedit.modeling.places import find_layers
 from locft_easyedit.prefix.cut import layer_cut
@@ -93,7 +94,12 @@ def test_the_whole_run_reuses_it_as_well(recordings, tmp_path):
         h = toy_hparams(prefix_dir=str(tmp_path), prefix_host_gib=0.0)
         runs.append(
             edit_and_measure(
-                toy_model("llama"), toy_tokenizer(), toy_requests(6), h, progress=False
+                toy_model("llama"),
+                toy_tokenizer(),
+                toy_requests(6),
+                h,
+                metrics=PLAIN_METRICS,
+                progress=False,
             )
         )
     assert recordings == [6]

@@ -12,7 +12,7 @@ from helpers.toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, 
 from locft_easyedit.data.tokenization import TokenizedTexts
 from locft_easyedit.errors import OutputError, PlaceError
 from locft_easyedit.evaluation import predictions as choices
-from locft_easyedit.evaluation.evaluation import Evaluation
+from locft_easyedit.evaluation.evaluation import PLAIN_METRICS, Evaluation
 from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.modeling.places import find_layers
 from locft_easyedit.prefix.cut import layer_cut
@@ -148,7 +148,9 @@ def test_metrics_are_the_same(kind, packing):
                     kind, layer, model=model, states=lender, template=template, packing=packing, n=3
                 ) as one:
                     how = EvalConfig.from_session(one, progress=False)
-                    evaluation = Evaluation(model, toy_tokenizer(), records_with_lists(3), how)
+                    evaluation = Evaluation(
+                        model, toy_tokenizer(), records_with_lists(3), how, metrics=PLAIN_METRICS
+                    )
                     result = one.train_()
                     found.append(as_json(evaluation.measure()))
                     result.restore_(model)
@@ -196,10 +198,12 @@ def test_generated_answers_begin_from_the_recorded_states(not_close):
     with SharedStates(model, [2, 3]) as states:
         with session(layer=2, model=model, states=states) as one:
             how = EvalConfig.from_session(one, progress=False)
-            Evaluation(model, toy_tokenizer(), one.requests, how)
+            Evaluation(model, toy_tokenizer(), one.requests, how, metrics=PLAIN_METRICS)
         with session(layer=3, model=model, states=states) as one:
             how = EvalConfig.from_session(one, progress=False)
-            evaluation = Evaluation(model, toy_tokenizer(), one.requests, how)
+            evaluation = Evaluation(
+                model, toy_tokenizer(), one.requests, how, metrics=PLAIN_METRICS
+            )
             decoder = evaluation._generated._decoder
             with counted(model) as calls:
                 decoder._choices.take("")
@@ -327,7 +331,9 @@ def test_too_small_a_budget_is_said_once_and_nothing_else_changes(caplog):
     for layer in (2, 2, 3):
         with session(layer=layer, model=model, states=states) as one:
             how = EvalConfig.from_session(one, progress=False)
-            evaluation = Evaluation(model, toy_tokenizer(), one.requests, how)
+            evaluation = Evaluation(
+                model, toy_tokenizer(), one.requests, how, metrics=PLAIN_METRICS
+            )
             assert not evaluation._accuracy._choices._prefix.complete
             assert one._runner.prefix.complete
             found = one.train_()

@@ -147,7 +147,7 @@ def test_the_whole_run(folder):
     runs = []
     for stream in (False, True):
         model, tokenizer, h = loaded(folder(), stream)
-        run = edit_and_measure(model, tokenizer, records(), h, progress=False)
+        run = edit_and_measure(model, tokenizer, records(), h, metrics=METRICS, progress=False)
         runs.append((list(run.metrics), run.result))
     assert_same(runs)
 

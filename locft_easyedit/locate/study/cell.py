@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...data.requests import distinct_edits
 from ...distributed.world import SINGLE_PROCESS
 from ...errors import LocFTError, ModelError, NonFiniteLossError
-from ...evaluation.evaluation import Evaluation, PairedMetrics
+from ...evaluation.evaluation import PLAIN_METRICS, Evaluation, PairedMetrics
 from ...evaluation.predictions import ArgmaxPredictor, EvalConfig
 from ...evaluation.prompts import Metrics
 from ...evaluation.summary import summarize
@@ -100,7 +100,12 @@ class Bench:
             ) as one:
                 how = EvalConfig.from_session(one, progress=False)
                 evaluation = Evaluation(
-                    self.model, self.tokenizer, self.requests, how, before=self.before
+                    self.model,
+                    self.tokenizer,
+                    self.requests,
+                    how,
+                    metrics=PLAIN_METRICS,
+                    before=self.before,
                 )
                 asked = self._held_out.predictor(how)
                 while left:
@@ -175,7 +180,8 @@ def measure_before(
 ) -> list[Metrics]:
     """Returns each record's metrics before any edit, once for all cells."""
     how = EvalConfig(hparams.eval_batch_size, hparams.row_tokens, progress=progress)
-    return Evaluation(model, tokenizer, requests, how).measure("before")
+    evaluation = Evaluation(model, tokenizer, requests, how, metrics=PLAIN_METRICS)
+    return evaluation.measure("before")
 
 
 def figures_of(summary: Mapping[str, Any]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from helpers.toys import (
 
 from locft_easyedit.api import edit_and_measure
 from locft_easyedit.errors import PlaceError
+from locft_easyedit.evaluation.evaluation import PLAIN_METRICS
 from locft_easyedit.evaluation.summary import summarize
 from locft_easyedit.locate.score import Drift, score
 from locft_easyedit.locate.study.cell import Bench, figures_of, measure_before
@@ -81,7 +82,9 @@ def test_a_cell_is_a_plain_run(kind, module, more, trained):
     hparams = toy_hparams(
         layers=[1], rewrite_module_tmp=place.rewrite_module_tmp, lr=1e-2, num_steps=8, **more
     )
-    run = edit_and_measure(model, tokenizer, toy_requests(6), hparams, progress=False)
+    run = edit_and_measure(
+        model, tokenizer, toy_requests(6), hparams, metrics=PLAIN_METRICS, progress=False
+    )
 
     assert cell.state == OK
     for name, matrix in run.result.new.items():
