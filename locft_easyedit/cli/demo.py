@@ -91,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
     ]
     health = editor.last_result.health
     asked = [
-        (r["prompt"], r["target_new"], *(str(one["answers"][CHAT]) for one in pair))
+        (r["prompt"], r["target_new"], *(one.get("answers", {}).get(CHAT, "-") for one in pair))
         for r, *pair in zip(requests[:_N_SHOWN], chat_before, chat_after, strict=False)
     ]
     show(

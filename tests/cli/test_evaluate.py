@@ -101,7 +101,7 @@ def test_a_damaged_model_is_said_to_be_one(files, capsys):
     captured = capsys.readouterr()
     assert "rewrite_acc" in captured.err
     assert "are no finite numbers" in captured.err
-    assert "nan" in captured.out
+    assert "NaN" in captured.out
     assert written()["summary"]["post"]["rewrite_acc"] is None
 
 

@@ -266,7 +266,7 @@ def test_figures_in_chat_and_in_wrappers():
     assert "…" not in text
     assert {"0.602", "0.403", "wrap.↑", "chat↑"} <= {*text.split()}
     # Too many for one table: the methods' names stand in both.
-    assert [line.split()[0] for line in text.splitlines()].count("method") == 2
+    assert [line.split()[:1] for line in text.splitlines()].count(["method"]) == 2
     heads, _, first, second = plain(comparison_markdown(made))
     assert [first[heads.index(head)] for head in ("in wrappers ↑", "in chat ↑")] == [
         "0.602", "0.403",
