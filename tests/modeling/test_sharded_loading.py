@@ -41,8 +41,9 @@ def folder(tmp_path_factory):
 def decided(folder, *, world=None, free=None, monkeypatch=None, **changes):
     h = toy_hparams(model_name=folder, device="cpu", **changes)
     if free is not None:
-        for module in ("offload", "sharded_loading"):
-            monkeypatch.setattr(f"locft_easyedit.{module}.free_memory", lambda device: free)
+        for module in ("device_map", "sharded_loading"):
+            target = f"locft_easyedit.modeling.{module}.free_memory"
+            monkeypatch.setattr(target, lambda device: free)
     skeleton = model_without_weights(folder)
     return places(skeleton, h, CPU, Four() if world is None else world)
 
