@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 FACTS = Path(__file__).resolve().parent / "demo_counterfact.json"
 _N_SHOWN = 6
+_OVER_WRAPPERS = ("reliability", "reliability_in")
 _OF_A_FACT = ("prompt", "target_new", "target_aliases")
 
 NAME = "SmolLM2-135M-Instruct"
@@ -80,7 +81,11 @@ def main(arguments: Sequence[str]) -> int:
         finish_generated_(pre, post)
         entry["pre"]["generated"], entry["post"]["generated"] = pre, post
     for entry, pre, post in zip(metrics, chat_before, chat_after, strict=True):
-        entry["pre"]["wrapped"], entry["post"]["wrapped"] = pre, post
+        # A mean over one wrapper would look like that over all of them.
+        for phase, found in (("pre", pre), ("post", post)):
+            entry[phase]["wrapped"] = {
+                key: value for key, value in found.items() if key not in _OVER_WRAPPERS
+            }
 
     run = Run(metrics, editor.last_result, watch.seconds)
     written = write_run(output, run, hparams, save=options.save, model=model, tokenizer=editor.tok)

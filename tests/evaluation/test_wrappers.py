@@ -52,7 +52,7 @@ LAST_TURN_ALONE = (
 )
 N_NEW = 8
 FULL = {"max_position_embeddings": 1024}
-# Rounding to float16 moves a divergence by some 1e-3 of its size, and by 1e-6.
+# Measured for divergences above 1e-3, as these are: rounding to float16 moves them by 1.3e-3.
 KL_TOLERANCE = {"rel": 2e-3, "abs": 2e-6}
 
 
@@ -153,6 +153,12 @@ def naive_metrics(model, tokenizer, record):
     return {
         "reliability": np.mean([*right.values()]),
         "chat_reliability": np.mean(chats),
+        "chat_contains_target": np.mean(
+            [
+                contains_any(answers[name], [target])
+                for name in ("chat", "chat_system", "chat_later")
+            ]
+        ),
         "reliability_in": right,
         "answers": answers,
         "chat_generalization": float(exact_match(reworded, target)),
@@ -417,7 +423,8 @@ def test_means_and_the_table():
     summary = summarize(paired)
     found = summary["post"]["wrapped"]
     assert set(found) == {
-        "reliability", "reliability_in", "chat_reliability", "chat_generalization",
+        "reliability", "reliability_in", "chat_reliability", "chat_contains_target",
+        "chat_generalization",
         "chat_locality", "locality_kl", "chat_locality_kl",
     }  # fmt: skip
     assert found["reliability"] == np.mean([one["reliability"] for one in posts])
