@@ -62,7 +62,8 @@ class ChatTemplate:
             )
         lead = before[len(asked) :] if before.startswith(asked) else ""
         self.lead = lead if not lead.strip() else ""
-        ends = tokenizer(after, add_special_tokens=False)["input_ids"]
+        # White space before the token that ends the turn is the template's own.
+        ends = tokenizer(after.lstrip() or after, add_special_tokens=False)["input_ids"]
         end = ends[0] if ends else tokenizer.eos_token_id
         if end is None:
             raise ModelError(

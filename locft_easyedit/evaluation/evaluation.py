@@ -158,6 +158,13 @@ class Evaluation(Measurement):
         if self._wrapped is not None:
             self._wrapped.keep(f"answers in wrappers {when}")
 
+    def paired(self, before: Sequence[Metrics], after: Sequence[Metrics]) -> list[Metrics]:
+        """Returns EasyEdit's metric dictionaries of what was measured before and after an edit.
+
+        `PairedMetrics` makes them one at a time.
+        """
+        return list(PairedMetrics(self.records, before, after))
+
 
 class PairedMetrics(LazyRecords):
     """Records with their metrics before and after an edit, put together when they are looked at.

@@ -42,7 +42,8 @@ def test_a_conversation_is_rendered_up_to_its_answer():
 
 
 @pytest.mark.parametrize(
-    ("end", "expected"), [("</s>\n", "</s>"), ("<s>", "<s>"), ("", "</s>"), ("\n", "\n")]
+    ("end", "expected"),
+    [("</s>\n", "</s>"), (" </s>", "</s>"), ("<s>", "<s>"), ("", "</s>"), ("\n", "\n")],
 )
 def test_the_token_that_ends_a_turn_is_the_first_behind_the_answer(end, expected):
     template = CHAT_TEMPLATE.replace("</s>\n{% endfor", end + "{% endfor")
