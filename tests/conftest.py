@@ -23,7 +23,6 @@ from helpers.toys import (
 from hypothesis import settings
 
 from locft_easyedit.errors import MissingDependencyError
-from locft_easyedit.evaluation.generated import Generated
 from locft_easyedit.evaluation.wrapped import Wrapped
 
 torch.set_num_threads(1)
@@ -63,9 +62,9 @@ def short_answers(monkeypatch):
 
     The answers of a random model seldom end by themselves, and 32 tokens show no more.
     """
-    for measurement in (Generated, Wrapped):
-        short = functools.partial(measurement, max_new_tokens=16)
-        monkeypatch.setattr(f"locft_easyedit.evaluation.evaluation.{measurement.__name__}", short)
+    monkeypatch.setattr("locft_easyedit.evaluation.generated.MAX_NEW_TOKENS", 16)
+    short = functools.partial(Wrapped, max_new_tokens=16)
+    monkeypatch.setattr("locft_easyedit.evaluation.evaluation.Wrapped", short)
 
 
 @pytest.fixture(scope="session")

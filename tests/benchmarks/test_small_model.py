@@ -76,7 +76,7 @@ def test_rows_keep_documents_whole_and_weigh_answers_more(script):
 
 
 def test_plain_text_has_nothing_of_the_text_that_drift_is_measured_on(script):
-    health = (REPOSITORY / "locft_easyedit" / "health_text.txt").read_text()
+    health = (REPOSITORY / "locft_easyedit" / "training" / "health_text.txt").read_text()
     texts = script.plain_text(40 * 1024)
     assert 30 * 1024 < sum(map(len, texts)) < 60 * 1024
     assert len(texts) == len(set(texts))

@@ -97,4 +97,4 @@ def test_perplexities(stored, measured, name):
 
 def test_the_stored_file_says_where_it_is_from():
     assert len(json.loads(STORED.read_text())["easyedit"]) >= 7
-    assert (REPOSITORY / "tests" / "store_easyedit_metrics.py").is_file()
+    assert (REPOSITORY / "tests" / "helpers" / "store_easyedit_metrics.py").is_file()

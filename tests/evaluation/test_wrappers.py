@@ -12,7 +12,7 @@ from locft_easyedit.data.augment import templates
 from locft_easyedit.data.requests import make_requests
 from locft_easyedit.distributed.world import SINGLE_PROCESS
 from locft_easyedit.evaluation import divergence
-from locft_easyedit.evaluation.answers import contains_any, exact_match
+from locft_easyedit.evaluation.answers import contains_any, matches_any
 from locft_easyedit.evaluation.divergence import BeforeEdit
 from locft_easyedit.evaluation.evaluation import (
     DEFAULT_METRICS,
@@ -144,7 +144,7 @@ def naive_metrics(model, tokenizer, record):
     target = record["target_new"]
     right = {
         name: float(
-            contains_any(answer, [target]) if name == "quoted" else exact_match(answer, target)
+            contains_any(answer, [target]) if name == "quoted" else matches_any(answer, [target])
         )
         for name, answer in answers.items()
     }
@@ -161,7 +161,7 @@ def naive_metrics(model, tokenizer, record):
         ),
         "reliability_in": right,
         "answers": answers,
-        "chat_generalization": float(exact_match(reworded, target)),
+        "chat_generalization": float(matches_any(reworded, [target])),
         "chat_rephrase_answers": [reworded],
         "chat_locality_answers": {
             "neighborhood": [
@@ -436,7 +436,7 @@ def test_means_and_the_table():
             entry[phase]["wrapped"]["chat_locality_answers"]["neighborhood"]
             for phase in ("pre", "post")
         )
-        assert entry["post"]["wrapped"]["chat_locality"] == float(exact_match(pre[0], post[0]))
+        assert entry["post"]["wrapped"]["chat_locality"] == float(matches_any(pre[0], [post[0]]))
     labels = [str(cell) for cell in metrics_table(summary).columns[0].cells]
     assert "reliability in chat (mean)" in labels
     assert "  reliability in `chat_later`" in labels

@@ -71,10 +71,10 @@ def without_time(choice):
 
 
 class Untouchable(Mapping):
-    """A record that gives its prompt and its target, and fails at anything else."""
+    """A record that gives what is trained of it, and fails at anything else."""
 
     def __init__(self, request):
-        self._own = {key: request[key] for key in ("prompt", "target_new")}
+        self._own = {key: request[key] for key in ("prompt", "target_new")} | {"rewordings": None}
 
     def __getitem__(self, key):
         if key not in self._own:
@@ -388,7 +388,9 @@ def test_the_command_takes_auto(toy_folder):
 
 def test_too_few_edits_show_before_a_model_is_loaded(toy_folder, monkeypatch):
     monkeypatch.setattr(edit, "load_model", None)
-    command = {"data": "edits.json", "n": 6, "save": "none", "resume": True}
+    command = {
+        "data": "edits.json", "n": 6, "save": "none", "resume": True, "metrics": ["accuracy"],
+    }  # fmt: skip
     with pytest.raises(RequestError, match="needs 8 distinct ones; there are 6"):
         edit.run_edit(auto_hparams(model_name="./toy"), command, toy_folder / "out")
     assert not (toy_folder / "out").exists()
