@@ -306,7 +306,7 @@ def test_the_editor(given, easyedit, gpus, tmp_path, monkeypatch):
         alone, model, former = editor.edit(**arguments, verbose=False)
         for entry in together:
             del entry["time"]
-        answers = [chat._ask(editor._measures("exact match", False, False), "Where?")]
+        answers = [chat._ask(editor._measures(chat.ChatMeasures, False, False), "Where?")]
         with editor.unedited():
             original = {name: p.cpu().clone() for name, p in model.named_parameters()}
         found.append((together, alone, answers, {k: v.cpu().tolist() for k, v in former.items()}))
