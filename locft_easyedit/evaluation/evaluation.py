@@ -21,7 +21,7 @@ from .predictions import EvalConfig, Measurement
 from .prompts import Metrics, Questions
 from .records import CompactRecords, LazyRecords
 from .teacher_forced import TeacherForced, finish_locality_
-from .wrapped import Wrapped, finish_wrapped_
+from .wrapped import Wrapped
 
 METRICS = ("accuracy", "generated", "wrapped", "ppl", "fluency")
 DEFAULT_METRICS = ("accuracy", "generated", "wrapped")
@@ -214,7 +214,7 @@ def finish_(pre: Mapping[str, Any], post: Metrics) -> None:
     """
     finish_locality_(pre, post)
     if "wrapped" in pre and "wrapped" in post:
-        finish_wrapped_(pre["wrapped"], post["wrapped"])
+        finish_generated_(pre["wrapped"], post["wrapped"], "chat_")
     if "generated" in pre and "generated" in post:
         finish_generated_(pre["generated"], post["generated"])
 

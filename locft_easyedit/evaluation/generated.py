@@ -122,19 +122,24 @@ class Generated(Measurement):
         return found
 
 
-def finish_generated_(pre: Mapping[str, Any], post: Metrics) -> None:
+def finish_generated_(pre: Mapping[str, Any], post: Metrics, prefix: str = "") -> None:
     """Adds `locality` to `post`: the share of locality prompts whose answer is as before the edit.
 
     Args:
         pre: A record's generated metrics before the edit.
         post: The same after it.
+        prefix: What the keys of the answers and of the share begin with.
+
+    Raises:
+        KeyError: `post` was not measured on a locality of `pre`.
+        ValueError: The two were not measured on the same prompts.
     """
-    after = post.get("locality_answers", {})
+    after = post.get(f"{prefix}locality_answers", {})
     same = [
         normalize_answer(one) == normalize_answer(other)
-        for name, answers in pre.get("locality_answers", {}).items()
+        for name, answers in pre.get(f"{prefix}locality_answers", {}).items()
         for one, other in zip(answers, after[name], strict=True)
     ]
     if same:
         unmeasured = any(np.isnan(m.get("reliability", 0.0)) for m in (pre, post))
-        post["locality"] = float("nan") if unmeasured else float(np.mean(same))
+        post[f"{prefix}locality"] = float("nan") if unmeasured else float(np.mean(same))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.requests import with_leading_space
 from ..data.tokenization import CHUNK, Asked, asked_ids
 from ..modeling.devices import context_length
-from .answers import accepted_targets, contains_any, matches_any, normalize_answer
+from .answers import accepted_targets, contains_any, matches_any
 from .decoding import GreedyDecoder
 from .divergence import BeforeEdit, Divergence
 from .generated import MAX_NEW_TOKENS
@@ -116,7 +116,7 @@ class Wrapped(Measurement):
             and `chat_reliability`, that over those in chat, where `chat_contains_target` is the
             share of answers that contain the target. With rewordings `chat_generalization`
             and `chat_rephrase_answers`: asked in the chat template. With locality prompts
-            `chat_locality_answers` (see `finish_wrapped_`) and, where distributions from before
+            `chat_locality_answers` (see `finish_generated_`) and, where distributions from before
             the edit are kept, `locality_kl` (the plain prompts) and `chat_locality_kl`: the mean of
             KL(before || after) over the record's prompts that were drawn (see `BeforeEdit`), in
             nats, of the token with which the answer would begin.
@@ -275,25 +275,3 @@ def _without_numbers(found: Metrics) -> Metrics:
     if "reliability_in" in found:
         found["reliability_in"] = dict.fromkeys(found["reliability_in"], nan)
     return found
-
-
-def finish_wrapped_(pre: Mapping[str, Any], post: Metrics) -> None:
-    """Adds `chat_locality` to `post`: the share of answers in chat that are as before the edit.
-
-    Args:
-        pre: A record's metrics in wrappers before the edit.
-        post: The same after it.
-
-    Raises:
-        KeyError: `post` was not measured on a locality of `pre`.
-        ValueError: The two were not measured on the same prompts.
-    """
-    after = post.get("chat_locality_answers", {})
-    same = [
-        normalize_answer(one) == normalize_answer(other)
-        for name, answers in pre.get("chat_locality_answers", {}).items()
-        for one, other in zip(answers, after[name], strict=True)
-    ]
-    if same:
-        unmeasured = any(np.isnan(m.get("reliability", 0.0)) for m in (pre, post))
-        post["chat_locality"] = float("nan") if unmeasured else float(np.mean(same))

@@ -20,10 +20,11 @@ from locft_easyedit.evaluation.evaluation import (
     PairedMetrics,
     shared_evaluation,
 )
+from locft_easyedit.evaluation.generated import finish_generated_
 from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.evaluation.report import metrics_table
 from locft_easyedit.evaluation.summary import summarize
-from locft_easyedit.evaluation.wrapped import Wrapped, finish_wrapped_
+from locft_easyedit.evaluation.wrapped import Wrapped
 from locft_easyedit.evaluation.wrappers import (
     EARLIER,
     NAMES,
@@ -368,7 +369,7 @@ def test_impossible_tokens_and_logits_that_are_no_numbers():
         model.lm_head.weight.fill_(math.nan)
     pre = {"reliability": 0.0, "chat_locality_answers": {"neighborhood": [""]}}
     for one in measured.measure(""):
-        finish_wrapped_(pre, one)
+        finish_generated_(pre, one, "chat_")
         figures = ("reliability", "chat_reliability", "locality_kl", "chat_locality_kl")
         assert all(math.isnan(one[key]) for key in (*figures, "chat_locality"))
         assert all(math.isnan(value) for value in one["reliability_in"].values())
