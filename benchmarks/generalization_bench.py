@@ -4,18 +4,19 @@ import dataclasses
 import math
 
 import numpy as np
-import torch
 
 from locft_easyedit.api import edit_model
 from locft_easyedit.data.augment.reword import reword_edits
 from locft_easyedit.data.requests import Edit
-from locft_easyedit.data.tokenization import TokenizedTexts, ids_of
+from locft_easyedit.data.tokenization import Asked
 from locft_easyedit.errors import NonFiniteLossError
+from locft_easyedit.evaluation.divergence import BeforeEdit, Divergence
 from locft_easyedit.evaluation.evaluation import Evaluation, PairedMetrics
 from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.evaluation.summary import summarize
-from locft_easyedit.modeling.modes import evaluation_mode
-from locft_easyedit.prefix.runner import TextRunner
+from locft_easyedit.evaluation.wrappers import CHAT, wrappers_for
+
+CHATS = (CHAT, "chat_system", "chat_later")
 
 
 class Bench:
@@ -37,12 +38,13 @@ class Bench:
         # Answers to the other prompts would take most of the time, and nobody looks at them.
         asked = [request | {"locality": {}, "portability": {}} for request in measured]
         how = dataclasses.replace(how, packed=self.by_token.packed)
+        none = [{} for _ in asked]
         self.by_answer = Evaluation(
-            model, tokenizer, asked, how, metrics=["generated"], before=[{} for _ in asked]
+            model, tokenizer, asked, how, metrics=["generated"], before=none
         )
-        prompts = [prompt for request in measured for entry in request["locality"].values()
-                   for prompt in entry["prompt"]]  # fmt: skip
-        self.next = NextTokens(model, tokenizer, prompts, how) if prompts else None
+        # Before an edit nothing holds in a wrapper, and long answers take long.
+        self.in_wrappers = Evaluation(model, tokenizer, asked, how, metrics=["wrapped"])
+        self.moved = Moved(model, tokenizer, measured, how)
         self.new = [not is_trained(request, hparams.seed) for request in measured]
         self.before = self.by_token.measure("before")
         self.figures_before = self.shares("before", self.before)
@@ -68,7 +70,9 @@ class Bench:
     def after(self):
         """The figures of the model as it is now."""
         figures = self.shares("after", self.by_token.measure("after"))
-        return figures if self.next is None else figures | self.next.measure()
+        wrapped = summarize([{"post": one} for one in self.in_wrappers.measure("after")])
+        figures |= wrapped_shares(wrapped["post"].get("wrapped", {}))
+        return figures | self.moved.measure()
 
     def line(self, figures, diverged=None, **more):
         """What a run's line says: its figures, as far as they are numbers, and `more`."""
@@ -117,41 +121,37 @@ def said(text, subject):
     return text[max(text.find(subject), 0) :].strip(" \n.,:;?!'\"").casefold()
 
 
-class NextTokens:
-    """What follows prompts by the model's reckoning, before an edit and after it.
+def wrapped_shares(found):
+    """The figures of what was asked in wrappers: their mean, those in chat, and generalization."""
+    by_wrapper = found.get("reliability_in", {})
+    shares = {name: by_wrapper[name] for name in CHATS if name in by_wrapper}
+    others = [share for name, share in by_wrapper.items() if name not in CHATS]
+    if others:
+        shares["wrappers"] = float(np.mean(others))
+    if "chat_generalization" in found:
+        shares["chat_generalization"] = found["chat_generalization"]
+    return shares
 
-    The distributions before are recorded when this is made: 4 bytes a prompt and a token of the
-    vocabulary, on the host.
+
+class Moved:
+    """How far an edit moved what follows the locality prompts, asked plainly and in chat.
+
+    The distributions before are recorded when this is made (see `Divergence`).
     """
 
-    def __init__(self, model, tokenizer, prompts, how):
-        sequences = ids_of(tokenizer, prompts)
-        # A stand-in follows each prompt: what is looked at is all that predicts it.
-        texts = TokenizedTexts.from_lists(
-            [[*s, s[-1]] for s in sequences], list(map(len, sequences))
-        )
-        self.runner = TextRunner(
-            model, texts, row_tokens=how.row_tokens, packed=how.packed, prefix=None
-        )
-        self.batch_size = how.batch_size
-        self.before = [log_p.cpu() for log_p in self.distributions()]
+    def __init__(self, model, tokenizer, records, how):
+        chat = wrappers_for(tokenizer, [CHAT])
+        prompts = [prompt for record in records for entry in record["locality"].values()
+                   for prompt in entry["prompt"]]  # fmt: skip
+        self.ways = {"kl": [Asked(prompt, "") for prompt in prompts]}
+        if chat:
+            self.ways["chat_kl"] = [chat[0].ask(prompt, "") for prompt in prompts]
+        self.found = {}
+        for key, asked in self.ways.items():
+            self.found[key] = Divergence(model, tokenizer, asked, how, BeforeEdit([]))
+            self.found[key].keep(f"{key} before")
 
     def measure(self):
-        """The share of prompts whose first choice is what it was, and the mean KL in nats."""
-        n, kept, kl = 0, 0, 0.0
-        for before, after in zip(self.before, self.distributions(), strict=True):
-            before = before.to(after.device)
-            n += len(before)
-            kept += int((before.argmax(-1) == after.argmax(-1)).sum())
-            kl += float((before.exp() * (before - after)).sum(dtype=torch.float64))
-        return {"top1_kept": kept / n, "kl": max(kl / n, 0.0) if math.isfinite(kl) else math.nan}
-
-    @torch.no_grad()
-    def distributions(self):
-        """Yields log probabilities of what follows each prompt, [B, V] float32 a batch."""
-        n = len(self.runner.texts)
-        with evaluation_mode(self.runner.model), self.runner.running():
-            for start in range(0, n, self.batch_size):
-                batch = np.arange(start, min(start + self.batch_size, n))
-                logits, _ = self.runner.logits(batch)
-                yield torch.log_softmax(logits.float(), dim=-1)
+        """The mean KL in nats of the token after each prompt: `kl`, and in chat `chat_kl`."""
+        measured = {key: found.measure(key) for key, found in self.found.items()}
+        return {key: float(np.mean(kl)) for key, kl in measured.items() if kl is not None}
