@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 # What counts beside all text together, which counts 1.
 _WEIGHTS = {"asked": 1.0, "neighbours": 0.75, "rewordings": 0.5, "context": 0.25}
 _NEIGHBOURS_EACH = 8  # of an edit
-_PER_DIRECTION = 8  # prompts per direction of the matrix's inputs suffice
+_PER_DIRECTION = 2  # prompts per direction of the matrix's inputs suffice
 EDITS_AT_ONCE = 64  # edits whose rewordings' keys are held together
 # Adam's L2 penalty on A, and so on what D = A S does where much is carried: what does nothing for
 # the edits goes. Losses are averaged over edits and so is this: a fact costs what it does alone.
