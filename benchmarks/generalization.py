@@ -42,11 +42,9 @@ from locft_easyedit.utils.run_folder import differences_of, refuse_differences
 
 VARIANTS = {
     "published": {},
-    "augment": {"augment": 1},
-    "text": {"preserve": ["sampled"]},
-    "neighbours": {"preserve": ["neighbours"]},
-    "confined": {"preserve": ["sampled", "neighbours"]},
-    "preset": {"alg_name": "LocFT-BF+"},
+    "forms": {"alg_name": "LocFT-BF+", "preserve": []},
+    "preserve": {"alg_name": "LocFT-BF+", "forms": []},
+    "LocFT-BF+": {"alg_name": "LocFT-BF+"},
 }
 HALVES = ("report", "choose")
 # The model is loaded once, and each run has its seed.

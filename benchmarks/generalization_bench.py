@@ -6,8 +6,6 @@ import math
 import numpy as np
 
 from locft_easyedit.api import edit_model
-from locft_easyedit.data.augment.reword import reword_edits
-from locft_easyedit.data.requests import Edit
 from locft_easyedit.data.tokenization import Asked
 from locft_easyedit.errors import NonFiniteLossError
 from locft_easyedit.evaluation.divergence import BeforeEdit, Divergence
@@ -45,7 +43,6 @@ class Bench:
         # Before an edit nothing holds in a wrapper, and long answers take long.
         self.in_wrappers = Evaluation(model, tokenizer, asked, how, metrics=["wrapped"])
         self.moved = Moved(model, tokenizer, measured, how)
-        self.new = [not is_trained(request, hparams.seed) for request in measured]
         self.before = self.by_token.measure("before")
         self.figures_before = self.shares("before", self.before)
 
@@ -87,38 +84,15 @@ class Bench:
         """The figures between 0 and 1, with those by token measured already."""
         posts = [{"post": one} for one in self.by_answer.measure(when)]
         answers = summarize(posts)["post"]
-        new = [post for post, is_new in zip(posts, self.new, strict=True) if is_new]
         tokens = summarize(PairedMetrics(self.measured, self.before, by_token))["post"]
         shares = {key: tokens[key] for key in ("rewrite_acc", "rephrase_acc") if key in tokens}
         for key in ("reliability", "generalization"):
             if key in answers["generated"]:
                 shares[key] = answers["generated"][key]
-        if new and "generalization" in answers["generated"]:
-            found = summarize(new)["post"]["generated"]
-            shares["generalization_new"] = found["generalization"]
         for key in ("portability", "locality"):
             if tokens.get(key):
                 shares[key] = float(np.mean(list(tokens[key].values())))
         return shares
-
-
-def is_trained(request, seed):
-    """Whether `augment` may train what the data's rephrase prompt says from the subject on.
-
-    The prompts of a benchmark are themselves made from a few forms, which rules of English find
-    as well: such a rephrase prompt says less of wordings that nobody has thought of.
-    """
-    rephrase, subject = request.get("rephrase_prompt"), request.get("subject")
-    if not rephrase or not subject:
-        return True
-    edit = Edit(request["prompt"], request["target_new"], 0)
-    [made] = reword_edits([edit], [subject], seed=seed).prompts
-    return said(rephrase, subject) in {said(text, subject) for text in (edit.prompt, *made)}
-
-
-def said(text, subject):
-    """A text from its subject on, without regard to case and punctuation around it."""
-    return text[max(text.find(subject), 0) :].strip(" \n.,:;?!'\"").casefold()
 
 
 def wrapped_shares(found):

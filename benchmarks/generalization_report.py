@@ -23,7 +23,6 @@ RELIABLE = 0.99
 COLUMNS = (
     ("reliability", "reliability %", 100, 1),
     ("generalization", "generalization %", 100, 1),
-    ("generalization_new", "of these new %", 100, 1),
     ("portability", "portability %", 100, 1),
     ("locality", "locality %", 100, 1),
     ("wrappers", "in wrappers %", 100, 1),
@@ -41,9 +40,8 @@ COLUMNS = (
 )
 LEGEND = (
     "Mean ± sample standard deviation over the seeds. Reliability and generalization: generated "
-    "answers that match exactly, to the edits' prompts and to the data's rephrase prompts; new are "
-    "those of these that neither the edit's prompt nor a rewording that may be trained equals from "
-    "the subject on. "
+    "answers that match exactly, to the edits' prompts and to the data's rephrase prompts; in "
+    "wrappers and in chat: those of `locft evaluate`, none of them trained but the chat template. "
     "Portability and locality: EasyEdit's, by tokens. Next token kept, KL: on the locality "
     "prompts, against the model before the edit. Perplexity: of a fixed text, after / before. "
     "Seconds are of all edits of a run together."

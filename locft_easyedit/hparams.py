@@ -19,11 +19,14 @@ from .hparams_rules import (
     ALG_NAME,
     ALG_NAMES,
     AUTO,
+    CHAT,
+    CONTEXT,
     DTYPES,
     NEIGHBOURS,
     OR_AUTO,
     PLAIN,
     PLUS_NAME,
+    QUESTION_ANSWER,
     SAMPLED,
     broken_rules,
 )
@@ -51,7 +54,7 @@ OTHER_METHODS_KEYS = frozenset(
 
 
 # What `alg_name: LocFT-BF+` stands for where the YAML says nothing else.
-_PLUS_AUGMENT = 1
+_PLUS_FORMS = (CHAT, QUESTION_ANSWER, CONTEXT)
 _PLUS_PRESERVE = (SAMPLED, NEIGHBOURS)
 
 # What OmegaConf, and the values themselves, raise where they do not suit a field.
@@ -75,7 +78,7 @@ class LocFTBFHyperParams:
     thresholds are those of "Fine-tuning Done Right in Model Editing" (arXiv 2509.22072).
 
     Attributes:
-        alg_name: `LocFT-BF`, the published method, or `LocFT-BF+`, the same with `augment` and
+        alg_name: `LocFT-BF`, the published method, or `LocFT-BF+`, the same with `forms` and
             `preserve` on.
         model_name: Folder or hub name of a causal language model; in EasyEdit also a pair
             `(model, tokenizer)` that is loaded already.
@@ -96,7 +99,7 @@ class LocFTBFHyperParams:
         dtype: Precision of weights and computation: float32, bfloat16 or float16. The trained
             matrices have float32 masters in every case. `None` is bfloat16 on a GPU and float32 on
             a CPU, or float16 with fp16.
-        seed: Seed of the shuffling, of rewordings and of neighbours.
+        seed: Seed of the shuffling, of forms and of neighbours.
         append_eos: Train an end-of-sequence token after each target.
         batch_loss_threshold: A mini-batch whose loss is below this makes no update.
         epoch_loss_threshold: Training stops after an epoch whose mean loss is below this.
@@ -134,11 +137,9 @@ class LocFTBFHyperParams:
         forms: How an edit's prompt is put to the model in training, beside the prompt itself
             (`plain`): in the model's `chat` template, as a question with an answer to come
             (`question_answer`), after a sentence that has nothing to do with it (`context`).
-            `None` is plain alone.
-        forms_per_epoch: Of the forms beside the plain one, how many of each edit are trained in
-            an epoch; they take turns.
-        augment: Rewordings of each edit's prompt that are trained beside it in an epoch, by turns
-            of those that English rules make of it; 0 makes none. `None` is 0, with LocFT-BF+ 1.
+            `None` is plain alone, with LocFT-BF+ all of them (`chat` where there is a template).
+        forms_per_epoch: How many other texts of an edit are trained beside its plain prompt in an
+            epoch: other forms of it and its rewordings, which take turns.
         preserve: What the edit is to leave as it is: `sampled` (text sampled from the model
             itself), `neighbours` (the edits' prompts with other subjects), and paths of `.txt`
             files (text) and of `.json` or `.jsonl` files (prompts, which are kept exactly). `None`
@@ -191,7 +192,6 @@ class LocFTBFHyperParams:
     checkpoint_minutes: Optional[float] = 5.0  # noqa: UP045
     forms: Optional[List[str]] = None  # noqa: UP006, UP045
     forms_per_epoch: int = 1
-    augment: Optional[int] = None  # noqa: UP045
     preserve: Optional[List[str]] = None  # noqa: UP006, UP045
     preserve_strength: float = 1.0
     preserve_dir: Optional[str] = None  # noqa: UP045
@@ -240,15 +240,10 @@ class LocFTBFHyperParams:
 
     @property
     def wrapped_forms(self) -> list[str]:
-        """The forms that are trained beside the plain one."""
-        return [form for form in self.forms or () if form != PLAIN]
-
-    @property
-    def rewordings(self) -> int:
-        """Rewordings of each edit in an epoch: `augment`, or what `alg_name` stands for."""
-        if self.augment is not None:
-            return self.augment
-        return _PLUS_AUGMENT if self._plus else 0
+        """The forms that are trained beside the plain one: `forms`, or what `alg_name` means."""
+        if self.forms is None:
+            return list(_PLUS_FORMS) if self._plus else []
+        return [form for form in self.forms if form != PLAIN]
 
     @property
     def preserved(self) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from .utils.parsing import shown
 
 ALG_NAME = "LocFT-BF"
-# The preset: the published method with `augment` and `preserve` on.
+# The preset: the published method with `forms` and `preserve` on.
 PLUS_NAME = "LocFT-BF+"
 ALG_NAMES = (ALG_NAME, PLUS_NAME)
 SAMPLED, NEIGHBOURS = "sampled", "neighbours"  # what `preserve` takes besides files
@@ -47,7 +47,6 @@ _NO_RATE = (
     "`lr=auto` does not go with `tuning=lora`: rates are scaled from the size of the weights, and "
     "LoRA's matrices have another. Give a rate."
 )
-MOST_REWORDINGS = 8  # of an edit that are trained
 _MOST_STRENGTH = 1e6  # beyond it nothing is left of the directions that text uses
 _MOST = 2**31  # of a count: what arrays are indexed with
 
@@ -79,11 +78,6 @@ def rules(values: Mapping[str, Any]) -> list[Rule]:
             "forms",
             lambda v: v is None or (set(v) <= {*FORMS} and len({*v}) == len(v)),
             f"must be a list of {', '.join(FORMS)}, each once, or null",
-        ),
-        (
-            "augment",
-            lambda v: v is None or 0 <= v <= MOST_REWORDINGS,
-            f"must be 0 (off) to {MOST_REWORDINGS}, or null",
         ),
         (
             "preserve",

@@ -15,10 +15,28 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import ModelError
 from ..hparams_rules import CHAT, CONTEXT, PLAIN, QUESTION_ANSWER
-from .augment.templates import CONTEXTS
 from .requests import with_leading_space
 from .tokenization import Asked
 
+# No names, numbers or facts: nothing that an answer could lean on.
+CONTEXTS = (
+    "The coffee had gone cold.",
+    "She closed the window and sat down again.",
+    "We walked home slowly. Nobody was in a hurry.",
+    "The shop opens again after lunch.",
+    "He put the letter back into the drawer.",
+    "There was a long pause. Then the talk went on.",
+    "The children were playing outside.",
+    "It had been a quiet week.",
+    "The kitchen smelled of fresh bread.",
+    "Somebody had left the lights on. The room was empty.",
+    "They waited for the bus and talked.",
+    "The wind had dropped by the evening.",
+    "A dog barked somewhere down the street.",
+    "The meeting took longer than planned.",
+    "I found my glasses under the chair. They were not broken.",
+    "Her bicycle needs a new chain.",
+)
 _ANSWER_MARK = "Zebra"  # a text that templates leave as it is, to find where the answer stands
 
 

@@ -28,7 +28,7 @@ from ..errors import ModelError
 
 logger = logging.getLogger(__name__)
 
-# None of these may be among the frames and contexts of `data.augment.templates`.
+# None of these may be among the forms and contexts of `data.forms`.
 PLEASE = "Please answer the question: Q: {prompt} A:"
 SENTENCE = "The library stays closed on public holidays. {prompt}"
 QUOTED = 'My colleague turned around and said: "{prompt}" Without a pause I replied: "'

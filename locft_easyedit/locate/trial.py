@@ -85,7 +85,7 @@ class Trials:
             cell.applied(self.hparams),
             num_steps=epochs,
             alg_name=ALG_NAME,  # alone: what the preset adds takes the place that suits it
-            augment=None,
+            forms=None,
             preserve=None,
             batch_size=self.batch_size,
             on_conflict="train",

@@ -8,7 +8,6 @@ in float64 where the matrix is.
 
 from __future__ import annotations
 
-from ..data.augment.reword import MOST
 from ..hparams_rules import NEIGHBOURS, SAMPLED
 from ..training.preserve.filters import EDITS_AT_ONCE
 from ..training.preserve.input_moments import BATCH_TOKENS, WIDEST_FLOAT64
@@ -109,9 +108,10 @@ def _measured(confined: ConfinedShapes, work: Workload) -> list[str]:
     found = []
     for kind in confined.kinds:
         if kind != PROMPTS:
-            found += [kind, "asked"] if kind == SAMPLED else [kind]
-    if found and work.rewordings:
-        found.append("rewordings")
+            chat = ["chat"] if work.forms else []
+            found += [kind, *chat, "asked"] if kind == SAMPLED else [kind]
+    if found and work.forms:
+        found.append("rewordings")  # the same prompt in several forms
     return [*found, "context"] if NEIGHBOURS in found else found
 
 
@@ -132,8 +132,8 @@ def _statistics(confined: ConfinedShapes, measured: list[str], work: Workload) -
     one, largest = 4 * confined.squares, 4 * confined.largest_square
     held = most = 0.0
     for kind in measured:
-        if kind == "rewordings" or (kind == "context" and not work.rewordings):
-            texts = min(work.n, EDITS_AT_ONCE) * (1 + MOST if work.rewordings else 1)
+        if kind == "rewordings" or (kind == "context" and not work.forms):
+            texts = min(work.n, EDITS_AT_ONCE) * (1 + work.forms)
             keys = 4 * texts * work.targets * sum(confined.inputs.values())
             at_work = 3 * keys + one + largest  # and their means, and less these
         elif kind in (NEIGHBOURS, "context"):

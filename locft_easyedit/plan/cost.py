@@ -175,7 +175,7 @@ def _training(run: Run, on_disk: float) -> Phase:
     """Returns all epochs: each step waits for its largest rank."""
     work, step = run.work, step_cost(run)
     n_steps = work.epochs * max(1.0, work.n / work.batch_size)
-    # An epoch reads some of an edit's rewordings, the prefix has all of them.
+    # An epoch reads some of an edit's forms, the prefix has all of them.
     disk = work.epochs * on_disk * (work.step_tokens / work.recorded_tokens)
     flop = n_steps * min(work.batch_size, work.n) * step.flop / step.share
     sent = n_steps * (step.gathered_bytes + step.exchanged_bytes)

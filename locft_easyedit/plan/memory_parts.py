@@ -28,8 +28,9 @@ _PROCESS_WITH_CUDA = 2 * GIB
 _BYTES_A_TOKEN = 950
 # A request with its strings, and its tokens.
 _BYTES_A_REQUEST = 4096
-# A rewording with its tokens (335 to 430 measured), and what making it takes besides for a while.
-_BYTES_A_REWORDING, _BYTES_IN_MAKING = 430, 2800
+# A text in another form with its tokens (335 to 430 measured of short ones), and what making it
+# takes besides for a while.
+_BYTES_A_FORM, _BYTES_IN_MAKING = 430, 2800
 # What NCCL takes of each GPU for its channels, about (not measured).
 _NCCL = GIB // 2
 # A layer that runs, the next one, and what it is gathered in.
@@ -97,8 +98,8 @@ def standing_parts(run: Run) -> list[Part]:
         Part("tokenizer", "host", n * shapes.vocab * _BYTES_A_TOKEN),
         Part("requests and tokens", "host", n * work.n * _BYTES_A_REQUEST),
     ]
-    if work.rewordings:
-        parts.append(Part("rewordings", "host", _rewordings(run) * _BYTES_A_REWORDING, LATER))
+    if work.forms:
+        parts.append(Part("other forms", "host", _others(run) * _BYTES_A_FORM, LATER))
     if device == "host":
         return parts
     parts.append(Part("CUDA context", "gpu", _CUDA_CONTEXT))
@@ -138,9 +139,9 @@ def working_parts(run: Run, saved: Sequence[LayerActivations]) -> list[Part]:
         for held, phase in ((_HELD_FREE * freed, "train"), (left, "evaluate")):
             parts.append(Part("kept by the C library", device, held, (phase,)))
         parts += _kernels(run)
-    if work.rewordings:
-        made = _rewordings(run) * _BYTES_IN_MAKING
-        parts.append(Part("rewordings while they are made", "host", made, ("prefix",)))
+    if work.forms:
+        made = _others(run) * _BYTES_IN_MAKING
+        parts.append(Part("other forms while they are made", "host", made, ("prefix",)))
     if setting.streamed:
         below = shapes.layers[: shapes.first_layer]
         layer = max((one.parameters for one in below), default=0)
@@ -151,8 +152,8 @@ def working_parts(run: Run, saved: Sequence[LayerActivations]) -> list[Part]:
     return parts
 
 
-def _rewordings(run: Run) -> int:
-    """Returns how many rewordings the processes of a node hold."""
+def _others(run: Run) -> int:
+    """Returns how many texts in other forms the processes of a node hold."""
     return run.processes * run.work.n * (run.work.recorded_texts - 1)
 
 

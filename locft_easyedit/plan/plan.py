@@ -18,7 +18,6 @@ from .units import GIB
 from .workload import Machine, Workload
 
 # Of the work, told apart from what every edit has.
-_AUGMENT = ("rewordings", "longer")
 _FORMS = ("forms", "forms_per_epoch", "form_longer")
 
 
@@ -84,8 +83,7 @@ class Plan:
         step, work, chosen = self.step(), dataclasses.asdict(self.work), self.chosen
         return {
             "model": dataclasses.asdict(self.shapes) | {"layers": len(self.shapes.layers)},
-            "work": {k: value for k, value in work.items() if k not in (*_AUGMENT, *_FORMS)},
-            "augment": {key: work[key] for key in _AUGMENT},
+            "work": {k: value for k, value in work.items() if k not in _FORMS},
             "forms": {key: work[key] for key in _FORMS},
             "preserve": list(self.shapes.confined.preserve) if self.shapes.confined else [],
             "machine": dataclasses.asdict(self.machine)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from ..hparams_rules import MOST_REWORDINGS
 from ..utils.tables import Bold, Row, counted, terminal_table
 from .cost import step_flop
 from .fitting import NAMES, Candidate
@@ -29,18 +28,15 @@ def model_table(plan: Plan) -> Table:
     trained += f" ({shapes.n_trained:,})"
     trained += f" through LoRA ({shapes.lora.trained:,})" if shapes.lora else ""
     trained += " through a confined change" if shapes.confined else ""
-    reworded = f", each with {counted(work.rewordings, 'rewording')}" if work.rewordings else ""
-    if work.forms:
-        reworded += f", in {counted(1 + work.forms, 'form')}"
-    of = "edits and rewordings" if work.rewordings else "edits"
+    in_forms = f", in {counted(1 + work.forms, 'form')}" if work.forms else ""
     rows = {
         "shapes": shapes.name,
         "parameters": f"{shapes.parameters:,} in {len(shapes.layers)} layers",
         "trained": trained,
         "frozen below": f"{shapes.streamed:,} ({shapes.streamed / shapes.parameters:.0%})",
-        "edits": f"{work.n:,}, {work.batch_size} a step, {work.epochs} epochs{reworded}",
+        "edits": f"{work.n:,}, {work.batch_size} a step, {work.epochs} epochs{in_forms}",
         **({"preserved": ", ".join(shapes.confined.preserve)} if shapes.confined else {}),
-        "tokens run": f"{work.edit_tokens:,.0f} of {of}, {work.eval_tokens:,.0f} of prompts",
+        "tokens run": f"{work.edit_tokens:,.0f} of edits, {work.eval_tokens:,.0f} of prompts",
         "memory": ", ".join(f"{place} {bytes_text(machine.room(place))}" for place in PLACES),
     }
     if machine.world > 1:
@@ -187,12 +183,6 @@ def assumptions(plan: Plan) -> list[str]:
         "Rows are packed, and all edits are about as long as the mean.",
         "Copies between the host and the GPU take no time beside the rest.",
     ]
-    if work.rewordings:
-        lines.append(
-            f"{MOST_REWORDINGS} rewordings of each edit are trained, {work.longer:g} "
-            "tokens longer than it, and recorded with it; an epoch trains "
-            f"{work.rewordings} of them beside it."
-        )
     if work.forms:
         lines.append(
             f"{counted(work.forms, 'other form')} of each edit's prompt are recorded with it, "

@@ -8,7 +8,6 @@ from typing import Any
 
 from ..errors import HyperParamsError, one_message
 from ..hparams import LocFTBFHyperParams
-from ..hparams_rules import MOST_REWORDINGS
 
 # TFLOP/s that matrix products of a large model reach, not what data sheets promise: an H100 or
 # H200, and two cores of a server.
@@ -37,9 +36,8 @@ class Workload:
         eval_batch_size: Sequences in a forward pass without gradients.
         row_tokens: Length of packed rows.
         evaluate: Whether the model is measured before and after.
-        rewordings: Rewordings of an edit that are trained beside it in an epoch, K.
-        longer: Tokens that a rewording has more than its edit.
-        forms: Forms of an edit's prompt beside the plain one.
+        forms: Forms of an edit's prompt beside the plain one; rewordings that the data may bring
+            are not known beforehand.
         forms_per_epoch: How many of them are trained in an epoch.
         form_longer: Tokens that a prompt in such a form has more than the plain one.
     """
@@ -53,8 +51,6 @@ class Workload:
     eval_batch_size: int = 64
     row_tokens: int = 64
     evaluate: bool = True
-    rewordings: int = 0
-    longer: float = 2.0  # 2.1 of CounterFact's and zsRE's
     forms: int = 0
     forms_per_epoch: int = 1
     form_longer: float = 15.0  # SmolLM2's chat template has 30, a question 5, a sentence 9
@@ -82,31 +78,26 @@ class Workload:
 
     @property
     def texts(self) -> int:
-        """Texts of an edit in an epoch: its own wording, other forms of it, and rewordings."""
-        return 1 + self.rewordings + min(self.forms, self.forms_per_epoch)
+        """Texts of an edit in an epoch: its plain prompt, and other forms of it."""
+        return 1 + min(self.forms, self.forms_per_epoch)
 
     @property
     def recorded_texts(self) -> int:
         """Texts of an edit in the prefix: all that are trained, whatever an epoch takes."""
-        return 1 + self._recorded_rewordings + self.forms
-
-    @property
-    def _recorded_rewordings(self) -> int:
-        return MOST_REWORDINGS if self.rewordings else 0
+        return 1 + self.forms
 
     @property
     def step_tokens(self) -> float:
         """Tokens of an edit that run in a step."""
-        return self._tokens_of(self.rewordings, min(self.forms, self.forms_per_epoch))
+        return self._tokens_of(self.texts)
 
     @property
     def recorded_tokens(self) -> float:
         """Tokens of an edit in the prefix."""
-        return self._tokens_of(self._recorded_rewordings, self.forms)
+        return self._tokens_of(self.recorded_texts)
 
-    def _tokens_of(self, rewordings: int, forms: int) -> float:
-        own = self.run_tokens
-        return own + rewordings * (own + self.longer) + forms * (own + self.form_longer)
+    def _tokens_of(self, texts: int) -> float:
+        return texts * self.run_tokens + (texts - 1) * self.form_longer
 
     def cells(self, tokens: float) -> float:
         """Returns the cells of the packed rows, of one length, that so many tokens fill."""
@@ -148,7 +139,6 @@ class Workload:
             "micro_batch_size",
             "eval_batch_size",
             "row_tokens",
-            "rewordings",
             "forms_per_epoch",
         )
         values: dict[str, Any] = {"epochs": hparams.num_steps, "forms": len(hparams.wrapped_forms)}

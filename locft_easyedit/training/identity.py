@@ -187,7 +187,7 @@ def check_agreed(identities: Sequence[Identity]) -> None:
 def settings_of(hparams: LocFTBFHyperParams) -> dict[str, Any]:
     """Returns the hyper-parameters that have an effect on the result."""
     # What `alg_name` stands for, where nothing else is said.
-    meant = {"augment": hparams.rewordings, "preserve": hparams.preserved}
+    meant = {"forms": hparams.wrapped_forms, "preserve": hparams.preserved}
     return {k: v for k, v in (hparams.to_dict() | meant).items() if k not in _WITHOUT_EFFECT}
 
 

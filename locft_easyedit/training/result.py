@@ -39,7 +39,8 @@ class EditResult:
         lora: What `tuning: lora` trained: the change from `original` to `new`, before rounding.
         health: Whether the edit has hurt the model; `None` with `health_check: false`.
         choice: What `layers: auto` has chosen, and among what; `None` where the place was given.
-        augmented: How many rewordings were made and left out; `None` without `augment`.
+        augmented: The forms and rewordings that were trained, and what was left out; `None` without
+            any.
         preserved: What was measured to be preserved, by source; `None` without `preserve`.
     """
 

@@ -152,8 +152,8 @@ class EditSession:
             check_low_rank(self.model, self.place.parameters, h.lora_rank)
             if h.cannot_preserve and self.world.is_main_process:
                 logger.warning(
-                    "`alg_name: %s` with `tuning: lora` only adds rewordings: a low-rank change is "
-                    "not confined, and nothing is preserved. Set `tuning: full` to preserve.",
+                    "`alg_name: %s` with `tuning: lora` only trains other forms: a low-rank change "
+                    "is not confined, and nothing is preserved. Set `tuning: full` to preserve.",
                     h.alg_name,
                 )
         if self.sources:

@@ -158,12 +158,14 @@ def test_training_in_forms_is_that_of_plain_code(each):
         for batch in (order[:4], order[4:]):
             asked = []
             for i in batch:
-                own, *wrapped = forms.all_of(edits[i].prompt, edits[i].target, i)
-                first = int(turn[0, i]) + epoch * each
-                asked += [own, *(wrapped[(first + k) % 3] for k in range(each))]
-                if edits[i].rewordings:
-                    nth = (int(turn[1, i]) + epoch) % 2
-                    asked += forms.all_of(edits[i].rewordings[nth], edits[i].target)[:1]
+                own, *others = forms.all_of(edits[i].prompt, edits[i].target, i)
+                # The first rewording is asked plainly, the second in the first other form.
+                others += [
+                    forms.ask(form, text, edits[i].target, i)
+                    for form, text in zip((PLAIN, CHAT), edits[i].rewordings, strict=False)
+                ]
+                first = int(turn[i]) + epoch * each
+                asked += [own, *(others[(first + k) % len(others)] for k in range(each))]
             adam.zero_grad()
             loss = torch.stack(naive_losses(plain, tokenizer, asked)).mean()
             loss.backward()
@@ -172,7 +174,7 @@ def test_training_in_forms_is_that_of_plain_code(each):
     result = edit_model(toy_model("llama"), tokenizer, requests, hparams, progress=False)
     assert result.step_losses == pytest.approx(expected, rel=LOSS_TOLERANCE)
     assert result.summary()["augmented"]["forms"] == [PLAIN, *WRAPPED]
-    assert result.summary()["augmented"]["given"] == 2
+    assert result.summary()["augmented"]["rewordings"] == 2
 
 
 def test_a_form_that_is_too_long_is_left_out_and_counted():
@@ -182,7 +184,7 @@ def test_a_form_that_is_too_long_is_left_out_and_counted():
     made = TrainingTexts.tokenize(tokenizer, edits, [None] * 4, toy_hparams(forms=WRAPPED), limit)
     dropped = int((whole.texts.lengths > limit).sum())
     assert made.summary["dropped_too_long"] == dropped > 0
-    assert made.variants.counts.sum() == 12 - dropped
+    assert made.variants.first[-1] == 4 + 12 - dropped
 
 
 def test_a_template_that_is_broken_is_told_and_the_other_forms_are_trained(caplog):

@@ -1,5 +1,7 @@
 """Rewordings in training: which texts an epoch has, and the training against plain code."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,11 +16,20 @@ from locft_easyedit.training.session import EditSession
 
 # Measured: 3e-6; rounding of packed rows.
 LOSS_TOLERANCE = 1e-5
+WORDS = ("Again:", "Then:", "Once more:")
 
 
-def augmented(**changes):
-    values = {"augment": 2, "num_steps": 3, "batch_size": 4, "lr": 1e-3, "row_tokens": 40}
+def reworded(**changes):
+    values = {"forms_per_epoch": 2, "num_steps": 3, "batch_size": 4, "lr": 1e-3, "row_tokens": 40}
     return toy_hparams(**(values | changes))
+
+
+def requests_with_rewordings(n):
+    """Requests of which request i brings i % 4 rewordings."""
+    requests = toy_requests(n)
+    for i, request in enumerate(requests):
+        request["rewordings"] = [f"{word} {request['prompt']}" for word in WORDS[: i % 4]]
+    return requests
 
 
 def test_without_rewordings_text_i_is_edit_i():
@@ -27,7 +38,7 @@ def test_without_rewordings_text_i_is_edit_i():
 
 
 def test_rewordings_take_turns_and_own_wordings_come_first():
-    variants = Variants.in_turns(np.array([[3, 0, 5]]), [2], seed=0)
+    variants = Variants.in_turns(np.array([3, 0, 5]), 2, seed=0)
     assert variants.first.tolist() == [0, 4, 5, 11]
     seen = {0: [], 1: [], 2: []}
     for epoch in range(15):
@@ -42,40 +53,44 @@ def test_rewordings_take_turns_and_own_wordings_come_first():
 
 
 def test_an_edit_with_fewer_rewordings_than_asked_for_gives_each_once():
-    texts = Variants.in_turns(np.array([[1]]), [3], seed=1).texts(np.array([0]), epoch=4)
+    texts = Variants.in_turns(np.array([1]), 3, seed=1).texts(np.array([0]), epoch=4)
     assert texts.tolist() == [0, 1]
 
 
 def test_texts_are_each_edits_own_and_then_its_rewordings():
-    edits = distinct_edits(toy_requests(5)).edits
-    tokenizer, hparams = toy_tokenizer(), augmented()
-    made = TrainingTexts.tokenize(tokenizer, edits, [None] * 5, hparams, 256)
-    assert len(made.texts) == made.variants.first[-1]
+    edits = distinct_edits(requests_with_rewordings(5)).edits
+    tokenizer = toy_tokenizer()
+    made = TrainingTexts.tokenize(tokenizer, edits, [None] * 5, reworded(), 256)
+    assert len(made.texts) == made.variants.first[-1] == 5 + 6
     for i, edit in enumerate(edits):
         first = made.variants.first[i]
-        for k, prompt in enumerate(made.prompts[i]):
+        assert made.wordings[i] == [edit.prompt, *edit.rewordings]
+        for k, prompt in enumerate(made.wordings[i]):
             ids = tokenizer(f"{prompt} {edit.target.strip()}")["input_ids"]
             start = made.texts.offsets[first + k]
             assert made.texts.ids[start : start + len(ids)].tolist() == ids
-        assert made.prompts[i][0] == edit.prompt
-        assert made.prompts[i][1:]
-    assert made.summary["trained"] == sum(len(own) - 1 for own in made.prompts)
-    assert made.summary["edits_without_rewordings"] == 0
+    assert made.summary["trained"] == made.summary["rewordings"] == 6
+    assert made.summary["edits_without_rewordings"] == 2
 
 
 def test_rewordings_that_are_too_long_are_left_out_and_counted():
-    edits, tokenizer = distinct_edits(toy_requests(5)).edits, toy_tokenizer()
-    everything = TrainingTexts.tokenize(tokenizer, edits, [None] * 5, augmented(), 256)
-    own = TrainingTexts.tokenize(tokenizer, edits, [None] * 5, augmented(augment=0), 256)
+    edits, tokenizer = distinct_edits(requests_with_rewordings(5)).edits, toy_tokenizer()
+    everything = TrainingTexts.tokenize(tokenizer, edits, [None] * 5, reworded(), 256)
+    own = TrainingTexts.tokenize(tokenizer, edits_alone(edits), [None] * 5, reworded(), 256)
     shortest = int(own.texts.lengths.max())
-    made = TrainingTexts.tokenize(tokenizer, edits, [None] * 5, augmented(), shortest)
+    made = TrainingTexts.tokenize(tokenizer, edits, [None] * 5, reworded(), shortest)
     dropped = int((everything.texts.lengths > shortest).sum())
     assert made.summary["dropped_too_long"] == dropped > 0
+    assert made.summary["trained"] == 6 - dropped
     assert len(made.texts) == len(everything.texts) - dropped
     assert made.texts.lengths.max() <= shortest
 
 
-def naive_augmented(model, tokenizer, edits, made, parameters, hparams):
+def edits_alone(edits):
+    return [replace(edit, rewordings=()) for edit in edits]
+
+
+def naive_reworded(model, tokenizer, edits, made, parameters, hparams):
     """Trains with rewordings, text by text; returns the losses of the steps."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -89,9 +104,9 @@ def naive_augmented(model, tokenizer, edits, made, parameters, hparams):
         for start in range(0, len(order), hparams.batch_size):
             texts = []
             for i in order[start : start + hparams.batch_size]:
-                pool = made.prompts[i][1:]
-                turn = int(made.variants.turn[1, i]) + epoch * hparams.augment
-                shown = min(len(pool), hparams.augment)
+                pool = made.wordings[i][1:]
+                turn = int(made.variants.turn[i]) + epoch * hparams.forms_per_epoch
+                shown = min(len(pool), hparams.forms_per_epoch)
                 prompts = [edits[i].prompt, *(pool[(turn + k) % len(pool)] for k in range(shown))]
                 texts += [{"prompt": p, "target_new": edits[i].target} for p in prompts]
             adam.zero_grad()
@@ -104,23 +119,25 @@ def naive_augmented(model, tokenizer, edits, made, parameters, hparams):
 
 @pytest.mark.parametrize("micro", [None, 1])
 def test_training_with_rewordings_is_that_of_plain_code(micro):
-    hparams, requests = augmented(micro_batch_size=micro), toy_requests(9)
+    hparams, requests = reworded(micro_batch_size=micro), requests_with_rewordings(9)
     tokenizer, edits = toy_tokenizer(), distinct_edits(requests).edits
     model, plain = toy_model("llama"), toy_model("llama").eval()
     made = TrainingTexts.tokenize(tokenizer, edits, [None] * 9, hparams, 256)
     name = DOWN_PROJECTION["llama"].format(hparams.layers[0])
-    expected = naive_augmented(plain, tokenizer, edits, made, [plain.get_parameter(name)], hparams)
+    expected = naive_reworded(plain, tokenizer, edits, made, [plain.get_parameter(name)], hparams)
     result = edit_model(model, tokenizer, requests, hparams, progress=False)
     assert result.step_losses == pytest.approx(expected, rel=LOSS_TOLERANCE)
     assert result.n_trained == 9
-    assert result.summary()["augmented"]["rewordings"] > 9
+    assert result.summary()["augmented"]["rewordings"] == 12
 
 
 def test_a_session_trains_some_of_its_edits_with_their_own_rewordings():
-    model, hparams = toy_model("llama"), augmented()
-    with EditSession(model, toy_tokenizer(), toy_requests(6), hparams, progress=False) as session:
-        result = session.train_([4])
+    model, hparams, requests = toy_model("llama"), reworded(), requests_with_rewordings(7)
+    with EditSession(model, toy_tokenizer(), requests, hparams, progress=False) as session:
+        result = session.train_([6])
         result.restore_(model)
-        again = session.train_([4])
+        again = session.train_([6])
     assert result.n_trained == 1
+    alone = edit_model(toy_model("llama"), toy_tokenizer(), [toy_requests(7)[6]], hparams)
+    assert result.step_losses != alone.step_losses
     assert result.step_losses == again.step_losses

@@ -188,7 +188,7 @@ class _Measured:
             texts.wordings,
             texts.subjects,
             each=_NEIGHBOURS_EACH,
-            most=self._most_prompts // (1 + len(self.forms.names)),
+            most=self._most_prompts // (2 if self.forms.names else 1),
             seed=self.hparams.seed,
         )
         self._note(source, prompts=len(near.prompts), edits_without_subject=near.n_without_subject)

@@ -11,9 +11,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...data.augment.grammar import IN_PARENTHESES
 from ...utils.text import as_word
 
+# What tells a name from others: "USS Bermuda (1861)", "Dune (film)"; not "Dune (and when)".
+_IN_PARENTHESES = r" \((?:[A-Z0-9][^()]*|\w+)\)"
 # Stand in where the edits have too few subjects of their own, or each has the same prompt.
 _OTHERS = (
     "Paris",
@@ -101,4 +102,4 @@ def _put(other: str, word: re.Pattern[str], prompt: str) -> str:
 def _word(subject: str | None) -> re.Pattern[str] | None:
     """Returns what finds a subject where it is not a part of another word."""
     name = (subject or "").strip()
-    return re.compile(f"{as_word(name)}(?:{IN_PARENTHESES})?") if name else None
+    return re.compile(f"{as_word(name)}(?:{_IN_PARENTHESES})?") if name else None

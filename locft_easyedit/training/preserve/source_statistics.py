@@ -116,7 +116,7 @@ def asked_moments(
         model: A causal language model, as it is before an edit.
         tokenizer: Its tokenizer.
         modules: Full names of linear modules.
-        forms: The forms in which prompts count: each in its plain form, and in one other by turns.
+        forms: The forms in which prompts count (see `prompt_ids`).
         cache: As for `text_moments`, whose sampled text is read there.
         seed: Seed of the sampling.
         progress: Show progress bars.
@@ -131,19 +131,9 @@ def asked_moments(
     widths = _widths(model, modules)
     n_tokens = _SAMPLED_FACTOR * max(widths.values())
     text = sampled_text(model, tokenizer, n_tokens, cache=cache, seed=seed, progress=progress)
-    prompts = asked_prompts(text.asked)
-    if not prompts:
+    parts = [prompt_ids(model, tokenizer, asked_prompts(text.asked), forms)]
+    if not parts[0]:
         return None
-    # There are more than the matrix needs: besides its plain form each counts in one other, by
-    # turns.
-    turns = [(PLAIN,) if not forms.names else (PLAIN, forms.names[i % len(forms.names)])
-             for i in range(len(prompts))]  # fmt: skip
-    asked = [
-        forms.ask(form, prompt, "", i)
-        for i, (prompt, own) in enumerate(zip(prompts, turns, strict=True))
-        for form in own
-    ]
-    parts = [last_ids(model, tokenizer, asked)]
     return _kept(
         model, widths, parts, cache, last_only=True, title="sampled prompts", progress=progress
     )
@@ -190,16 +180,17 @@ def chat_moments(
 def prompt_ids(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], forms: Forms
 ) -> list[list[int]]:
-    """Returns prompts, each in all forms, as tokens up to where an answer is to begin."""
-    asked = [one for i, prompt in enumerate(prompts) for one in forms.all_of(prompt, "", i)]
-    return last_ids(model, tokenizer, asked)
+    """Returns prompts as tokens up to where an answer is to begin.
 
-
-def last_ids(
-    model: Any, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked]
-) -> list[list[int]]:
-    """Returns the tokens of texts; of one beyond the model's context the end."""
+    Each in its plain form, and in one other by turns: all forms of all prompts would take minutes
+    and say little more. Of a prompt beyond the model's context the end is kept.
+    """
     context = context_length(model) or 0
+    asked = []
+    for i, prompt in enumerate(prompts):
+        asked.append(forms.ask(PLAIN, prompt, "", i))
+        if forms.names:
+            asked.append(forms.ask(forms.names[i % len(forms.names)], prompt, "", i))
     return [ids[-context:] for ids in asked_ids(tokenizer, asked)]
 
 
