@@ -107,7 +107,7 @@ def test_no_circle_between_modules():
     [
         ("utils.files", "from ..training import loop", "training.loop"),
         ("utils.files", "def f():\n    from ..api import edit_model", "api"),
-        ("data.augment.reword", "from ...errors import LocFTError", "errors"),
+        ("data.forms", "from ..errors import LocFTError", "errors"),
         ("api", "import locft_easyedit.cli.edit", "cli.edit"),
         ("api", "if TYPE_CHECKING:\n    from .cli.edit import main", "cli.edit"),
         ("api", "from locft_easyedit.cli import edit", "cli.edit"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.toys import FEW_KINDS, N_LAYERS, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit.data.augment import templates
+from locft_easyedit.data.forms import CONTEXTS
 from locft_easyedit.data.requests import make_requests
 from locft_easyedit.distributed.world import SINGLE_PROCESS
 from locft_easyedit.evaluation import divergence
@@ -186,13 +186,7 @@ def with_lists(records):
 
 
 def test_the_wrappers_are_no_trained_forms():
-    trained = {
-        *templates.CONTEXTS,
-        *templates.QUESTION_FRAMES,
-        *templates.CLAUSE_FRAMES,
-        *templates.STATEMENT_FRAMES,
-        "Question: {prompt}\nAnswer:",
-    }
+    trained = {*CONTEXTS, "Question: {prompt}\nAnswer:"}
     for frame in (PLEASE, SENTENCE, QUOTED):
         assert frame not in trained
         assert frame.replace("{prompt}", "").strip() not in trained

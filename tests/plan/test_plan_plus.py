@@ -1,4 +1,4 @@
-"""A plan of rewordings (`augment`) and of a confined change (`preserve`): LocFT-BF+."""
+"""A plan of other forms (`forms`) and of a confined change (`preserve`): LocFT-BF+."""
 
 import json
 import math
@@ -19,10 +19,8 @@ from test_candidates import CPU, LARGE, plan_for, sizes
 from test_gpus import NODE, SMALL, TRAINED
 
 from locft_easyedit.__main__ import main
-from locft_easyedit.data.augment.reword import MOST
 from locft_easyedit.data.tokenization import tokenize_edits
 from locft_easyedit.errors import DataError, HyperParamsError, PlaceError
-from locft_easyedit.hparams_rules import MOST_REWORDINGS
 from locft_easyedit.plan.cost import (
     EDITS_PREFIX,
     PROMPTS_PREFIX,
@@ -41,15 +39,17 @@ from locft_easyedit.plan.workload import Workload
 from locft_easyedit.training.session import EditSession
 
 WIDTH = 14336  # of Llama-3-8B's down-projection's inputs
-RUN, REWORDED = 14.6, 14.6 + 2.0  # tokens of an edit and of a rewording that run
+RUN, IN_FORM = 14.6, 14.6 + 15.0  # tokens that run of an edit, and of it in another form
+FORMS = ["chat", "question_answer", "context"]
+N_FORMS = len(FORMS)
 
 
 def plus(name="llama3-8b", **keys):
     return plan_for(name, **({"alg_name": "LocFT-BF+"} | keys))
 
 
-def augmented(name="llama3-8b", augment=1, **keys):
-    return plan_for(name, augment=augment, **keys)
+def in_forms(name="llama3-8b", each=1, **keys):
+    return plan_for(name, forms=FORMS, forms_per_epoch=each, **keys)
 
 
 def confined(name="llama3-8b", **keys):
@@ -63,7 +63,7 @@ def confined(name="llama3-8b", **keys):
 def test_the_plan_is_what_a_session_of_the_preset_holds(dtype, tmp_path):
     toy_model("llama").config.save_pretrained(tmp_path)
     hparams = toy_hparams(
-        alg_name="LocFT-BF+", preserve=["neighbours"], dtype=dtype,
+        alg_name="LocFT-BF+", forms=FORMS[1:], preserve=["neighbours"], dtype=dtype,
         prefix_cut="matrix",
         model_name=str(tmp_path), device="cpu", health_check=False,
     )  # fmt: skip
@@ -71,15 +71,13 @@ def test_the_plan_is_what_a_session_of_the_preset_holds(dtype, tmp_path):
     with EditSession(model, toy_tokenizer(), toy_requests(12), hparams, progress=False) as session:
         texts, store = session.training_texts, session._runner.prefix.store
         change = session._protection.change
-        assert len(texts.texts) == 12 * (1 + MOST_REWORDINGS)
+        assert len(texts.texts) == 12 * 3
         assert session.training_texts.variants.most == 2
         own = tokenize_edits(toy_tokenizer(), session.edits.edits, append_eos=True)
-        longer = (texts.texts.lengths.sum() - own.lengths.sum()) / (
-            12 * MOST_REWORDINGS
-        ) - own.lengths.mean()
+        longer = (texts.texts.lengths.sum() - own.lengths.sum()) / 24 - own.lengths.mean()
         assert abs(longer) > 0.5  # else nothing shows that it counts
         work = Workload.from_hparams(
-            hparams, 12, tokens=float(own.lengths.mean()), longer=float(longer)
+            hparams, 12, tokens=float(own.lengths.mean()), form_longer=float(longer)
         )
         plan = make_plan(hparams, work, CPU)
         told = sizes(plan, "host")
@@ -124,15 +122,15 @@ def test_where_the_change_is_folded(kind, tmp_path):
     assert s.shape == (width, width)
 
 
-# Rewordings
+# Forms
 
 
-def test_rewordings_are_recorded_once_and_some_run_in_a_step():
+def test_forms_are_recorded_once_and_some_run_in_a_step():
     machine = replace(LARGE, prefix_gpu=40 * GIB)
     for k in (1, 3):
-        plan, alone = augmented(augment=k, machine=machine), plan_for(machine=machine)
+        plan, alone = in_forms(each=k, machine=machine), plan_for(machine=machine)
         told, before = sizes(plan), sizes(alone)
-        recorded = RUN + MOST_REWORDINGS * REWORDED
+        recorded = RUN + N_FORMS * IN_FORM
         assert told[EDITS_PREFIX] == pytest.approx(3000 * recorded * (4096 + WIDTH) * 2)
         assert told[PROMPTS_PREFIX] == before[PROMPTS_PREFIX]
         assert plan.work.eval_tokens == alone.work.eval_tokens
@@ -140,29 +138,31 @@ def test_rewordings_are_recorded_once_and_some_run_in_a_step():
                      "activations without gradients", "logits of evaluation"):  # fmt: skip
             assert told[name] == before[name]
         # The same parts of a token, in rows that hold a step's texts.
-        rows = math.ceil(100 * (RUN + k * REWORDED) / 64)
-        scored = (1 + k) * 4.3 / (RUN + k * REWORDED)
+        rows = math.ceil(100 * (RUN + k * IN_FORM) / 64)
+        scored = (1 + k) * 4.3 / (RUN + k * IN_FORM)
         norm, mlp = 4 * 4096 + 4, 3 * WIDTH * 2
-        layer = 2 * norm + mlp + 4 * 4096 * 2 + 4 * 32 + 64 * 2
-        token = (4096 + WIDTH) * 2 + 9 * layer - (1 - scored) * (mlp + norm) + scored * mlp
+        attention = 4 * 4096 * 2 + 4 * 32 + 64 * 2
+        token = (4096 + WIDTH) * 2 + 9 * (2 * norm + mlp + attention) - (1 - scored) * (mlp + norm)
+        # At work besides: gradients in the last MLP, or in its attention when the MLP's are gone.
+        token += max(scored * mlp, attention + 4096 * 2 - scored * mlp)
         assert told["activations"] == pytest.approx(rows * 64 * token)
         n_scored = 100 * (1 + k) * 4.3
         chunk = min(n_scored * 128256, 2**25)
         assert told["cross-entropy"] == pytest.approx(chunk * 6 + 2 * n_scored * 4096 * 2)
 
 
-def test_rewordings_on_the_host():
-    plan, alone = (sizes(p, "host") for p in (augmented(machine=NODE), plan_for(machine=NODE)))
-    assert plan["rewordings"] == 8 * 3000 * MOST_REWORDINGS * 430
-    assert plan["rewordings while they are made"] == 8 * 3000 * MOST_REWORDINGS * 2800
+def test_forms_on_the_host():
+    plan, alone = (sizes(p, "host") for p in (in_forms(machine=NODE), plan_for(machine=NODE)))
+    assert plan["other forms"] == 8 * 3000 * N_FORMS * 430
+    assert plan["other forms while they are made"] == 8 * 3000 * N_FORMS * 2800
     assert plan["requests and tokens"] == alone["requests and tokens"]
-    assert "rewordings" not in alone
+    assert "other forms" not in alone
 
 
-def test_work_of_rewordings_by_hand():
-    plan = augmented(augment=2)
+def test_work_of_forms_by_hand():
+    plan = in_forms(each=2)
     alone = plan_for()
-    tokens = RUN + 2 * REWORDED
+    tokens = RUN + 2 * IN_FORM
     matrix, layer = TRAINED, 4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * TRAINED
     scored, attention, late = 3 * 4.3 / tokens, 4 * 64 * 4096, 4096 * 4096 + 3 * matrix
     token = 4 * matrix + 9 * (4 * layer + 3 * attention) - (1 - scored) * 4 * late
@@ -178,7 +178,7 @@ def test_work_of_rewordings_by_hand():
     )
     assert below[0] == below[1]
     assert upper[0] == upper[1]
-    recorded = (RUN + MOST_REWORDINGS * REWORDED) / RUN
+    recorded = (RUN + N_FORMS * IN_FORM) / RUN
     assert plan.phases[1].flop == pytest.approx(alone.phases[1].flop * recorded)
     assert [p.flop for p in plan.phases[3:]] == [p.flop for p in alone.phases[3:]]
     # More chunks of logits read the head more often.
@@ -188,28 +188,28 @@ def test_work_of_rewordings_by_hand():
     assert more == 2 * 2 * (chunks[1] - chunks[0]) * 4096 * 128256
 
 
-def test_an_epoch_reads_a_part_of_the_rewordings_from_disk():
+def test_an_epoch_reads_a_part_of_the_forms_from_disk():
     machine = replace(LARGE, prefix_gpu=0, prefix_host=0)
-    plan = augmented(machine=machine, cut="mlp")
+    plan = in_forms(machine=machine, cut="mlp")
     assert plan.phases[1].disk == pytest.approx(
-        3000 * (RUN + MOST_REWORDINGS * REWORDED) * 4096 * 2
+        3000 * (RUN + N_FORMS * IN_FORM) * 4096 * 2
     )
-    assert plan.phases[2].disk == pytest.approx(25 * 3000 * (RUN + REWORDED) * 4096 * 2)
+    assert plan.phases[2].disk == pytest.approx(25 * 3000 * (RUN + IN_FORM) * 4096 * 2)
 
 
 def test_micro_batches_count_edits():
-    plan, alone = augmented(micro_batch_size=25), plan_for(micro_batch_size=25)
+    plan, alone = in_forms(micro_batch_size=25), plan_for(micro_batch_size=25)
     assert plan.chosen.setting.micro_batch_size == 25
     assert plan.step().seconds["launches"] == alone.step().seconds["launches"]
     lora = {"tuning": "lora", "lora_rank": 16}
-    rows = math.ceil(25 * (RUN + REWORDED) / 64)
-    told = sizes(augmented(micro_batch_size=25, **lora))
+    rows = math.ceil(25 * (RUN + IN_FORM) / 64)
+    told = sizes(in_forms(micro_batch_size=25, **lora))
     assert told["LoRA's inputs in float32"] == 4 * rows * 64 * WIDTH
 
 
 def test_ranks_own_texts():
-    plan = augmented(n=100_000, machine=NODE, augment=3)
-    share = largest_share(100_000 * (1 + MOST_REWORDINGS), 400, 8, 25_000)
+    plan = in_forms(n=100_000, machine=NODE, each=3)
+    share = largest_share(100_000 * (1 + N_FORMS), 400, 8, 25_000)
     assert plan.step().share == share.mean / 4
     assert plan.chosen.setting.micro_batch_size == math.ceil(share.most / 4)
     # More texts are dealt out more evenly.
@@ -259,14 +259,15 @@ def test_memory_of_preparing_by_hand():
     a = TRAINED / WIDTH**2  # of W's numbers in those of S
     stays = 4 + 2 + 10 * a
     plan = plus(n=1000)
-    # Five moments where the matrix is (sampled text, the prompts in it, neighbours, rewordings and
-    # what leads up to ends), their sum, and 48 bytes a number of the decomposition.
-    assert preparing(plan, "gpu") == pytest.approx(5 * 4 + 4 + 48 - stays)
-    # The first three are held when rewordings are summed up.
+    # Six moments where the matrix is (sampled text, chats, the prompts in the text, neighbours, one
+    # prompt's forms and what leads up to ends), their sum, and 48 bytes a number of the
+    # decomposition.
+    assert preparing(plan, "gpu") == pytest.approx(6 * 4 + 4 + 48 - stays)
+    # The first four are held when one prompt's forms are summed up.
     answered = 64 * plan.work.targets  # tokens where a target is predicted, of 64 edits
-    keys = 3 * 4 * answered * (1 + MOST) / WIDTH
-    assert preparing(plan, "host") == pytest.approx(3 * 4 + 4 + 4 + keys)
-    assert preparing(plus(n=1000, machine=NODE), "host") == pytest.approx(8 * (20 + keys))
+    keys = 3 * 4 * answered * (1 + N_FORMS) / WIDTH
+    assert preparing(plan, "host") == pytest.approx(4 * 4 + 4 + 4 + keys)
+    assert preparing(plus(n=1000, machine=NODE), "host") == pytest.approx(8 * (24 + keys))
     # Both kinds of sampled text, their mean, and both of one matrix.
     alone = confined(n=1000, preserve=["sampled"])
     assert preparing(alone, "host") == pytest.approx(2 * 4 + 4 + 2 * 4)
@@ -275,7 +276,7 @@ def test_memory_of_preparing_by_hand():
     others = plus(preserve=["a.txt", "neighbours", "b.txt"], n=1000)
     assert preparing(others, "host") == pytest.approx(3 * 4 + 4 + 4 + keys)
     assert preparing(others, "gpu") == pytest.approx(5 * 4 + 4 + 48 - stays)
-    # Without rewordings the own prompts are run for what leads up to their ends.
+    # Without other forms the own prompts are run for what leads up to their ends.
     near = confined(preserve=["a.txt", "neighbours"], n=1000)
     keys = 3 * 4 * answered / WIDTH
     assert preparing(near, "host") == pytest.approx(2 * 4 + 4 + 4 + keys)
@@ -362,7 +363,7 @@ def test_a_confined_change_needs_the_whole_model():
     plan = plus("qwen2.5-72b", machine=SMALL, stream_frozen=None)
     assert {c.setting.streamed for c in plan.candidates} == {False}
     assert {c.setting.layout for c in plan.candidates} == {"copies", "model_parallel"}
-    alone = augmented("qwen2.5-72b", machine=SMALL)
+    alone = in_forms("qwen2.5-72b", machine=SMALL)
     assert alone.chosen.setting.streamed
     lowest = confined("qwen2.5-72b", machine=SMALL, layers=[0], stream_frozen=None)
     assert "fsdp" not in {c.setting.layout for c in lowest.candidates}
@@ -401,12 +402,12 @@ def test_wrong_sources_and_places():
 
 def test_assumptions_of_the_preset():
     text = "\n".join(assumptions(plus()))
-    assert f"{MOST_REWORDINGS} rewordings of each edit are trained, 2 tokens longer than it" in text
-    assert "an epoch trains 1 of them beside it." in text
+    assert "3 other forms of each edit's prompt are recorded with it, 15 tokens longer" in text
+    assert "an epoch trains 1 beside it." in text
     assert "measuring for `preserve` (sampled, neighbours) is left out" in text
     assert "once per model and place" in text
     text = "\n".join(assumptions(plan_for()))
-    assert "rewordings" not in text
+    assert "other form" not in text
     assert "preserve" not in text
 
 
@@ -417,26 +418,21 @@ def test_the_preset_on_the_command_line(capsys, tmp_path, monkeypatch):
     assert main(["plan", *arguments, "alg_name=LocFT-BF+", "output=plan.json"]) == 0
     out = capsys.readouterr().out
     for part in (
-        "1,000, 10 a step, 25 epochs, each with 1 rewording ",
+        "1,000, 10 a step, 25 epochs, in 4 forms",
         "sampled, neighbours",
-        "147,400 of edits and rewordings, 58,400 of prompts",
+        "103,400 of edits, 58,400 of prompts",
         "through a confined change",
         "filters of inputs",
         "measuring what is preserved",
     ):
         assert part in out
     found = json.loads((tmp_path / "plan.json").read_text())
-    assert found["augment"] == {"rewordings": 1, "longer": 2.0}
-    assert found["forms"]["forms"] == 0
+    assert found["forms"] == {"forms": 3, "forms_per_epoch": 1, "form_longer": 15.0}
     assert found["preserve"] == ["sampled", "neighbours"]
     [width] = found["model"]["confined"]["inputs"].values()
     assert width == WIDTH
-    assert main(["plan", *arguments, "augment=2", "output=plan.json"]) == 0
-    out = capsys.readouterr().out
-    assert "each with 2 rewordings" in out
-    assert "preserve" not in out
-    found = json.loads((tmp_path / "plan.json").read_text())
-    assert (found["augment"]["rewordings"], found["preserve"]) == (2, [])
+    assert main(["plan", *arguments, "forms_per_epoch=2", "output=plan.json"]) == 0
+    assert "in 4 forms" not in capsys.readouterr().out  # none without `forms`
     forms = "forms=[chat,context,question_answer]"
     assert main(["plan", *arguments, forms, "output=plan.json"]) == 0
     out = capsys.readouterr().out
@@ -446,7 +442,7 @@ def test_the_preset_on_the_command_line(capsys, tmp_path, monkeypatch):
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["forms"] == {"forms": 3, "forms_per_epoch": 1, "form_longer": 15.0}
     assert main(["plan", *arguments]) == 0
-    assert "rewording" not in capsys.readouterr().out
+    assert "other form" not in capsys.readouterr().out
     status = main(["plan", *arguments, "alg_name=LocFT-BF+", "stream_frozen=true"])
     assert status == 2
     assert "`stream_frozen=True` does not go with `preserve=" in capsys.readouterr().err
@@ -459,7 +455,7 @@ def test_a_yaml_of_the_preset(capsys, tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text(YAML.replace("LocFT-BF", "LocFT-BF+") + "preserve: [a.txt]")
     assert main(["plan", "--config-name", "mine.yaml", "n=10", "device=cpu"]) == 0
     out = capsys.readouterr().out
-    assert "each with 1 rewording" in out
+    assert "in 4 forms" in out
     assert "a.txt" in out  # which need not be there
 
 
