@@ -1,4 +1,4 @@
-"""What rewordings and a confined change cost: a step with each, and what goes before the first.
+"""What other forms and a confined change cost: a step with each, and what goes before the first.
 
     python benchmarks/remedies.py --data zsre_1k.json --layer 24 --n 100
 

@@ -17,8 +17,8 @@ from locft_easyedit.evaluation.evaluation import PLAIN_METRICS, Evaluation, Pair
 from locft_easyedit.evaluation.summary import summarize
 from locft_easyedit.hparams import LocFTBFHyperParams
 
-# Log probabilities of float32, packed and alone, differ by less than 1e-6 (7e-8 in the mean here).
-ROUNDING = 1e-6
+# Distributions before an edit are kept in float16 (see `Divergence`): 2e-4 of a KL here.
+ROUNDING = 2e-3
 
 
 @pytest.fixture
@@ -79,7 +79,6 @@ def edited_by_hand(requests, **changes):
     found = summarize(PairedMetrics(requests, before, evaluation.measure()))["post"]
     pairs = list(zip(first, following(), strict=True))
     found["kl"] = np.mean([float((a.exp() * (a - b)).sum()) for a, b in pairs])
-    found["top1_kept"] = np.mean([int(a.argmax() == b.argmax()) for a, b in pairs])
     return found, result
 
 
@@ -95,8 +94,7 @@ def test_each_variant_gives_what_an_edit_of_a_fresh_model_gives(run):
         assert figures["generalization"] == found["generated"]["generalization"]
         assert figures["locality"] == found["locality"]["neighborhood_acc"]
         assert figures["portability"] == found["portability"]["one_hop_acc"]
-        assert figures["top1_kept"] == found["top1_kept"]
-        assert figures["kl"] == pytest.approx(found["kl"], abs=ROUNDING)
+        assert figures["kl"] == pytest.approx(found["kl"], rel=ROUNDING)
         assert figures["ppl_ratio"] == pytest.approx(result.health.perplexity_ratio)
         assert figures["epochs"] == len(result.losses)
         assert line["converged"] == result.converged
@@ -139,8 +137,8 @@ def test_a_method_of_easyedit_is_measured_as_ours_are(run, scripts, monkeypatch)
             a, b = (model(input_ids=ids).logits[0, -1].double().log_softmax(-1)
                     for model in (toy_model("llama"), edited[0]))  # fmt: skip
         moved.append(float((a.exp() * (a - b)).sum()))
-    assert rome["figures"]["kl"] == pytest.approx(np.mean(moved), abs=ROUNDING)
-    assert rome["figures"]["kl"] > 100 * ROUNDING
+    assert rome["figures"]["kl"] == pytest.approx(np.mean(moved), rel=ROUNDING)
+    assert rome["figures"]["kl"] > 0.01
 
 
 def test_what_is_there_is_not_made_again(run, scripts, monkeypatch):
@@ -213,7 +211,7 @@ def test_everything_wrong_is_told_before_the_model_is_loaded(run, no_model, toy_
         run(*asked, "--data", "no.json", "edits.json")
     text = str(error.value)
     for part in ("`--half all` must be one of report, choose", "`--n 0` must be 1 or more",
-                 "`--variants agment` is none of published, augment", "Choose another name",
+                 "`--variants agment` is none of published, forms", "Choose another name",
                  "`--set noform` must have the form NAME:key=value", "seed is the same for all",
                  "`[` is no YAML", "variant neg:", "`lr=-1", "`data=no.json` is not"):  # fmt: skip
         assert part in text
@@ -222,12 +220,12 @@ def test_everything_wrong_is_told_before_the_model_is_loaded(run, no_model, toy_
 
 def test_values_of_a_set_variant_are_yaml(scripts):
     problems = []
-    given = ["a:lr=1e-3,preserve=[sampled, x.txt],augment=2", "b:health_check=false"]
+    given = ["a:lr=1e-3,preserve=[sampled, x.txt],forms_per_epoch=2", "b:health_check=false"]
     variants = scripts[""].variants_of(["published"], given, problems)
     assert not problems
     assert variants == {
         "published": {},
-        "a": {"lr": "1e-3", "preserve": ["sampled", "x.txt"], "augment": 2},
+        "a": {"lr": "1e-3", "preserve": ["sampled", "x.txt"], "forms_per_epoch": 2},
         "b": {"health_check": False},
     }
 
@@ -265,27 +263,27 @@ RUNS = [
     made("published", 0, **figures(1.0, 0.50, 0.4)),
     made("published", 1, **figures(1.0, 0.60, 0.2)),
     made("published", 2, **figures(1.0, 0.10, 9.0)),
-    made("augment", 0, **figures(0.99, 0.70, 0.2)),
-    made("augment", 1, **figures(0.99, 0.90, 0.1)),
-    made("augment", 2, diverged="NaN"),
+    made("forms", 0, **figures(0.99, 0.70, 0.2)),
+    made("forms", 1, **figures(0.99, 0.90, 0.1)),
+    made("forms", 2, diverged="NaN"),
     made("text", 1, **figures(0.9, 0.55, 0.05)),
-    made("augment", 0, n=20, **figures(1.0, 1.0, 1.0)),  # nothing to compare it with
+    made("forms", 0, n=20, **figures(1.0, 1.0, 1.0)),  # nothing to compare it with
 ]
 
 
 def test_a_verdict_compares_the_seeds_that_both_have(scripts):
-    augment, text = scripts["report"].verdicts(RUNS)
-    assert (augment["variant"], augment["seeds"], augment["n"]) == ("augment", [0, 1], 100)
-    assert augment["points"]["mean"] == pytest.approx(25)  # 20 and 30
-    assert augment["points"]["sd"] == pytest.approx(math.sqrt(50))
-    assert augment["kl_ratio"] == pytest.approx(0.5)
-    assert augment["reliability"] == pytest.approx(0.99)
-    assert augment["reliable"]
+    forms, text = scripts["report"].verdicts(RUNS)
+    assert (forms["variant"], forms["seeds"], forms["n"]) == ("forms", [0, 1], 100)
+    assert forms["points"]["mean"] == pytest.approx(25)  # 20 and 30
+    assert forms["points"]["sd"] == pytest.approx(math.sqrt(50))
+    assert forms["kl_ratio"] == pytest.approx(0.5)
+    assert forms["reliability"] == pytest.approx(0.99)
+    assert forms["reliable"]
     assert text["points"] == {"mean": pytest.approx(-5), "sd": None, "values": [pytest.approx(-5)]}
     assert text["kl_ratio"] == pytest.approx(0.25)
     assert not text["reliable"]
-    assert scripts["report"].told(augment) == (
-        "augment: +25.0 ± 7.1 points of generalization against published; 0.5 times its KL; "
+    assert scripts["report"].told(forms) == (
+        "forms: +25.0 ± 7.1 points of generalization against published; 0.5 times its KL; "
         "reliability 99.0 % (at least 99 %)."
     )
     assert "-5.0 points" in scripts["report"].told(text)
@@ -296,7 +294,7 @@ def test_table_in_both_forms(scripts):
     report = scripts["report"]
     rows = report.summaries(RUNS)
     assert [(row["n"], row["variant"]) for row in rows] == [
-        (20, "augment"), (100, "published"), (100, "augment"), (100, "text"),
+        (20, "forms"), (100, "published"), (100, "forms"), (100, "text"),
     ]  # fmt: skip
     found = rows[1]["figures"]["generalization"]
     assert found["mean"] == pytest.approx(0.4)
@@ -304,7 +302,7 @@ def test_table_in_both_forms(scripts):
     text = report.markdown(rows, report.verdicts(RUNS))
     assert "| variant | reliability % | generalization % | KL, nats |\n| :-- | --: |" in text
     assert "| published | 100.0 ± 0.0 | 40.0 ± 26.5 | 3.20 ± 5.02 |" in text
-    assert "| augment (1 of 3 diverged) | 99.0 ± 0.0 | 80.0 ± 14.1 | 0.150 ± 0.071 |" in text
+    assert "| forms (1 of 3 diverged) | 99.0 ± 0.0 | 80.0 ± 14.1 | 0.150 ± 0.071 |" in text
     assert "| text | 90.0 | 55.0 | 0.0500 |" in text  # one seed has no deviation
     broken = made("text", 0, reliability=0.5) | {"not_finite": ["kl"]}
     [row] = report.summaries([broken])
@@ -321,7 +319,7 @@ def test_written_report(run, scripts, toy_folder):
     summary = json.loads((toy_folder / "out" / "summary.json").read_text())
     assert summary["rows"] == scripts["report"].summaries(RUNS)
     assert summary["verdicts"] == scripts["report"].verdicts(RUNS)
-    assert "augment: +25.0" in told
+    assert "forms: +25.0" in told
     assert "a.json, 100 edits" in (toy_folder / "out" / "table.md").read_text()
     assert (toy_folder / "out" / "front.png").stat().st_size > 10_000
     (toy_folder / "out" / "runs.jsonl").write_text("{\n")
@@ -342,7 +340,7 @@ def test_picture_has_a_panel_a_case_and_a_legend(scripts):
     axes = shown[titles.index("a.json (report), 100 edits")]
     assert axes.get_xscale() == "log"
     points = {c.get_label(): c.lines[0].get_xydata()[0] for c in axes.containers}
-    assert list(points) == ["published", "augment", "text"]
+    assert list(points) == ["published", "forms", "text"]
     assert np.array(list(points.values())) == pytest.approx(
         np.array([[3.2, 40], [0.15, 80], [0.05, 55]])
     )

@@ -1,4 +1,4 @@
-"""The benchmark of what rewordings and a confined change cost: steps that are those of the loop."""
+"""The benchmark of what forms and a confined change cost: steps that are those of the loop."""
 
 import importlib
 import json
@@ -14,9 +14,9 @@ from locft_easyedit.modeling.loading import load_causal_lm
 
 VARIANTS = {
     "published": {},
-    "augment": {"augment": 1},
+    "forms": {"forms": ["context"]},
     "confined": {"preserve": ["mine.txt"]},
-    "both": {"augment": 1, "preserve": ["mine.txt"]},
+    "both": {"forms": ["context"], "preserve": ["mine.txt"]},
 }
 
 
@@ -43,10 +43,10 @@ def test_a_row_for_each_variant_and_the_same_loss_for_the_same_texts(remedies, c
     shown = capsys.readouterr().out
     assert all(name in shown for name in VARIANTS)
     assert rows["published"]["texts"] == rows["confined"]["texts"] == 6
-    assert rows["augment"]["texts"] == rows["both"]["texts"] > 6
+    assert rows["forms"]["texts"] == rows["both"]["texts"] == 12
     assert rows["confined"]["loss"] == pytest.approx(rows["published"]["loss"], abs=1e-4)
-    assert rows["both"]["loss"] == pytest.approx(rows["augment"]["loss"], abs=1e-4)
-    assert abs(rows["augment"]["loss"] - rows["published"]["loss"]) > 1e-3  # other texts
+    assert rows["both"]["loss"] == pytest.approx(rows["forms"]["loss"], abs=1e-4)
+    assert abs(rows["forms"]["loss"] - rows["published"]["loss"]) > 1e-3  # other texts
     assert rows["published"]["ratio"] == 1.0
     assert all(row["step_seconds"] > 0 and row["prefix_seconds"] > 0 for row in rows.values())
     assert rows["published"]["preserve_seconds"] == 0.0 < rows["confined"]["preserve_seconds"]

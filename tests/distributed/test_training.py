@@ -27,8 +27,11 @@ CASES = [
     {"kind": "gemma3", "prefix_cut": "layer"},
     {"micro_batch_size": 1, "frozen_prefix": False},
     {"tuning": "lora", "lora_rank": 4},
-    {"augment": 2},
-    {"augment": 1, "preserve": [str(REPOSITORY / "tests" / "helpers" / "kept_prompts.json")]},
+    {"forms": ["question_answer", "context"], "forms_per_epoch": 2},
+    {
+        "forms": ["context"],
+        "preserve": [str(REPOSITORY / "tests" / "helpers" / "kept_prompts.json")],
+    },
     {"n": 2},  # fewer edits than some worlds have processes
     {"dtype": "bfloat16"},
 ]

@@ -122,7 +122,7 @@ def test_the_preset_is_a_method_of_easyedit(easyedit, tmp_path):
     metrics, _, _ = editor.batch_edit(**columns(requests) | {"subject": subjects})
     result = editor.last_result
     assert len(metrics) == 4
-    assert result.augmented["rewordings"] > 4
+    assert result.augmented["forms"] == ["plain", "question_answer", "context"]  # no template
     sources = {"sampled", "neighbours", "rewordings", "context"}
     assert set(result.preserved["sources"]) == sources
     assert result.preserved["sources"]["neighbours"]["prompts"] > 4

@@ -191,9 +191,7 @@ def test_work_of_forms_by_hand():
 def test_an_epoch_reads_a_part_of_the_forms_from_disk():
     machine = replace(LARGE, prefix_gpu=0, prefix_host=0)
     plan = in_forms(machine=machine, cut="mlp")
-    assert plan.phases[1].disk == pytest.approx(
-        3000 * (RUN + N_FORMS * IN_FORM) * 4096 * 2
-    )
+    assert plan.phases[1].disk == pytest.approx(3000 * (RUN + N_FORMS * IN_FORM) * 4096 * 2)
     assert plan.phases[2].disk == pytest.approx(25 * 3000 * (RUN + IN_FORM) * 4096 * 2)
 
 

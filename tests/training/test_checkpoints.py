@@ -94,7 +94,7 @@ def every_checkpoint(tmp_path, monkeypatch):
         {"micro_batch_size": 3},
         {"packing": False, "frozen_prefix": False},
         {"layers": [1, 2], "tuning": "lora", "lora_rank": 2},
-        {"augment": 2, "preserve": [KEPT_PROMPTS]},
+        {"forms": ["question_answer", "context"], "preserve": [KEPT_PROMPTS]},
     ],
     ids=str,
 )
@@ -231,7 +231,7 @@ def unfinished(tmp_path, monkeypatch):
         ({"layers": [1]}, r"`layers=\[2\]` there; now \[1\]"),
         ({"n": 13}, "edits are others .14 edits; now 13"),
         ({"tuning": "lora"}, "`tuning='full'` there; now 'lora'"),
-        ({"augment": 1}, "`augment=0` there; now 1"),
+        ({"forms": ["context"]}, r"`forms=\[\]` there; now \['context'\]"),
         ({"preserve": [KEPT_PROMPTS]}, r"`preserve=\[\]` there; now \["),
         ({"kind": "qwen2"}, "configuration is another"),
         ({"dtype": torch.bfloat16}, "precision is another .float32; now bfloat16"),

@@ -66,8 +66,8 @@ def trained(monkeypatch):
         ("llama", "layer", {}),
         ("gpt2", "qkv", {}),
         ("gemma3", "mlp", {}),
-        ("llama", "down", {"augment": 1, "preserve": [KEPT_PROMPTS, "neighbours"]}),
-        ("gpt2", "down", {"augment": 1, "preserve": [KEPT_PROMPTS]}),
+        ("llama", "down", {"forms": ["context"], "preserve": [KEPT_PROMPTS, "neighbours"]}),
+        ("gpt2", "down", {"forms": ["context"], "preserve": [KEPT_PROMPTS]}),
     ],
 )
 def test_a_cell_is_a_plain_run(kind, module, more, trained):

@@ -176,9 +176,17 @@ def test_all_that_is_measured_for_the_preset_counts_by_its_weight(asking, monkey
         prepare, "mixed", lambda m, *of: seen.append((dict(m), *map(copy, of))) or compute(m, *of)
     )
     monkeypatch.setattr(statistics, "_check_enough", lambda *_: None)
-    requests = [r | {"subject": r["prompt"].split()[0]} for r in toy_requests(6)]
+    requests = [
+        r
+        | {
+            "subject": r["prompt"].split()[0],
+            "rewordings": [f"So: {r['prompt']}", r["prompt"] + " the"],
+        }
+        for r in toy_requests(6)
+    ]
     hparams = toy_hparams(
         alg_name="LocFT-BF+",
+        forms=[],
         preserve_dir=str(tmp_path),
         rewrite_module_tmp=f"{DOWN}.weight",
     )
