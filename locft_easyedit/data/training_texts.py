@@ -15,7 +15,7 @@ from ..hparams import LocFTBFHyperParams
 from ..hparams_rules import CHAT, PLAIN
 from .forms import Forms
 from .requests import Edit, EditSet
-from .tokenization import TokenizedTexts, tokenize_asked, tokenize_edits
+from .tokenization import Asked, TokenizedTexts, tokenize_asked, tokenize_edits
 from .variants import Variants
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,12 @@ class TrainingTexts:
     subjects: Sequence[str | None]
     forms: Forms
     summary: dict[str, Any] | None = None
+
+    def asked(self, i: int) -> list[Asked]:
+        """Returns how edit i is asked in training: its plain prompt first."""
+        prompt, target = self.wordings[i][0], self.targets[i]
+        others = [(form, text) for _, form, text in _others(self.wordings[i], self.forms)]
+        return [self.forms.ask(form, text, target, i) for form, text in ((PLAIN, prompt), *others)]
 
     @classmethod
     def tokenize(
@@ -75,7 +81,7 @@ class TrainingTexts:
         others = [
             (i, wording, forms.ask(form, prompt, edit.target, i))
             for i, edit in enumerate(edits)
-            for wording, form, prompt in _others(edit, forms)
+            for wording, form, prompt in _others([edit.prompt, *edit.rewordings], forms)
         ]
         if not others:
             alone = [[edit.prompt] for edit in edits]
@@ -111,17 +117,18 @@ class TrainingTexts:
         )
 
 
-def _others(edit: Edit, forms: Forms) -> Iterator[tuple[int, str, str]]:
+def _others(wordings: Sequence[str], forms: Forms) -> Iterator[tuple[int, str, str]]:
     """Yields what may stand beside an edit's plain prompt: number of the wording, form, prompt.
 
     The prompt itself in all other forms; each rewording in one form, or there would be more texts
     than an edit is trained epochs.
     """
+    prompt, *rewordings = wordings
     for form in forms.names:
-        yield 0, form, edit.prompt
+        yield 0, form, prompt
     every = (PLAIN, *forms.names)
-    for k, prompt in enumerate(edit.rewordings, 1):
-        yield k, every[(k - 1) % len(every)], prompt
+    for k, reworded in enumerate(rewordings):
+        yield k + 1, every[k % len(every)], reworded
 
 
 def trained_forms(tokenizer: PreTrainedTokenizerBase, hparams: LocFTBFHyperParams) -> Forms:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -105,7 +106,7 @@ def filters_for(
         elif source.kind != PROMPTS:
             measured.add_text(source, n_texts)
     if measured.moments:
-        measured.add_wordings(texts.wordings, texts.targets)
+        measured.add_wordings(texts)
     of = {name: measured.filter(module, name) for module, name in names.items()}
     summary = {"strength": hparams.preserve_strength, "sources": measured.figures}
     return Filters(of, summary, json_sha256(measured.digests), bool(measured.moments))
@@ -207,34 +208,25 @@ class _Measured:
         )
         self._add(source.name, last, _WEIGHTS["neighbours"])
 
-    def add_wordings(self, wordings: Sequence[Sequence[str]], targets: Sequence[str]) -> None:
-        """Adds what the wordings of one prompt differ in, and what leads up to their ends.
+    def add_wordings(self, texts: TrainingTexts) -> None:
+        """Adds what the texts of one edit differ in, and what leads up to their ends.
 
         What they differ in says nothing of the fact: a change that does not answer to it answers
-        alike to wordings that it was not trained on. It is taken where each token of the target is
-        predicted. What leads up to the end of a prompt is much the same in its neighbours, and
-        above the change the ends attend to it: most of what an edit moves there comes by this way.
+        alike to wordings and forms that it was not trained on. It is taken where each token of the
+        target is predicted. What leads up to the end of a prompt is much the same in its
+        neighbours, and above the change the ends attend to it: most of what an edit moves there
+        comes by this way.
 
         Args:
-            wordings: Of each edit its own prompt, and its rewordings after it.
-            targets: What each edit is to answer.
+            texts: The edits, as they are asked in training.
         """
-        n_forms = 1 + len(self.forms.names)
-        several = n_forms > 1 or self.context is not None
-        usable = [i for i, own in enumerate(wordings) if len(own) > 1 or several]
+        n_texts = np.diff(texts.variants.first)  # [number of edits]
+        usable = np.flatnonzero((n_texts > 1) | (self.context is not None)).tolist()
         if not usable:
             return
-        each = n_forms * -(-sum(len(wordings[i]) for i in usable) // len(usable))
-        n_groups = min(len(usable), max(1, self._most_prompts // each))
-        chosen = random.Random(self.hparams.seed).sample(usable, n_groups)
-        groups = [
-            [
-                (i, asked)
-                for prompt in wordings[i]
-                for asked in self.forms.all_of(prompt, targets[i], i)
-            ]
-            for i in chosen
-        ]
+        n_groups = max(1, int(self._most_prompts // n_texts[usable].mean()))
+        chosen = random.Random(self.hparams.seed).sample(usable, min(len(usable), n_groups))
+        groups = [[(i, asked) for asked in texts.asked(i)] for i in chosen]
         differences: dict[str, torch.Tensor] = {}
         starts = range(0, len(groups), EDITS_AT_ONCE)
         one_bar = self.progress and len(starts) > 1
