@@ -46,25 +46,18 @@ def metrics_table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
     columns = {"before": pre, "after": post} if pre else {"value": post}
     # Locality compares with the model before the edit: it has no value of its own there.
     rows = [
-        Row([_label(key), *(number_text(means.get(key)) for means in columns.values())])
+        Row([metric_label(key), *(number_text(means.get(key)) for means in columns.values())])
         for key in dict.fromkeys([*pre, *post])
     ]
     return terminal_table(["metric", *columns], rows, title="Metrics: means over all edits")
 
 
-def _label(key: str) -> str:
+def metric_label(key: str) -> str:
+    """Returns how tables name a metric, from its dotted name."""
     wrapper = key.removeprefix("wrapped.reliability_in.")
     if wrapper != key:
         return f"  reliability in `{wrapper}`"
     return _LABELS.get(key, key.replace(".", ": ", 1))
-
-
-def answers_table(
-    rows: Sequence[tuple[str, str, str, str]], title: str = "A few questions"
-) -> Table:
-    """Returns a table of (prompt, target, answer before, answer after)."""
-    columns = ["prompt", "new target", "answer before", "answer after"]
-    return terminal_table(columns, map(Row, rows), title=title, text_columns=4)
 
 
 def health_table(report: HealthReport) -> Table:
