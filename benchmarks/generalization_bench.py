@@ -98,7 +98,7 @@ class Bench:
 def wrapped_shares(found):
     """The figures of what was asked in wrappers: their mean, those in chat, and generalization."""
     by_wrapper = found.get("reliability_in", {})
-    shares = {name: by_wrapper[name] for name in CHATS if name in by_wrapper}
+    shares = dict(by_wrapper)
     others = [share for name, share in by_wrapper.items() if name not in CHATS]
     if others:
         shares["wrappers"] = float(np.mean(others))
