@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ModelError
-from ..hparams_rules import CHAT, CONTEXT, PLAIN, QUESTION_ANSWER
+from ..hparams_rules import CHAT, CONTEXT, QUESTION_ANSWER
 from .requests import with_leading_space
 from .tokenization import Asked
 
@@ -110,6 +110,15 @@ class ChatTemplate:
         messages.append({"role": "user", "content": question})
         return self._rendered(messages, add_generation_prompt=True)
 
+    def takes(self, *, system: str | None, earlier: Sequence[Turn]) -> bool:
+        """Returns whether all that is said before a question stands in the template's text."""
+        try:
+            text = self.ask(_ANSWER_MARK, system=system, earlier=earlier)
+        except ModelError:
+            return False
+        said = [text for turn in earlier for text in (turn.question, turn.answer)]
+        return all(part in text for part in (*said, system or "", _ANSWER_MARK))
+
     def before_question(self) -> str:
         """Returns the text of a conversation up to where the user's first message begins."""
         return self.ask(_ANSWER_MARK).partition(_ANSWER_MARK)[0]
@@ -130,13 +139,57 @@ class ChatTemplate:
         return str(text)
 
 
+@dataclass(frozen=True)
+class Way:
+    """One of the forms.
+
+    Attributes:
+        chat: The prompt stands in the chat template.
+        question: It is a question with an answer to come.
+        before: How many unrelated sentences stand before it.
+        system: One of them is the system prompt.
+        earlier: Two of them are an earlier turn of the conversation.
+    """
+
+    chat: bool = False
+    question: bool = False
+    before: int = 0
+    system: bool = False
+    earlier: bool = False
+
+
+def ways_of(names: Sequence[str]) -> list[Way]:
+    """Returns the forms that names stand for, the plain prompt first; see `Forms`."""
+    ways = [Way()]
+    if CHAT in names:
+        ways.append(Way(chat=True))
+    if QUESTION_ANSWER in names:
+        ways.append(Way(question=True))
+    if CONTEXT in names:
+        ways += [Way(before=1), Way(before=2)]
+        if QUESTION_ANSWER in names:
+            ways.append(Way(before=1, question=True))
+        if CHAT in names:
+            ways += [Way(chat=True, system=True), Way(chat=True, earlier=True)]
+    return ways
+
+
 class Forms:
     """The forms that edits are trained in.
+
+    | named | texts beside the plain prompt |
+    | --- | --- |
+    | `chat` | the prompt in the chat template |
+    | `question_answer` | `Question: PROMPT`, and `Answer:` on the next line |
+    | `context` | the prompt after an unrelated sentence, and after two; the question after one |
+    | `chat` and `context` | in chat, an unrelated system prompt or an unrelated earlier turn |
+
+    Which sentences stand before which prompt depends on the edit's number and on the seed.
 
     Args:
         tokenizer: The model's tokenizer.
         names: Some of `FORMS` but `plain`.
-        seed: Seed of which sentence stands before which prompt.
+        seed: Seed of which sentences stand before which prompt.
 
     Attributes:
         names: Those beside the plain one.
@@ -152,29 +205,50 @@ class Forms:
         self.names = tuple(names)
         self._seed = seed
         self.chat = ChatTemplate(tokenizer) if CHAT in names else None
+        self._ways = [way for way in ways_of(names) if self._takes(way)]
+
+    def __len__(self) -> int:
+        """Returns the number of texts of a prompt, the plain one included."""
+        return len(self._ways)
 
     def all_of(self, prompt: str, target: str, number: int = 0) -> list[Asked]:
         """Returns a prompt in all forms, the plain one first; see `ask`."""
-        return [self.ask(form, prompt, target, number) for form in (PLAIN, *self.names)]
+        return [self.ask(nth, prompt, target, number) for nth in range(len(self))]
 
-    def ask(self, form: str, prompt: str, target: str, number: int = 0) -> Asked:
+    def ask(self, nth: int, prompt: str, target: str, number: int = 0) -> Asked:
         """Returns a prompt in a form, with what the model is to answer.
 
         Args:
-            form: One of `names`, or `plain`.
+            nth: Which form, below `len(self)`; 0 is the plain one.
             prompt: The prompt.
             target: The answer.
-            number: The edit's number, on which the sentence before the prompt depends.
+            number: The edit's number, on which the sentences around the prompt depend.
         """
-        if form == CHAT:
+        way = self._ways[nth]
+        if nth == 0:
+            return Asked(prompt, with_leading_space(target))
+        drawn = random.Random(f"{self._seed} {number} {nth}").sample(CONTEXTS, 2)
+        text = prompt.strip()
+        if way.chat:
             assert self.chat is not None
-            text = self.chat.ask(prompt.strip()) + self.chat.lead
+            text = self._conversation(way, text, drawn) + self.chat.lead
             return Asked(text, target.lstrip(), special_tokens=False, end=self.chat.end_of_turn)
-        if form == QUESTION_ANSWER:
-            prompt = f"Question: {prompt.strip()}\nAnswer:"
-        elif form == CONTEXT:
-            draw = random.Random(f"{self._seed} {number}")
-            prompt = f"{draw.choice(CONTEXTS)} {prompt.lstrip()}"
-        else:
-            assert form == PLAIN, form
-        return Asked(prompt, with_leading_space(target))
+        if way.question:
+            text = f"Question: {text}\nAnswer:"
+        return Asked(" ".join([*drawn[: way.before], text]), with_leading_space(target))
+
+    def _conversation(self, way: Way, prompt: str, sentences: Sequence[str]) -> str:
+        assert self.chat is not None
+        return self.chat.ask(prompt, **_around(way, sentences))
+
+    def _takes(self, way: Way) -> bool:
+        """Returns whether a form can be asked: not all templates take what it says in chat."""
+        return self.chat is None or self.chat.takes(**_around(way, CONTEXTS))
+
+
+def _around(way: Way, sentences: Sequence[str]) -> dict[str, Any]:
+    """Returns what is said in a conversation before the prompt, as `ChatTemplate.ask` takes it."""
+    return {
+        "system": sentences[0] if way.system else None,
+        "earlier": [Turn(*sentences[:2])] if way.earlier else [],
+    }

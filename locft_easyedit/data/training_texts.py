@@ -48,7 +48,7 @@ class TrainingTexts:
         """Returns how edit i is asked in training: its plain prompt first."""
         prompt, target = self.wordings[i][0], self.targets[i]
         others = [(form, text) for _, form, text in _others(self.wordings[i], self.forms)]
-        return [self.forms.ask(form, text, target, i) for form, text in ((PLAIN, prompt), *others)]
+        return [self.forms.ask(form, text, target, i) for form, text in ((0, prompt), *others)]
 
     @classmethod
     def tokenize(
@@ -117,18 +117,17 @@ class TrainingTexts:
         )
 
 
-def _others(wordings: Sequence[str], forms: Forms) -> Iterator[tuple[int, str, str]]:
+def _others(wordings: Sequence[str], forms: Forms) -> Iterator[tuple[int, int, str]]:
     """Yields what may stand beside an edit's plain prompt: number of the wording, form, prompt.
 
     The prompt itself in all other forms; each rewording in one form, or there would be more texts
     than an edit is trained epochs.
     """
     prompt, *rewordings = wordings
-    for form in forms.names:
+    for form in range(1, len(forms)):
         yield 0, form, prompt
-    every = (PLAIN, *forms.names)
     for k, reworded in enumerate(rewordings):
-        yield k + 1, every[k % len(every)], reworded
+        yield k + 1, k % len(forms), reworded
 
 
 def trained_forms(tokenizer: PreTrainedTokenizerBase, hparams: LocFTBFHyperParams) -> Forms:

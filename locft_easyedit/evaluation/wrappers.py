@@ -45,7 +45,6 @@ _CHATS: dict[str, tuple[str | None, tuple[Turn, ...]]] = {
     "chat_system": (SYSTEM, ()),
     "chat_later": (None, EARLIER),
 }
-_PROBE = "Where is it?"
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def _chat_wrappers(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> 
     found, left_out = [], []
     for name in wanted:
         system, earlier = _CHATS[name]
-        if _takes(template, system, earlier):
+        if template.takes(system=system, earlier=earlier):
             found.append(
                 Wrapper(
                     name,
@@ -141,13 +140,3 @@ def _chat_wrappers(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> 
             ", ".join(left_out),
         )
     return found
-
-
-def _takes(template: ChatTemplate, system: str | None, earlier: tuple[Turn, ...]) -> bool:
-    """Returns whether all that is said before a question stands in the template's text."""
-    try:
-        text = template.ask(_PROBE, system=system, earlier=earlier)
-    except ModelError:
-        return False
-    said = [text for turn in earlier for text in (turn.question, turn.answer)]
-    return all(part in text for part in (*said, system or "", _PROBE))

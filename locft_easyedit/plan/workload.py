@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from ..data.forms import ways_of
 from ..errors import HyperParamsError, one_message
 from ..hparams import LocFTBFHyperParams
 
@@ -36,8 +37,8 @@ class Workload:
         eval_batch_size: Sequences in a forward pass without gradients.
         row_tokens: Length of packed rows.
         evaluate: Whether the model is measured before and after.
-        forms: Forms of an edit's prompt beside the plain one; rewordings that the data may bring
-            are not known beforehand.
+        forms: Texts of an edit beside its plain prompt, in other forms (see `Forms`). Rewordings
+            that the data may bring are not known beforehand.
         forms_per_epoch: How many of them are trained in an epoch.
         form_longer: Tokens that a prompt in such a form has more than the plain one.
     """
@@ -53,7 +54,7 @@ class Workload:
     evaluate: bool = True
     forms: int = 0
     forms_per_epoch: int = 1
-    form_longer: float = 15.0  # SmolLM2's chat template has 30, a question 5, a sentence 9
+    form_longer: float = 25.0  # SmolLM2's chat template has 30, a question 5, a sentence 9
 
     def __post_init__(self) -> None:
         problems = [
@@ -141,7 +142,8 @@ class Workload:
             "row_tokens",
             "forms_per_epoch",
         )
-        values: dict[str, Any] = {"epochs": hparams.num_steps, "forms": len(hparams.wrapped_forms)}
+        forms = len(ways_of(hparams.wrapped_forms)) - 1
+        values: dict[str, Any] = {"epochs": hparams.num_steps, "forms": forms}
         values |= {key: getattr(hparams, key) for key in sizes}
         return cls(n=n, **(values | changes))
 

@@ -18,7 +18,7 @@ from helpers.toys import (
 from torch.nn import functional as F
 
 from locft_easyedit.api import edit_model
-from locft_easyedit.data.forms import ChatTemplate, Forms, Turn
+from locft_easyedit.data.forms import CONTEXTS, ChatTemplate, Forms, Turn, ways_of
 from locft_easyedit.data.requests import Edit, distinct_edits
 from locft_easyedit.data.tokenization import Asked, asked_ids, tokenize_asked
 from locft_easyedit.data.training_texts import TrainingTexts
@@ -87,16 +87,41 @@ def test_roles_that_a_template_does_not_take_are_named():
 
 def test_each_form_puts_the_prompt_where_it_is_asked():
     forms = Forms(toy_chat_tokenizer(), WRAPPED, seed=3)
-    plain, chat, question, context = forms.all_of("The capital of Norway is", " Oslo", 7)
+    found = forms.all_of("The capital of Norway is", " Oslo", 7)
+    plain, chat, question, one, two, asked, system, earlier = found
+    assert len(forms) == len(found) == len(ways_of(WRAPPED))
     assert plain == Asked("The capital of Norway is", " Oslo")
     assert chat.text.endswith("<s>user\nThe capital of Norway is</s>\n<s>assistant\n")
-    assert (chat.answer, chat.special_tokens) == ("Oslo", False)
-    assert chat.end == forms.chat.end_of_turn
+    for in_chat in (chat, system, earlier):
+        assert (in_chat.answer, in_chat.special_tokens) == ("Oslo", False)
+        assert in_chat.end == forms.chat.end_of_turn
+        assert in_chat.text.endswith("<s>user\nThe capital of Norway is</s>\n<s>assistant\n")
     assert question == Asked("Question: The capital of Norway is\nAnswer:", " Oslo")
-    assert context.text.endswith(". The capital of Norway is")
-    assert context == forms.ask(CONTEXT, "The capital of Norway is", "Oslo", 7)
-    others = {forms.ask(CONTEXT, "x", "y", i).text for i in range(20)}
+    for text, end, n_sentences in ((one, plain, 1), (two, plain, 2), (asked, question, 1)):
+        assert text.answer == " Oslo"
+        before = text.text.removesuffix(end.text)
+        assert before != text.text
+        assert sum(sentence in before for sentence in CONTEXTS) == n_sentences
+    assert any(f"system\n{sentence}</s>" in system.text for sentence in CONTEXTS)
+    assert "Be kind." not in system.text
+    assert earlier.text.count("assistant") == 2
+    assert one == forms.ask(3, "The capital of Norway is", "Oslo", 7)
+    others = {forms.ask(3, "x", "y", i).text for i in range(20)}
     assert len(others) > 5
+
+
+def test_forms_without_each_other():
+    tokenizer = toy_chat_tokenizer()
+    lengths = {name: len(Forms(tokenizer, [name])) for name in WRAPPED}
+    assert lengths == {CHAT: 2, QUESTION_ANSWER: 2, CONTEXT: 3}
+    assert len(Forms(tokenizer, [])) == 1
+
+
+def test_what_a_template_does_not_take_is_not_asked():
+    deaf = "{% for m in messages if m.role != 'system' %}<s>{{ m.content }}</s>{% endfor %}<s>"
+    forms = Forms(toy_chat_tokenizer(deaf), WRAPPED)
+    assert len(forms) == len(ways_of(WRAPPED)) - 1
+    assert sum("user" in one.text for one in forms.all_of("Who?", "Ann")) == 0
 
 
 @pytest.mark.parametrize("options", [{}, {"bos": True}, {"bos": True, "eos": True}], ids=str)
@@ -162,7 +187,7 @@ def test_training_in_forms_is_that_of_plain_code(each):
                 # The first rewording is asked plainly, the second in the first other form.
                 others += [
                     forms.ask(form, text, edits[i].target, i)
-                    for form, text in zip((PLAIN, CHAT), edits[i].rewordings, strict=False)
+                    for form, text in enumerate(edits[i].rewordings)
                 ]
                 first = int(turn[i]) + epoch * each
                 asked += [own, *(others[(first + k) % len(others)] for k in range(each))]
@@ -184,7 +209,7 @@ def test_a_form_that_is_too_long_is_left_out_and_counted():
     made = TrainingTexts.tokenize(tokenizer, edits, [None] * 4, toy_hparams(forms=WRAPPED), limit)
     dropped = int((whole.texts.lengths > limit).sum())
     assert made.summary["dropped_too_long"] == dropped > 0
-    assert made.variants.first[-1] == 4 + 12 - dropped
+    assert made.variants.first[-1] == 4 * 8 - dropped
 
 
 def test_a_template_that_is_broken_is_told_and_the_other_forms_are_trained(caplog):

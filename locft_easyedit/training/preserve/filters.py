@@ -189,7 +189,7 @@ class _Measured:
             texts.wordings,
             texts.subjects,
             each=_NEIGHBOURS_EACH,
-            most=self._most_prompts // (2 if self.forms.names else 1),
+            most=self._most_prompts // min(2, len(self.forms)),
             seed=self.hparams.seed,
         )
         self._note(source, prompts=len(near.prompts), edits_without_subject=near.n_without_subject)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ...data.forms import ChatTemplate, Forms
 from ...data.tokenization import Asked, asked_ids, ids_of, tokenize_asked
 from ...errors import PreserveError
-from ...hparams_rules import PLAIN, SAMPLED
+from ...hparams_rules import SAMPLED
 from ...modeling.devices import context_length
 from ...utils.hashing import json_sha256, model_fingerprint
 from ...utils.parsing import pieces_of
@@ -185,12 +185,12 @@ def prompt_ids(
     Each in its plain form, and in one other by turns: all forms of all prompts would take minutes
     and say little more. Of a prompt beyond the model's context the end is kept.
     """
-    context = context_length(model) or 0
+    context, n_others = context_length(model) or 0, len(forms) - 1
     asked = []
     for i, prompt in enumerate(prompts):
-        asked.append(forms.ask(PLAIN, prompt, "", i))
-        if forms.names:
-            asked.append(forms.ask(forms.names[i % len(forms.names)], prompt, "", i))
+        asked.append(forms.ask(0, prompt, "", i))
+        if n_others:
+            asked.append(forms.ask(1 + i % n_others, prompt, "", i))
     return [ids[-context:] for ids in asked_ids(tokenizer, asked)]
 
 
