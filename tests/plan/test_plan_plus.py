@@ -39,9 +39,9 @@ from locft_easyedit.plan.workload import Workload
 from locft_easyedit.training.session import EditSession
 
 WIDTH = 14336  # of Llama-3-8B's down-projection's inputs
-RUN, IN_FORM = 14.6, 14.6 + 15.0  # tokens that run of an edit, and of it in another form
+RUN, IN_FORM = 14.6, 14.6 + 25.0  # tokens that run of an edit, and of it in another form
 FORMS = ["chat", "question_answer", "context"]
-N_FORMS = len(FORMS)
+N_FORMS = 7  # texts in these forms beside the plain prompt
 
 
 def plus(name="llama3-8b", **keys):
@@ -71,10 +71,10 @@ def test_the_plan_is_what_a_session_of_the_preset_holds(dtype, tmp_path):
     with EditSession(model, toy_tokenizer(), toy_requests(12), hparams, progress=False) as session:
         texts, store = session.training_texts, session._runner.prefix.store
         change = session._protection.change
-        assert len(texts.texts) == 12 * 3
+        assert len(texts.texts) == 12 * 5
         assert session.training_texts.variants.most == 2
         own = tokenize_edits(toy_tokenizer(), session.edits.edits, append_eos=True)
-        longer = (texts.texts.lengths.sum() - own.lengths.sum()) / 24 - own.lengths.mean()
+        longer = (texts.texts.lengths.sum() - own.lengths.sum()) / 48 - own.lengths.mean()
         assert abs(longer) > 0.5  # else nothing shows that it counts
         work = Workload.from_hparams(
             hparams, 12, tokens=float(own.lengths.mean()), form_longer=float(longer)
@@ -400,7 +400,7 @@ def test_wrong_sources_and_places():
 
 def test_assumptions_of_the_preset():
     text = "\n".join(assumptions(plus()))
-    assert "3 other forms of each edit's prompt are recorded with it, 15 tokens longer" in text
+    assert "7 other forms of each edit's prompt are recorded with it, 25 tokens longer" in text
     assert "an epoch trains 1 beside it." in text
     assert "measuring for `preserve` (sampled, neighbours) is left out" in text
     assert "once per model and place" in text
@@ -416,29 +416,29 @@ def test_the_preset_on_the_command_line(capsys, tmp_path, monkeypatch):
     assert main(["plan", *arguments, "alg_name=LocFT-BF+", "output=plan.json"]) == 0
     out = capsys.readouterr().out
     for part in (
-        "1,000, 10 a step, 25 epochs, in 4 forms",
+        "1,000, 10 a step, 25 epochs, in 8 forms",
         "sampled, neighbours",
-        "103,400 of edits, 58,400 of prompts",
+        "291,800 of edits, 58,400 of prompts",
         "through a confined change",
         "filters of inputs",
         "measuring what is preserved",
     ):
         assert part in out
     found = json.loads((tmp_path / "plan.json").read_text())
-    assert found["forms"] == {"forms": 3, "forms_per_epoch": 1, "form_longer": 15.0}
+    assert found["forms"] == {"forms": 7, "forms_per_epoch": 1, "form_longer": 25.0}
     assert found["preserve"] == ["sampled", "neighbours"]
     [width] = found["model"]["confined"]["inputs"].values()
     assert width == WIDTH
     assert main(["plan", *arguments, "forms_per_epoch=2", "output=plan.json"]) == 0
-    assert "in 4 forms" not in capsys.readouterr().out  # none without `forms`
+    assert "in 8 forms" not in capsys.readouterr().out  # none without `forms`
     forms = "forms=[chat,context,question_answer]"
     assert main(["plan", *arguments, forms, "output=plan.json"]) == 0
     out = capsys.readouterr().out
-    assert "1,000, 10 a step, 25 epochs, in 4 forms" in out
-    assert "103,400 of edits, 58,400 of prompts" in out
+    assert "1,000, 10 a step, 25 epochs, in 8 forms" in out
+    assert "291,800 of edits, 58,400 of prompts" in out
     assert "an epoch trains 1 beside it." in out
     found = json.loads((tmp_path / "plan.json").read_text())
-    assert found["forms"] == {"forms": 3, "forms_per_epoch": 1, "form_longer": 15.0}
+    assert found["forms"] == {"forms": 7, "forms_per_epoch": 1, "form_longer": 25.0}
     assert main(["plan", *arguments]) == 0
     assert "other form" not in capsys.readouterr().out
     status = main(["plan", *arguments, "alg_name=LocFT-BF+", "stream_frozen=true"])
@@ -453,7 +453,7 @@ def test_a_yaml_of_the_preset(capsys, tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text(YAML.replace("LocFT-BF", "LocFT-BF+") + "preserve: [a.txt]")
     assert main(["plan", "--config-name", "mine.yaml", "n=10", "device=cpu"]) == 0
     out = capsys.readouterr().out
-    assert "in 4 forms" in out
+    assert "in 8 forms" in out
     assert "a.txt" in out  # which need not be there
 
 
