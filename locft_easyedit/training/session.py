@@ -21,7 +21,7 @@ from ..errors import HyperParamsError, NonFiniteLossError
 from ..hparams import LocFTBFHyperParams
 from ..modeling.devices import context_length
 from ..modeling.fsdp import lockstep
-from ..modeling.modes import only_trainable, with_gradients
+from ..modeling.modes import only_trainable, own_precision, with_gradients
 from ..modeling.places import Place, check_low_rank, select_place
 from ..prefix.frozen_prefix import PrefixRecorder
 from ..prefix.prepare import kept_in
@@ -235,6 +235,7 @@ class EditSession:
         usable = self.stream is None and self.shortcuts.from_layer
         return self.states if usable else None
 
+    @own_precision()
     def train_(
         self, only: Sequence[int] | None = None, *, progress: bool | None = None
     ) -> EditResult:
