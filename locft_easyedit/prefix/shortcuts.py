@@ -37,12 +37,12 @@ logger = logging.getLogger(__name__)
 
 # Relative error ||a - b|| / ||b|| of the logits. Rounding gives about 1e-6 in float32 and 1e-2 in
 # the half precisions; a wrong mask, position or layer gives 0.1 and more.
-_TOLERANCE = 1e-4
+TOLERANCE = 1e-4
 _HALF_TOLERANCE = 4e-2
-_MOST_TOLERATED = 0.1
+MOST_TOLERATED = 0.1
 _N_PROBES = 4
 # Unknown architectures may refuse in any way that Python code can.
-_REFUSALS = (
+REFUSALS = (
     RuntimeError,
     TypeError,
     ValueError,
@@ -189,7 +189,7 @@ class Probes:
         try:
             prefix = self._recorded(cut, packed)
             error = self._error(self._runner(packed=packed, prefix=prefix))
-        except _REFUSALS as failure:
+        except REFUSALS as failure:
             # An edit is still possible without it, and the warning says what happened.
             return None, f"its layers cannot be split ({type(failure).__name__}: {failure})"
         if error > self.tolerance:
@@ -231,10 +231,10 @@ class Probes:
         """Returns the relative error that counts as rounding."""
         quantized = getattr(self.model, "is_quantized", False)
         if self.reference[0].dtype == torch.float32 and not quantized:
-            return _TOLERANCE
+            return TOLERANCE
         # Rounding adds up with depth in low precision: ordinary padding shows how much.
         padded = self._error(self._runner(packed=False))
-        return min(max(_HALF_TOLERANCE, 3 * padded), _MOST_TOLERATED)
+        return min(max(_HALF_TOLERANCE, 3 * padded), MOST_TOLERATED)
 
     @torch.no_grad()
     def _error(self, runner: TextRunner) -> float:
@@ -242,7 +242,7 @@ class Probes:
         batch = np.arange(len(self.texts))[::-1]
         with runner.running():
             logits, _ = runner.logits(batch)
-        return _relative(logits.float(), torch.cat([self.reference[i] for i in batch]).float())
+        return relative_error(logits.float(), torch.cat([self.reference[i] for i in batch]).float())
 
     @torch.no_grad()
     def _loss_error(self, head: Head, packed: bool) -> float:
@@ -254,12 +254,13 @@ class Probes:
         labels = runner.ids[rows.label_index].to(logits.device)
         token_losses = F.cross_entropy(logits, labels, reduction="none")
         expected = mean_by_owner(token_losses, rows.owner.to(logits.device), len(self.texts))
-        return _relative(losses, expected.to(losses.device))
+        return relative_error(losses, expected.to(losses.device))
 
 
-def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Returns ||found - expected|| / ||expected||; infinity if it is no number."""
     difference = (found - expected).norm() / expected.norm()
-    return float(difference) if torch.isfinite(difference) else float("inf")
+    return float(difference.detach()) if torch.isfinite(difference) else float("inf")
 
 
 def _head_of(model: PreTrainedModel) -> Head | None:
@@ -280,7 +281,7 @@ def _no_refusal() -> Iterator[None]:
     """A model that cannot be asked is run the plain way."""
     try:
         yield
-    except _REFUSALS as failure:
+    except REFUSALS as failure:
         logger.debug("A shortcut cannot be used: %s: %s", type(failure).__name__, failure)
 
 

@@ -16,7 +16,7 @@ from helpers.toys import (
     toy_tokenizer,
 )
 
-from locft_easyedit.data.batching import in_batches
+from locft_easyedit.data.batching import in_batches, length_sorted_batches
 from locft_easyedit.data.tokenization import TokenizedTexts
 from locft_easyedit.errors import HyperParamsError, RequestError
 from locft_easyedit.evaluation import predictions as choices
@@ -262,7 +262,7 @@ def test_batches_shrink_where_memory_runs_out(caplog):
         seen.append(batch.tolist())
 
     lengths = np.array([5, 9, 1, 7, 3, 8, 2, 6, 4, 10])
-    in_batches(lengths, 8, run, description="")
+    in_batches(length_sorted_batches(lengths, 8), run, description="")
     assert sorted(i for batch in seen for i in batch) == list(range(10))
     assert max(map(len, seen)) <= 3
     flat = [lengths[i] for batch in seen for i in batch]
@@ -273,7 +273,7 @@ def test_batches_shrink_where_memory_runs_out(caplog):
         raise torch.cuda.OutOfMemoryError("no room")
 
     with pytest.raises(torch.cuda.OutOfMemoryError, match="no room"):
-        in_batches(lengths, 4, never, description="")
+        in_batches(length_sorted_batches(lengths, 4), never, description="")
 
 
 @pytest.mark.parametrize("template", ["model.layers.{}.mlp.down_proj.weight", "model.layers.{}"])

@@ -9,7 +9,7 @@ from helpers.toys import CONTEXT, FEW_KINDS, toy_model, toy_requests, toy_tokeni
 from torch import nn
 from transformers import GenerationConfig
 
-from locft_easyedit.evaluation.decoding import GreedyDecoder
+from locft_easyedit.evaluation.decoding import GreedyDecoder, can_batch_cache
 from locft_easyedit.evaluation.fluency import fluency_of
 from locft_easyedit.evaluation.generated import Generated, finish_generated_
 from locft_easyedit.evaluation.predictions import EvalConfig
@@ -38,9 +38,10 @@ def scripted(*scripts, tokenizer, **config):
 
 
 class Calls:
-    """Counts forward passes."""
+    """Counts forward passes, but for those that measure whether texts may share a cache."""
 
     def __init__(self, model):
+        assert can_batch_cache(model, [1, 2, 3])
         self.n = 0
         model.register_forward_hook(self.count)
 
@@ -304,6 +305,7 @@ def test_half_precision_does_not_depend_on_the_batch(factor):
 def test_the_cache_goes_by_the_name_that_the_model_knows(kind, recwarn, caplog):
     """After the prompt each token is read once, and transformers has nothing to object to."""
     model, widths = toy_model(kind), []
+    assert can_batch_cache(model, [1, 2, 3])
     model.register_forward_pre_hook(
         lambda _, args, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True
     )
