@@ -23,8 +23,10 @@ from ..data.tokenization import CHUNK, Asked, GrowingTexts, TokenizedTexts, aske
 from ..modeling.devices import input_device
 from ..modeling.forward import run_next
 from ..modeling.modes import evaluation_mode
+from ..modeling.suitability import generation_ends
 from ..prefix.runner import TextRunner
 from ..prefix.shortcuts import MOST_TOLERATED, REFUSALS, TOLERANCE, relative_error
+from .answers import STOPS, up_to_stop
 from .predictions import (
     ArgmaxPredictions,
     ArgmaxPredictor,
@@ -36,8 +38,6 @@ from .predictions import (
 logger = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 8
-
-STOPS = (".", "\n")
 
 # Next tokens, [B], from logits [B, V], the B texts' indices and their tokens so far.
 Pick = Callable[[torch.Tensor, np.ndarray, list[list[int]]], torch.Tensor]
@@ -238,6 +238,8 @@ class GreedyDecoder:
         max_new_tokens: Tokens of an answer, at most.
         still_open: Says of prompt i whether the rest of an answer that begins so is wanted; `None`
             wants all answers whole.
+        inner_stops: How many stops the answer to each prompt may have before it ends at one; 0 if
+            `None`.
 
     Attributes:
         not_finite: Prompts for which the last measurement met logits that are NaN or infinite;
@@ -254,11 +256,13 @@ class GreedyDecoder:
         *,
         max_new_tokens: int,
         still_open: Callable[[int, str], bool] | None = None,
+        inner_stops: Sequence[int] | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.how = how
         self._still_open = still_open
+        self._inner_stops = inner_stops or [0] * len(prompts)
         self.max_new_tokens = max_new_tokens
         self.ends = end_tokens(model, tokenizer)
         self.stops = stop_tokens(tokenizer)
@@ -311,7 +315,7 @@ class GreedyDecoder:
         return token in self.ends or token == self._own_ends[i]
 
     def answers(self, description: str, only: np.ndarray | None = None) -> list[str]:
-        """Returns the answer to each prompt, up to its end token, "." or the end of the line.
+        """Returns the answer to each prompt, up to its end token or a stop ("." or a line's end).
 
         Args:
             description: Label of the progress bar.
@@ -388,7 +392,7 @@ class GreedyDecoder:
         agreed = next((k for k, c in enumerate(choices) if c != draft[k]), len(choices) - 1)
         answer = choices[: agreed + 1]
         for k, token in enumerate(answer):
-            if self._ends(i, token) or token in self.stops:
+            if self._ends(i, token) or self._stops(i, answer[: k + 1]):
                 return answer[: k + 1]
         return answer
 
@@ -414,7 +418,9 @@ class GreedyDecoder:
         n_new = len(ids) - int(self.prompt_lengths[i])
         if n_new <= 0:
             return False
-        if n_new >= self.max_new_tokens or self._ends(i, ids[-1]) or ids[-1] in self.stops:
+        if n_new >= self.max_new_tokens or self._ends(i, ids[-1]):
+            return True
+        if self._stops(i, ids[int(self.prompt_lengths[i]) :]):
             return True
         return self._still_open is not None and not self._still_open(i, self._text(i, ids))
 
@@ -423,8 +429,16 @@ class GreedyDecoder:
         ids = ids[int(self.prompt_lengths[i]) :]
         end = next((k for k, token in enumerate(ids) if self._ends(i, token)), len(ids))
         text = str(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
-        cut = min((text.find(stop) for stop in STOPS if stop in text), default=len(text))
-        return text[:cut].strip()
+        return up_to_stop(text, self._inner_stops[i])
+
+    def _stops(self, i: int, answer: list[int]) -> bool:
+        """Returns whether the last token of what was answered to prompt i holds its last stop."""
+        if answer[-1] not in self.stops:
+            return False
+        if not self._inner_stops[i]:
+            return True
+        text = str(self.tokenizer.decode(answer, skip_special_tokens=True))
+        return sum(map(text.count, STOPS)) > self._inner_stops[i]
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -435,6 +449,5 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the tokenizer's EOS and those that the model's own generation settings name."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    more = configured if isinstance(configured, list) else [configured]
-    return list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *more) if i is not None))
+    found = (tokenizer.eos_token_id, *generation_ends(model))
+    return list(dict.fromkeys(i for i in found if i is not None))

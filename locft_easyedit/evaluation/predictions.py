@@ -23,10 +23,11 @@ from ..data.tokenization import TokenizedTexts
 from ..modeling.devices import input_device
 from ..modeling.last_layer import Tail
 from ..modeling.modes import evaluation_mode
+from ..modeling.suitability import check_ids
 from ..prefix.cut import Cut
 from ..prefix.frozen_prefix import FrozenPrefix, Layout, PrefixRecorder
 from ..prefix.runner import TextRunner
-from ..prefix.shortcuts import can_pack
+from ..prefix.shortcuts import can_pack, can_pack_anywhere
 from ..prefix.store import Budget
 from ..prefix.streaming import FrozenStream
 from ..training.session import EditSession
@@ -49,6 +50,7 @@ class EvalConfig:
         batch_size: Prompts a forward pass.
         row_tokens: Length of packed rows.
         packed: Whether rows are packed; `None` measures whether this model can be packed.
+        packed_anywhere: The same for texts whose positions do not begin at 0.
         frozen: Where the part ends that stays the same from one measurement to the next: it is
             computed once, which costs memory for a hidden state a token. `None` runs all layers
             every time.
@@ -68,6 +70,7 @@ class EvalConfig:
     budget: Budget | None = None
     stream: FrozenStream | None = None
     states: PrefixRecorder | None = None
+    packed_anywhere: bool | None = None
 
     @classmethod
     def from_session(cls, session: EditSession, *, progress: bool) -> EvalConfig:
@@ -84,6 +87,7 @@ class EvalConfig:
             session.budget,
             session.stream,
             session.shared_states,
+            found.packed_anywhere,
         )
 
 
@@ -159,8 +163,10 @@ class TextPasses:
         self.texts = texts
         self.how = how
         self.first_position = first_position
+        check_ids(model, texts.ids)
         self.fixed = in_fixed_shapes(model)
         self._packed = False if self.fixed else how.packed
+        self._anywhere = how.packed_anywhere
         self._prefix: FrozenPrefix | None = None
         if how.frozen is None or not len(texts):
             return
@@ -179,6 +185,15 @@ class TextPasses:
             with evaluation_mode(self.model):
                 self._packed = bool(len(self.texts)) and can_pack(self.model, self.texts)
         return self._packed
+
+    def _packs_these(self) -> bool:
+        """Returns whether these texts' rows are packed: their positions may not begin at 0."""
+        if self.first_position is None or not self.packed():
+            return self.packed()
+        if self._anywhere is None:
+            with evaluation_mode(self.model):
+                self._anywhere = can_pack_anywhere(self.model, self.texts)
+        return self._anywhere
 
     @torch.no_grad()
     def run(
@@ -227,7 +242,7 @@ class TextPasses:
 
     def _layout(self) -> Layout:
         return Layout(
-            self.texts, self.how.row_tokens, self.packed(), self.first_position, self.fixed
+            self.texts, self.how.row_tokens, self._packs_these(), self.first_position, self.fixed
         )
 
     def _runner(self, *, everything: bool) -> TextRunner:
@@ -239,7 +254,7 @@ class TextPasses:
             self.model,
             self.texts,
             row_tokens=self.how.row_tokens,
-            packed=self.packed(),
+            packed=self._packs_these(),
             prefix=self._prefix if usable else None,
             first_position=self.first_position,
             tail=None if self.fixed else self.how.tail,

@@ -27,6 +27,7 @@ from ..modeling.forward import mean_by_owner
 from ..modeling.fsdp import lockstep
 from ..modeling.last_layer import Tail, find_tail
 from ..modeling.places import Place
+from ..modeling.suitability import check_causal
 from .cut import Cut, find_cuts, layer_cut
 from .frozen_prefix import FrozenPrefix, Layout
 from .runner import TextRunner
@@ -63,12 +64,14 @@ class Shortcuts:
         cuts: Where the frozen prefix may end, the least to run first; empty for no prefix.
         tail: The end of the model, at scored positions alone; `None` runs it everywhere.
         head: The output head, for losses in chunks; `None` takes the model's own logits.
+        packed_anywhere: Rows hold several texts whose positions do not begin at 0, too.
     """
 
     packed: bool
     cuts: tuple[Cut, ...] = ()
     tail: Tail | None = None
     head: Head | None = None
+    packed_anywhere: bool = False
 
     @property
     def from_layer(self) -> bool:
@@ -79,6 +82,11 @@ class Shortcuts:
 def can_pack(model: PreTrainedModel, texts: TokenizedTexts) -> bool:
     """Returns whether packed rows give the model's own logits; warns if they do not."""
     return Probes(model, texts).packing()
+
+
+def can_pack_anywhere(model: PreTrainedModel, texts: TokenizedTexts) -> bool:
+    """Returns the same for texts whose positions do not begin at 0; tells the debug log if not."""
+    return Probes(model, texts).packing_anywhere()
 
 
 def find_shortcuts(
@@ -97,7 +105,12 @@ def find_shortcuts(
         place: What is trained.
         packing: Allow packed rows.
         frozen_prefix: Allow the frozen prefix.
+
+    Raises:
+        ModelError: The model is not causal.
     """
+    if len(texts):
+        check_causal(model, texts.ids[: texts.offsets[1]].tolist())
     probes = Probes(model, texts)
     packed = packing and probes.packing()
     tail = probes.tail(place, packed)
@@ -111,7 +124,7 @@ def find_shortcuts(
                 type(model).__name__,
                 why_not,
             )
-    return Shortcuts(packed, cuts, tail, head)
+    return Shortcuts(packed, cuts, tail, head, packed and probes.packing_anywhere())
 
 
 class Probes:
@@ -145,6 +158,20 @@ class Probes:
                 error,
                 self.tolerance,
             )
+        return error <= self.tolerance
+
+    def packing_anywhere(self) -> bool:
+        """Returns whether packed rows are right where positions do not begin at 0.
+
+        FlashAttention is told of the texts in a row by their zeros: a text that begins at another
+        position would be taken for the end of the one before. Padded rows are right.
+        """
+        starts = np.array([3, 0, 4, 2])[: len(self.texts)]
+        with torch.no_grad():
+            expected = self._logits(self._runner(packed=False, first_position=starts))
+        error = self._error(self._runner(packed=True, first_position=starts), expected)
+        if error > self.tolerance:
+            logger.debug("Texts that begin at other positions are not packed: %.1e off.", error)
         return error <= self.tolerance
 
     def tail(self, place: Place, packed: bool) -> Tail | None:
@@ -237,12 +264,16 @@ class Probes:
         return min(max(_HALF_TOLERANCE, 3 * padded), MOST_TOLERATED)
 
     @torch.no_grad()
-    def _error(self, runner: TextRunner) -> float:
-        """Returns the relative error of the logits, with the texts in the opposite order."""
-        batch = np.arange(len(self.texts))[::-1]
+    def _error(self, runner: TextRunner, expected: torch.Tensor | None = None) -> float:
+        """Returns the relative error of the logits; those of each text alone are expected."""
+        if expected is None:
+            expected = torch.cat(self.reference[::-1])
+        return relative_error(self._logits(runner), expected.float())
+
+    def _logits(self, runner: TextRunner) -> torch.Tensor:
+        """Returns the logits, [S, V] float32, with the texts in the opposite order."""
         with runner.running():
-            logits, _ = runner.logits(batch)
-        return relative_error(logits.float(), torch.cat([self.reference[i] for i in batch]).float())
+            return runner.logits(np.arange(len(self.texts))[::-1])[0].float()
 
     @torch.no_grad()
     def _loss_error(self, head: Head, packed: bool) -> float:

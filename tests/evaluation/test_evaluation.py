@@ -299,3 +299,27 @@ def test_choices_of_some_texts_are_put_where_they_belong():
     found.replace(0, [7, 8, 9])
     found.replace(3, [1, 2])  # more than were predicted
     assert [found[i] for i in range(4)] == [[7, 8, 9], [], [4, 5, 6, 7], [1, 2]]
+
+
+def test_kernels_that_know_texts_by_their_first_position(monkeypatch):
+    """As FlashAttention does: a text that does not begin at 0 would go on with the one before.
+
+    EasyEdit pads the prompts of one question on the left without telling the model, so that some
+    begin later; those texts alone are padded.
+    """
+    model, tokenizer, records = toy_model(), toy_tokenizer(), records_with_lists(6)
+    how = EvalConfig(packed=False)
+    expected = Evaluation(model, tokenizer, records, how, metrics=["accuracy"]).measure()
+
+    def by_zeros(position_ids):
+        return (position_ids == 0).cumsum(-1)
+
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", by_zeros)
+    with EditSession(model, tokenizer, records, toy_hparams(), progress=False) as session:
+        assert session.shortcuts.packed
+        assert not session.shortcuts.packed_anywhere
+        in_session = EvalConfig.from_session(session, progress=False)
+        for how in (EvalConfig(), in_session):
+            evaluation = Evaluation(model, tokenizer, records, how, metrics=["accuracy"])
+            assert evaluation.packed
+            assert evaluation.measure() == expected

@@ -419,6 +419,34 @@ def test_generated_metrics():
     ]
 
 
+def test_a_target_with_stops_of_its_own_can_be_right():
+    """Its answer goes on for as many stops, and no further; the paper's figure stands beside it."""
+    tokenizer = toy_tokenizer()
+    texts = ["A J. Ramon. The", "B Oslo. The"]
+    model = scripted(*(tokenizer(text)["input_ids"] for text in texts), tokenizer=tokenizer)
+    records = [
+        {"prompt": "A", "target_new": "J. Ramon", "rephrase_prompt": ["The A", "B"]},
+        {"prompt": "B", "target_new": "Mr. X", "target_aliases": ["Oslo"]},
+        {"prompt": "B", "target_new": "Oslo"},
+        {"prompt": "A", "target_new": "J"},
+    ]
+    for before in (None, [{} for _ in records]):
+        first, second, third, fourth = Generated(
+            model, tokenizer, records, EvalConfig(2), before=before
+        ).measure("")
+        assert (first["reliability"], first["reliability_at_first_stop"]) == (1.0, 0.0)
+        assert (first["generalization"], first["generalization_at_first_stop"]) == (0.5, 0.0)
+        for plain in (second, third, fourth):  # an alias is not held to the other's stops
+            assert plain["reliability"] == plain["reliability_at_first_stop"] == 1.0
+        if before is None:
+            assert first["answer"] == "J. Ramon"
+            assert first["rephrase_answers"] == ["J. Ramon", "Oslo"]
+            assert second["answer"] == "Oslo"
+            assert fourth["answer"] == "J"
+    (plain,) = Generated(model, tokenizer, records[2:3], EvalConfig()).measure("")
+    assert "reliability_at_first_stop" not in plain
+
+
 def test_portability_and_locality():
     tokenizer = toy_tokenizer()
     texts = ["A Oslo.", "B the capital of France\n", "C Peru</s>"]

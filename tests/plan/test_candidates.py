@@ -166,7 +166,7 @@ def test_kernels_of_a_cpu_in_half_precision():
         found = sizes(plan, "host")
         return [
             found[f"kernels for {what}"] / (kib * 1024)
-            for what, kib in (("batches", 350), ("texts run alone", 350), ("mini-batches", 650))
+            for what, kib in (("batches", 350), ("fixed shapes", 350), ("mini-batches", 650))
         ]
 
     # Five matrices of different shapes; texts of 1 to 2 * 19 tokens; one mini-batch.
