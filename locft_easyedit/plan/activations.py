@@ -117,7 +117,8 @@ def saved_by(module: nn.Module, width: int, dtype: torch.dtype) -> float:
     try:
         return float(_saved(module, (1, 2, width), dtype) - _saved(module, (1, 1, width), dtype))
     except REFUSALS:
-        # Some modules cannot run without numbers, or on hidden states alone: the widest matrix says what is kept of it.
+        # Some modules cannot run without numbers, or on hidden states alone: the widest matrix says
+        # what is kept of it.
         widest = max((max(p.shape[-2:]) for p in module.parameters() if p.dim() > 1), default=width)
         return float(3 * widest * dtype.itemsize)
 
