@@ -79,14 +79,19 @@ SMALL = {
 }
 
 
-def small_config(model_type):
+# Sizes that must fit each other, in ways that differ: left out where a model does not run with them.
+FITTING = ("head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "index_head_dim")
+
+
+def small_config(model_type, left_out=()):
     """Returns the configuration of a type with every size that it knows made small."""
-    return _small(CONFIG_MAPPING[model_type])
+    return _small(CONFIG_MAPPING[model_type], left_out)
 
 
-def _small(config_class):
+def _small(config_class, left_out):
     default = config_class()
-    values = {key: value for key, value in SMALL.items() if hasattr(default, key)}
+    known = (key for key in SMALL if key not in left_out and hasattr(default, key))
+    values = {key: SMALL[key] for key in known}
     for key in ("layer_types", "layers_block_type", "mlp_layer_types"):
         kinds = getattr(default, key, None)
         if isinstance(kinds, (list, tuple)) and kinds:
@@ -95,7 +100,9 @@ def _small(config_class):
             values[key] = [*(distinct * N_LAYERS)[: N_LAYERS - 1], kinds[-1]]
     for key, sub in getattr(config_class, "sub_configs", {}).items():
         if key == "text_config" and hasattr(default, key):
-            values[key] = _small(type(getattr(default, key)) if sub is None else sub).to_dict()
+            values[key] = _small(
+                type(getattr(default, key)) if sub is None else sub, left_out
+            ).to_dict()
     while True:
         try:
             return config_class(**values)
@@ -110,9 +117,19 @@ def _small(config_class):
 
 
 def built(model_type):
-    """Returns a random model of a type, in float32."""
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(small_config(model_type), dtype=torch.float32).eval()
+    """Returns a random model of a type, in float32, which runs."""
+    attempts = [(), ("head_dim",), FITTING, (*FITTING, "hidden_size", "num_attention_heads")]
+    for left_out in attempts:
+        try:
+            config = small_config(model_type, left_out)
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+            with torch.no_grad():
+                model(input_ids=torch.arange(3, 12)[None], use_cache=False)
+            return model
+        except Exception as error:
+            failure = error
+    raise failure
 
 
 def place_of(model):

@@ -331,12 +331,12 @@ class ArgmaxPredictor(TextPasses):
     def _rows_apart(self) -> bool:
         """Returns whether a text's logits are the same to the last bit beside any other texts.
 
-        Measured once, on the first batch: with its other texts, and with none but the first.
+        Measured once, on the fullest batch: with its other texts, and with none but the first.
         """
         if self._apart is None:
             with evaluation_mode(self.model):
                 runner = self._runner(everything=False)
-                batch = runner.layout.batches(self.how.batch_size)[0]
+                batch = max(runner.layout.batches(self.how.batch_size), key=len)
                 with runner.running():
                     (together, rows), (alone, _) = map(runner.logits, (batch, batch[:1]))
             self._apart = torch.equal(together[rows.owner.to(together.device) == 0], alone)

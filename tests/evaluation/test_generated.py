@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from locft_easyedit.evaluation.decoding import GreedyDecoder, can_batch_cache
-from locft_easyedit.evaluation.fluency import fluency_of
+from locft_easyedit.evaluation.fluency import batched_fluency, fluency_of
 from locft_easyedit.evaluation.generated import Generated, finish_generated_
 from locft_easyedit.evaluation.predictions import EvalConfig
 
@@ -317,6 +317,31 @@ def test_the_cache_goes_by_the_name_that_the_model_knows(kind, recwarn, caplog):
     assert set(widths[1:]) == {1}
     assert "deprecated" not in caplog.text
     assert not any("deprecated" in str(warning.message) for warning in recwarn)
+
+
+@pytest.mark.parametrize("broken", ["padding", "reorder"])
+def test_a_cache_that_texts_cannot_share_is_not_used(broken, caplog, monkeypatch):
+    """Some kinds attend to what fills the left side, some cannot let a text leave the batch."""
+    model, tokenizer = toy_model(), toy_tokenizer()
+    expected = [naive_greedy(model, tokenizer, prompt, 6) for prompt in PROMPTS]
+    if broken == "padding":
+
+        def blind(_, args, given):
+            return args, given | ({"attention_mask": None} if given.get("use_cache") else {})
+
+        model.register_forward_pre_hook(blind, with_kwargs=True)
+    else:
+
+        def refuse(self, order):
+            raise AttributeError("this kind has no keys")
+
+        monkeypatch.setattr("transformers.cache_utils.Cache.reorder_cache", refuse)
+    for _ in range(2):
+        assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=6) == expected
+    assert caplog.text.count("answers are generated without a cache") == 1
+    for size in (1, 5):
+        draws = batched_fluency(model, tokenizer, toy_requests(3), words=str.split, batch_size=size)
+        assert draws == batched_fluency(model, tokenizer, toy_requests(3), words=str.split)
 
 
 class Wrapper(nn.Module):
