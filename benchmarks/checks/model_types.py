@@ -36,6 +36,7 @@ from locft_easyedit.errors import LocFTError
 from locft_easyedit.evaluation.decoding import can_batch_cache
 from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.modeling.places import find_locations
+from locft_easyedit.plan.reader import ModelReader
 from locft_easyedit.training.session import EditSession
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "model_types.json"
@@ -79,7 +80,7 @@ SMALL = {
 }
 
 
-# Sizes that must fit each other, in ways that differ: left out where a model does not run with them.
+# Sizes that must fit each other in ways that differ: left out where a model cannot run with them.
 FITTING = ("head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "index_head_dim")
 
 
@@ -195,7 +196,20 @@ def edited(model):
         "prefix": shortcuts.cuts[0].kind if shortcuts.cuts else None,
         "packed": shortcuts.packed,
         "cache": cached,
+        "plan": planned(model.to("meta"), place),
     }
+
+
+def planned(model, place):
+    """Returns whether the sizes of a model on the meta device can be told."""
+    try:
+        reader = ModelReader(model, "", [place.layer], place.templates)
+        reader.shapes()
+        for device in ("cpu", "cuda"):
+            reader.activations(torch.bfloat16, 64, device)
+    except Exception:
+        return False
+    return True
 
 
 @contextmanager
@@ -230,6 +244,7 @@ def table(found):
             (one.get("prefix") or "none") if one["state"] == "trains" else "",
             yes[one.get("packed")],
             yes[one.get("cache")],
+            yes[one.get("plan")],
             one.get("reason", "").replace("|", "/"),
         ]
         for model_type, one in found.items()
@@ -244,11 +259,13 @@ def table(found):
         "kind": "measured",
         "how": f"Tiny random models of {N_LAYERS} layers, one step on {N_EDITS} edits: {counts}. "
         "A type trains if the loss of the step is that of a plain PyTorch loop. The prefix is the "
-        "deepest cut that leaves its logits as they are; `cache`: texts may share one in decoding.",
+        "deepest cut that leaves its logits as they are; `cache`: texts may share one in decoding; "
+        "`plan`: its sizes can be told.",
         "commands": ["python benchmarks/checks/model_types.py --write"],
         "recorded": {"date": datetime.date.today().isoformat(), "commit": commit},
         "columns": [
-            {"name": name} for name in ("type", "edit", "prefix", "packed", "cache", "remark")
+            {"name": name}
+            for name in ("type", "edit", "prefix", "packed", "cache", "plan", "remark")
         ],
         "rows": rows,
     }

@@ -447,13 +447,13 @@ def test_generated_metrics():
 def test_a_target_with_stops_of_its_own_can_be_right():
     """Its answer goes on for as many stops, and no further; the paper's figure stands beside it."""
     tokenizer = toy_tokenizer()
-    texts = ["A J. Ramon. The", "B Oslo. The"]
+    texts = ["A Oslo.Peru\n", "B the capital of France</s>"]
     model = scripted(*(tokenizer(text)["input_ids"] for text in texts), tokenizer=tokenizer)
     records = [
-        {"prompt": "A", "target_new": "J. Ramon", "rephrase_prompt": ["The A", "B"]},
-        {"prompt": "B", "target_new": "Mr. X", "target_aliases": ["Oslo"]},
-        {"prompt": "B", "target_new": "Oslo"},
-        {"prompt": "A", "target_new": "J"},
+        {"prompt": "A", "target_new": "Oslo.Peru", "rephrase_prompt": ["The A", "B"]},
+        {"prompt": "B", "target_new": "Mr. X", "target_aliases": ["the capital of France"]},
+        {"prompt": "A", "target_new": "Oslo"},
+        {"prompt": "A", "target_new": "Mr. X", "target_aliases": ["Oslo"]},
     ]
     for before in (None, [{} for _ in records]):
         first, second, third, fourth = Generated(
@@ -464,10 +464,10 @@ def test_a_target_with_stops_of_its_own_can_be_right():
         for plain in (second, third, fourth):  # an alias is not held to the other's stops
             assert plain["reliability"] == plain["reliability_at_first_stop"] == 1.0
         if before is None:
-            assert first["answer"] == "J. Ramon"
-            assert first["rephrase_answers"] == ["J. Ramon", "Oslo"]
-            assert second["answer"] == "Oslo"
-            assert fourth["answer"] == "J"
+            assert first["answer"] == "Oslo.Peru"
+            assert first["rephrase_answers"] == ["Oslo.Peru", "the capital of France"]
+            assert second["answer"] == "the capital of France"
+            assert third["answer"] == fourth["answer"] == "Oslo"
     (plain,) = Generated(model, tokenizer, records[2:3], EvalConfig()).measure("")
     assert "reliability_at_first_stop" not in plain
 
