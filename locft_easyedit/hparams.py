@@ -105,7 +105,7 @@ class LocFTBFHyperParams:
         epoch_loss_threshold: Training stops after an epoch whose mean loss is below this.
         on_conflict: Edits with one prompt and different targets: `train` all of them as
             published, stop with an `error`, or keep the `last`.
-        eval_batch_size: Prompts evaluated together.
+        eval_batch_size: Prompts evaluated together; in half precision as many as a fixed shape has.
         row_tokens: Packed rows hold about this many tokens (more if one edit is longer).
         micro_batch_size: Edits in one forward pass; gradients accumulate up to `batch_size`.
             `None` is the whole mini-batch.

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
+
+# Of a fixed shape: all its cells and rows at most, and what columns are a multiple of.
+_CELLS, _MOST_ROWS, _COLUMNS = 512, 32, 8
 
 
 def length_sorted_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
@@ -21,31 +26,75 @@ def length_sorted_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarr
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
+def fixed_batches(lengths: np.ndarray, scored: np.ndarray) -> list[np.ndarray]:
+    """Returns the indices of all sequences in batches that run in one of few fixed shapes.
+
+    In which shape a sequence runs depends on nothing but itself (see `fixed_shape`).
+
+    Args:
+        lengths: Tokens of each sequence that are run, [N].
+        scored: Positions of each whose logits are wanted, [N].
+    """
+    shapes = [fixed_shape(*pair) for pair in zip(lengths.tolist(), scored.tolist(), strict=True)]
+    members: dict[FixedShape, list[int]] = {}
+    for i, shape in enumerate(shapes):
+        members.setdefault(shape, []).append(i)
+    return [
+        np.array(members[shape][first : first + shape.rows])
+        for shape in sorted(members, key=lambda shape: (-shape.columns, -shape.scored))
+        for first in range(0, len(members[shape]), shape.rows)
+    ]
+
+
+@dataclass(frozen=True)
+class FixedShape:
+    """A shape in which rows run whatever is in them: `rows` of `columns`, `scored` in each."""
+
+    rows: int
+    columns: int
+    scored: int
+
+
+def fixed_shape(length: int, scored: int) -> FixedShape:
+    """Returns the shape in which a sequence runs where rounding must not depend on the others.
+
+    In half precision the last bits of a logit, and with them the choice between two tokens that
+    are close, follow from how the products of matrices are divided up. That depends on their
+    shape, and not on what other rows hold. Shapes of 512 cells keep a processor busy, and few
+    shapes waste few rows.
+    """
+    columns = -(-max(length, 1) // _COLUMNS) * _COLUMNS
+    rows = max(1, min(_MOST_ROWS, _CELLS // columns))
+    return FixedShape(
+        rows, columns, _COLUMNS * 2 ** max(0, math.ceil(math.log2(max(scored, 1) / _COLUMNS)))
+    )
+
+
 def in_batches(
-    lengths: np.ndarray,
-    batch_size: int,
+    batches: Sequence[np.ndarray],
     run: Callable[[np.ndarray], None],
     *,
     description: str,
     unit: str = "prompt",
     progress: bool = False,
 ) -> None:
-    """Calls `run` with the indices of each batch, longest sequences first.
+    """Calls `run` with the indices of each batch.
 
     Where a GPU's memory runs out, the batch is run again in halves, as are those after it. `run`
     must therefore have no lasting effect before it has succeeded.
 
     Args:
-        lengths: Tokens of each sequence, [N].
-        batch_size: Sequences a batch.
+        batches: Indices of sequences, those that take most memory first.
         run: Handles one batch.
         description: Label of the progress bar.
         unit: What it counts.
         progress: Show it.
     """
-    with tqdm(total=len(lengths), desc=description, unit=unit, disable=not progress) as bar:
-        pending = length_sorted_batches(lengths, batch_size)[::-1]
-        size = batch_size
+    with tqdm(
+        total=sum(map(len, batches)), desc=description, unit=unit, disable=not progress
+    ) as bar:
+        pending = list(batches)[::-1]
+        size = max(map(len, batches), default=1)
         while pending:
             batch = pending.pop()
             if len(batch) > size:

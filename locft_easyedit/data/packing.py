@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .batching import fixed_shape
 from .tokenization import TokenizedTexts
 
 
@@ -24,7 +25,8 @@ class Rows:
         position_ids: Position of each token within its own sequence, [R, L].
         attention_mask: [R, L] of 0 and 1, or `None` for packed rows, which transformers masks
             block by block where the positions start again.
-        scored: Cells (flat, in R * L) whose logits predict a target token, [S].
+        scored: Cells (flat, in R * L) whose logits predict a target token, [S]. In rows of a
+            fixed shape there are more, of which the first S count.
         label_index: Where the predicted tokens lie in the flat ids, [S].
         owner: To which sequence of the batch each scored cell belongs, [S].
     """
@@ -64,6 +66,7 @@ def lay_out(
     row_tokens: int,
     packed: bool,
     first_position: np.ndarray | None = None,
+    fixed: bool = False,
 ) -> Rows:
     """Lays out the sequences `indices` of `texts` in rows, each without its last token.
 
@@ -76,8 +79,17 @@ def lay_out(
         row_tokens: Packed rows hold at most this many tokens, or one longer sequence.
         packed: Several sequences a row; else one a row, padded on the right.
         first_position: Position of each sequence's first token, [N]; 0 if not given.
+        fixed: Give rows that are not packed the fixed shape of the sequences (see `fixed_shape`):
+            more rows, which repeat the first, and more columns.
     """
     indices = np.asarray(indices, np.int64)
+    n_scored = (texts.lengths - texts.target_start)[indices]
+    shape = None
+    if fixed and not packed:
+        shape = fixed_shape(int(texts.input_lengths[indices].max()), int(n_scored.max()))
+        more = max(0, shape.rows - len(indices))
+        indices = np.concatenate([indices, np.repeat(indices[:1], more)])
+        n_scored = np.concatenate([n_scored, np.zeros(more, np.int64)])
     lengths = texts.input_lengths[indices]  # [B]
     starts = np.zeros(len(indices), np.int64) if first_position is None else first_position[indices]
     bins = _first_fit(lengths, starts, row_tokens) if packed else [[i] for i in range(len(indices))]
@@ -85,30 +97,33 @@ def lay_out(
     for number, members in enumerate(bins):
         row[members] = number
         column[members] = np.cumsum([0, *lengths[members[:-1]]])
-    n_columns = int((column + lengths).max())
+    n_columns = int((column + lengths).max()) if shape is None else shape.columns
 
-    shape = (len(bins), n_columns)
+    cell_shape = (len(bins), n_columns)
     member = np.repeat(np.arange(len(indices)), lengths)  # of each real cell
     within = _count_up(lengths)
     first_cell = row * n_columns + column
     cells = first_cell[member] + within
-    token_index = np.full(shape, -1, np.int64)
+    token_index = np.full(cell_shape, -1, np.int64)
     token_index.flat[cells] = texts.offsets[indices][member] + within
-    state_index = np.full(shape, -1, np.int64)
+    state_index = np.full(cell_shape, -1, np.int64)
     state_index.flat[cells] = texts.input_offsets[indices][member] + within
     if packed:
         # Constant positions never count up by one, so that each filler cell is a block of its own.
-        positions = np.zeros(shape, np.int64)
+        positions = np.zeros(cell_shape, np.int64)
         positions.flat[cells] = starts[member] + within
     else:
         # Filler repeats the last position: counting on could leave a learned table of positions.
         positions = np.minimum(np.arange(n_columns), lengths[:, None] - 1) + starts[:, None]
     first_target = texts.target_start[indices]
-    n_targets = texts.lengths[indices] - first_target
-    owner = np.repeat(np.arange(len(indices)), n_targets)
-    target = first_target[owner] + _count_up(n_targets)
+    owner = np.repeat(np.arange(len(indices)), n_scored)
+    target = first_target[owner] + _count_up(n_scored)
+    scored = first_cell[owner] + target - 1  # logits at one position predict the token at the next
+    if shape is not None:
+        more = max(0, len(indices) * shape.scored - len(scored))
+        scored = np.concatenate([scored, np.zeros(more, np.int64)])
     parts = (
-        first_cell[owner] + target - 1,  # the logits at one position predict the token at the next
+        scored,
         texts.offsets[indices][owner] + target,
         owner,
     )

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ..errors import ModelError
 from ..evaluation.fluency import fluency_of
 from ..evaluation.prompts import Metrics
+from ..modeling.modes import own_precision
 from .measures import Measures
 
 _MAX_NEW_TOKENS = 512
@@ -64,6 +65,7 @@ def _answers(measures: Measures, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
+@own_precision()
 def _ask(measures: Measures, question: str) -> str:
     tokenizer = measures.tokenizer
     messages = [

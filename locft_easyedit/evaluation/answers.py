@@ -10,6 +10,8 @@ from typing import Any
 
 from .prompts import Metrics, Question, Questions
 
+STOPS = (".", "\n")
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # Thai, Lao, Burmese, Khmer, kana and Chinese characters: written without spaces between words.
@@ -20,6 +22,28 @@ _UNSPACED = re.compile(
 
 _PART_OF_ARTICLE = re.compile(r"\bth?\W*$", re.IGNORECASE)
 _CUT_CHARACTER = "\ufffd"  # what a tokenizer makes of the first bytes of a character
+
+
+def inner_stops(accepted: Iterable[str]) -> int:
+    """Returns how many stops the accepted answers have before their ends, at most.
+
+    A target like "J. R. R. Tolkien" could never be the answer if the answer ended at its first ".".
+    """
+    inner = (text.strip().rstrip("".join(STOPS)) for text in accepted)
+    return max((sum(map(text.count, STOPS)) for text in inner), default=0)
+
+
+def up_to_stop(text: str, n_stops: int = 0) -> str:
+    """Returns the text up to its first stop, or to the one after `n_stops` others."""
+    places = [i for i, character in enumerate(text) if character in STOPS]
+    return (text[: places[n_stops]] if len(places) > n_stops else text).strip()
+
+
+def settled_answer(answer: str, accepted: Sequence[str]) -> str:
+    """Returns an answer up to its first stop, or up to the later one with which it is accepted."""
+    cuts = [up_to_stop(answer, n) for n in range(inner_stops(accepted) + 1)]
+    normal = {normalize_answer(text) for text in accepted}
+    return next((cut for cut in cuts if normalize_answer(cut) in normal), cuts[0])
 
 
 def normalize_answer(text: str) -> str:
@@ -34,11 +58,19 @@ def normalize_answer(text: str) -> str:
 def matches_any(answer: str, accepted: Sequence[str]) -> bool:
     """Returns whether the answer is the same as one of the accepted after normalisation.
 
-    That is EasyEdit's exact match, also where it is odd: "The" normalises to nothing, and so an
-    empty answer matches it.
+    With each it is compared up to the stop that this one's own stops allow. That is EasyEdit's
+    exact match, also where it is odd: "The" normalises to nothing, and so an empty answer matches
+    it.
     """
-    normal = normalize_answer(answer)
-    return any(normal == normalize_answer(text) for text in accepted)
+    return any(
+        normalize_answer(up_to_stop(answer, inner_stops([text]))) == normalize_answer(text)
+        for text in accepted
+    )
+
+
+def matches_at_first_stop(answer: str, accepted: Sequence[str]) -> bool:
+    """Returns the same as the paper has it: every answer ends at its first stop."""
+    return normalize_answer(up_to_stop(answer)) in map(normalize_answer, accepted)
 
 
 def contains_any(answer: str, accepted: Sequence[str]) -> bool:
@@ -49,9 +81,8 @@ def contains_any(answer: str, accepted: Sequence[str]) -> bool:
     An accepted answer without any word ("The", "?") would stand in every answer: it counts only if
     it is the whole answer, spaces around it and case aside.
     """
-    said = _words(answer)
     for text in accepted:
-        words = _words(text)
+        said, words = _words(up_to_stop(answer, inner_stops([text]))), _words(text)
         if words in said if words else text.strip().lower() == answer.strip().lower():
             return True
     return False
@@ -78,9 +109,11 @@ def accepted_answers(question: Question, record: Mapping[str, Any]) -> list[list
     """Returns, for each prompt of a question about the new fact, all accepted answers.
 
     Args:
-        question: A question of any part but locality.
+        question: A question; what counts as right for locality is no text, so there are none.
         record: The request that it is of.
     """
+    if question.part == "locality":
+        return [[] for _ in question.prompts]
     if question.part != "portability":
         return [accepted_targets(record) for _ in question.prompts]
     aliases = record["portability"][question.name].get("aliases")

@@ -1,28 +1,43 @@
 """Batched decoding with a cache: rows leave the batch as soon as they are done.
 
-`GreedyDecoder` gives each prompt the answer that it would get alone, without a cache: where the
-two best tokens are so close that rounding could decide, that prompt is run alone.
+`GreedyDecoder` gives each prompt the answer that it would get alone. In float32, where the two best
+tokens are so close that rounding could decide, that prompt is run alone, without a cache. In half
+precision rows run in fixed shapes instead, and stay until their batch is done.
 """
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.batching import in_batches
+from ..data.batching import fixed_batches, fixed_shape, in_batches, length_sorted_batches
 from ..data.tokenization import CHUNK, Asked, GrowingTexts, TokenizedTexts, asked_ids, ids_of
 from ..modeling.devices import input_device
 from ..modeling.forward import run_next
 from ..modeling.modes import evaluation_mode
-from .predictions import ArgmaxPredictions, ArgmaxPredictor, EvalConfig, too_close
+from ..modeling.suitability import generation_ends
+from ..prefix.runner import TextRunner
+from ..prefix.shortcuts import MOST_TOLERATED, REFUSALS, TOLERANCE, relative_error
+from .answers import STOPS, up_to_stop
+from .predictions import (
+    ArgmaxPredictions,
+    ArgmaxPredictor,
+    EvalConfig,
+    in_fixed_shapes,
+    too_close,
+)
 
-STOPS = (".", "\n")
+logger = logging.getLogger(__name__)
+
+_PROBE_TOKENS = 8
 
 # Next tokens, [B], from logits [B, V], the B texts' indices and their tokens so far.
 Pick = Callable[[torch.Tensor, np.ndarray, list[list[int]]], torch.Tensor]
@@ -56,53 +71,154 @@ def decode_(
         description: Label of the progress bar.
         progress: Show a progress bar.
     """
-
-    def run(batch: np.ndarray) -> None:
-        grown = [begin(int(i)) for i in batch]
-        _decode_batch(model, batch, grown, pick, done)
-        for i, ids in zip(batch, grown, strict=True):
-            end(int(i), ids)
-
+    if not len(lengths):
+        return
+    if in_fixed_shapes(model):
+        batches = fixed_batches(lengths, np.ones_like(lengths))
+    else:
+        batches = length_sorted_batches(lengths, batch_size)
     with evaluation_mode(model):
-        in_batches(lengths, batch_size, run, description=description, progress=progress)
+        longest = begin(int(batches[0][0]))
+        decode_batch = _decode_cached if can_batch_cache(model, longest) else _decode_anew
+
+        def run(batch: np.ndarray) -> None:
+            grown = [begin(int(i)) for i in batch]
+            decode_batch(model, batch, grown, pick, done)
+            for i, ids in zip(batch, grown, strict=True):
+                end(int(i), ids)
+
+        in_batches(batches, run, description=description, progress=progress)
 
 
-def _decode_batch(
+def _decode_cached(
     model: Any, texts: np.ndarray, grown: list[list[int]], pick: Pick, done: Done
 ) -> None:
-    device = input_device(model)
-    width = max(map(len, grown))
+    """Appends tokens to texts that are padded on the left, with a cache."""
+    device, fixed = input_device(model), in_fixed_shapes(model)
+    width, n_rows = max(map(len, grown)), len(grown)
+    if fixed:
+        shape = fixed_shape(width, 1)
+        width, n_rows = shape.columns, max(shape.rows, n_rows)
     # Any token fills the left side: the mask hides it.
-    ids = torch.zeros(len(grown), width, dtype=torch.long)
+    ids = torch.zeros(n_rows, width, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for row, known in enumerate(grown):
+    for row, known in enumerate(grown + grown[:1] * (n_rows - len(grown))):
         ids[row, width - len(known) :] = torch.tensor(known)
         mask[row, width - len(known) :] = 1
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     ids, mask, positions = ids.to(device), mask.to(device), positions.to(device)
-    rows = np.arange(len(grown))  # which member each row of the tensors is
+    open_ = np.arange(len(grown))  # members that are not done
+    rows = torch.arange(len(grown), device=device)  # and their rows in the tensors
     cache: Any = None
     while True:
         logits, cache = run_next(
             model, cache, input_ids=ids, attention_mask=mask, position_ids=positions
         )
-        tokens = pick(logits, texts[rows], [grown[i] for i in rows]).to(device)  # [B]
-        for member, token in zip(rows, tokens.tolist(), strict=True):
-            grown[member].append(token)
-        going = np.array([not done(int(texts[member]), grown[member]) for member in rows])
+        chosen = logits if len(rows) == len(logits) else logits[rows.to(logits.device)]
+        tokens = pick(chosen, texts[open_], [grown[i] for i in open_]).to(device)  # [B]
+        going = _grow_(grown, open_, tokens, texts, done)
         if not going.any():
             return
-        new, next_position = tokens[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        new = ids.new_zeros(len(ids), 1)
+        new[rows, 0] = tokens
+        # Of texts that are done and stay, the position does: it must not leave the context.
+        next_position = positions[:, -1:].clone()
+        next_position[rows] += 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         if cache is None:  # the model reads all of it again
             new, next_position = torch.cat([ids, new], 1), torch.cat([positions, next_position], 1)
         ids, positions = new, next_position
         if not going.all():
-            keep = torch.from_numpy(np.flatnonzero(going)).to(device)
-            if cache is not None:
-                # Every kind of layer knows it, and brings the index to its own device.
-                cache.reorder_cache(keep)
-            ids, mask, positions, rows = ids[keep], mask[keep], positions[keep], rows[going]
+            kept = torch.from_numpy(np.flatnonzero(going)).to(device)
+            open_, rows = open_[going], rows[kept]
+            if not fixed:
+                if cache is not None:
+                    # Every kind of layer knows it, and brings the index to its own device.
+                    cache.reorder_cache(rows)
+                ids, mask, positions = ids[rows], mask[rows], positions[rows]
+                rows = torch.arange(len(rows), device=device)
+
+
+def _decode_anew(
+    model: Any, texts: np.ndarray, grown: list[list[int]], pick: Pick, done: Done
+) -> None:
+    """Appends tokens to texts that are padded on the right and read whole for every token."""
+    open_ = np.arange(len(grown))
+    while len(open_):
+        so_far = [grown[i] for i in open_]
+        logits = _next_logits(model, so_far)
+        open_ = open_[_grow_(grown, open_, pick(logits, texts[open_], so_far), texts, done)]
+
+
+def _grow_(
+    grown: list[list[int]], open_: np.ndarray, tokens: torch.Tensor, texts: np.ndarray, done: Done
+) -> np.ndarray:
+    """Appends a token to each open member; returns which of them go on, [B] bool."""
+    for member, token in zip(open_, tokens.tolist(), strict=True):
+        grown[member].append(token)
+    return np.array([not done(int(texts[member]), grown[member]) for member in open_], bool)
+
+
+def _next_logits(model: Any, sequences: Sequence[list[int]]) -> torch.Tensor:
+    """Returns the logits after each of B texts, [B, V], without a cache."""
+    # What comes last is only predicted: any token holds its place.
+    texts = TokenizedTexts.from_lists([[*ids, 0] for ids in sequences], [*map(len, sequences)])
+    fixed = in_fixed_shapes(model)
+    runner = TextRunner(model, texts, row_tokens=1, packed=False, prefix=None, fixed=fixed)
+    return runner.logits(np.arange(len(texts)))[0]
+
+
+_can_batch_cache: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def can_batch_cache(model: Any, ids: Sequence[int]) -> bool:
+    """Returns whether texts that share a cache get the logits that each gets alone.
+
+    Measured once for each model: texts of several lengths, padded on the left, of which one leaves
+    the cache after a token. Says so if they do not.
+
+    Args:
+        model: A causal language model, in evaluation mode.
+        ids: Tokens of some text.
+    """
+    if model not in _can_batch_cache:
+        text = (list(ids) * _PROBE_TOKENS)[: max(len(ids), _PROBE_TOKENS)]
+        sequences = [text, text[: len(text) // 2], text[1 : len(text) // 3 + 1]]
+        try:
+            error = _cache_error(model, sequences)
+        except REFUSALS as refusal:
+            logger.debug("No shared cache: %s: %s", type(refusal).__name__, refusal)
+            error = float("inf")
+        allowed = TOLERANCE if model.dtype == torch.float32 else MOST_TOLERATED
+        _can_batch_cache[model] = error <= allowed
+        if error > allowed:
+            logger.warning(
+                "Texts that share a cache get other answers from %s (relative error of the logits "
+                "%.1e, allowed %.0e): answers are generated without a cache, which takes longer.",
+                type(model).__name__,
+                error,
+                allowed,
+            )
+    return _can_batch_cache[model]
+
+
+def _cache_error(model: Any, sequences: Sequence[list[int]]) -> float:
+    """Returns the largest relative error of logits with a shared cache, over three tokens."""
+    n_steps, errors = 3, [0.0]
+
+    def pick(logits: torch.Tensor, texts: np.ndarray, so_far: list[list[int]]) -> torch.Tensor:
+        for row, known in zip(logits, so_far, strict=True):
+            inputs = torch.tensor([known], device=input_device(model))
+            alone = model(input_ids=inputs, use_cache=False).logits[0, -1]
+            errors.append(relative_error(row.float(), alone.float().to(row.device)))
+        return torch.tensor([known[0] for known in so_far])
+
+    def done(text: int, known: list[int]) -> bool:
+        return len(known) >= len(sequences[text]) + (1 if text == 0 else n_steps)
+
+    numbers = np.arange(len(sequences))
+    _decode_cached(model, numbers, [list(ids) for ids in sequences], pick, done)
+    return max(errors)
 
 
 class GreedyDecoder:
@@ -122,6 +238,8 @@ class GreedyDecoder:
         max_new_tokens: Tokens of an answer, at most.
         still_open: Says of prompt i whether the rest of an answer that begins so is wanted; `None`
             wants all answers whole.
+        inner_stops: How many stops the answer to each prompt may have before it ends at one; 0 if
+            `None`.
 
     Attributes:
         not_finite: Prompts for which the last measurement met logits that are NaN or infinite;
@@ -138,11 +256,13 @@ class GreedyDecoder:
         *,
         max_new_tokens: int,
         still_open: Callable[[int, str], bool] | None = None,
+        inner_stops: Sequence[int] | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.how = how
         self._still_open = still_open
+        self._inner_stops = inner_stops or [0] * len(prompts)
         self.max_new_tokens = max_new_tokens
         self.ends = end_tokens(model, tokenizer)
         self.stops = stop_tokens(tokenizer)
@@ -195,7 +315,7 @@ class GreedyDecoder:
         return token in self.ends or token == self._own_ends[i]
 
     def answers(self, description: str, only: np.ndarray | None = None) -> list[str]:
-        """Returns the answer to each prompt, up to its end token, "." or the end of the line.
+        """Returns the answer to each prompt, up to its end token or a stop ("." or a line's end).
 
         Args:
             description: Label of the progress bar.
@@ -272,7 +392,7 @@ class GreedyDecoder:
         agreed = next((k for k, c in enumerate(choices) if c != draft[k]), len(choices) - 1)
         answer = choices[: agreed + 1]
         for k, token in enumerate(answer):
-            if self._ends(i, token) or token in self.stops:
+            if self._ends(i, token) or self._stops(i, answer[: k + 1]):
                 return answer[: k + 1]
         return answer
 
@@ -286,7 +406,10 @@ class GreedyDecoder:
     ) -> torch.Tensor:
         best = logits.topk(2, dim=-1)
         tokens = best.indices[:, 0].clone()
-        near = too_close(best.values, self.model)
+        if in_fixed_shapes(self.model):
+            near = torch.zeros_like(tokens, dtype=torch.bool)
+        else:
+            near = too_close(best.values, self.model)
         for row in near.nonzero().flatten().tolist():
             tokens[row] = self._alone(sequences[row])
         return torch.where(torch.isfinite(best.values[:, 0]), tokens, -1)
@@ -295,7 +418,9 @@ class GreedyDecoder:
         n_new = len(ids) - int(self.prompt_lengths[i])
         if n_new <= 0:
             return False
-        if n_new >= self.max_new_tokens or self._ends(i, ids[-1]) or ids[-1] in self.stops:
+        if n_new >= self.max_new_tokens or self._ends(i, ids[-1]):
+            return True
+        if self._stops(i, ids[int(self.prompt_lengths[i]) :]):
             return True
         return self._still_open is not None and not self._still_open(i, self._text(i, ids))
 
@@ -304,8 +429,16 @@ class GreedyDecoder:
         ids = ids[int(self.prompt_lengths[i]) :]
         end = next((k for k, token in enumerate(ids) if self._ends(i, token)), len(ids))
         text = str(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
-        cut = min((text.find(stop) for stop in STOPS if stop in text), default=len(text))
-        return text[:cut].strip()
+        return up_to_stop(text, self._inner_stops[i])
+
+    def _stops(self, i: int, answer: list[int]) -> bool:
+        """Returns whether the last token of what was answered to prompt i holds its last stop."""
+        if answer[-1] not in self.stops:
+            return False
+        if not self._inner_stops[i]:
+            return True
+        text = str(self.tokenizer.decode(answer, skip_special_tokens=True))
+        return sum(map(text.count, STOPS)) > self._inner_stops[i]
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -316,6 +449,5 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the tokenizer's EOS and those that the model's own generation settings name."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    more = configured if isinstance(configured, list) else [configured]
-    return list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *more) if i is not None))
+    found = (tokenizer.eos_token_id, *generation_ends(model))
+    return list(dict.fromkeys(i for i in found if i is not None))

@@ -2,6 +2,8 @@
 
 Reliability is the share of edits whose answer is the new target; generalization is the same for
 reworded prompts (arXiv 2509.22072, section 5; EasyEdit's WILD protocol without a chat template).
+There every answer ends at its first "."; here one that has a target with a "." in it may go on to a
+later one, for else it could not be right. Both figures are given where a target has one.
 """
 
 from __future__ import annotations
@@ -16,15 +18,20 @@ from .answers import (
     Verdicts,
     accepted_answers,
     accepted_old,
+    accepted_targets,
     contains_any,
+    inner_stops,
     matches_any,
+    matches_at_first_stop,
     normalize_answer,
+    settled_answer,
 )
 from .decoding import GreedyDecoder
 from .predictions import EvalConfig, Measurement, warn_not_finite
 from .prompts import Metrics, Questions, check_lengths
 
 MAX_NEW_TOKENS = 32  # of an answer
+_MEASURES = {"rewrite": "reliability", "rephrase": "generalization"}
 
 
 class Generated(Measurement):
@@ -64,7 +71,14 @@ class Generated(Measurement):
             how,
             max_new_tokens=MAX_NEW_TOKENS,
             still_open=None if self._verdicts is None else self._verdicts.open,
+            inner_stops=[
+                inner_stops(texts)
+                for i, record in enumerate(records)
+                for question in self.questions.of(i)
+                for texts in accepted_answers(question, record)
+            ],
         )
+        self._dotted = any(inner_stops(accepted_targets(record)) for record in records)
         check_lengths(model, self.questions, self._decoder.prompt_lengths, MAX_NEW_TOKENS)
 
     def stream(self, description: str, only: Sequence[int] | None = None) -> Iterator[Metrics]:
@@ -76,7 +90,8 @@ class Generated(Measurement):
             known, `old_answer` (the answer contains it). With rewordings `generalization` and
             `rephrase_answers`; with portability prompts `portability` and `portability_answers`;
             with locality prompts `locality_answers` (see `finish_generated_`). Shares are over a
-            record's prompts.
+            record's prompts. Where any record's target has a "." in it, all have
+            `reliability_at_first_stop` and `generalization_at_first_stop`, as the paper counts.
         """
         asked = None if only is None else self.questions.prompts_of(only)
         answers = self._decoder.answers(description, asked)
@@ -101,18 +116,22 @@ class Generated(Measurement):
                 continue
             accepted = accepted_answers(question, self.records[i])
             right = [matches_any(a, texts) for a, texts in zip(own, accepted, strict=True)]
+            if self._dotted and question.part in _MEASURES:
+                plain = [matches_at_first_stop(a, t) for a, t in zip(own, accepted, strict=True)]
+                found[f"{_MEASURES[question.part]}_at_first_stop"] = float(np.mean(plain))
+            settled = [settled_answer(a, texts) for a, texts in zip(own, accepted, strict=True)]
             if question.part == "rewrite":
                 found |= {
                     "reliability": float(right[0]),
-                    "answer": own[0],
+                    "answer": settled[0],
                     "contains_target": float(contains_any(own[0], accepted[0])),
                 }
                 if old := accepted_old(self.records[i]):
                     found["old_answer"] = float(contains_any(own[0], old))
             elif question.part == "rephrase":
-                found |= {"generalization": float(np.mean(right)), "rephrase_answers": own}
+                found |= {"generalization": float(np.mean(right)), "rephrase_answers": settled}
             else:
-                found.setdefault("portability_answers", {})[question.name] = own
+                found.setdefault("portability_answers", {})[question.name] = settled
                 in_portability += right
         if in_portability:
             found["portability"] = float(np.mean(in_portability))

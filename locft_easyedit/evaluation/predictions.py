@@ -1,8 +1,9 @@
 """The model's first choice at every scored token, the same however texts are batched.
 
-Logits depend a little on what else is in a batch, by rounding. Where the two best tokens are that
-close, the text is run again in one fixed way, so that batch size, packing and the frozen prefix
-never decide between them.
+Logits depend a little on what else is in a batch, by rounding; batch size, packing and the frozen
+prefix must not decide between two tokens that are close. In float32 hardly any are: one text of a
+thousand, which is run again in one fixed way. In half precision every second text has some, and all
+texts run in shapes that depend on nothing but the text (see `fixed_shape`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,10 +23,11 @@ from ..data.tokenization import TokenizedTexts
 from ..modeling.devices import input_device
 from ..modeling.last_layer import Tail
 from ..modeling.modes import evaluation_mode
+from ..modeling.suitability import check_ids
 from ..prefix.cut import Cut
 from ..prefix.frozen_prefix import FrozenPrefix, Layout, PrefixRecorder
 from ..prefix.runner import TextRunner
-from ..prefix.shortcuts import can_pack
+from ..prefix.shortcuts import can_pack, can_pack_anywhere
 from ..prefix.store import Budget
 from ..prefix.streaming import FrozenStream
 from ..training.session import EditSession
@@ -34,7 +36,8 @@ from .prompts import Metrics
 logger = logging.getLogger(__name__)
 
 # Rounding could decide between logits that are closer than this many steps of the model's numbers
-# at their size, or than the floor. Batching moves the logits of SmolLM2 by up to 1e-4 in float32.
+# at their size, or than the floor. Batching moves the logits of SmolLM2, of about 20, by up to 1e-4
+# in float32 and 0.4 in bfloat16.
 _STEPS = 4
 _FLOOR = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -47,6 +50,7 @@ class EvalConfig:
         batch_size: Prompts a forward pass.
         row_tokens: Length of packed rows.
         packed: Whether rows are packed; `None` measures whether this model can be packed.
+        packed_anywhere: The same for texts whose positions do not begin at 0.
         frozen: Where the part ends that stays the same from one measurement to the next: it is
             computed once, which costs memory for a hidden state a token. `None` runs all layers
             every time.
@@ -66,6 +70,7 @@ class EvalConfig:
     budget: Budget | None = None
     stream: FrozenStream | None = None
     states: PrefixRecorder | None = None
+    packed_anywhere: bool | None = None
 
     @classmethod
     def from_session(cls, session: EditSession, *, progress: bool) -> EvalConfig:
@@ -82,6 +87,7 @@ class EvalConfig:
             session.budget,
             session.stream,
             session.shared_states,
+            found.packed_anywhere,
         )
 
 
@@ -157,11 +163,16 @@ class TextPasses:
         self.texts = texts
         self.how = how
         self.first_position = first_position
-        self._packed = how.packed
+        check_ids(model, texts.ids)
+        self.fixed = in_fixed_shapes(model)
+        self._packed = False if self.fixed else how.packed
+        self._anywhere = how.packed_anywhere
         self._prefix: FrozenPrefix | None = None
         if how.frozen is None or not len(texts):
             return
-        prefix = FrozenPrefix(model, how.frozen, int(texts.input_offsets[-1]), how.budget)
+        # What runs at scored positions alone has other shapes than what runs everywhere.
+        cut = replace(how.frozen, narrows=False) if self.fixed else how.frozen
+        prefix = FrozenPrefix(model, cut, int(texts.input_offsets[-1]), how.budget)
         if how.stream is not None:
             self._prefix = prefix
             how.stream.record(prefix, self._layout())
@@ -174,6 +185,15 @@ class TextPasses:
             with evaluation_mode(self.model):
                 self._packed = bool(len(self.texts)) and can_pack(self.model, self.texts)
         return self._packed
+
+    def _packs_these(self) -> bool:
+        """Returns whether these texts' rows are packed: their positions may not begin at 0."""
+        if self.first_position is None or not self.packed():
+            return self.packed()
+        if self._anywhere is None:
+            with evaluation_mode(self.model):
+                self._anywhere = can_pack_anywhere(self.model, self.texts)
+        return self._anywhere
 
     @torch.no_grad()
     def run(
@@ -196,13 +216,12 @@ class TextPasses:
             runner = self._runner(everything=only is None)
 
             def run(batch: np.ndarray) -> None:
-                logits, rows = runner.logits(indices[batch])
-                use(logits, rows, indices[batch])
+                logits, rows = runner.logits(batch)
+                use(logits, rows, batch)
 
             with runner.running():
                 in_batches(
-                    self.texts.lengths[indices],
-                    self.how.batch_size,
+                    runner.layout.batches(self.how.batch_size, indices),
                     run,
                     description=description,
                     progress=self.how.progress and only is None,
@@ -222,7 +241,9 @@ class TextPasses:
         )
 
     def _layout(self) -> Layout:
-        return Layout(self.texts, self.how.row_tokens, self.packed(), self.first_position)
+        return Layout(
+            self.texts, self.how.row_tokens, self._packs_these(), self.first_position, self.fixed
+        )
 
     def _runner(self, *, everything: bool) -> TextRunner:
         # A frozen prefix is recorded in a pass over all texts, or not at all.
@@ -233,10 +254,11 @@ class TextPasses:
             self.model,
             self.texts,
             row_tokens=self.how.row_tokens,
-            packed=self.packed(),
+            packed=self._packs_these(),
             prefix=self._prefix if usable else None,
             first_position=self.first_position,
-            tail=self.how.tail,
+            tail=None if self.fixed else self.how.tail,
+            fixed=self.fixed,
         )
 
 
@@ -267,6 +289,7 @@ class ArgmaxPredictor(TextPasses):
     ) -> None:
         super().__init__(model, texts, how, first_position)
         self._alone = alone
+        self._apart: bool | None = None
         self.not_finite: set[int] = set()
 
     @torch.no_grad()
@@ -295,12 +318,29 @@ class ArgmaxPredictor(TextPasses):
             close.update(texts[owners[(is_close == 1) & (is_finite == 1)]].tolist())
 
         self.run(note, description, only)
-        if self.how.stream is None:  # else the whole model would be read again for each
+        if self.fixed:
+            if close and not self._rows_apart():
+                warn_close(len(close), len(asked))
+        elif self.how.stream is None:  # else the whole model would be read again for each
             alone = self._alone or self._by_itself
             with evaluation_mode(self.model):
                 for text in sorted(close - self.not_finite):
                     choices.replace(text, alone(text))
         return choices
+
+    def _rows_apart(self) -> bool:
+        """Returns whether a text's logits are the same to the last bit beside any other texts.
+
+        Measured once, on the fullest batch: with its other texts, and with none but the first.
+        """
+        if self._apart is None:
+            with evaluation_mode(self.model):
+                runner = self._runner(everything=False)
+                batch = max(runner.layout.batches(self.how.batch_size), key=len)
+                with runner.running():
+                    (together, rows), (alone, _) = map(runner.logits, (batch, batch[:1]))
+            self._apart = torch.equal(together[rows.owner.to(together.device) == 0], alone)
+        return self._apart
 
     def _by_itself(self, i: int) -> list[int]:
         """Returns text i's first choices from a plain forward pass over it."""
@@ -308,6 +348,23 @@ class ArgmaxPredictor(TextPasses):
         ids = torch.from_numpy(texts.ids[first : texts.offsets[i + 1] - 1])[None]
         output = self.model(input_ids=ids.to(input_device(self.model)), use_cache=False)
         return output.logits[0, int(texts.target_start[i]) - 1 :].argmax(-1).tolist()
+
+
+def in_fixed_shapes(model: PreTrainedModel) -> bool:
+    """Returns whether a model's texts run in fixed shapes: if its numbers have half precision."""
+    return model.dtype != torch.float32
+
+
+def warn_close(n: int, of: int) -> None:
+    """Says that rounding may decide some choices."""
+    logger.warning(
+        "Rounding may decide between the two first choices of %d of %d prompts (%.0f%%): in this "
+        "model a text's logits depend on the other texts of its batch (experts do that, say), and "
+        "among other records some answers may differ. `dtype: float32` decides them.",
+        n,
+        of,
+        100 * n / of,
+    )
 
 
 def too_close(best: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:

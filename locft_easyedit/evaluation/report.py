@@ -23,6 +23,8 @@ _LABELS = {
     "fluency.ngram_entropy": "fluency (n-gram entropy)",
     "generated.reliability": "reliability (generated)",
     "generated.generalization": "generalization (generated)",
+    "generated.reliability_at_first_stop": 'reliability (answers cut at their first ".")',
+    "generated.generalization_at_first_stop": 'generalization (answers cut at their first ".")',
     "generated.contains_target": "answer contains the target",
     "generated.old_answer": "answer contains the old answer",
     "generated.portability": "portability (generated)",

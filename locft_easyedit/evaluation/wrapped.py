@@ -12,7 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.requests import with_leading_space
 from ..data.tokenization import CHUNK, Asked, asked_ids
 from ..modeling.devices import context_length
-from .answers import accepted_targets, contains_any, matches_any
+from .answers import (
+    accepted_targets,
+    contains_any,
+    inner_stops,
+    matches_any,
+    settled_answer,
+)
 from .decoding import GreedyDecoder
 from .divergence import BeforeEdit, Divergence
 from .generated import MAX_NEW_TOKENS
@@ -62,11 +68,15 @@ class Wrapped(Measurement):
         self.questions = Questions(records, _PARTS)
         self.wrappers = wrappers_for(tokenizer, names)
         self._chat = [wrapper for wrapper in self.wrappers if wrapper.name == CHAT]
-        counts, asked = [], list[Asked]()
+        counts, asked, stops = [], list[Asked](), list[int]()
         for i in range(len(records)):
-            own = [one for question in self.questions.of(i) for one in self._asked(question)]
-            asked += own
-            counts.append(len(own))
+            of_targets = inner_stops(accepted_targets(records[i]))
+            n_before = len(asked)
+            for question in self.questions.of(i):
+                own = self._asked(question)
+                asked += own
+                stops += [0 if question.part == "locality" else of_targets] * len(own)
+            counts.append(len(asked) - n_before)
         self._first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._fits = _fitting(model, tokenizer, asked, max_new_tokens)
         fitting = [one for one, fits in zip(asked, self._fits, strict=True) if fits]
@@ -81,7 +91,13 @@ class Wrapped(Measurement):
         # Which of the decoder's prompts each is, where it fits.
         self._place = np.cumsum(self._fits) - 1
         self._decoder = GreedyDecoder(
-            model, tokenizer, fitting, None, how, max_new_tokens=max_new_tokens
+            model,
+            tokenizer,
+            fitting,
+            None,
+            how,
+            max_new_tokens=max_new_tokens,
+            inner_stops=[n for n, fits in zip(stops, self._fits, strict=True) if fits],
         )
         before = BeforeEdit(records) if before is None else before
         self._drawn = _Drawn(self.questions, self._chat, before, numbers)
@@ -171,7 +187,7 @@ class Wrapped(Measurement):
                 targets = accepted_targets(record)
                 right = [matches_any(answer, targets) for answer in given]
                 found["chat_generalization"] = float(np.mean(right))
-                found["chat_rephrase_answers"] = given
+                found["chat_rephrase_answers"] = [settled_answer(a, targets) for a in given]
             elif given:
                 found.setdefault("chat_locality_answers", {})[question.name] = given
         return found
@@ -263,7 +279,7 @@ def _rewrite(
         # A chat's answer is often a whole sentence, which is never the target and may say it.
         said = [contains_any(answer, targets) for _, answer in in_chat]
         found["chat_contains_target"] = float(np.mean(said))
-    answered = {wrapper.name: answer for wrapper, answer in given}
+    answered = {wrapper.name: settled_answer(answer, targets) for wrapper, answer in given}
     return found | {"reliability_in": right, "answers": answered}
 
 

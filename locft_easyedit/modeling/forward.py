@@ -44,7 +44,8 @@ def run_rows(
     with head_sees(model, _narrow(rows, narrowed)) as seen:  # [1, S, D]
         output = run_layout(model, rows, **inputs)
     logits: torch.Tensor = output.logits  # [1, S, V], or [R, L, V] without a head to hook
-    return logits[0] if seen or narrowed else _scored(logits, rows)
+    logits = logits[0] if seen or narrowed else _scored(logits, rows)
+    return logits[: len(rows.owner)]
 
 
 def run_to_head(

@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+_DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")  # that autocast can be turned on for
+
+
+@contextmanager
+def own_precision() -> Iterator[None]:
+    """Context manager, or decorator, in which models run in the precision of their weights.
+
+    Inside a program's `torch.autocast` a matrix that is trained would be read from a copy in half
+    precision that autocast made once and keeps: no step would change what the model computes. What
+    the program runs after it must not find such copies of former weights either.
+    """
+    with ExitStack() as stack:
+        for kind in filter(torch.is_autocast_enabled, _DEVICE_TYPES):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()
+
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Context manager that puts a model into evaluation mode; then each module is as before."""
+    """Context manager for passes without dropout, in the precision of the model's weights.
+
+    Afterwards each module is in its own mode again.
+    """
+    with _without_dropout(model), own_precision():
+        yield
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -24,14 +52,20 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def with_gradients() -> Iterator[None]:
-    """Context manager that turns gradients on, also where a program has turned them off for all."""
-    with torch.inference_mode(False), torch.enable_grad():
+    """Context manager that turns gradients on, also where a program has turned them off for all.
+
+    In the precision of the model's weights: gradients too are exact.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), own_precision():
         yield
 
 
 @contextmanager
 def only_trainable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Context manager in which only `parameters` require gradients and dropout is off."""
+    """Context manager in which only `parameters` require gradients and dropout is off.
+
+    It may be held open for long: that passes run in the model's precision is for others to see to.
+    """
     chosen = list(parameters)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     gradients = [(parameter, parameter.grad) for parameter in chosen]
@@ -40,7 +74,7 @@ def only_trainable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iter
         for parameter, _ in flags:
             if parameter.is_floating_point():
                 parameter.requires_grad_(id(parameter) in trained)
-        with evaluation_mode(model):
+        with _without_dropout(model):
             yield
     finally:
         for parameter, gradient in gradients:

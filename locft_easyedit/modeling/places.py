@@ -60,7 +60,8 @@ class Place:
 def find_layers(model: nn.Module) -> LayerList | None:
     """Returns the `nn.ModuleList` whose length is the configuration's number of layers.
 
-    The list nearest to the root counts where there are several. `None` if there is none.
+    Where there are several, that beside the input embedding counts, and not a list of another
+    tower; of those the one nearest to the root. `None` if there is none.
     """
     n_layers = number_of_layers(model)
     found = [
@@ -68,7 +69,17 @@ def find_layers(model: nn.Module) -> LayerList | None:
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == n_layers
     ]
-    return min(found, key=lambda stack: stack.path.count("."), default=None)
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    beside = next((path for path, m in model.named_modules() if m is embedding), "").split(".")
+
+    def distance(stack: LayerList) -> tuple[int, int]:
+        path = stack.path.split(".")
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(path, beside, strict=False)) if a != b), len(path)
+        )
+        return -shared, len(path)
+
+    return min(found, key=distance, default=None)
 
 
 def number_of_layers(model: nn.Module) -> int | None:

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..prefix.shortcuts import REFUSALS
+
 
 @dataclass(frozen=True)
 class LayerActivations:
@@ -37,6 +39,21 @@ class LayerActivations:
     def total(self) -> float:
         """All of them."""
         return self.norms + self.attention + self.mlp
+
+
+def config_number(config: Any, name: str) -> int | None:
+    """Returns a number that a configuration gives, the largest where layers differ in it.
+
+    `None` if it gives none: not every model has heads, and some refuse to give one number for all
+    of their layers.
+    """
+    try:
+        value = getattr(config, name, None)
+    except REFUSALS:
+        return None
+    values = value if isinstance(value, (list, tuple)) else [value]
+    numbers = [int(one) for one in values if isinstance(one, (int, float)) and one > 0]
+    return max(numbers, default=None)
 
 
 def layer_parts(layer: nn.Module) -> tuple[dict[str, nn.Module], ...]:
@@ -84,7 +101,7 @@ def _attention_bytes(
     config: Any, width: int, dtype: torch.dtype, row_tokens: int, device: str
 ) -> float:
     """Returns the bytes a token of the attention itself, whose heads are `width` wide together."""
-    size, heads = dtype.itemsize, config.num_attention_heads
+    size, heads = dtype.itemsize, config_number(config, "num_attention_heads") or 1
     if getattr(config, "_attn_implementation", None) != "eager":
         if device == "cpu" and size < 4:
             return 3 * width * 4 + heads * row_tokens * 4
@@ -99,16 +116,17 @@ def saved_by(module: nn.Module, width: int, dtype: torch.dtype) -> float:
     """Returns the bytes a token that autograd keeps of `module` with an input of `width`."""
     try:
         return float(_saved(module, (1, 2, width), dtype) - _saved(module, (1, 1, width), dtype))
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError):
-        # Some modules cannot run without numbers: the widest matrix says what is kept of it.
+    except REFUSALS:
+        # Some modules cannot run without numbers, or on hidden states alone: the widest matrix says
+        # what is kept of it.
         widest = max((max(p.shape[-2:]) for p in module.parameters() if p.dim() > 1), default=width)
         return float(3 * widest * dtype.itemsize)
 
 
 def _head_norms(attention: nn.Module, config: Any, dtype: torch.dtype) -> float:
     """Returns the bytes a token that norms of queries and keys keep."""
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    heads = config_number(config, "num_attention_heads") or 1
+    kv_heads = config_number(config, "num_key_value_heads") or heads
     norms, _, _ = layer_parts(attention)
     return sum(
         (kv_heads if name.startswith("k") else heads)

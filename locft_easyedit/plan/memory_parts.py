@@ -163,17 +163,17 @@ def _kernels(run: Run) -> list[Part]:
         return []
     work, in_one = run.work, run.setting.micro_batch_size
     batches = _PASSES * _KERNELS_A_PASS
-    # Evaluation runs texts alone where two answers are close: each length is a shape of its own,
-    # and texts have up to about twice the mean length.
-    lengths = 2 * work.run_tokens * _KERNELS_A_PASS if work.evaluate else 0.0
-    alone = min(lengths, _KERNELS_KEPT - batches)
+    # Evaluation runs texts in fixed shapes, one for each eight tokens of length, and texts have up
+    # to about twice the mean length. Answers that are generated make one for each token more.
+    shapes = 2 * work.run_tokens / 8 + 32 if work.evaluate else 0.0
+    fixed = min(shapes * _KERNELS_A_PASS, _KERNELS_KEPT - batches)
     # Four standard deviations of the scored tokens, an edit's being half their mean.
     n_parts = math.ceil(work.n / in_one)
     numbers = min(work.epochs * n_parts, 2 * work.targets * in_one**0.5) if n_parts > 1 else 1.0
-    steps = min(numbers * _KERNELS_A_STEP, _KERNELS_KEPT - batches - alone)
+    steps = min(numbers * _KERNELS_A_STEP, _KERNELS_KEPT - batches - fixed)
     return [
         Part("kernels for batches", "host", batches * _KERNEL, LATER),
-        Part("kernels for texts run alone", "host", alone * _KERNEL, AFTER),
+        Part("kernels for fixed shapes", "host", fixed * _KERNEL, AFTER),
         Part("kernels for mini-batches", "host", steps * _LARGE_KERNEL, AFTER),
     ]
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import HyperParamsError, one_message
+from ..errors import HyperParamsError, LocFTError, ModelError, one_message
 from ..hparams import DTYPES, LocFTBFHyperParams
+from ..prefix.shortcuts import REFUSALS
 from .cost import Phase, StepCost, phases, step_cost, step_flop
 from .fitting import Candidate, candidates
 from .memory_parts import PLACES, peak
@@ -121,8 +124,9 @@ def make_plan(hparams: LocFTBFHyperParams, work: Workload, machine: Machine) -> 
     model, source = meta_model(hparams.model_name, trust_remote_code=hparams.trust_remote_code)
     rank = hparams.lora_rank if hparams.tuning == "lora" else None
     preserve = hparams.preserved
-    reader = ModelReader(model, source, hparams.layers, hparams.templates, rank, preserve)
-    shapes = reader.shapes()
+    with _told_if_not(source):
+        reader = ModelReader(model, source, hparams.layers, hparams.templates, rank, preserve)
+        shapes = reader.shapes()
     cut = hparams.prefix_cut
     if cut is not None and cut not in shapes.cuts:
         raise HyperParamsError(
@@ -135,14 +139,30 @@ def make_plan(hparams: LocFTBFHyperParams, work: Workload, machine: Machine) -> 
         )
     device = "cpu" if machine.gpu is None else "cuda"
     dtype = str(hparams.dtype_on(device)).removeprefix("torch.")
-    saved = {
-        one: reader.activations(DTYPES[one], work.row_tokens, device)
-        for one in ([dtype, "bfloat16"] if dtype == "float32" else [dtype])
-    }
+    with _told_if_not(source):
+        saved = {
+            one: reader.activations(DTYPES[one], work.row_tokens, device)
+            for one in ([dtype, "bfloat16"] if dtype == "float32" else [dtype])
+        }
     found = candidates(shapes, saved, work, machine, hparams)
     chosen = next((one for one in found if one.reason is None), None)
     done = phases(chosen.run, chosen.parts) if chosen else []
     return Plan(shapes, work, machine, dtype, tuple(found), chosen, tuple(done))
+
+
+@contextmanager
+def _told_if_not(source: str) -> Iterator[None]:
+    """Turns what an unknown architecture makes of our questions into one error."""
+    try:
+        yield
+    except LocFTError:
+        raise
+    except REFUSALS as refusal:
+        raise ModelError(
+            f"{source}: the sizes of this architecture cannot be told from its configuration "
+            f"({type(refusal).__name__}: {refusal}). Nothing can be planned for it; `locft edit` "
+            "does not need a plan, and tells if memory runs out."
+        ) from refusal
 
 
 def _refuse(hparams: LocFTBFHyperParams, machine: Machine) -> None:

@@ -19,7 +19,7 @@ from ..modeling.places import check_low_rank, find_layers, match_parameters, own
 from ..training.preserve.confined_change import check_confinable
 from ..training.preserve.input_moments import input_width
 from ..training.preserve.sources import kind_of
-from .activations import LayerActivations, layer_activations, layer_parts
+from .activations import LayerActivations, config_number, layer_activations, layer_parts
 from .shapes import ConfinedShapes, LayerShape, LoraShapes, ModelShapes
 
 _FOLDER = Path(__file__).resolve().parent / "configs"  # of a few models, shipped
@@ -164,13 +164,14 @@ class ModelReader:
     @property
     def hidden(self) -> int:
         """Width of the residual stream."""
-        return int(getattr(self.config, "hidden_size", self.embedding.weight.shape[1]))
+        return config_number(self.config, "hidden_size") or int(self.embedding.weight.shape[1])
 
     @property
     def attention(self) -> int:
         """Width of all attention heads together."""
-        head = getattr(self.config, "head_dim", None)
-        return int(head * self.config.num_attention_heads) if head else self.hidden
+        head = config_number(self.config, "head_dim")
+        heads = config_number(self.config, "num_attention_heads")
+        return head * heads if head and heads else self.hidden
 
     def activations(
         self, dtype: torch.dtype, row_tokens: int, device: str
@@ -245,7 +246,7 @@ class ModelReader:
             if p.dim() == 2:
                 total += p.numel()
             elif p.dim() > 2:  # experts, of which a token takes a few
-                used = getattr(self.config, "num_experts_per_tok", None) or p.shape[0]
+                used = config_number(self.config, "num_experts_per_tok") or p.shape[0]
                 total += p.numel() * min(1.0, used / p.shape[0])
         return int(total)
 

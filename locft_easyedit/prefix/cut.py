@@ -273,16 +273,23 @@ def bypassing(
 
 
 class _StandIn(nn.Module):
-    """Takes a layer's place in the stack; models read attributes of it to choose a mask."""
+    """Takes a layer's place in the stack; whatever a model asks of the layer it passes on.
+
+    Models choose a mask, or what else they give a layer, by attributes that each names in its way.
+    """
 
     def __init__(self, layer: nn.Module, run: Apply, returns_tuple: bool) -> None:
         super().__init__()
         self.run = run
         self.returns_tuple = returns_tuple
-        # The layer itself must not be a child: its parameters would be listed.
-        for name in ("attention_type", "layer_type", "is_sliding", "layer_idx"):
-            if hasattr(layer, name):
-                setattr(self, name, getattr(layer, name))
+        # In a tuple, it is no child: its parameters would be listed.
+        self.original = (layer,)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(vars(self)["original"][0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = self.run(hidden_of(args, kwargs))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..data.batching import in_batches
+from ..data.batching import fixed_batches, in_batches, length_sorted_batches
 from ..data.packing import Rows, lay_out
 from ..data.tokenization import TokenizedTexts
 from ..modeling.devices import input_device, row_length
@@ -40,12 +40,14 @@ class Layout:
         row_tokens: As for `lay_out`, like those below.
         packed: Whether rows hold several sequences.
         first_position: Position of each sequence's first token, [N]; `None` for 0.
+        fixed: Whether rows have fixed shapes.
     """
 
     texts: TokenizedTexts
     row_tokens: int
     packed: bool
     first_position: np.ndarray | None = None
+    fixed: bool = False
 
     @property
     def n_tokens(self) -> int:
@@ -60,7 +62,23 @@ class Layout:
             row_tokens=row_length(model, self.row_tokens),
             packed=self.packed,
             first_position=self.first_position,
+            fixed=self.fixed,
         )
+
+    def batches(self, batch_size: int, only: np.ndarray | None = None) -> list[np.ndarray]:
+        """Returns the sequences, or those of `only`, in batches, those of most cells first.
+
+        Args:
+            batch_size: Sequences a batch; where rows have fixed shapes these say how many.
+            only: Indices of sequences.
+        """
+        indices = np.arange(len(self.texts)) if only is None else only
+        if not self.fixed:
+            batches = length_sorted_batches(self.texts.lengths[indices], batch_size)
+        else:
+            n_scored = (self.texts.lengths - self.texts.target_start)[indices]
+            batches = fixed_batches(self.texts.input_lengths[indices], n_scored)
+        return [indices[batch] for batch in batches]
 
     def key(self) -> str:
         """Returns what tells these texts in these rows from all others.
@@ -70,7 +88,7 @@ class Layout:
         """
         first = np.zeros(0) if self.first_position is None else self.first_position
         tokens = arrays_sha256(self.texts.ids, self.texts.offsets, first)
-        return json_sha256([self.row_tokens, self.packed, tokens])
+        return json_sha256([self.row_tokens, self.packed, self.fixed, tokens])
 
 
 class PrefixRecorder(Protocol):
@@ -227,8 +245,7 @@ class FrozenPrefix:
 
         try:
             in_batches(
-                layout.texts.lengths,
-                batch_size,
+                layout.batches(batch_size),
                 run,
                 description="frozen prefix",
                 unit="edit",

@@ -62,6 +62,7 @@ class TextRunner:
         first_position: As for `lay_out`.
         tail: Lets the end of the model run at scored positions alone; `None` runs it everywhere.
         head: The output head, for losses in chunks; `None` takes the model's own logits.
+        fixed: Whether rows have fixed shapes, in which a text's logits depend on no other text.
     """
 
     def __init__(
@@ -75,10 +76,11 @@ class TextRunner:
         first_position: np.ndarray | None = None,
         tail: Tail | None = None,
         head: Head | None = None,
+        fixed: bool = False,
     ) -> None:
         self.model = model
         self.texts = texts
-        self.layout = Layout(texts, row_tokens, packed, first_position)
+        self.layout = Layout(texts, row_tokens, packed, first_position, fixed)
         self.packed = packed
         self.prefix = prefix
         self.tail = tail

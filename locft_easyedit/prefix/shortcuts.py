@@ -27,6 +27,7 @@ from ..modeling.forward import mean_by_owner
 from ..modeling.fsdp import lockstep
 from ..modeling.last_layer import Tail, find_tail
 from ..modeling.places import Place
+from ..modeling.suitability import check_causal
 from .cut import Cut, find_cuts, layer_cut
 from .frozen_prefix import FrozenPrefix, Layout
 from .runner import TextRunner
@@ -37,12 +38,12 @@ logger = logging.getLogger(__name__)
 
 # Relative error ||a - b|| / ||b|| of the logits. Rounding gives about 1e-6 in float32 and 1e-2 in
 # the half precisions; a wrong mask, position or layer gives 0.1 and more.
-_TOLERANCE = 1e-4
+TOLERANCE = 1e-4
 _HALF_TOLERANCE = 4e-2
-_MOST_TOLERATED = 0.1
+MOST_TOLERATED = 0.1
 _N_PROBES = 4
 # Unknown architectures may refuse in any way that Python code can.
-_REFUSALS = (
+REFUSALS = (
     RuntimeError,
     TypeError,
     ValueError,
@@ -63,12 +64,14 @@ class Shortcuts:
         cuts: Where the frozen prefix may end, the least to run first; empty for no prefix.
         tail: The end of the model, at scored positions alone; `None` runs it everywhere.
         head: The output head, for losses in chunks; `None` takes the model's own logits.
+        packed_anywhere: Rows hold several texts whose positions do not begin at 0, too.
     """
 
     packed: bool
     cuts: tuple[Cut, ...] = ()
     tail: Tail | None = None
     head: Head | None = None
+    packed_anywhere: bool = False
 
     @property
     def from_layer(self) -> bool:
@@ -79,6 +82,11 @@ class Shortcuts:
 def can_pack(model: PreTrainedModel, texts: TokenizedTexts) -> bool:
     """Returns whether packed rows give the model's own logits; warns if they do not."""
     return Probes(model, texts).packing()
+
+
+def can_pack_anywhere(model: PreTrainedModel, texts: TokenizedTexts) -> bool:
+    """Returns the same for texts whose positions do not begin at 0; tells the debug log if not."""
+    return Probes(model, texts).packing_anywhere()
 
 
 def find_shortcuts(
@@ -97,7 +105,12 @@ def find_shortcuts(
         place: What is trained.
         packing: Allow packed rows.
         frozen_prefix: Allow the frozen prefix.
+
+    Raises:
+        ModelError: The model is not causal.
     """
+    if len(texts):
+        check_causal(model, texts.ids[: texts.offsets[1]].tolist())
     probes = Probes(model, texts)
     packed = packing and probes.packing()
     tail = probes.tail(place, packed)
@@ -111,7 +124,7 @@ def find_shortcuts(
                 type(model).__name__,
                 why_not,
             )
-    return Shortcuts(packed, cuts, tail, head)
+    return Shortcuts(packed, cuts, tail, head, packed and probes.packing_anywhere())
 
 
 class Probes:
@@ -145,6 +158,20 @@ class Probes:
                 error,
                 self.tolerance,
             )
+        return error <= self.tolerance
+
+    def packing_anywhere(self) -> bool:
+        """Returns whether packed rows are right where positions do not begin at 0.
+
+        FlashAttention is told of the texts in a row by their zeros: a text that begins at another
+        position would be taken for the end of the one before. Padded rows are right.
+        """
+        starts = np.array([3, 0, 4, 2])[: len(self.texts)]
+        with torch.no_grad():
+            expected = self._logits(self._runner(packed=False, first_position=starts))
+        error = self._error(self._runner(packed=True, first_position=starts), expected)
+        if error > self.tolerance:
+            logger.debug("Texts that begin at other positions are not packed: %.1e off.", error)
         return error <= self.tolerance
 
     def tail(self, place: Place, packed: bool) -> Tail | None:
@@ -189,7 +216,7 @@ class Probes:
         try:
             prefix = self._recorded(cut, packed)
             error = self._error(self._runner(packed=packed, prefix=prefix))
-        except _REFUSALS as failure:
+        except REFUSALS as failure:
             # An edit is still possible without it, and the warning says what happened.
             return None, f"its layers cannot be split ({type(failure).__name__}: {failure})"
         if error > self.tolerance:
@@ -231,18 +258,22 @@ class Probes:
         """Returns the relative error that counts as rounding."""
         quantized = getattr(self.model, "is_quantized", False)
         if self.reference[0].dtype == torch.float32 and not quantized:
-            return _TOLERANCE
+            return TOLERANCE
         # Rounding adds up with depth in low precision: ordinary padding shows how much.
         padded = self._error(self._runner(packed=False))
-        return min(max(_HALF_TOLERANCE, 3 * padded), _MOST_TOLERATED)
+        return min(max(_HALF_TOLERANCE, 3 * padded), MOST_TOLERATED)
 
     @torch.no_grad()
-    def _error(self, runner: TextRunner) -> float:
-        """Returns the relative error of the logits, with the texts in the opposite order."""
-        batch = np.arange(len(self.texts))[::-1]
+    def _error(self, runner: TextRunner, expected: torch.Tensor | None = None) -> float:
+        """Returns the relative error of the logits; those of each text alone are expected."""
+        if expected is None:
+            expected = torch.cat(self.reference[::-1])
+        return relative_error(self._logits(runner), expected.float())
+
+    def _logits(self, runner: TextRunner) -> torch.Tensor:
+        """Returns the logits, [S, V] float32, with the texts in the opposite order."""
         with runner.running():
-            logits, _ = runner.logits(batch)
-        return _relative(logits.float(), torch.cat([self.reference[i] for i in batch]).float())
+            return runner.logits(np.arange(len(self.texts))[::-1])[0].float()
 
     @torch.no_grad()
     def _loss_error(self, head: Head, packed: bool) -> float:
@@ -254,12 +285,13 @@ class Probes:
         labels = runner.ids[rows.label_index].to(logits.device)
         token_losses = F.cross_entropy(logits, labels, reduction="none")
         expected = mean_by_owner(token_losses, rows.owner.to(logits.device), len(self.texts))
-        return _relative(losses, expected.to(losses.device))
+        return relative_error(losses, expected.to(losses.device))
 
 
-def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Returns ||found - expected|| / ||expected||; infinity if it is no number."""
     difference = (found - expected).norm() / expected.norm()
-    return float(difference) if torch.isfinite(difference) else float("inf")
+    return float(difference.detach()) if torch.isfinite(difference) else float("inf")
 
 
 def _head_of(model: PreTrainedModel) -> Head | None:
@@ -280,7 +312,7 @@ def _no_refusal() -> Iterator[None]:
     """A model that cannot be asked is run the plain way."""
     try:
         yield
-    except _REFUSALS as failure:
+    except REFUSALS as failure:
         logger.debug("A shortcut cannot be used: %s: %s", type(failure).__name__, failure)
 
 

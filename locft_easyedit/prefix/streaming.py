@@ -20,7 +20,6 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..data.batching import length_sorted_batches
 from ..modeling.devices import input_device, module_device
 from ..modeling.layer_trace import tracing
 from ..modeling.places import LayerList, find_layers
@@ -250,7 +249,7 @@ class FrozenStream:
         texts = layout.texts
         ids = torch.from_numpy(texts.ids).to(self.device)
         mean = max(1.0, float(texts.input_lengths.mean()))
-        for batch in length_sorted_batches(texts.lengths, max(1, int(_TOKENS / mean))):
+        for batch in layout.batches(max(1, int(_TOKENS / mean))):
             rows = layout.rows(self.model, batch)
             keeping = exit_.recording(partial(target.put_rows, rows), go_on=False)
             prefix.run(rows, ids, keeping, entry, source)

@@ -21,8 +21,14 @@ from ..errors import HyperParamsError, NonFiniteLossError
 from ..hparams import LocFTBFHyperParams
 from ..modeling.devices import context_length
 from ..modeling.fsdp import lockstep
-from ..modeling.modes import only_trainable, with_gradients
+from ..modeling.modes import only_trainable, own_precision, with_gradients
 from ..modeling.places import Place, check_low_rank, select_place
+from ..modeling.suitability import (
+    check_dependence,
+    check_ids,
+    check_recordable,
+    warn_of_other_ends,
+)
 from ..prefix.frozen_prefix import PrefixRecorder
 from ..prefix.prepare import kept_in
 from ..prefix.runner import TextRunner
@@ -133,6 +139,9 @@ class EditSession:
                 h,
                 max_positions=context_length(self.model),
             )
+            check_ids(self.model, self._texts.ids)
+            if h.append_eos and self.world.is_main_process:
+                warn_of_other_ends(self.model, self.tokenizer.eos_token_id)
         self._share = Partition.of_rank(self.world, self._texts.input_lengths)
         self.checkpoints = agreed_checkpoints(
             self.model,
@@ -147,6 +156,7 @@ class EditSession:
     def _select(self) -> None:
         """Finds the place's parameters."""
         h = self.hparams
+        check_recordable(self.model)
         self.place = select_place(self.model, h.layers, h.templates)
         if h.tuning == "lora":
             check_low_rank(self.model, self.place.parameters, h.lora_rank)
@@ -188,6 +198,9 @@ class EditSession:
                     progress=self.progress,
                 )
                 self.shortcuts, self.stream = self._cleanup.enter_context(ready)
+                if self.stream is None and not self.world.is_distributed:
+                    ids = self._texts.ids[: self._texts.offsets[1]].tolist()
+                    check_dependence(self.model, self.place.parameters, ids)
                 if self.sources:
                     self._protection = self._protected()
                 kept = kept_in(h.prefix_dir, self.place.parameters, self.world)
@@ -235,6 +248,7 @@ class EditSession:
         usable = self.stream is None and self.shortcuts.from_layer
         return self.states if usable else None
 
+    @own_precision()
     def train_(
         self, only: Sequence[int] | None = None, *, progress: bool | None = None
     ) -> EditResult:

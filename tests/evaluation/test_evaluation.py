@@ -16,7 +16,7 @@ from helpers.toys import (
     toy_tokenizer,
 )
 
-from locft_easyedit.data.batching import in_batches
+from locft_easyedit.data.batching import in_batches, length_sorted_batches
 from locft_easyedit.data.tokenization import TokenizedTexts
 from locft_easyedit.errors import HyperParamsError, RequestError
 from locft_easyedit.evaluation import predictions as choices
@@ -262,7 +262,7 @@ def test_batches_shrink_where_memory_runs_out(caplog):
         seen.append(batch.tolist())
 
     lengths = np.array([5, 9, 1, 7, 3, 8, 2, 6, 4, 10])
-    in_batches(lengths, 8, run, description="")
+    in_batches(length_sorted_batches(lengths, 8), run, description="")
     assert sorted(i for batch in seen for i in batch) == list(range(10))
     assert max(map(len, seen)) <= 3
     flat = [lengths[i] for batch in seen for i in batch]
@@ -273,7 +273,7 @@ def test_batches_shrink_where_memory_runs_out(caplog):
         raise torch.cuda.OutOfMemoryError("no room")
 
     with pytest.raises(torch.cuda.OutOfMemoryError, match="no room"):
-        in_batches(lengths, 4, never, description="")
+        in_batches(length_sorted_batches(lengths, 4), never, description="")
 
 
 @pytest.mark.parametrize("template", ["model.layers.{}.mlp.down_proj.weight", "model.layers.{}"])
@@ -299,3 +299,27 @@ def test_choices_of_some_texts_are_put_where_they_belong():
     found.replace(0, [7, 8, 9])
     found.replace(3, [1, 2])  # more than were predicted
     assert [found[i] for i in range(4)] == [[7, 8, 9], [], [4, 5, 6, 7], [1, 2]]
+
+
+def test_kernels_that_know_texts_by_their_first_position(monkeypatch):
+    """As FlashAttention does: a text that does not begin at 0 would go on with the one before.
+
+    EasyEdit pads the prompts of one question on the left without telling the model, so that some
+    begin later; those texts alone are padded.
+    """
+    model, tokenizer, records = toy_model(), toy_tokenizer(), records_with_lists(6)
+    how = EvalConfig(packed=False)
+    expected = Evaluation(model, tokenizer, records, how, metrics=["accuracy"]).measure()
+
+    def by_zeros(position_ids):
+        return (position_ids == 0).cumsum(-1)
+
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", by_zeros)
+    with EditSession(model, tokenizer, records, toy_hparams(), progress=False) as session:
+        assert session.shortcuts.packed
+        assert not session.shortcuts.packed_anywhere
+        in_session = EvalConfig.from_session(session, progress=False)
+        for how in (EvalConfig(), in_session):
+            evaluation = Evaluation(model, tokenizer, records, how, metrics=["accuracy"])
+            assert evaluation.packed
+            assert evaluation.measure() == expected

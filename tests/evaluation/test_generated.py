@@ -9,8 +9,8 @@ from helpers.toys import CONTEXT, FEW_KINDS, toy_model, toy_requests, toy_tokeni
 from torch import nn
 from transformers import GenerationConfig
 
-from locft_easyedit.evaluation.decoding import GreedyDecoder
-from locft_easyedit.evaluation.fluency import fluency_of
+from locft_easyedit.evaluation.decoding import GreedyDecoder, can_batch_cache
+from locft_easyedit.evaluation.fluency import batched_fluency, fluency_of
 from locft_easyedit.evaluation.generated import Generated, finish_generated_
 from locft_easyedit.evaluation.predictions import EvalConfig
 
@@ -38,9 +38,10 @@ def scripted(*scripts, tokenizer, **config):
 
 
 class Calls:
-    """Counts forward passes."""
+    """Counts forward passes, but for those that measure whether texts may share a cache."""
 
     def __init__(self, model):
+        assert can_batch_cache(model, [1, 2, 3])
         self.n = 0
         model.register_forward_hook(self.count)
 
@@ -304,6 +305,7 @@ def test_half_precision_does_not_depend_on_the_batch(factor):
 def test_the_cache_goes_by_the_name_that_the_model_knows(kind, recwarn, caplog):
     """After the prompt each token is read once, and transformers has nothing to object to."""
     model, widths = toy_model(kind), []
+    assert can_batch_cache(model, [1, 2, 3])
     model.register_forward_pre_hook(
         lambda _, args, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True
     )
@@ -315,6 +317,31 @@ def test_the_cache_goes_by_the_name_that_the_model_knows(kind, recwarn, caplog):
     assert set(widths[1:]) == {1}
     assert "deprecated" not in caplog.text
     assert not any("deprecated" in str(warning.message) for warning in recwarn)
+
+
+@pytest.mark.parametrize("broken", ["padding", "reorder"])
+def test_a_cache_that_texts_cannot_share_is_not_used(broken, caplog, monkeypatch):
+    """Some kinds attend to what fills the left side, some cannot let a text leave the batch."""
+    model, tokenizer = toy_model(), toy_tokenizer()
+    expected = [naive_greedy(model, tokenizer, prompt, 6) for prompt in PROMPTS]
+    if broken == "padding":
+
+        def blind(_, args, given):
+            return args, given | ({"attention_mask": None} if given.get("use_cache") else {})
+
+        model.register_forward_pre_hook(blind, with_kwargs=True)
+    else:
+
+        def refuse(self, order):
+            raise AttributeError("this kind has no keys")
+
+        monkeypatch.setattr("transformers.cache_utils.Cache.reorder_cache", refuse)
+    for _ in range(2):
+        assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=6) == expected
+    assert caplog.text.count("answers are generated without a cache") == 1
+    for size in (1, 5):
+        draws = batched_fluency(model, tokenizer, toy_requests(3), words=str.split, batch_size=size)
+        assert draws == batched_fluency(model, tokenizer, toy_requests(3), words=str.split)
 
 
 class Wrapper(nn.Module):
@@ -415,6 +442,34 @@ def test_generated_metrics():
             "rephrase_answers": ["Oslo"],
         },
     ]
+
+
+def test_a_target_with_stops_of_its_own_can_be_right():
+    """Its answer goes on for as many stops, and no further; the paper's figure stands beside it."""
+    tokenizer = toy_tokenizer()
+    texts = ["A Oslo.Peru\n", "B the capital of France</s>"]
+    model = scripted(*(tokenizer(text)["input_ids"] for text in texts), tokenizer=tokenizer)
+    records = [
+        {"prompt": "A", "target_new": "Oslo.Peru", "rephrase_prompt": ["The A", "B"]},
+        {"prompt": "B", "target_new": "Mr. X", "target_aliases": ["the capital of France"]},
+        {"prompt": "A", "target_new": "Oslo"},
+        {"prompt": "A", "target_new": "Mr. X", "target_aliases": ["Oslo"]},
+    ]
+    for before in (None, [{} for _ in records]):
+        first, second, third, fourth = Generated(
+            model, tokenizer, records, EvalConfig(2), before=before
+        ).measure("")
+        assert (first["reliability"], first["reliability_at_first_stop"]) == (1.0, 0.0)
+        assert (first["generalization"], first["generalization_at_first_stop"]) == (0.5, 0.0)
+        for plain in (second, third, fourth):  # an alias is not held to the other's stops
+            assert plain["reliability"] == plain["reliability_at_first_stop"] == 1.0
+        if before is None:
+            assert first["answer"] == "Oslo.Peru"
+            assert first["rephrase_answers"] == ["Oslo.Peru", "the capital of France"]
+            assert second["answer"] == "the capital of France"
+            assert third["answer"] == fourth["answer"] == "Oslo"
+    (plain,) = Generated(model, tokenizer, records[2:3], EvalConfig()).measure("")
+    assert "reliability_at_first_stop" not in plain
 
 
 def test_portability_and_locality():

@@ -166,16 +166,17 @@ def test_kernels_of_a_cpu_in_half_precision():
         found = sizes(plan, "host")
         return [
             found[f"kernels for {what}"] / (kib * 1024)
-            for what, kib in (("batches", 350), ("texts run alone", 350), ("mini-batches", 650))
+            for what, kib in (("batches", 350), ("fixed shapes", 350), ("mini-batches", 650))
         ]
 
-    # Five matrices of different shapes; texts of 1 to 2 * 19 tokens; one mini-batch.
-    assert kernels(tokens=20.0) == pytest.approx([8 * 5, 2 * 19 * 5, 8])
+    # Five matrices of different shapes; a shape for each 8 of 2 * 19 tokens, and for each of the 32
+    # that are generated; one mini-batch.
+    assert kernels(tokens=20.0) == pytest.approx([8 * 5, (2 * 19 / 8 + 32) * 5, 8])
     assert kernels(tokens=20.0, evaluate=False) == [8 * 5, 0, 8]
     # As many numbers of scored tokens as there are mini-batches, up to what chance makes of them.
     assert kernels(n=300, epochs=2, tokens=20.0)[2] == 2 * 3 * 8
     assert kernels(n=300, epochs=50, tokens=20.0)[2] == pytest.approx(2 * 4.3 * 10 * 8)
-    assert sum(kernels(tokens=500.0)) == 1024
+    assert sum(kernels(tokens=1000.0)) == 1024
     assert not any("kernels" in p.name for p in plan_for(machine=CPU).chosen.parts)
     assert not any("kernels" in p.name for p in plan_for().chosen.parts)
 

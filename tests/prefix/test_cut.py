@@ -168,6 +168,30 @@ def test_a_layer_that_scales_its_residual_is_cut_where_it_is_right(caplog):
         assert [cut.kind for cut in made.shortcuts.cuts] == ["layer"]
 
 
+def test_stand_ins_pass_on_whatever_a_model_asks_of_a_layer():
+    """Models choose what they give a layer by attributes with names of their own."""
+    model = toy_model("llama")
+    for i, layer in enumerate(model.model.layers):
+        layer.kind_of_block = f"kind {i}"
+    asked = []
+
+    def ask(*_):
+        layers = model.model.layers
+        asked.append([(layer.kind_of_block, layer.mlp.down_proj.in_features) for layer in layers])
+
+    model.model.register_forward_pre_hook(ask)
+    with session("llama", layer=2, model=model) as made:
+        assert [cut.kind for cut in made.shortcuts.cuts] == ALL
+        with made._runner.running():
+            asked.clear()
+            made._runner.edit_losses(np.arange(10))
+            names = [name for name, _ in model.named_parameters()]
+            assert not any("layers.0." in name for name in names)
+            with pytest.raises(AttributeError, match="no_such_thing"):
+                _ = model.model.layers[0].no_such_thing
+    assert asked == [[(f"kind {i}", 64) for i in range(N_LAYERS)]]
+
+
 def test_tracing_writes_calls_down_in_order_and_leaves_nothing():
     class Block(nn.Module):
         def __init__(self):

@@ -1,0 +1,297 @@
+"""Every causal model type of the installed transformers, tiny: what can an edit of it do?
+
+    python benchmarks/checks/model_types.py                       # all types, minutes on a CPU
+    python benchmarks/checks/model_types.py --types llama,mamba   # some, printed alone
+    python benchmarks/checks/model_types.py --write               # all, and the table in the docs
+
+Each type is built from its own configuration class with every size made small, and edited once by
+`edit_model`. The losses of its first step are compared with a plain PyTorch loop, so that a type
+"trains" only if it trains on what it should. With `--write` the table goes into
+benchmarks/results/model_types.json, from which `python scripts/build_docs.py` makes the docs.
+"""
+
+import argparse
+import datetime
+import json
+import logging
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from random_inputs import random_requests, word_tokenizer
+
+from locft_easyedit.errors import LocFTError
+from locft_easyedit.evaluation.decoding import can_batch_cache
+from locft_easyedit.hparams import LocFTBFHyperParams
+from locft_easyedit.modeling.places import find_locations
+from locft_easyedit.plan.reader import ModelReader
+from locft_easyedit.training.session import EditSession
+
+RESULT = Path(__file__).resolve().parents[1] / "results" / "model_types.json"
+WORDS, N_EDITS, N_LAYERS = 400, 4, 4
+SECONDS = 90  # for a type
+TOLERANCE = 1e-4  # of the mean loss of the first step, relative
+
+# Whatever of it a configuration has becomes so small.
+SMALL = {
+    **dict.fromkeys(
+        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), N_LAYERS
+    ),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embedding_size", "dim"), 32),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "decoder_ffn_dim", "ffn_hidden_size"),
+        64,
+    ),
+    **dict.fromkeys(
+        ("moe_intermediate_size", "shared_expert_intermediate_size", "lru_width", "time_step_rank"),
+        32,
+    ),
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "num_heads"), 4
+    ),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "index_n_heads"), 2),
+    **dict.fromkeys(("head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"), 8),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k"), 2),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "index_head_dim", "rotary_dim"), 8),
+    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("mamba_d_state", "state_size", "mamba_expand"), 2),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 256),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size", "window_size"), 8),
+    "vocab_size": WORDS,
+    "vocab_size_per_layer_input": WORDS,
+    "hidden_size_per_layer_input": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
+
+
+# Sizes that must fit each other in ways that differ: left out where a model cannot run with them.
+FITTING = ("head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "index_head_dim")
+
+
+def small_config(model_type, left_out=()):
+    """Returns the configuration of a type with every size that it knows made small."""
+    return _small(CONFIG_MAPPING[model_type], left_out)
+
+
+def _small(config_class, left_out):
+    default = config_class()
+    known = (key for key in SMALL if key not in left_out and hasattr(default, key))
+    values = {key: SMALL[key] for key in known}
+    for key in ("layer_types", "layers_block_type", "mlp_layer_types"):
+        kinds = getattr(default, key, None)
+        if isinstance(kinds, (list, tuple)) and kinds:
+            distinct = list(dict.fromkeys(kinds))
+            # The last layers alike those of the whole model, and each kind among them.
+            values[key] = [*(distinct * N_LAYERS)[: N_LAYERS - 1], kinds[-1]]
+    for key, sub in getattr(config_class, "sub_configs", {}).items():
+        if key == "text_config" and hasattr(default, key):
+            values[key] = _small(
+                type(getattr(default, key)) if sub is None else sub, left_out
+            ).to_dict()
+    while True:
+        try:
+            return config_class(**values)
+        except (
+            TypeError,
+            AttributeError,
+        ) as error:  # a name that is an alias, or is made of others
+            wrong = [key for key in values if f"'{key}'" in str(error)]
+            if not wrong:
+                raise
+            del values[wrong[0]]
+
+
+def built(model_type):
+    """Returns a random model of a type, in float32, which runs."""
+    attempts = [(), ("head_dim",), FITTING, (*FITTING, "hidden_size", "num_attention_heads")]
+    for left_out in attempts:
+        try:
+            config = small_config(model_type, left_out)
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+            with torch.no_grad():
+                model(input_ids=torch.arange(3, 12)[None], use_cache=False)
+            return model
+        except Exception as error:
+            failure = error
+    raise failure
+
+
+def place_of(model):
+    """Returns the template of the down-projection in the last layer but one, or what there is."""
+    found = [one for one in find_locations(model) if one.layer == N_LAYERS - 2]
+    preferred = ("down", "mlp", "up", "o", "layer")
+    return min(found, key=lambda one: preferred.index(one.module) if one.module in preferred else 9)
+
+
+@torch.no_grad()
+def plain_loss(model, texts):
+    """Returns the mean over edits of the mean cross-entropy of their target tokens."""
+    losses = []
+    for i in range(len(texts)):
+        ids = torch.from_numpy(texts.ids[texts.offsets[i] : texts.offsets[i + 1]])[None]
+        start = int(texts.target_start[i])
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0, start - 1 :]
+        losses.append(F.cross_entropy(logits.float(), ids[0, start:]))
+    return float(torch.stack(losses).mean())
+
+
+def tried(model_type):
+    """Returns what an edit of a type can do: `state` is trains, refused, wrong or not built."""
+    try:
+        with limited():
+            model = built(model_type)
+    except Exception as error:
+        return {"state": "not built", "reason": short(error)}
+    found = {"class": type(model).__name__}
+    try:
+        with limited():
+            return found | edited(model)
+    except LocFTError as error:
+        return found | {"state": "refused", "reason": short(error)}
+    except Exception as error:
+        return found | {"state": "wrong", "reason": short(error)}
+
+
+def edited(model):
+    """Edits a model; returns what was found."""
+    tokenizer, requests = word_tokenizer(WORDS), random_requests(N_EDITS, WORDS)
+    place = place_of(model)
+    hparams = LocFTBFHyperParams(
+        layers=[place.layer],
+        rewrite_module_tmp=place.rewrite_module_tmp,
+        lr=1e-4,
+        num_steps=1,
+        batch_size=N_EDITS,
+        health_check=False,
+    )
+    with EditSession(model, tokenizer, requests, hparams, progress=False) as session:
+        texts = session.training_texts.texts
+        expected = plain_loss(model, texts)
+        cached = can_batch_cache(model, texts.ids[: texts.offsets[1]].tolist())
+        loss = session.train_().step_losses[0]
+        shortcuts = session.shortcuts
+    error = abs(loss - expected) / abs(expected)
+    right = error <= TOLERANCE
+    return {
+        "state": "trains" if right else "wrong",
+        "reason": "" if right else f"loss {loss:.6f}, a plain loop gives {expected:.6f}",
+        "place": place.module,
+        "prefix": shortcuts.cuts[0].kind if shortcuts.cuts else None,
+        "packed": shortcuts.packed,
+        "cache": cached,
+        "plan": planned(model.to("meta"), place),
+    }
+
+
+def planned(model, place):
+    """Returns whether the sizes of a model on the meta device can be told."""
+    try:
+        reader = ModelReader(model, "", [place.layer], place.templates)
+        reader.shapes()
+        for device in ("cpu", "cuda"):
+            reader.activations(torch.bfloat16, 64, device)
+    except Exception:
+        return False
+    return True
+
+
+@contextmanager
+def limited():
+    """Ends what takes longer than `SECONDS`."""
+
+    def ring(*_):
+        raise TimeoutError(f"more than {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def short(error):
+    """Returns the first line of an error's message, of a table's width."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:90]}" if lines else type(error).__name__
+
+
+def table(found):
+    """Returns the file of results that the docs have their table from."""
+    yes = {True: "yes", False: "no", None: ""}
+    rows = [
+        [
+            model_type,
+            one["state"],
+            (one.get("prefix") or "none") if one["state"] == "trains" else "",
+            yes[one.get("packed")],
+            yes[one.get("cache")],
+            yes[one.get("plan")],
+            one.get("reason", "").replace("|", "/"),
+        ]
+        for model_type, one in found.items()
+    ]
+    states = [one["state"] for one in found.values()]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(sorted(states)))
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "title": f"Causal model types of transformers {transformers.__version__}",
+        "kind": "measured",
+        "how": f"Tiny random models of {N_LAYERS} layers, one step on {N_EDITS} edits: {counts}. "
+        "A type trains if the loss of the step is that of a plain PyTorch loop. The prefix is the "
+        "deepest cut that leaves its logits as they are; `cache`: texts may share one in decoding; "
+        "`plan`: its sizes can be told.",
+        "commands": ["python benchmarks/checks/model_types.py --write"],
+        "recorded": {"date": datetime.date.today().isoformat(), "commit": commit},
+        "columns": [
+            {"name": name}
+            for name in ("type", "edit", "prefix", "packed", "cache", "plan", "remark")
+        ],
+        "rows": rows,
+    }
+
+
+def main():
+    """Tries the types and writes what was found."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--types", help="some types, separated by commas")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULT.name} for the docs")
+    options = parser.parse_args()
+    types = options.types.split(",") if options.types else sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    logging.getLogger("locft_easyedit").setLevel(logging.ERROR)
+    found, start = {}, time.perf_counter()
+    with tqdm(types, unit="type") as bar:
+        for model_type in bar:
+            bar.set_postfix_str(model_type)
+            found[model_type] = tried(model_type)
+            if options.types or found[model_type]["state"] == "wrong":
+                bar.write(f"{model_type}: {json.dumps(found[model_type])}")
+            if options.write:  # at once: what was found stays if this is interrupted
+                RESULT.write_text(json.dumps(table(found), indent=1) + "\n", encoding="utf-8")
+    print(f"{len(found)} types in {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""The sweep of model types: what it finds of a few, and that each of these can be planned."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+from helpers.toys import REPOSITORY
+from transformers import AutoModelForCausalLM
+
+from locft_easyedit.plan.reader import ModelReader
+
+spec = importlib.util.spec_from_file_location(
+    "model_types", REPOSITORY / "benchmarks" / "checks" / "model_types.py"
+)
+model_types = importlib.util.module_from_spec(spec)
+sys.modules["model_types"] = model_types
+spec.loader.exec_module(model_types)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [
+        ("llama", {"state": "trains", "prefix": "matrix", "packed": True, "cache": True}),
+        ("nemotron_h", {"state": "trains", "prefix": "mlp", "packed": False}),
+        ("bert", {"state": "refused"}),
+        ("no such type", {"state": "not built"}),
+    ],
+)
+def test_what_is_found(model_type, expected):
+    found = model_types.tried(model_type)
+    assert found | expected == found
+    [row] = model_types.table({model_type: found})["rows"]
+    assert row[:2] == [model_type, expected["state"]]
+
+
+@pytest.mark.parametrize("model_type", ["rwkv", "deepseek_v4", "mamba", "llama"])
+def test_sizes_are_told_of_models_without_heads_or_with_experts_by_token(model_type):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_types.small_config(model_type))
+    place = model_types.place_of(model)
+    reader = ModelReader(model, model_type, [place.layer], place.templates)
+    shapes = reader.shapes()
+    assert shapes.attention > 0
+    assert shapes.parameters == sum(p.numel() for p in model.parameters())
+    for device in ("cpu", "cuda"):
+        saved = reader.activations(torch.bfloat16, 64, device)
+        assert all(one.total > 0 for one in saved)
