@@ -42,6 +42,7 @@ from locft_easyedit.training.session import EditSession
 RESULT = Path(__file__).resolve().parents[1] / "results" / "model_types.json"
 WORDS, N_EDITS, N_LAYERS = 400, 4, 4
 SECONDS = 90  # for a type
+MOST_PARAMETERS = 30_000_000
 TOLERANCE = 1e-4  # of the mean loss of the first step, relative
 
 # Whatever of it a configuration has becomes so small.
@@ -123,6 +124,10 @@ def built(model_type):
     for left_out in attempts:
         try:
             config = small_config(model_type, left_out)
+            with torch.device("meta"):
+                n = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+            if n > MOST_PARAMETERS:
+                raise ValueError(f"{n:,} parameters in its smallest form here")
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
             with torch.no_grad():

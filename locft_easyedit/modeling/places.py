@@ -69,7 +69,8 @@ def find_layers(model: nn.Module) -> LayerList | None:
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == n_layers
     ]
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    ask: Any = getattr(model, "get_input_embeddings", lambda: None)
+    embedding = ask()
     beside = next((path for path, m in model.named_modules() if m is embedding), "").split(".")
 
     def distance(stack: LayerList) -> tuple[int, int]:
