@@ -8,9 +8,8 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, List, Optional, Union, get_type_hints  # noqa: UP035
+from typing import TYPE_CHECKING, Any, List, Optional, Union, get_type_hints  # noqa: UP035
 
-import torch
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -19,7 +18,6 @@ from .hparams_rules import (
     ALG_NAME,
     ALG_NAMES,
     AUTO,
-    DTYPES,
     NEIGHBOURS,
     OR_AUTO,
     PLAIN,
@@ -28,6 +26,9 @@ from .hparams_rules import (
     broken_rules,
 )
 from .utils.parsing import bad_text, is_file, json_of, shown, text_of, texts_in, yaml_of
+
+if TYPE_CHECKING:
+    import torch
 
 _MOST_BYTES = 2**20
 REQUIRED_IN_FILE = ("alg_name", "model_name", "layers", "rewrite_module_tmp", "lr")
@@ -225,8 +226,9 @@ class LocFTBFHyperParams:
                 trained matrices have float32 masters there; a CPU takes float32.
         """
         if self.dtype or self.fp16:
-            return DTYPES[self.dtype or "float16"]
-        return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+            return torch_dtype(self.dtype or "float16")
+        on_gpu = str(device).partition(":")[0] == "cuda"
+        return torch_dtype("bfloat16" if on_gpu else "float32")
 
     @property
     def chooses(self) -> bool:
@@ -429,6 +431,22 @@ def _unknown_key(key: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"Did you mean `{close[0]}`?" if close else f"Known keys: {', '.join(known)}."
     return f"`{name}` is not a key of {ALG_NAME}. {hint}"
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Returns the precision of a name in `DTYPES`."""
+    import torch  # takes seconds, which `locft COMMAND --help` has no use for
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def shipped_yamls() -> dict[str, Path]:
+    """Returns the YAMLs that come with this library by name: of LocFT-BF+ with `LocFT-BF+/`."""
+    own = hparams_folder()
+    names = {path.stem: path for path in sorted(own.glob("*.yaml"))}
+    others = [path for path in sorted(own.parent.glob("*/*.yaml")) if path.parent != own]
+    return names | {f"{path.parent.name}/{path.stem}": path for path in others}
 
 
 def hparams_folder() -> Path:

@@ -26,8 +26,8 @@ from transformers.utils import is_flash_attn_2_available
 from ..data.forms import ChatTemplate
 from ..distributed.world import get_world, share_of_gpus
 from ..errors import HyperParamsError, LocFTError, MissingDependencyError, ModelError
-from ..hparams import DTYPES, LocFTBFHyperParams
-from ..hparams_rules import CHAT
+from ..hparams import LocFTBFHyperParams, torch_dtype
+from ..hparams_rules import CHAT, DTYPES
 from ..utils.memory import free_host_memory
 from ..utils.parsing import is_file, shown
 from .device_map import DeviceMap, devices_of, resident_map, room_on, streaming_map
@@ -190,7 +190,7 @@ def load_causal_lm(
         )
         model: Any = AutoModelForCausalLM.from_pretrained(
             name,
-            dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
+            dtype=torch_dtype(dtype) if isinstance(dtype, str) else dtype,
             trust_remote_code=trust_remote_code,
             attn_implementation=attention,
             **_placement(device_map, chosen),

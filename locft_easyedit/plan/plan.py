@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import HyperParamsError, one_message
-from ..hparams import DTYPES, LocFTBFHyperParams
+from ..hparams import LocFTBFHyperParams, torch_dtype
 from .cost import Phase, StepCost, phases, step_cost, step_flop
 from .fitting import Candidate, candidates
 from .memory_parts import PLACES, peak
@@ -138,7 +138,7 @@ def make_plan(hparams: LocFTBFHyperParams, work: Workload, machine: Machine) -> 
     device = "cpu" if machine.gpu is None else "cuda"
     dtype = str(hparams.dtype_on(device)).removeprefix("torch.")
     saved = {
-        one: reader.activations(DTYPES[one], work.row_tokens, device)
+        one: reader.activations(torch_dtype(one), work.row_tokens, device)
         for one in ([dtype, "bfloat16"] if dtype == "float32" else [dtype])
     }
     found = candidates(shapes, saved, work, machine, hparams)

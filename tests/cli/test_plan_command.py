@@ -142,7 +142,7 @@ def test_help(capsys):
     status, out, _ = run(capsys, "--help")
     assert status == 0
     assert "locft plan --config-name NAME n=N gpu=SIZE" in out
-    assert out.rstrip().endswith("smollm2-135m")
+    assert "smollm2-135m" in out
     assert main([]) == 0
     assert "locft plan" in capsys.readouterr().out
 
