@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import __version__
 from .cli.messages import debugging, say_interrupted, take_debug, tell
 from .distributed.launch import is_launched
 from .errors import LocFTError
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(USAGE)
         return 0
     if arguments[0] in ("-V", "--version"):
-        sys.stdout.write(f"locft_easyedit {__version__}\n")
+        sys.stdout.write(f"locft_easyedit {sys.modules[__package__].__version__}\n")
         return 0
     command, rest = arguments[0], arguments[1:]
     with debugging(debug):

@@ -76,7 +76,7 @@ def rules(values: Mapping[str, Any]) -> list[Rule]:
         ("lr", lambda v: math.isfinite(v) and v > 0, "must be above 0 and finite"),
         (
             "forms",
-            lambda v: v is None or (set(v) <= {*FORMS} and len({*v}) == len(v)),
+            lambda v: v is None or (all(one in FORMS for one in v) and len({*v}) == len(v)),
             f"must be a list of {', '.join(FORMS)}, each once, or null",
         ),
         (
