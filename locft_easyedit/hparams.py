@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 _MOST_BYTES = 2**20
+_MOST_ENTRIES = 1000  # of a list; models have fewer layers
 REQUIRED_IN_FILE = ("alg_name", "model_name", "layers", "rewrite_module_tmp", "lr")
 # Keys of EasyEdit's other fine-tuning YAMLs: a copied file is told that they do nothing here.
 OTHER_METHODS_KEYS = frozenset(
@@ -312,10 +313,7 @@ class LocFTBFHyperParams:
             raise HyperParamsError(
                 f"{source} holds {type(config).__name__}, not keys with values. Give a mapping."
             )
-        optional = {f.name for f in dataclasses.fields(cls) if str(f.type).startswith("Optional")}
-        present = {
-            k: v for k, v in config.items() if (v is not None or k in optional) and v != "???"
-        }
+        present = given_values(config)
         alg_name = present.get("alg_name")
         if alg_name is not None and alg_name not in ALG_NAMES:
             raise HyperParamsError(
@@ -359,6 +357,16 @@ def read_mapping(name_or_path: str | Path) -> tuple[Path, dict[str, Any]]:
     return path, config
 
 
+def given_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values without those that leave a key at its default.
+
+    Such are null, for a key that cannot be null, and OmegaConf's mark of a missing value.
+    """
+    fields = dataclasses.fields(LocFTBFHyperParams)
+    optional = {f.name for f in fields if str(f.type).startswith("Optional")}
+    return {k: v for k, v in values.items() if (v is not None or k in optional) and v != "???"}
+
+
 def typed_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Returns the values in their fields' types, and a line for each that is unknown or ill-typed.
 
@@ -370,6 +378,8 @@ def typed_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     for key, value in values.items():
         if key not in known:
             problems.append(_unknown_key(shown(key) if not isinstance(key, str) else key, known))
+        elif isinstance(value, (list, tuple)) and len(value) > _MOST_ENTRIES:
+            problems.append(f"`{key}` has {len(value)} entries; at most {_MOST_ENTRIES} are read.")
         elif (unusable := _unusable(value)) is not None:
             problems.append(f"`{key}={shown(value)}` {unusable}.")
         elif key == "model_name":

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..distributed.world import get_world
 from ..errors import HyperParamsError, LocFTError, OutputError, one_message
-from ..hparams import LocFTBFHyperParams, read_mapping, shipped_yamls, typed_values
+from ..hparams import LocFTBFHyperParams, given_values, read_mapping, shipped_yamls, typed_values
 from ..hparams_rules import ALG_NAME
 from .messages import say_interrupted, tell
 from .overrides import hydra_overrides
@@ -193,7 +193,9 @@ def _with_stored_configs(arguments: list[str], command: str, config_class: type)
     name = f"locft_{command}"  # to Hydra the part of a name before a slash is a group
     arguments.insert(0, f"--config-name={name}")  # Hydra wants options before overrides
     _, values = read_mapping(file)
-    values, problems = typed_values(values)  # the command line may still give what is missing
+    values, problems = typed_values(
+        given_values(values)
+    )  # the command line may still give what is missing
     if problems:
         raise HyperParamsError(one_message(f"{file}:", problems))
     node: Any = OmegaConf.merge(OmegaConf.structured(config_class), values)

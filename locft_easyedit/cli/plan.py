@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from ..errors import HyperParamsError, PlanError, one_message
-from ..hparams import LocFTBFHyperParams, read_mapping, typed_values
+from ..hparams import LocFTBFHyperParams, given_values, read_mapping, typed_values
 from ..hparams_rules import ALG_NAME, ALG_NAMES
 from ..plan.plan import Plan, make_plan
 from ..plan.plan_tables import closing_lines, tables
@@ -114,7 +114,7 @@ def _values(file: Path) -> dict[str, Any]:
             f"`alg_name={alg_name!r}` in {file} is another method. Use a file with "
             f"`alg_name: {ALG_NAME}`."
         )
-    values, problems = typed_values(values)
+    values, problems = typed_values(given_values(values))
     if problems:
         raise HyperParamsError(one_message(f"{file}:", problems))
     return {key: value for key, value in values.items() if value is not None}

@@ -57,7 +57,9 @@ def read_requests(path: str | Path, n: int | None = None) -> list[Request]:
         try:
             request = _to_request(record)
         except KeyError as missing:
-            problems.append(f"record {i} ({_fields(record)}) lacks {missing}. Add the field.")
+            nan = missing.args[0] in record
+            lacks = f"has no text as {missing}: NaN" if nan else f"lacks {missing}. Add the field"
+            problems.append(f"record {i} ({_fields(record)}) {lacks}.")
             continue
         except (TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
             problems.append(
@@ -110,7 +112,8 @@ def _read_records(path: Path) -> list[Any]:
         ]
     records = _parse(text, path, 1)
     if not isinstance(records, list):
-        raise DataError(f"{path} holds {type(records).__name__}; it must be a list of records.")
+        kind = "null" if records is None else f"a JSON {type(records).__name__}"
+        raise DataError(f"{path} holds {kind}; it must be a list of records. Give such a file.")
     return records
 
 
@@ -247,6 +250,8 @@ def _with_parts(request: Request, record: Record) -> Request:
     """Adds `locality` and `portability`, in KnowEdit's form or already in EasyEdit's."""
     for part in ("locality", "portability"):
         for name, entries in (record.get(part) or {}).items():
+            if entries is None:
+                continue
             if isinstance(entries, Mapping):
                 prompts, answers = entries["prompt"], entries["ground_truth"]
                 if "aliases" in entries:
@@ -275,6 +280,10 @@ def _add(request: Request, part: str, name: str, prompts: Any, answers: Any) -> 
     one = isinstance(prompts, str)
     prompt_list = [prompts] if one else list(prompts)
     answer_list = [answers] if one or isinstance(answers, str) else list(answers)
+    if len(prompt_list) != len(answer_list):
+        raise ValueError(
+            f"`{name}` of its {part} has {len(prompt_list)} prompts, but {len(answer_list)} answers"
+        )
     pairs = [
         (prompt, answer)
         for prompt, answer in zip(prompt_list, answer_list, strict=True)
@@ -315,7 +324,7 @@ def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, (list, tuple)):
         for part in value:
             yield from _texts(part)
-    elif value is not None:
+    elif value is not None and value == value:  # NaN is no answer
         yield str(value)
 
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import DeltaError, HyperParamsError, one_message
 from ..utils.files import new_folder, output_errors
 from .edited_matrices import EditedMatrices, Factors
-from .folder import compare_folder, skeleton_of, values_beside, with_originals
+from .folder import check_output, compare_folder, skeleton_of, values_beside, with_originals
 from .low_rank import low_rank_factors
 
 # peft's own mark of an adapter without low-rank layers (`peft.utils.constants`).
@@ -33,6 +33,7 @@ def write_exact_adapter(
     it is a LoRA configuration without any low-rank layer, whose `modules_to_save` are the edited
     modules. Args and errors are those of `Delta.apply_to_folder`.
     """
+    check_output(model, output)
     _check_base(delta, model, trust_remote_code)
     modules = {_module_of(name): None for name in delta.new}
     if "" in modules:
@@ -84,6 +85,7 @@ def write_lora_adapter(
             "`rank` is missing: the edit was not trained as LoRA. Choose one, such as rank=64, and "
             "measure the adapter with `locft evaluate`."
         )
+    check_output(model, output)
     _check_base(delta, model, trust_remote_code)
     transposed = _transposed(delta, model, trust_remote_code)
     with output_errors(output), new_folder(output) as folder:

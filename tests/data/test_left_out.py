@@ -88,3 +88,35 @@ def test_only_own_texts_are_formatted():
     for file in package.rglob("*.py"):
         receivers = re.findall(r"([\w.\])\"']+)\.format\(", file.read_text(encoding="utf-8"))
         assert set(receivers) <= own, file
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("null", "holds null; it must be a list"),
+        ('[{"prompt": "a", "target_new": NaN}]', "has no text as 'target_new': NaN"),
+        (
+            '[{"prompt": "a", "target_new": "b", "locality": {"x": {"prompt": ["c", "d"], '
+            '"ground_truth": ["e"]}}}]',
+            "`x` of its locality has 2 prompts, but 1 answers",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, text, message):
+    path = tmp_path / "edits.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_requests(path)
+
+
+def test_null_and_nan_are_no_answers(tmp_path):
+    path = tmp_path / "edits.json"
+    path.write_text('[{"prompt": "a", "target_new": ["b", NaN], "locality": {"x": null}}]')
+    [request] = read_requests(path)
+    assert request == {
+        "prompt": "a",
+        "target_new": "b",
+        "ground_truth": None,
+        "locality": {},
+        "portability": {},
+    }
