@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -17,17 +17,25 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..distributed.world import get_world
 from ..errors import HyperParamsError, LocFTError, OutputError, one_message
+from ..evaluation.report import flat, metric_label
 from ..hparams import LocFTBFHyperParams, given_values, read_mapping, shipped_yamls, typed_values
 from ..hparams_rules import ALG_NAME
+from ..utils.output import show
+from ..utils.tables import Row, number_text, terminal_table
 from .messages import say_interrupted, tell
 from .overrides import hydra_overrides
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 _RAISES = "HYDRA_FULL_ERROR"
 
-Job = Callable[[LocFTBFHyperParams, dict[str, Any], Path], None]
+# Returns the means that a table of several runs shows, if there are any.
+Job = Callable[[LocFTBFHyperParams, dict[str, Any], Path], Mapping[str, Any] | None]
 
 
 def run_application(
@@ -52,6 +60,7 @@ def run_application(
     """
     arguments = list(arguments)
     begun = False  # a job, and not ended well
+    runs: list[tuple[list[str], Mapping[str, Any]]] = []
     shared = {f.name for f in fields(LocFTBFHyperParams)}
     command_keys = [f.name for f in fields(config_class) if f.name not in shared]
 
@@ -65,7 +74,9 @@ def run_application(
             hparams = LocFTBFHyperParams.from_mapping(values, source="The hyper-parameters")
             if given["data"] in (None, "???"):
                 raise HyperParamsError("`data` is missing. Add data=FILE, a JSON file with edits.")
-            job(hparams, given, Path(HydraConfig.get().runtime.output_dir))
+            with logging_redirect_tqdm():  # a line of the log does not land on a bar
+                figures = job(hparams, given, Path(HydraConfig.get().runtime.output_dir))
+            runs.append((list(HydraConfig.get().overrides.task), figures or {}))
             begun = False
         except LocFTError as error:
             # One message for a user's mistake; Hydra would print a stack of its own calls.
@@ -98,7 +109,22 @@ def run_application(
             f"`output` cannot be written: {reason.filename or 'the log'}: {reason.strerror}. "
             "Choose a folder that you may write to, with some space."
         ) from error
+    if len(runs) > 1 and get_world().is_main_process:
+        show(_table_of(runs))
     return 0
+
+
+def _table_of(runs: Sequence[tuple[list[str], Mapping[str, Any]]]) -> Table:
+    """Returns the figures of all runs of a sweep, each under what it has of its own."""
+    shared = set.intersection(*(set(overrides) for overrides, _ in runs))
+    means = [flat(figures) for _, figures in runs]
+    own = [" ".join(o for o in overrides if o not in shared) for overrides, _ in runs]
+    columns = [f"{i}: {name}" for i, name in enumerate(own)]
+    rows = [
+        Row([metric_label(key), *(number_text(found.get(key)) for found in means)])
+        for key in dict.fromkeys(key for found in means for key in found)
+    ]
+    return terminal_table(["metric", *columns], rows, title="All runs: means after the edit")
 
 
 @contextmanager

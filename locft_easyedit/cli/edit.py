@@ -61,8 +61,10 @@ def main(arguments: Sequence[str]) -> int:
     return run_application(arguments, command="edit", config_class=EditConfig, job=run_edit)
 
 
-def run_edit(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path) -> None:
-    """Edits, prints the tables and writes the files.
+def run_edit(
+    hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path
+) -> Mapping[str, Any]:
+    """Edits, prints the tables and writes the files; returns the means after the edit.
 
     Raises:
         LocFTError: Something in the hyper-parameters, the data or the model cannot be used.
@@ -85,9 +87,7 @@ def run_edit(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path)
         output, settings, started_with, resume=command["resume"], once=world.broadcast_from_main
     ) as folder:
         if folder.finished:
-            if world.is_main_process:
-                _show_again(folder.path)
-            return
+            return _show_again(folder.path) if world.is_main_process else {}
         model, tokenizer = load_model(hparams)
         check_save(command["save"], model, hparams)
         kept = dataclasses.replace(
@@ -95,20 +95,22 @@ def run_edit(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path)
         )
         run = edit_and_measure(model, tokenizer, requests, kept, metrics=command["metrics"])
         if not world.is_main_process:
-            return
+            return {}
         written = write_run(
             output, run, hparams, save=command["save"], model=model, tokenizer=tokenizer
         )
         folder.finish()
     health = [] if run.result.health is None else [health_table(run.result.health)]
-    show(metrics_table(summarize(run.metrics)), *health, seconds_table(run.seconds))
+    summary = summarize(run.metrics)
+    show(metrics_table(summary), *health, seconds_table(run.seconds))
     for what, path in written.items():
         sys.stdout.write(f"{what}: {path}\n")
     sys.stdout.write(_how_to_ask(str(hparams.model_name), written))
+    return summary["post"]
 
 
-def _show_again(folder: Path) -> None:
-    """Prints the tables of a run that is finished.
+def _show_again(folder: Path) -> Mapping[str, Any]:
+    """Prints the tables of a run that is finished; returns its means after the edit.
 
     Raises:
         OutputError: Its results cannot be read.
@@ -128,6 +130,8 @@ def _show_again(folder: Path) -> None:
     show(*tables)
     sys.stdout.write(f"This run was finished; its results are in {folder}. ")
     sys.stdout.write("resume=false makes it again.\n")
+    means: Mapping[str, Any] = found["summary"]["post"]
+    return means
 
 
 def _how_to_ask(model: str, written: Mapping[str, Path]) -> str:

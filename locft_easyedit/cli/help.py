@@ -68,6 +68,8 @@ Usage: locft plan --config-name NAME n=N gpu=SIZE [KEY=VALUE ...]
   targets=T            how many of them are targets (4.3)
   epochs=N             passes over all edits (num_steps of the YAML)
   evaluate=false       no metrics before and after
+  verbose=true         also every setting that was looked at, memory by part, the work, a step, and
+                       what is assumed
   output=FILE          also write everything as JSON
   KEY=VALUE            any hyper-parameter: layers=[22] dtype=bfloat16 model_name=FOLDER
 

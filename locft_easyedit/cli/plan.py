@@ -13,7 +13,7 @@ from ..errors import HyperParamsError, PlanError, one_message
 from ..hparams import LocFTBFHyperParams, given_values, read_mapping, typed_values
 from ..hparams_rules import ALG_NAME, ALG_NAMES
 from ..plan.plan import Plan, make_plan
-from ..plan.plan_tables import closing_lines, tables
+from ..plan.plan_tables import closing_lines, model_table, summary_table, tables
 from ..plan.units import GIB, parse_size
 from ..plan.workload import ASSUMED_DISK, ASSUMED_HOST, Machine, Workload
 from ..utils.output import prepare_folder, show, write_json
@@ -43,6 +43,7 @@ class PlanConfig(LocFTBFHyperParams):
     targets: float = Workload.targets
     epochs: Optional[int] = None  # noqa: UP045
     evaluate: bool = True
+    verbose: bool = False
     output: Optional[str] = None  # noqa: UP045
 
 
@@ -51,8 +52,9 @@ def main(arguments: Sequence[str]) -> int:
     rest, _, file = take_config_file(list(arguments))
     config = read_arguments(PlanConfig, rest, command="plan", defaults=_values(file))
     plan = plan_of(config)
-    show(*tables(plan))
-    sys.stdout.write(closing_lines(plan))
+    detailed = config.verbose or plan.chosen is None
+    show(*(tables(plan) if detailed else [model_table(plan), summary_table(plan)]))
+    sys.stdout.write(closing_lines(plan, detailed=detailed))
     if config.output is not None:
         written = Path(config.output)
         prepare_folder(written.parent)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from tqdm import tqdm
+
+from ..utils.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def in_batches(
         unit: What it counts.
         progress: Show it.
     """
-    with tqdm(total=len(lengths), desc=description, unit=unit, disable=not progress) as bar:
+    with progress_bar(total=len(lengths), desc=description, unit=unit, show=progress) as bar:
         pending = length_sorted_batches(lengths, batch_size)[::-1]
         size = batch_size
         while pending:

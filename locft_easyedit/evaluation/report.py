@@ -46,13 +46,14 @@ def metrics_table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
     columns = {"before": pre, "after": post} if pre else {"value": post}
     # Locality compares with the model before the edit: it has no value of its own there.
     rows = [
-        Row([_label(key), *(number_text(means.get(key)) for means in columns.values())])
+        Row([metric_label(key), *(number_text(means.get(key)) for means in columns.values())])
         for key in dict.fromkeys([*pre, *post])
     ]
     return terminal_table(["metric", *columns], rows, title="Metrics: means over all edits")
 
 
-def _label(key: str) -> str:
+def metric_label(key: str) -> str:
+    """Returns what a table calls a mean of a dotted name (see `flat`)."""
     wrapper = key.removeprefix("wrapped.reliability_in.")
     if wrapper != key:
         return f"  reliability in `{wrapper}`"

@@ -27,7 +27,7 @@ def test_edit_writes_what_there_is_to_see(toy_folder):
     assert done.returncode == 0, done.stderr
     assert "reliability (generated)" in done.stdout
     assert "perplexity of a fixed text" in done.stdout
-    assert "breadth-first" in done.stderr  # the progress bar
+    assert "breadth-first" not in done.stderr  # a progress bar is for a terminal
     out = toy_folder / "out"
     metrics = json.loads((out / "metrics.json").read_text())
     assert len(metrics["records"]) == metrics["training"]["trained_edits"] == 5
@@ -76,6 +76,12 @@ def test_a_multirun_makes_a_folder_a_cell(toy_folder):
         json.loads((toy_folder / "out" / cell / "hparams.json").read_text())["lr"] for cell in "01"
     ]
     assert rates == [0.01, 0.02]
+    # The last table has both.
+    last = done.stdout[done.stdout.index("All runs: means after the edit") :]
+    assert "0: lr=0.01" in last
+    assert "1: lr=0.02" in last
+    assert "reliability (generated)" in last
+    assert "output=" not in last
 
 
 def test_help_and_shipped_names(capsys):
