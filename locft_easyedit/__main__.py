@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"locft_easyedit {sys.modules[__package__].__version__}\n")
         return 0
     command, rest = arguments[0], arguments[1:]
+    if not sys.stderr.isatty():  # bars of transformers, as those of this package
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with debugging(debug):
         if not is_launched():
             return _told(command, rest)

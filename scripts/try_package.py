@@ -64,10 +64,19 @@ def _try_in(folder: Path) -> None:
         archive.extractall(folder / "source", filter="data")
     [source] = (folder / "source").glob("*/locft_easyedit")
     for other in VERSIONS:
-        interpreter = shutil.which(f"python{other}")
-        if other != version and interpreter is not None:
+        interpreter = None if other == version else _interpreter(other)
+        if interpreter is not None:
             _run([interpreter, "-m", "compileall", "-q", "-f", source])
             sys.stdout.write(f"{other}: compiled\n")
+
+
+def _interpreter(version: str) -> str | None:
+    """Returns a Python of a version that is at hand, pyenv's included, and runs."""
+    pyenv = Path.home().glob(f".pyenv/versions/{version}.*/bin/python")
+    for found in (shutil.which(f"python{version}"), *map(str, sorted(pyenv))):
+        if found and subprocess.run([found, "-V"], capture_output=True).returncode == 0:
+            return found
+    return None
 
 
 def _environment(folder: Path) -> Path:

@@ -102,7 +102,10 @@ def _show_answers(models: Sequence[_Asked], prompt: str, n_tokens: int) -> None:
         with one.edited():
             found[one.heading] = answers_to(one.model, one.tokenizer, prompt, n_tokens)
     forms = dict.fromkeys(form for answers in found.values() for form in answers)
-    rows = [Row([form, *(one_line(a.get(form, "-")) for a in found.values())]) for form in forms]
+    rows = [
+        Row([form, *(one_line(a.get(form, "-")) or "(nothing)" for a in found.values())])
+        for form in forms
+    ]
     show(
         terminal_table(
             ["asked", *found],

@@ -42,7 +42,8 @@ def hydra_overrides(
     fields = dataclasses.fields(config_class)
     names = [field.name for field in fields]
     open_keys = {field.name for field in fields if field.default_factory is dict}
-    written, problems = [], []
+    written: list[str] = []
+    problems: list[str] = []
     for argument in arguments:
         key, text = _pair(argument)
         after_option = written[-1:] and written[-1] in _WITH_VALUE
