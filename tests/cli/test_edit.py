@@ -96,6 +96,10 @@ def test_help_and_shipped_names(capsys):
     [
         (["--config-name=toy.yaml", "data=none.json"], "`data=none.json` is not a file"),
         (["--config-name=toy.yaml"], "`data` is missing"),
+        # Names and files that are good: what comes after them is told.
+        (["--config-name=LocFT-BF+/smollm2-135m", "data=none.json"], "`data=none.json` is not a"),
+        (["--config-name=LocFT-BF/smollm2-135m", "data=none.json"], "`data=none.json` is not a"),
+        (["--config-name=null.yaml", "data=none.json"], "`data=none.json` is not a file"),
         (["--config-name=toy.yaml", "data=edits.json", "n=9"], "`n=9`, but edits.json holds 6"),
         (["--config-name=toy.yaml", "data=edits.json", "lr=-1"], "`lr=-1.0` must be above 0"),
         (["--config-name=toy.yaml", "data=edits.json", "save=all"], "`save='all'` must be one of"),
@@ -114,6 +118,7 @@ def test_help_and_shipped_names(capsys):
 )
 def test_a_mistake_is_one_message_and_exit_code_2(toy_folder, arguments, message):
     (toy_folder / "broken.yaml").write_text(TOY_YAML + "learning_rate: 1\n")
+    (toy_folder / "null.yaml").write_text(TOY_YAML.replace("num_steps: 3", "num_steps: null"))
     (toy_folder / "bad.json").write_text("[\n{]")
     done = run(*arguments)
     assert done.returncode == 2
