@@ -197,7 +197,7 @@ class _Watched(StoppingCriteria):
     def __init__(self, on_step: Callable[[], None]) -> None:
         self._on_step = on_step
 
-    def __call__(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         self._on_step()
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
