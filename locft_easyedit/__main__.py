@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from .cli.messages import debugging, say_interrupted, take_debug, tell
-from .distributed.world import is_launched
+from .distributed.launch import is_launched
 from .errors import LocFTError
 
 USAGE = """LocFT-BF for EasyEdit: edit facts by localized, breadth-first fine-tuning.
 
 Usage:
   locft edit --config-name NAME data=FILE ...   edit a model, measure before and after
+  locft ask MODEL [delta=FILE] [prompt=TEXT]    try an edit: the same question before and after
   locft plan --config-name NAME n=N gpu=80GiB   what an edit will take, before a model is loaded
   locft locate --config-name NAME data=FILE     find the place to edit: layers, modules, rates
   locft compare --config-name NAME data=FILE    several editing methods side by side
@@ -24,13 +28,16 @@ Usage:
   locft demo [OPTION ...]                       edit 100 facts into SmolLM2-135M on this machine
 
 Several GPUs: `accelerate launch --multi_gpu -m locft_easyedit COMMAND ...`, or torchrun.
-`locft COMMAND --help` says more. A mistake is told in one message; with --debug, anywhere among the
-arguments (before SCRIPT for `locft run`), the traceback comes first.
+`locft COMMAND --help` says more, `locft --version` which release this is. A mistake is told in one
+message; with --debug, anywhere among the arguments (before SCRIPT for `locft run`), the traceback
+comes first.
 """
 
+_SCRIPTS = "run"
 # Imported when asked for: each needs seconds.
 _APPLICATIONS = {
     "edit": ".cli.edit",
+    "ask": ".cli.ask",
     "plan": ".cli.plan",
     "locate": ".cli.locate",
     "compare": ".cli.compare",
@@ -47,7 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0
+    if arguments[0] in ("-V", "--version"):
+        sys.stdout.write(f"locft_easyedit {sys.modules[__package__].__version__}\n")
+        return 0
     command, rest = arguments[0], arguments[1:]
+    if not sys.stderr.isatty():  # bars of transformers, as those of this package
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with debugging(debug):
         if not is_launched():
             return _told(command, rest)
@@ -75,20 +87,26 @@ def _told(command: str, rest: Sequence[str]) -> int:
 
 
 def _run(command: str, rest: Sequence[str]) -> int:
+    if command not in (*_APPLICATIONS, _SCRIPTS):
+        close = difflib.get_close_matches(command, (*_APPLICATIONS, _SCRIPTS), n=1)
+        hint = f"Did you mean `{close[0]}`? " if close else ""
+        names = ", ".join([*_APPLICATIONS, _SCRIPTS])
+        raise LocFTError(f"`{command}` is no command. {hint}Use one of {names} (locft --help).")
+    help_: Any = importlib.import_module(".cli.help", __package__)
+    if help_.wants_help(command, rest):
+        sys.stdout.write(help_.help_of(command))
+        return 0
     if command in _APPLICATIONS:
         main_of: Callable[[Sequence[str]], int] = importlib.import_module(
             _APPLICATIONS[command], __package__
         ).main
         return main_of(rest)
-    if command == "run":
-        if not rest:
-            raise LocFTError("`locft run` needs the path of a script. See locft --help.")
-        from .easyedit.script import run_script
+    if not rest:
+        raise LocFTError("`locft run` needs the path of a script. See locft run --help.")
+    from .easyedit.script import run_script
 
-        run_script(rest[0], list(rest[1:]))
-        return 0
-    names = ", ".join([*_APPLICATIONS, "run"])
-    raise LocFTError(f"`{command}` is no command. Use one of {names} (locft --help).")
+    run_script(rest[0], list(rest[1:]))
+    return 0
 
 
 if __name__ == "__main__":

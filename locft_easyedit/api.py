@@ -18,12 +18,11 @@ from .delta.weights_folder import read_checkpoint
 from .distributed.world import SINGLE_PROCESS, get_world
 from .errors import ModelError, OutputError
 from .evaluation.evaluation import (
-    DEFAULT_METRICS,
     PairedMetrics,
     SharedMeasurement,
-    check_metrics,
     shared_evaluation,
 )
+from .evaluation.metric_names import DEFAULT_METRICS, check_metrics
 from .evaluation.predictions import EvalConfig
 from .evaluation.records import CompactRecords
 from .evaluation.report import write_loss_curve

@@ -8,9 +8,8 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, List, Optional, Union, get_type_hints  # noqa: UP035
+from typing import TYPE_CHECKING, Any, List, Optional, Union, get_type_hints  # noqa: UP035
 
-import torch
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -21,7 +20,6 @@ from .hparams_rules import (
     AUTO,
     CHAT,
     CONTEXT,
-    DTYPES,
     NEIGHBOURS,
     OR_AUTO,
     PLAIN,
@@ -32,7 +30,11 @@ from .hparams_rules import (
 )
 from .utils.parsing import bad_text, is_file, json_of, shown, text_of, texts_in, yaml_of
 
+if TYPE_CHECKING:
+    import torch
+
 _MOST_BYTES = 2**20
+_MOST_ENTRIES = 1000  # of a list; models have fewer layers
 REQUIRED_IN_FILE = ("alg_name", "model_name", "layers", "rewrite_module_tmp", "lr")
 # Keys of EasyEdit's other fine-tuning YAMLs: a copied file is told that they do nothing here.
 OTHER_METHODS_KEYS = frozenset(
@@ -225,8 +227,9 @@ class LocFTBFHyperParams:
                 trained matrices have float32 masters there; a CPU takes float32.
         """
         if self.dtype or self.fp16:
-            return DTYPES[self.dtype or "float16"]
-        return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+            return torch_dtype(self.dtype or "float16")
+        on_gpu = str(device).partition(":")[0] == "cuda"
+        return torch_dtype("bfloat16" if on_gpu else "float32")
 
     @property
     def chooses(self) -> bool:
@@ -305,10 +308,7 @@ class LocFTBFHyperParams:
             raise HyperParamsError(
                 f"{source} holds {type(config).__name__}, not keys with values. Give a mapping."
             )
-        optional = {f.name for f in dataclasses.fields(cls) if str(f.type).startswith("Optional")}
-        present = {
-            k: v for k, v in config.items() if (v is not None or k in optional) and v != "???"
-        }
+        present = given_values(config)
         alg_name = present.get("alg_name")
         if alg_name is not None and alg_name not in ALG_NAMES:
             raise HyperParamsError(
@@ -352,6 +352,16 @@ def read_mapping(name_or_path: str | Path) -> tuple[Path, dict[str, Any]]:
     return path, config
 
 
+def given_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values without those that leave a key at its default.
+
+    Such are null, for a key that cannot be null, and OmegaConf's mark of a missing value.
+    """
+    fields = dataclasses.fields(LocFTBFHyperParams)
+    optional = {f.name for f in fields if str(f.type).startswith("Optional")}
+    return {k: v for k, v in values.items() if (v is not None or k in optional) and v != "???"}
+
+
 def typed_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Returns the values in their fields' types, and a line for each that is unknown or ill-typed.
 
@@ -363,6 +373,8 @@ def typed_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     for key, value in values.items():
         if key not in known:
             problems.append(_unknown_key(shown(key) if not isinstance(key, str) else key, known))
+        elif isinstance(value, (list, tuple)) and len(value) > _MOST_ENTRIES:
+            problems.append(f"`{key}` has {len(value)} entries; at most {_MOST_ENTRIES} are read.")
         elif (unusable := _unusable(value)) is not None:
             problems.append(f"`{key}={shown(value)}` {unusable}.")
         elif key == "model_name":
@@ -424,6 +436,22 @@ def _unknown_key(key: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"Did you mean `{close[0]}`?" if close else f"Known keys: {', '.join(known)}."
     return f"`{name}` is not a key of {ALG_NAME}. {hint}"
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Returns the precision of a name in `DTYPES`."""
+    import torch  # takes seconds, which `locft COMMAND --help` has no use for
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def shipped_yamls() -> dict[str, Path]:
+    """Returns the YAMLs that come with this library by name: of LocFT-BF+ with `LocFT-BF+/`."""
+    own = hparams_folder()
+    names = {path.stem: path for path in sorted(own.glob("*.yaml"))}
+    others = [path for path in sorted(own.parent.glob("*/*.yaml")) if path.parent != own]
+    return names | {f"{path.parent.name}/{path.stem}": path for path in others}
 
 
 def hparams_folder() -> Path:

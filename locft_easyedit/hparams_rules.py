@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, List  # noqa: UP035
-
-import torch
 
 from .utils.parsing import shown
 
@@ -19,7 +18,7 @@ SAMPLED, NEIGHBOURS = "sampled", "neighbours"  # what `preserve` takes besides f
 # The forms that `forms` takes: how an edit's prompt is put to the model.
 PLAIN, CHAT, QUESTION_ANSWER, CONTEXT = FORMS = ("plain", "chat", "question_answer", "context")
 AUTO = "auto"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")  # names of torch's
 ON_CONFLICT = ("train", "error", "last")
 CUTS = ("matrix", "mlp", "layer")
 QUANTIZED = ("8bit", "4bit")
@@ -76,7 +75,7 @@ def rules(values: Mapping[str, Any]) -> list[Rule]:
         ("lr", lambda v: math.isfinite(v) and v > 0, "must be above 0 and finite"),
         (
             "forms",
-            lambda v: v is None or (set(v) <= {*FORMS} and len({*v}) == len(v)),
+            lambda v: v is None or (all(one in FORMS for one in v) and len({*v}) == len(v)),
             f"must be a list of {', '.join(FORMS)}, each once, or null",
         ),
         (
@@ -208,7 +207,10 @@ def _is_model(value: Any) -> bool:
         return bool(value.strip())
     # A pair of anything else, of two names say, is of no use.
     pair = isinstance(value, (tuple, list)) and len(value) == 2
-    return value is None or (pair and isinstance(value[0], torch.nn.Module))
+    if value is None or not pair:
+        return value is None
+    torch = sys.modules.get("torch")  # a model that is loaded has loaded it
+    return torch is not None and isinstance(value[0], torch.nn.Module)
 
 
 def _template_problems(template: Any) -> list[str]:

@@ -16,7 +16,7 @@ from helpers.toys import REPOSITORY
 import locft_easyedit
 from locft_easyedit.__main__ import main
 from locft_easyedit.delta.delta import Delta
-from locft_easyedit.hparams import LocFTBFHyperParams, typed_values
+from locft_easyedit.hparams import LocFTBFHyperParams, shipped_yamls, typed_values
 from locft_easyedit.hparams_rules import broken_rules
 
 README = REPOSITORY / "README.md"
@@ -260,7 +260,7 @@ def help_of(command):
 
 @functools.cache
 def named_configs():
-    return {path.stem for path in (REPOSITORY / "hparams" / "LocFT-BF").glob("*.yaml")}
+    return set(shipped_yamls())
 
 
 def check_command(line):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import pytest
 import yaml
@@ -193,6 +194,13 @@ def saved(tmp_path_factory):
     toy_model().save_pretrained(folder, max_shard_size="50KB")
     toy_tokenizer().save_pretrained(folder)
     return folder
+
+
+def test_a_list_without_end_is_refused_at_once():
+    begun = time.perf_counter()
+    with pytest.raises(HyperParamsError, match="`layers` has 100000 entries; at most 1000"):
+        toy_hparams(layers=list(range(100_000)))
+    assert time.perf_counter() - begun < 5
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import HyperParamsError, one_message
+from ..hparams import typed_values
+from ..hparams_rules import AUTO, OR_AUTO
+from ..utils.parsing import yaml_of
 
 T = TypeVar("T")
 
@@ -49,12 +52,10 @@ def read_arguments(
     Raises:
         HyperParamsError: Lists every argument that is unknown, missing, repeated or ill-typed.
     """
-    hints = get_type_hints(config_class)
     own = [f for f in dataclasses.fields(config_class) if f.init]  # type: ignore[arg-type]
-    fields: dict[str, Any] = {f.name: hints[f.name] for f in own}
     missing = dataclasses.MISSING
     required = {f.name for f in own if f.default is missing and f.default_factory is missing}
-    named = [name for name in fields if name not in positional]
+    named = [f.name for f in own if f.name not in positional]
     typed: dict[str, Any] = {}
     problems = []
     places = list(positional)
@@ -62,22 +63,22 @@ def read_arguments(
     for argument in arguments:
         pair = PAIR.fullmatch(argument)
         if argument.startswith("-") and argument != "-":
-            problems.append(_option(argument, named))
+            problems.append(not_an_option(argument, named))
             continue
         if pair is None and not places:
             problems.append(f"`{argument}` is one too many. Quote values with spaces.")
             continue
         key, text = pair.groups() if pair else (places.pop(0), argument)
         if pair and key not in named:
-            problems.append(_unknown(key, named, positional))
+            problems.append(unknown_key(key, named, positional))
         elif key in given:
             problems.append(f"`{key}` is given twice. Keep one of them.")
         else:
             given.add(key)
             try:
-                typed[key] = _value(config_class, key, text, fields[key])
-            except (OmegaConfBaseException, yaml.YAMLError, *_BAD_VALUES):
-                problems.append(f"`{key}={text[:200]}` must be {_type_name(fields[key])}.")
+                typed[key] = value_of(config_class, key, text)
+            except HyperParamsError as error:
+                problems.append(str(error))
     problems += [f"{name.upper()} is missing; it comes before the keys." for name in places]
     problems += [
         f"`{name}` is missing. Add {name}=VALUE."
@@ -90,19 +91,56 @@ def read_arguments(
     return config_class(**{**(defaults or {}), **typed})
 
 
-def _value(config_class: type, key: str, text: str, annotation: Any) -> Any:
+def value_of(config_class: type, key: str, text: str) -> Any:
+    """Returns `text` as the type of a field of `config_class`.
+
+    A list may be given without its brackets.
+
+    Raises:
+        HyperParamsError: It is not of that type.
+    """
+    try:
+        return _value(config_class, key, text)
+    except (OmegaConfBaseException, yaml.YAMLError, *_BAD_VALUES) as error:
+        raise HyperParamsError(
+            f"`{key}={text[:200]}` must be {_type_name(config_class, key)}."
+        ) from error
+
+
+def is_list(config_class: type, key: str) -> bool:
+    """Returns whether a field of `config_class` holds a list."""
+    return any(get_origin(kind) is list for kind in _alternatives(_annotation(config_class, key)))
+
+
+def _annotation(config_class: type, key: str) -> Any:
+    """Returns the type of a field; OmegaConf knows none for what may be `auto` as well."""
+    annotation = get_type_hints(config_class)[key]
+    return OR_AUTO.get(key, annotation) if annotation is Any else annotation
+
+
+def _value(config_class: type, key: str, text: str) -> Any:
     """Returns `text` as the type of its field.
 
     Raises:
         OmegaConfBaseException, YAMLError, ValueError: It is not of that type.
     """
-    kinds = _alternatives(annotation)
-    if text in _NULL and type(None) in kinds:
+    hint, kinds = get_type_hints(config_class)[key], _alternatives(_annotation(config_class, key))
+    if text in _NULL and kinds & {type(None), Any}:
         return None
-    if str in kinds and len(kinds - {type(None)}) == 1:
+    if Any in kinds and text.startswith("[") and text.endswith("]"):
+        return _list_in(text)
+    if Any in kinds or (str in kinds and len(kinds - {type(None)}) == 1):
         if not text.strip():
             raise ValueError(key)
         return text
+    or_auto = hint is Any
+    if is_list(config_class, key) and not text.lstrip().startswith("["):
+        text = text if or_auto and text == AUTO else f"[{text}]"
+    if or_auto:
+        typed, problems = typed_values({key: yaml_of(text)})
+        if problems:
+            raise ValueError(key)
+        return typed[key]
     if any(get_origin(kind) is list and get_args(kind) == (str,) for kind in kinds):
         values = yaml.load(text, Loader=yaml.BaseLoader)  # names stay texts: `no`, 1e3
         if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
@@ -114,20 +152,30 @@ def _value(config_class: type, key: str, text: str, annotation: Any) -> Any:
     return OmegaConf.to_container(merged) if OmegaConf.is_config(merged) else merged
 
 
+def _list_in(text: str) -> Any:
+    """Returns the list in brackets; its texts may hold braces, as templates of modules do."""
+    try:
+        return yaml_of(text)
+    except ValueError:
+        return [one.strip().strip("'\"") for one in text[1:-1].split(",")]
+
+
 def _alternatives(annotation: Any) -> set[Any]:
     if get_origin(annotation) in (Union, types.UnionType):
         return set(get_args(annotation))
     return {annotation}
 
 
-def _option(argument: str, named: Sequence[str]) -> str:
+def not_an_option(argument: str, named: Sequence[str]) -> str:
+    """Returns what to say of `--key` where `key=value` is wanted."""
     name, _, value = argument.lstrip("-").replace("-", "_").partition("=")
     close = difflib.get_close_matches(name, named, n=1)
     hint = f"{close[0]}={value or 'VALUE'}" if close else "key=value"
     return f"`{argument}` is no option here. Write {hint}."
 
 
-def _unknown(key: str, named: Sequence[str], positional: Sequence[str]) -> str:
+def unknown_key(key: str, named: Sequence[str], positional: Sequence[str] = ()) -> str:
+    """Returns what to say of a key that is none of `named`."""
     if key in positional:
         return f"`{key}=` is given by its place, without a key. Write its value first."
     close = difflib.get_close_matches(key, named, n=1)
@@ -135,14 +183,14 @@ def _unknown(key: str, named: Sequence[str], positional: Sequence[str]) -> str:
     return f"`{key}` is not a key. {hint}"
 
 
-def _type_name(annotation: Any) -> str:
+def _type_name(config_class: type, key: str) -> str:
     names = {
         int: "a whole number",
         float: "a number",
         bool: "true or false",
         str: "a text",
     }
-    kinds = _alternatives(annotation)
+    kinds = _alternatives(_annotation(config_class, key))
     parts = []
     for kind in sorted(kinds - {type(None)}, key=str):
         if get_origin(kind) is list:
@@ -151,4 +199,5 @@ def _type_name(annotation: Any) -> str:
         else:
             parts.append(names.get(kind, "a value of its kind"))
     parts += ["null"] * (type(None) in kinds)
+    parts += [AUTO] * (Any not in kinds and get_type_hints(config_class)[key] is Any)
     return " or ".join(parts)

@@ -10,33 +10,9 @@ from importlib.metadata import version
 from typing import Any, List, Optional, Union  # noqa: UP035
 
 from ..errors import HyperParamsError
-from ..evaluation.capability.metrics import OWN_TASKS, PAPER_TASKS
+from ..evaluation.capability.metrics import PAPER_TASKS
 from ..hparams_rules import DTYPES
 from .arguments import read_arguments
-
-HELP = f"""Measures general capability with lm-evaluation-harness.
-
-Usage: locft capability MODEL [original=MODEL] [KEY=VALUE ...]
-
-  MODEL                  folder or hub name of the (edited) model
-  original=MODEL         the model before the edit: measured first, and compared with
-  tasks=[NAME,...]       tasks or groups of the harness, or {", ".join(OWN_TASKS)}
-                         (these need no download). Default, as in the paper:
-                         [{",".join(PAPER_TASKS)}]
-  tasks_dir=DIR          also look for task YAMLs in DIR
-  limit=N                documents of each task at most (all); of each task below a group
-  num_fewshot=N          solved examples in each prompt (each task's own number)
-  batch_size=N           prompts run together (8)
-  device=DEVICE          cpu, cuda, cuda:N or N (a GPU if there is one)
-  dtype=DTYPE            {", ".join(DTYPES)} (float32)
-  model_parallel=true    spread the model over the visible GPUs
-  trust_remote_code=true allow the model folder's own code
-  output=DIR             where capability.json goes (outputs/capability)
-
-The mean counts each task once: mmlu and sst2 with accuracy, nq_open and gsm8k with exact match
-(of gsm8k the last number), wmt16-de-en with BLEU / 100.
-"""
-
 
 # What `capability.json` says of how the figures were made.
 _SETTINGS = ("tasks", "tasks_dir", "limit", "num_fewshot", "batch_size", "dtype")
@@ -45,7 +21,7 @@ _SETTINGS = ("tasks", "tasks_dir", "limit", "num_fewshot", "batch_size", "dtype"
 # OmegaConf reads these annotations at run time and knows no PEP 604 unions on Python 3.10.
 @dataclass(kw_only=True)
 class CapabilityConfig:
-    """What the command accepts; see `HELP`."""
+    """What the command accepts; see `help.CAPABILITY`."""
 
     model: str
     original: Optional[str] = None  # noqa: UP045
@@ -73,9 +49,6 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         LocFTError: The arguments, the tasks or a model cannot be used.
     """
-    if not arguments or {"-h", "--help"} & set(arguments):
-        sys.stdout.write(HELP)
-        return 0
     config = read_arguments(
         CapabilityConfig, arguments, command="capability", positional=("model",)
     )

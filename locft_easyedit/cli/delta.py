@@ -16,34 +16,6 @@ from ..errors import HyperParamsError
 from ..utils.output import show, write_json
 from .arguments import PAIR, read_arguments
 
-HELP = """Handles an edit that is a file of its own: the edit.safetensors of `locft edit`.
-
-Usage: locft delta show FILE [json=FILE]
-       locft delta verify FILE [model=FOLDER]
-       locft delta apply FILE [FILE ...] model=FOLDER output=DIR
-       locft delta revert FILE [FILE ...] model=FOLDER output=DIR [base=FOLDER]
-       locft delta export FILE model=FOLDER output=DIR as=model|adapter|lora [rank=R]
-
-  show                what was edited, where, when and how well
-  verify              whether the file is whole, and with a model whether the edit is in it, could
-                      be put into it, or neither and why (exit status 1)
-  apply               writes the model with the edits, in the order in which they were made
-  revert              writes the model without them; the last one comes first
-  export as=model     writes the edited model (as `apply`)
-         as=adapter   a PEFT adapter with the edited matrices themselves: exact, can be switched off
-         as=lora      a PEFT adapter with their change at a rank: that of an edit trained as LoRA,
-                      or rank=R; `locft evaluate DIR data=FILE` measures what a rank keeps
-
-  FILE                an edit; nothing in it is believed before it is checked
-  model=FOLDER        a model's folder
-  output=DIR          a folder that is new or empty
-  base=FOLDER         the model before the edits, for files that leave out what they replaced
-  json=FILE           also write what is shown as JSON
-  trust_remote_code=true
-
-Nothing is ever changed in FOLDER, and DIR is there whole or not at all.
-"""
-
 T = TypeVar("T")
 
 
@@ -92,9 +64,6 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         LocFTError: The arguments, an edit or a model cannot be used.
     """
-    if not arguments or {"-h", "--help"} & set(arguments):
-        sys.stdout.write(HELP)
-        return 0
     if arguments[0] not in _ACTIONS:
         raise HyperParamsError(
             f"`{arguments[0]}` is nothing that can be done with an edit. Use one of "

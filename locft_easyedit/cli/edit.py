@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +18,10 @@ from ..data.readers import read_requests
 from ..data.requests import distinct_edits
 from ..distributed.world import get_world
 from ..errors import HyperParamsError, OutputError
-from ..evaluation.evaluation import DEFAULT_METRICS, METRICS, check_metrics
+from ..evaluation.metric_names import DEFAULT_METRICS, check_metrics
 from ..evaluation.report import health_table, metrics_table, seconds_table
 from ..evaluation.summary import summarize
-from ..hparams import ALG_NAME, LocFTBFHyperParams
+from ..hparams import LocFTBFHyperParams
 from ..locate.auto import check_enough
 from ..modeling.loading import load_model
 from ..training.health_report import HealthReport
@@ -28,31 +29,6 @@ from ..training.identity import run_settings
 from ..utils.output import show
 from ..utils.run_folder import run_folder, unfinished_run
 from .application import run_application
-
-HELP = f"""Edits a model with {ALG_NAME}.
-
-Usage: locft edit --config-name NAME data=FILE [n=N] [output=DIR] [save=matrices|model|none]
-                  [metrics=[A,B,...]] [resume=true|false] [KEY=VALUE ...]
-
-Interrupted by whatever (Ctrl-C, a kill, a full disk), the same command goes on where it stopped.
-
-  --config-name NAME   one of the hparams YAMLs below, or the path of one
-  --config-dir DIR     also look for YAMLs in DIR
-  data=FILE            a JSON file: ZsRE, CounterFact, KnowEdit, WikiBigEdit or a list of requests
-  n=N                  only the first N edits
-  output=DIR           where results go (outputs/DATE/TIME)
-  resume=BOOL          go on with an interrupted run of the same command (default), or begin anew
-  metrics=[A,B,...]    of {", ".join(METRICS)};
-                       default [{",".join(DEFAULT_METRICS)}]. `wrapped` asks in chat and in other
-                       wrappers too, and takes most of the time of measuring: leave it out to save
-                       it
-  save=WHAT            the edited matrices (default), the whole edited model, or none
-  KEY=VALUE            any hyper-parameter: lr=1e-3 layers=[22] model_name=FOLDER device=cpu;
-                       layers=auto finds the layer, rewrite_module_tmp=auto the module and
-                       lr=auto the rate with a few of the edits
-  -m, --cfg job, ...   any option of Hydra: https://hydra.cc
-
-NAME is one of: """
 
 
 @dataclass(kw_only=True)
@@ -82,13 +58,13 @@ def main(arguments: Sequence[str]) -> int:
         return outputs[key]
 
     OmegaConf.register_new_resolver("locft_output", output, replace=True)
-    return run_application(
-        arguments, command="edit", config_class=EditConfig, help_text=HELP, job=run_edit
-    )
+    return run_application(arguments, command="edit", config_class=EditConfig, job=run_edit)
 
 
-def run_edit(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path) -> None:
-    """Edits, prints the tables and writes the files.
+def run_edit(
+    hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path
+) -> Mapping[str, Any]:
+    """Edits, prints the tables and writes the files; returns the means after the edit.
 
     Raises:
         LocFTError: Something in the hyper-parameters, the data or the model cannot be used.
@@ -111,9 +87,7 @@ def run_edit(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path)
         output, settings, started_with, resume=command["resume"], once=world.broadcast_from_main
     ) as folder:
         if folder.finished:
-            if world.is_main_process:
-                _show_again(folder.path)
-            return
+            return _show_again(folder.path) if world.is_main_process else {}
         model, tokenizer = load_model(hparams)
         check_save(command["save"], model, hparams)
         kept = dataclasses.replace(
@@ -121,19 +95,22 @@ def run_edit(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path)
         )
         run = edit_and_measure(model, tokenizer, requests, kept, metrics=command["metrics"])
         if not world.is_main_process:
-            return
+            return {}
         written = write_run(
             output, run, hparams, save=command["save"], model=model, tokenizer=tokenizer
         )
         folder.finish()
     health = [] if run.result.health is None else [health_table(run.result.health)]
-    show(metrics_table(summarize(run.metrics)), *health, seconds_table(run.seconds))
+    summary = summarize(run.metrics)
+    show(metrics_table(summary), *health, seconds_table(run.seconds))
     for what, path in written.items():
         sys.stdout.write(f"{what}: {path}\n")
+    sys.stdout.write(_how_to_ask(str(hparams.model_name), written))
+    return summary["post"]
 
 
-def _show_again(folder: Path) -> None:
-    """Prints the tables of a run that is finished.
+def _show_again(folder: Path) -> Mapping[str, Any]:
+    """Prints the tables of a run that is finished; returns its means after the edit.
 
     Raises:
         OutputError: Its results cannot be read.
@@ -153,6 +130,16 @@ def _show_again(folder: Path) -> None:
     show(*tables)
     sys.stdout.write(f"This run was finished; its results are in {folder}. ")
     sys.stdout.write("resume=false makes it again.\n")
+    means: Mapping[str, Any] = found["summary"]["post"]
+    return means
+
+
+def _how_to_ask(model: str, written: Mapping[str, Path]) -> str:
+    """Returns the line that says how to try what was edited; empty if nothing was saved."""
+    asked = [model, f"delta={written['edit']}"] if "edit" in written else []
+    if "edited model" in written:
+        asked = [str(written["edited model"]), f"original={model}"]
+    return f"try it: {shlex.join(['locft', 'ask', *asked])}\n" if asked else ""
 
 
 def _without_output(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,13 +20,11 @@ from ..distributed.world import get_world
 from ..errors import DataError, HyperParamsError
 from ..evaluation.divergence import BeforeEdit
 from ..evaluation.evaluation import (
-    DEFAULT_METRICS,
-    METRICS,
     SharedMeasurement,
-    check_metrics,
     finish_,
     shared_evaluation,
 )
+from ..evaluation.metric_names import DEFAULT_METRICS, check_metrics
 from ..evaluation.predictions import EvalConfig
 from ..evaluation.prompts import Metrics
 from ..evaluation.report import flat, metrics_table, seconds_table
@@ -36,28 +34,6 @@ from ..utils.output import prepare_folder, show, write_json
 from ..utils.parsing import is_file
 from ..utils.timing import Stopwatch
 from .arguments import read_arguments
-
-HELP = f"""Measures a model on editing data; nothing is edited.
-
-Usage: locft evaluate MODEL data=FILE [KEY=VALUE ...]
-
-  MODEL               a model's folder (a PEFT adapter's too) or hub name, edited by any method
-  data=FILE           a JSON file: ZsRE, CounterFact, KnowEdit, WikiBigEdit or a list of requests
-  n=N                 only the first N records
-  delta=FILE          an edit (the edit.safetensors of `locft edit`) to put into MODEL; MODEL itself
-                      is measured first, for locality
-  original=MODEL|FILE the model before editing, or the metrics.json of an earlier `locft evaluate`
-                      of it: locality compares with it
-  metrics=[A,B,...]   of {", ".join(METRICS)};
-                      default [{",".join(DEFAULT_METRICS)}]. `wrapped` asks in chat and in other
-                      wrappers too, and takes most of the time: leave it out to save it
-  batch_size=N        prompts together (64); figures do not depend on it
-  device=D            cpu, cuda, or the number of a GPU; a GPU if there is one
-  dtype=T             float32 (default), bfloat16 or float16
-  model_parallel=true spread the model over the visible GPUs
-  trust_remote_code=true
-  output=DIR          where metrics.json goes (outputs/evaluate)
-"""
 
 
 @dataclass(kw_only=True)
@@ -81,9 +57,6 @@ class EvaluateConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs `locft evaluate`; returns the exit status: 1 if figures are no numbers."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        sys.stdout.write(HELP)
-        return 0
     config = read_arguments(EvaluateConfig, arguments, command="evaluate", positional=("model",))
     return run_evaluate(config)
 

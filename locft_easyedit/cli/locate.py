@@ -19,35 +19,10 @@ from ..locate.study.study_files import write_cells_csv, write_chosen_yaml
 from ..locate.study.study_outcome import StudyOutcome
 from ..locate.study.study_settings import StudySettings
 from ..locate.study.study_tables import study_markdown, study_table
-from ..modeling.places import MODULES
 from ..utils.files import output_errors, write_atomically
 from ..utils.json_fields import write_dataclass
 from ..utils.output import show
 from .application import run_application
-
-HELP = f"""Finds the place to edit: tries layers, modules and learning rates, and measures each.
-
-Usage: locft locate --config-name NAME data=FILE [n=N] [output=DIR] [KEY=VALUE ...]
-
-  --config-name NAME     hparams: the model, its device and the training are those of every cell
-  data=FILE              a JSON file: ZsRE, CounterFact, KnowEdit, WikiBigEdit or requests
-  n=N                    only the first N edits
-  output=DIR             where results go (outputs/locate); the same command goes on there
-  sweep_layers=[A,B,...] layers to visit; all of them by default
-  every=N                of these every N-th, counted from the last
-  sweep_modules=[A,...]  of {", ".join(MODULES)};
-                         by default all that the model has
-  sweep_lrs=[A,B,...]    learning rates; by default 0.1, 0.3, 1 and 3 times `lr`
-  text=FILE              plain text on which the drift is measured; a fixed one by default
-  capability=[A,...]     tasks of lm-evaluation-harness in every cell (slow), capability_limit=N
-                         items a task, tasks_dir=DIR for tasks of your own
-  devices=[0,1,...]      a process on each; the same device may be named twice
-  retry=true             try cells again that diverged, ran out of memory or failed
-  KEY=VALUE              any hyper-parameter: num_steps=10 batch_size=50 device=cpu dtype=bfloat16
-  -m, ...                any option of Hydra; with -m hydra.sweep.subdir=. worker=1,2,3,4 and a
-                         launcher of your cluster, its jobs work on one study
-
-NAME is one of: """
 
 
 @dataclass(kw_only=True)
@@ -76,9 +51,7 @@ _RENAMED = {"sweep_layers": "layers", "sweep_modules": "modules", "sweep_lrs": "
 
 def main(arguments: Sequence[str]) -> int:
     """Runs `locft locate`; returns the exit status."""
-    return run_application(
-        arguments, command="locate", config_class=LocateConfig, help_text=HELP, job=run_locate
-    )
+    return run_application(arguments, command="locate", config_class=LocateConfig, job=run_locate)
 
 
 def run_locate(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path) -> None:

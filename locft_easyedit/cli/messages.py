@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import traceback
@@ -10,11 +9,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from ..distributed.world import existing_world
+from ..distributed.launch import is_launched
 from ..errors import EditInterrupted, LostRankError
 
 OPTION = "--debug"
-_HYDRA = "HYDRA_FULL_ERROR"
 _debug: ContextVar[bool] = ContextVar("debug", default=False)
 
 _RESUMABLE = ("edit", "compare", "locate")
@@ -36,18 +34,12 @@ def take_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
 
 @contextmanager
 def debugging(on: bool) -> Iterator[None]:
-    """Context manager in which `tell` shows where errors come from, and so does Hydra, if `on`."""
-    token, former = _debug.set(on), os.environ.get(_HYDRA)
-    if on:
-        os.environ[_HYDRA] = "1"
+    """Context manager in which `tell` shows where errors come from, if `on`."""
+    token = _debug.set(on)
     try:
         yield
     finally:
         _debug.reset(token)
-        if on and former is None:
-            del os.environ[_HYDRA]
-        elif on and former is not None:
-            os.environ[_HYDRA] = former
 
 
 def tell(command: str, error: BaseException) -> int:
@@ -59,11 +51,11 @@ def tell(command: str, error: BaseException) -> int:
     Returns:
         The exit status.
     """
-    world = existing_world()
+    rank = _rank()
     if _debug.get():
         traceback.print_exception(error)
     lost = isinstance(error, LostRankError)
-    if world.is_main_process or (lost and world.rank == 1):
+    if rank == 0 or (lost and rank == 1):
         sys.stderr.write(f"locft {command}: {error}\n")
     return 1 if lost else 2
 
@@ -76,6 +68,15 @@ def say_interrupted(command: str, error: KeyboardInterrupt) -> int:
         number, message = error.number, str(error)
     if command in _RESUMABLE:
         message += " The same command goes on."
-    if existing_world().is_main_process:
+    if _rank() == 0:
         sys.stderr.write(f"\nlocft {command}: {message}\n")
     return 128 + number
+
+
+def _rank() -> int:
+    """Returns this process's number among those of a launch, as far as they have met."""
+    if not is_launched():
+        return 0
+    from ..distributed.world import existing_world  # needs torch, which takes seconds
+
+    return existing_world().rank

@@ -10,43 +10,15 @@ from pathlib import Path
 from typing import Any, Optional
 
 from ..errors import HyperParamsError, PlanError, one_message
-from ..hparams import LocFTBFHyperParams, hparams_folder, read_mapping, typed_values
+from ..hparams import LocFTBFHyperParams, given_values, read_mapping, typed_values
 from ..hparams_rules import ALG_NAME, ALG_NAMES
 from ..plan.plan import Plan, make_plan
-from ..plan.plan_tables import closing_lines, tables
+from ..plan.plan_tables import closing_lines, model_table, summary_table, tables
 from ..plan.units import GIB, parse_size
 from ..plan.workload import ASSUMED_DISK, ASSUMED_HOST, Machine, Workload
 from ..utils.output import prepare_folder, show, write_json
-from .application import names_of, take_config_file
+from .application import take_config_file
 from .arguments import read_arguments
-
-HELP = f"""Says what an edit will take, from the model's config.json alone.
-
-Usage: locft plan --config-name NAME n=N gpu=SIZE [KEY=VALUE ...]
-
-  --config-name NAME   one of the hparams YAMLs below, or the path of one
-  --config-dir DIR     also look for YAMLs in DIR
-  n=N                  edits
-  gpu=SIZE             memory of a GPU: 80GiB, 80GB, 80G or 80; left out for device=cpu
-  gpus=N               GPUs of a node (1)
-  nodes=N              nodes (1)
-  host=SIZE            memory of a node's host ({ASSUMED_HOST})
-  disk=SIZE            room on a node's disk for the frozen prefix ({ASSUMED_DISK})
-  rate=R               TFLOP/s that a GPU reaches (an assumption by precision and device)
-  read=R               GB/s that a node's disk reads ({Machine.read:g})
-  bandwidth=R          GB/s that a GPU's memory moves ({Machine.bandwidth:g})
-  launch=R             ms to start a layer's kernels, forward and backward ({Machine.launch:g})
-  nvlink=R             GB/s of rings between the GPUs of a node ({Machine.nvlink:g})
-  network=R            GB/s of a node's network each way, all cards together ({Machine.network:g})
-  tokens=T             mean tokens an edit (15.6), with EOS
-  targets=T            how many of them are targets (4.3)
-  epochs=N             passes over all edits (num_steps of the YAML)
-  evaluate=false       no metrics before and after
-  output=FILE          also write everything as JSON
-  KEY=VALUE            any hyper-parameter: layers=[22] dtype=bfloat16 model_name=FOLDER
-
-`model_name` needs no weights: a folder with a config.json will do, or the name of a model whose
-shapes are shipped. NAME is one of: """
 
 _NUMBERS = ("rate", "read", "gpus", "nodes", "bandwidth", "nvlink", "network", "launch")
 
@@ -71,19 +43,18 @@ class PlanConfig(LocFTBFHyperParams):
     targets: float = Workload.targets
     epochs: Optional[int] = None  # noqa: UP045
     evaluate: bool = True
+    verbose: bool = False
     output: Optional[str] = None  # noqa: UP045
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs `locft plan`; returns the exit status."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        sys.stdout.write(HELP + ", ".join(sorted(names_of(hparams_folder()))) + "\n")
-        return 0
     rest, _, file = take_config_file(list(arguments))
     config = read_arguments(PlanConfig, rest, command="plan", defaults=_values(file))
     plan = plan_of(config)
-    show(*tables(plan))
-    sys.stdout.write(closing_lines(plan))
+    detailed = config.verbose or plan.chosen is None
+    show(*(tables(plan) if detailed else [model_table(plan), summary_table(plan)]))
+    sys.stdout.write(closing_lines(plan, detailed=detailed))
     if config.output is not None:
         written = Path(config.output)
         prepare_folder(written.parent)
@@ -145,7 +116,7 @@ def _values(file: Path) -> dict[str, Any]:
             f"`alg_name={alg_name!r}` in {file} is another method. Use a file with "
             f"`alg_name: {ALG_NAME}`."
         )
-    values, problems = typed_values(values)
+    values, problems = typed_values(given_values(values))
     if problems:
         raise HyperParamsError(one_message(f"{file}:", problems))
     return {key: value for key, value in values.items() if value is not None}

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.evaluation import DEFAULT_METRICS
+from ..evaluation.metric_names import DEFAULT_METRICS
 from ..modeling.loading import resolve_device
 from ..utils.files import output_errors, write_atomically
 from ..utils.hashing import json_sha256

@@ -11,13 +11,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..utils.progress import progress_bar
 from ..utils.subprocesses import Worker, WorkerPool, worker_pool
 from .job import JobFolder
 
 
 def run_process(name: str, folder: JobFolder, progress: bool) -> str | None:
     """Runs a job's process to its end; returns in words how it failed, if it did."""
-    with tqdm(disable=not progress, desc=name, unit="edit") as bar, worker_pool([None]) as pool:
+    with progress_bar(show=progress, desc=name, unit="edit") as bar, worker_pool([None]) as pool:
         worker = _start(pool, 0, name, folder)
         while pool.running:
             pool.wait()
@@ -38,11 +39,10 @@ def run_processes(
     waiting = list(folders)
     failures: dict[str, str | None] = {}
     with ExitStack() as stack:
-        hidden = not progress
-        whole = stack.enter_context(tqdm(total=len(folders), desc="methods", disable=hidden))
+        whole = stack.enter_context(progress_bar(total=len(folders), desc="methods", show=progress))
         bars = [
             stack.enter_context(
-                tqdm(desc=device, unit="edit", position=i, leave=False, disable=hidden)
+                progress_bar(desc=device, unit="edit", position=i, leave=False, show=progress)
             )
             for i, device in enumerate(devices, start=1)
         ]

@@ -13,7 +13,7 @@ from ..data.requests import distinct_edits
 from ..easyedit.peers.peer_editor import commit_of
 from ..easyedit.peers.peer_hparams import PEERS, PeerHparams, peer_hparams
 from ..errors import HyperParamsError, LocFTError, one_message
-from ..evaluation.evaluation import DEFAULT_METRICS, check_metrics
+from ..evaluation.metric_names import DEFAULT_METRICS, check_metrics
 from ..hparams import LocFTBFHyperParams
 from ..hparams_rules import ALG_NAMES
 from ..modeling.loading import check_model_name, model_without_weights, resolve_device

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
+
+from ..utils.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +91,8 @@ def in_batches(
         unit: What it counts.
         progress: Show it.
     """
-    with tqdm(
-        total=sum(map(len, batches)), desc=description, unit=unit, disable=not progress
-    ) as bar:
+    n_texts = sum(map(len, batches))
+    with progress_bar(total=n_texts, desc=description, unit=unit, show=progress) as bar:
         pending = list(batches)[::-1]
         size = max(map(len, batches), default=1)
         while pending:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from ..utils.parsing import ParseError, is_file, json_of, text_of
 Record = Mapping[str, Any]
 Request = dict[str, Any]
 _MOST_SHOWN = 500  # characters of a record in a message
+_MOST_NAMED = 10  # records in a message
+_LEFT_OUT = "left out"  # key of what a request lacks of its record, until it is told
+
+logger = logging.getLogger(__name__)
 
 
 def read_requests(path: str | Path, n: int | None = None) -> list[Request]:
@@ -21,7 +26,8 @@ def read_requests(path: str | Path, n: int | None = None) -> list[Request]:
     The form of each record is told by its fields: ZsRE (`src`, `alt` or `ans`), WikiBigEdit
     (`update`, `ans`), CounterFact as published (`requested_rewrite`), WikiBio (`text`, `labels`),
     and flat or KnowEdit records (`prompt`, `target_new`). Records with an empty target are left
-    out, as EasyEdit's datasets do. A field that is NaN counts as missing.
+    out, as EasyEdit's datasets do, and so are locality and portability prompts without an answer; a
+    warning counts and names them. A field that is NaN counts as missing.
 
     Where a file gives several answers, EasyEdit's keys hold the first and keys that EasyEdit does
     not look at hold all of them, the first one in front: `target_aliases`, `ground_truth_aliases`
@@ -44,13 +50,16 @@ def read_requests(path: str | Path, n: int | None = None) -> list[Request]:
     records = _read_records(path)
     requests: list[Request] = []
     problems = []
+    left_out: dict[str, list[int]] = {}
     for i, record in enumerate(records):
         if n is not None and len(requests) == n:
             break
         try:
             request = _to_request(record)
         except KeyError as missing:
-            problems.append(f"record {i} ({_fields(record)}) lacks {missing}. Add the field.")
+            nan = missing.args[0] in record
+            lacks = f"has no text as {missing}: NaN" if nan else f"lacks {missing}. Add the field"
+            problems.append(f"record {i} ({_fields(record)}) {lacks}.")
             continue
         except (TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
             problems.append(
@@ -62,15 +71,33 @@ def read_requests(path: str | Path, n: int | None = None) -> list[Request]:
                 f"record {i} ({_fields(record)}) is of no known form. It needs `prompt` and "
                 "`target_new`, or the fields of ZsRE, CounterFact, KnowEdit or WikiBigEdit."
             )
-        elif request["target_new"] not in ("", None):
+            continue
+        for what in request.pop(_LEFT_OUT, ()):
+            left_out.setdefault(what, []).append(i)
+        if request["target_new"] in ("", None):
+            left_out.setdefault("edits with an empty target", []).append(i)
+        else:
             requests.append(request)
     if problems:
         raise DataError(one_message(f"{path}:", problems))
+    for what, numbers in left_out.items():
+        logger.warning("%s: %d %s are left out (%s).", path, len(numbers), what, _named(numbers))
     if not requests:
-        raise DataError(f"{path} holds no edits. Give a file with at least one record.")
+        why = f": all {len(records)} records have an empty target" if records else ""
+        raise DataError(f"{path} holds no edits{why}. Give a file with at least one.")
     if n is not None and len(requests) < n:
-        raise DataError(f"`n={n}`, but {path} holds {len(requests)} edits. Lower `n`.")
+        empty = len(left_out.get("edits with an empty target", ()))
+        besides = f", besides {empty} with an empty target" if empty else ""
+        raise DataError(f"`n={n}`, but {path} holds {len(requests)} edits{besides}. Lower `n`.")
     return requests
+
+
+def _named(numbers: list[int]) -> str:
+    """Returns the records of these numbers, each once, for a message."""
+    distinct = list(dict.fromkeys(numbers))
+    more = len(distinct) - _MOST_NAMED
+    names = ", ".join(map(str, distinct[:_MOST_NAMED]))
+    return f"record{'s' * (len(distinct) > 1)} {names}{f' and {more} more' if more > 0 else ''}"
 
 
 def _read_records(path: Path) -> list[Any]:
@@ -85,7 +112,8 @@ def _read_records(path: Path) -> list[Any]:
         ]
     records = _parse(text, path, 1)
     if not isinstance(records, list):
-        raise DataError(f"{path} holds {type(records).__name__}; it must be a list of records.")
+        kind = "null" if records is None else f"a JSON {type(records).__name__}"
+        raise DataError(f"{path} holds {kind}; it must be a list of records. Give such a file.")
     return records
 
 
@@ -156,7 +184,8 @@ def _counterfact_published(record: Record) -> Request:
     true = rewrite["target_true"]["str"]
     paraphrases = record.get("paraphrase_prompts") or [None]
     request = _request(
-        rewrite["prompt"].format(rewrite["subject"]),
+        # No `str.format`: what a file says is never evaluated.
+        rewrite["prompt"].replace("{}", rewrite["subject"]),
         rewrite["target_new"]["str"],
         true,
         paraphrases[0],
@@ -221,6 +250,8 @@ def _with_parts(request: Request, record: Record) -> Request:
     """Adds `locality` and `portability`, in KnowEdit's form or already in EasyEdit's."""
     for part in ("locality", "portability"):
         for name, entries in (record.get(part) or {}).items():
+            if entries is None:
+                continue
             if isinstance(entries, Mapping):
                 prompts, answers = entries["prompt"], entries["ground_truth"]
                 if "aliases" in entries:
@@ -249,11 +280,18 @@ def _add(request: Request, part: str, name: str, prompts: Any, answers: Any) -> 
     one = isinstance(prompts, str)
     prompt_list = [prompts] if one else list(prompts)
     answer_list = [answers] if one or isinstance(answers, str) else list(answers)
+    if len(prompt_list) != len(answer_list):
+        raise ValueError(
+            f"`{name}` of its {part} has {len(prompt_list)} prompts, but {len(answer_list)} answers"
+        )
     pairs = [
         (prompt, answer)
         for prompt, answer in zip(prompt_list, answer_list, strict=True)
         if _first(answer) is not None and str(_first(answer)).strip()
     ]
+    lacking = len(prompt_list) - len(pairs)
+    if lacking:
+        request.setdefault(_LEFT_OUT, []).extend([f"{part} prompts without an answer"] * lacking)
     if not pairs:
         return
     entry = {
@@ -286,7 +324,7 @@ def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, (list, tuple)):
         for part in value:
             yield from _texts(part)
-    elif value is not None:
+    elif value is not None and value == value:  # NaN is no answer
         yield str(value)
 
 

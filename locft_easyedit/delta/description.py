@@ -52,7 +52,7 @@ def delta_tables(delta: EditedMatrices) -> list[Table]:
         text_columns=2,
         header=False,
     )
-    rows = []
+    rows, hashes = [], []
     for name, described in said["matrices"].items():
         change = said["relative_change"].get(name)
         cells = [
@@ -60,14 +60,15 @@ def delta_tables(delta: EditedMatrices) -> list[Table]:
             described["dtype"],
             " x ".join(map(str, described["shape"])),
             "-" if change is None else f"{100 * change:.2f} %",
-            described["new"][:12],
-            described["original"][:12],
         ]
         rows.append(Row(cells))
-    headings = ["name", "dtype", "shape", "change", "sha256 after", "sha256 before"]
-    where = terminal_table(headings, rows, title="Matrices", text_columns=len(headings))
+        hashes.append(Row([name, described["new"][:12], described["original"][:12]]))
+    headings = ["name", "dtype", "shape", "change"]
+    where = terminal_table(headings, rows, title="Matrices", whole_first=True)
+    headings = ["name", "sha256 after", "sha256 before"]
+    sums = terminal_table(headings, hashes, title="Their hashes", whole_first=True)
     metrics = {key: _numbers(said["metrics"].get(key)) for key in ("pre", "post")}
-    return [overview, where, *([metrics_table(metrics)] if metrics["post"] else [])]
+    return [overview, where, sums, *([metrics_table(metrics)] if metrics["post"] else [])]
 
 
 def _numbers(value: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +16,10 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import DeltaError, HyperParamsError, one_message
 from ..utils.files import new_folder, output_errors
 from .edited_matrices import EditedMatrices, Factors
-from .folder import compare_folder, skeleton_of, values_beside, with_originals
-from .low_rank import low_rank_factors
+from .folder import check_output, compare_folder, skeleton_of, values_beside, with_originals
+from .low_rank import LITTLE, low_rank_factors
+
+logger = logging.getLogger(__name__)
 
 # peft's own mark of an adapter without low-rank layers (`peft.utils.constants`).
 _NO_TARGET = "dummy-target-modules"
@@ -33,6 +36,7 @@ def write_exact_adapter(
     it is a LoRA configuration without any low-rank layer, whose `modules_to_save` are the edited
     modules. Args and errors are those of `Delta.apply_to_folder`.
     """
+    check_output(model, output)
     _check_base(delta, model, trust_remote_code)
     modules = {_module_of(name): None for name in delta.new}
     if "" in modules:
@@ -84,6 +88,7 @@ def write_lora_adapter(
             "`rank` is missing: the edit was not trained as LoRA. Choose one, such as rank=64, and "
             "measure the adapter with `locft evaluate`."
         )
+    check_output(model, output)
     _check_base(delta, model, trust_remote_code)
     transposed = _transposed(delta, model, trust_remote_code)
     with output_errors(output), new_folder(output) as folder:
@@ -93,8 +98,15 @@ def write_lora_adapter(
         else:
             whole = delta if delta.original else with_originals(delta, model)
             stored_in_out = [name for name, is_so in transposed.items() if is_so]
-            factors, left_out = low_rank_factors(whole, rank, stored_in_out)
+            factors, left_out, enough = low_rank_factors(whole, rank, stored_in_out)
             scale = 1.0
+            if left_out > LITTLE:
+                logger.warning(
+                    "rank=%d leaves out %.1f %% of the change: the adapter may answer quite unlike "
+                    "the edited model. rank=%d keeps all but %g %%, as=adapter (`export_adapter`) "
+                    "all of it; an edit that is trained with tuning=lora has a low rank.",
+                    rank, 100 * left_out, enough, 100 * LITTLE,
+                )  # fmt: skip
         _write_lora(folder, factors, scale, all(transposed.values()), model)
     return left_out
 

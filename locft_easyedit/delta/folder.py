@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..errors import DeltaError, LocFTError, ModelError, one_message
+from ..errors import DeltaError, LocFTError, ModelError, OutputError, one_message
 from ..modeling.loading import load_causal_lm, model_without_weights
 from ..training.trained_weights import write_
 from ..utils.files import new_folder, output_errors
@@ -59,6 +59,11 @@ def write_changed_folder(
     """
     if not deltas:
         raise DeltaError("No edit was given. Give at least one.")
+    ids = [delta.id for delta in deltas]
+    twice = next((d for i, d in enumerate(deltas) if d.id in ids[:i]), None)
+    if twice is not None:
+        raise DeltaError(f"Edit {twice.short_id} is given twice. Name each edit once.")
+    check_output(model, output)
     checkpoint = read_checkpoint(model)
     for name in checkpoint.left_out:
         logger.warning("%s is left out: it holds weights without the change.", name)
@@ -74,6 +79,20 @@ def write_changed_folder(
             loaded.save_pretrained(folder)
             copy_others(checkpoint, folder)
     return direct is None
+
+
+def check_output(model: str | Path, output: str | Path) -> None:
+    """Checks that nothing will be written into the folder of the model that is read.
+
+    Raises:
+        OutputError: `output` is inside of `model`.
+    """
+    inside, folder = Path(output).expanduser().resolve(), Path(model).expanduser().resolve()
+    if folder in inside.parents:
+        raise OutputError(
+            f"`output={output}` is inside of `model={model}`, which is never changed. Choose a "
+            "folder outside of it."
+        )
 
 
 def compare_folder(

@@ -61,7 +61,7 @@ def opened(path: str | Path) -> Iterator[BinaryIO]:
 
 def _unreadable(path: str | Path, error: Exception) -> DeltaError:
     reason = getattr(error, "strerror", None) or error
-    return DeltaError(f"`{path}` cannot be read: {reason}. Give a file that can.")
+    return DeltaError(f"`{path}` cannot be read: {reason}. Give the path of a file that can.")
 
 
 def read_header(file: BinaryIO, path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -78,6 +78,11 @@ def read_header(file: BinaryIO, path: str | Path) -> tuple[dict[str, Entry], dic
         # A name given twice passes `safe_open`, and readers differ in which of the two they take.
         header = json_of(file.read(length).decode(), unique_keys=True)
     except (SafetensorError, ValueError) as error:
+        if (more := _bytes_behind(file)) > 0:
+            raise DeltaError(
+                f"`{path}` has {more} bytes behind its last tensor: something was appended to it. "
+                "Get it again."
+            ) from error
         reason = str(error).removeprefix("Error while deserializing header: ")[:300]
         raise DeltaError(
             f"`{path}` is no safetensors file, or is damaged or cut short: {reason}. Get it again."
@@ -89,6 +94,19 @@ def read_header(file: BinaryIO, path: str | Path) -> tuple[dict[str, Entry], dic
         shape = tuple(described["shape"])
         entries[name] = Entry(described["dtype"], shape, 8 + length + start, end - start)
     return entries, texts
+
+
+def _bytes_behind(file: BinaryIO) -> int:
+    """Returns how many bytes follow the last tensor; 0 if the header does not say where it ends."""
+    size = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    try:
+        header = json_of(file.read(min(length, size)).decode())
+        ends = [v["data_offsets"][1] for key, v in header.items() if key != "__metadata__"]
+        return max(size - 8 - length - max(ends), 0)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return 0
 
 
 def read_tensor(file: BinaryIO, entry: Entry, path: str | Path) -> torch.Tensor:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..errors import DeltaError, one_message
 from ..utils.hashing import dtype_name, readable, sample_digest, tensor_sha256
+from ..utils.progress import progress_bar
 from .edited_matrices import EditedMatrices
 from .metadata import DTYPES
 
@@ -148,7 +148,7 @@ def _other_parameters(delta: EditedMatrices, weights: Weights) -> tuple[list[str
     if added:
         lines.append(f"{_some(added)}: not in the model that was edited. The base is another one.")
     present = [name for name in frozen if name in names]
-    bar = tqdm(present, desc="comparing parameters", delay=_PATIENCE, leave=False)
+    bar = progress_bar(present, desc="comparing parameters", delay=_PATIENCE, leave=False)
     samples = {name: weights.samples(name) for name in bar}
     unchecked = [n for n, found in samples.items() if frozen[n] is None or not found]
     checked = [name for name in samples if name not in set(unchecked)]

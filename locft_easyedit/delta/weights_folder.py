@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..errors import DeltaError, ModelError, one_message
 from ..utils.hashing import DTYPES as _BY_CODE
 from ..utils.hashing import digest_of_sample, dtype_name, sample_positions, tensor_sha256
 from ..utils.parsing import json_of, shown, text_of
+from ..utils.progress import progress_bar
 from .metadata import DTYPES
 from .safetensors_header import Entry, opened, read_header, read_tensor
 from .verify import Weights
@@ -179,7 +179,7 @@ def write_checkpoint(checkpoint: Checkpoint, values: dict[str, torch.Tensor], fo
         OSError: It cannot be written.
     """
     rewritten = {checkpoint.places[name][0] for name in values}
-    shards = tqdm(checkpoint.shards.items(), desc="files with weights", delay=_PATIENCE)
+    shards = progress_bar(checkpoint.shards.items(), desc="files with weights", delay=_PATIENCE)
     for shard, path in shards:
         if shard not in rewritten:
             _link_or_copy(path, folder / shard)

@@ -28,39 +28,17 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from ..errors import HyperParamsError, LocFTError, LostRankError, RankError
+from .launch import LAUNCHED, is_launched
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# What launchers tell the processes that they start.
-_LAUNCHED = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "ROLE_RANK",
-    "ROLE_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "TORCHELASTIC_USE_AGENT_STORE",
-)
 _MEETING_TIME = timedelta(minutes=30)  # for a machine that is slow to start
 # One process may work for hours while the others wait: choose a place, say, or run a study.
 _COLLECTIVE_TIME = timedelta(days=7)
 _WARN_SECONDS = 600.0  # that a rank waits for the others before it says so
 _POLL_SECONDS = 0.05
-
-
-def is_launched() -> bool:
-    """Returns whether a launcher has started this process as one of several."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def single_process_environment() -> dict[str, str]:
-    """Returns an environment for a process that works by itself, also where this one is a rank."""
-    return {key: value for key, value in os.environ.items() if key not in _LAUNCHED}
 
 
 def share_of_gpus(n_gpus: int, local_rank: int, local_size: int) -> list[int]:
@@ -303,7 +281,7 @@ def single_process() -> Iterator[None]:
     """Context manager that lets this process, and those that it starts, work by themselves."""
     global _world
     world = _world
-    launcher = {key: os.environ.pop(key) for key in _LAUNCHED if key in os.environ}
+    launcher = {key: os.environ.pop(key) for key in LAUNCHED if key in os.environ}
     try:
         _world = SINGLE_PROCESS
         yield

@@ -16,6 +16,7 @@ from ..modeling.fsdp import lockstep
 from .divergence import BeforeEdit
 from .fluency import batched_fluency, word_tokenizer
 from .generated import Generated, finish_generated_
+from .metric_names import DEFAULT_METRICS, check_metrics
 from .perplexity import Perplexity
 from .predictions import EvalConfig, Measurement
 from .prompts import Metrics, Questions
@@ -23,8 +24,6 @@ from .records import CompactRecords, LazyRecords
 from .teacher_forced import TeacherForced, finish_locality_
 from .wrapped import Wrapped
 
-METRICS = ("accuracy", "generated", "wrapped", "ppl", "fluency")
-DEFAULT_METRICS = ("accuracy", "generated", "wrapped")
 # What choices among places and methods need; `wrapped` multiplies the time.
 PLAIN_METRICS = ("accuracy", "generated")
 
@@ -226,18 +225,6 @@ def _merge_(entry: Metrics, value: Metrics) -> None:
             entry[key] = {**part, **entry.get(key, {})}
         else:
             entry[key] = part
-
-
-def check_metrics(metrics: Sequence[str]) -> None:
-    """Checks names of metrics.
-
-    Raises:
-        HyperParamsError: One is unknown, or there is none.
-    """
-    if not metrics or any(name not in METRICS for name in metrics):
-        raise HyperParamsError(
-            f"`metrics={list(metrics)}` must be one or more of {', '.join(METRICS)}."
-        )
 
 
 def shared_evaluation(

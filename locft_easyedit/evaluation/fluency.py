@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import MissingDependencyError
 from ..modeling.devices import input_device
 from ..modeling.forward import run_cached
 from ..modeling.modes import evaluation_mode
+from ..utils.progress import progress_bar
 from .decoding import decode_
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def fluency_of(
     with evaluation_mode(model):
         return [
             {"ngram_entropy": ngram_entropy(words(_sample(model, tokenizer, record["prompt"])))}
-            for record in tqdm(records, desc="fluency", unit="text", disable=not progress)
+            for record in progress_bar(records, desc="fluency", unit="text", show=progress)
         ]
 
 

@@ -55,7 +55,7 @@ def metrics_table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def metric_label(key: str) -> str:
-    """Returns how tables name a metric, from its dotted name."""
+    """Returns what a table calls a mean of a dotted name (see `flat`)."""
     wrapper = key.removeprefix("wrapped.reliability_in.")
     if wrapper != key:
         return f"  reliability in `{wrapper}`"

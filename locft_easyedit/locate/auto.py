@@ -31,6 +31,7 @@ from ..hparams_rules import AUTO
 from ..modeling.places import Location, Place, find_layers, match_parameters
 from ..training.choice import Cell, Choice, TrialScores, TriedPlace, keep_choice, kept_choice
 from ..training.identity import Identity
+from ..utils.progress import progress_bar
 from .candidates import Costs, candidates, diverse
 from .sensitivity import of_place, sensitivities
 from .trial import Trials
@@ -178,11 +179,11 @@ class _Screen:
         factors, longer = _RATES if self.hparams.lr == AUTO else ((), 0)
         n_places, epochs = _PLACES_FIRST if factors else _PLACES
         first = diverse(self.promises, n_places, len(self.stack.layers))
-        with tqdm(
+        with progress_bar(
             total=len(first) + len(factors),
             desc="choosing the place",
             unit="trial",
-            disable=not progress,
+            show=progress,
         ) as bar:
             if factors:
                 self._calibrate(first[0], epochs, bar)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_session, try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT as HUB
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,8 +28,8 @@ from transformers.utils import is_flash_attn_2_available
 from ..data.forms import ChatTemplate
 from ..distributed.world import get_world, share_of_gpus
 from ..errors import HyperParamsError, LocFTError, MissingDependencyError, ModelError
-from ..hparams import DTYPES, LocFTBFHyperParams
-from ..hparams_rules import CHAT
+from ..hparams import LocFTBFHyperParams, torch_dtype
+from ..hparams_rules import CHAT, DTYPES
 from ..utils.memory import free_host_memory
 from ..utils.parsing import is_file, shown
 from .device_map import DeviceMap, devices_of, resident_map, room_on, streaming_map
@@ -35,6 +37,8 @@ from .places import check_low_rank, match_parameters
 from .sharded_loading import Sharding, places, shard_
 
 logger = logging.getLogger(__name__)
+
+_HUB_SECONDS = 10.0  # to answer
 
 
 def resolve_device(device: int | str | None) -> torch.device:
@@ -190,7 +194,7 @@ def load_causal_lm(
         )
         model: Any = AutoModelForCausalLM.from_pretrained(
             name,
-            dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
+            dtype=torch_dtype(dtype) if isinstance(dtype, str) else dtype,
             trust_remote_code=trust_remote_code,
             attn_implementation=attention,
             **_placement(device_map, chosen),
@@ -246,6 +250,8 @@ def _one_model_error(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # code of any kind reads what a folder holds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "trust_remote_code" in str(error):
+            reason += " Look at it, and if you trust it, set trust_remote_code=true."
         raise ModelError(
             f"`model_name={name!r}` cannot be loaded as a causal language model: {reason}"
         ) from error
@@ -341,7 +347,33 @@ def check_model_name(name: str) -> str:
             f"`model_name={name!r}` does not exist. Download the model to that folder, or give its "
             "hub name or another folder."
         )
+    elif not _is_downloaded(name):
+        _check_hub(name)
     return name
+
+
+def _is_downloaded(name: str) -> bool:
+    """Returns whether the hub's cache on this machine has the model of a name."""
+    try:
+        found = [try_to_load_from_cache(name, f"{kind}config.json") for kind in ("", "adapter_")]
+    except ValueError:  # no name that a hub could know
+        return False
+    return any(isinstance(path, str) for path in found)
+
+
+def _check_hub(name: str) -> None:
+    """Checks, by asking once, that there is a hub: transformers would try for a minute.
+
+    Raises:
+        ModelError: There is none, so that the name can only be that of a folder.
+    """
+    try:
+        get_session().head(f"{HUB}/{name}", timeout=_HUB_SECONDS)
+    except Exception as error:  # of whatever library asks
+        raise ModelError(
+            f"`model_name={name!r}`: there is no such folder here, and no model hub can be reached "
+            "where it could be a name. Correct the path, or download the model to a folder."
+        ) from error
 
 
 def _check_shards(name: str, folder: Path) -> None:

@@ -16,7 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from ..errors import ModelError
 from ..utils.files import output_errors, write_atomically
@@ -69,6 +74,7 @@ class TextSampler:
         seed: Seed of the sampling.
         cache_errors: Makes a context manager for writing a file, which turns errors of the disk
             into an `OutputError`.
+        on_step: Called after each forward pass, which adds a token to every text of a kind.
 
     Raises:
         ModelError: The tokenizer has neither BOS nor EOS.
@@ -83,9 +89,10 @@ class TextSampler:
         cache: Path | None,
         seed: int = 0,
         cache_errors: Callable[[Path], AbstractContextManager[None]] = output_errors,
+        on_step: Callable[[], None] | None = None,
     ) -> None:
         self._model, self._tokenizer, self._seed = model, tokenizer, seed
-        self._kinds, self._cache_errors = kinds, cache_errors
+        self._kinds, self._cache_errors, self._on_step = kinds, cache_errors, on_step
         self._padding = first_token(tokenizer)  # decoding leaves it out
         words = [len(tokenizer), self._padding, tokenizer.eos_token_id]
         texts = [dataclasses.asdict(kind) for kind in kinds]
@@ -124,7 +131,12 @@ class TextSampler:
         name = f"{self._seed} {kind.name} {number}".encode()
         with seeded(self._model, int.from_bytes(hashlib.sha256(name).digest()[:7], "little")):
             return continuations(
-                self._model, self._tokenizer, ids.to(device), mask.to(device), n_tokens
+                self._model,
+                self._tokenizer,
+                ids.to(device),
+                mask.to(device),
+                n_tokens,
+                on_step=self._on_step,
             )
 
     def _content(self, number: int, texts: dict[str, list[str]]) -> dict[str, Any]:
@@ -179,12 +191,25 @@ def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(first)
 
 
+class _Watched(StoppingCriteria):
+    """Stops nothing: tells of each step of `generate`."""
+
+    def __init__(self, on_step: Callable[[], None]) -> None:
+        self._on_step = on_step
+
+    def __call__(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self._on_step()
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+
 def continuations(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     ids: torch.Tensor,
     mask: torch.Tensor,
     n_tokens: int,
+    *,
+    on_step: Callable[[], None] | None = None,
 ) -> list[str]:
     """Returns texts with what the model goes on with, until EOS; use it within `seeded`.
 
@@ -197,10 +222,12 @@ def continuations(
         ids: What each text begins with, padded on the left, [B, T].
         mask: Which of these tokens are real, [B, T].
         n_tokens: Tokens to add at most.
+        on_step: Called after each forward pass, which adds a token to every text.
 
     Raises:
         ModelError: The tokenizer has neither BOS nor EOS.
     """
+    watched = [] if on_step is None else [_Watched(on_step)]
     end = tokenizer.eos_token_id
     end = first_token(tokenizer) if end is None else end
     # As they are, but contiguous: `generate` gives it a slice, the beginnings' last column.
@@ -215,6 +242,7 @@ def continuations(
             max_new_tokens=n_tokens,
             eos_token_id=end,
             pad_token_id=end,
+            stopping_criteria=StoppingCriteriaList(watched),
         )
     texts: list[str] = tokenizer.batch_decode(output, skip_special_tokens=True)
     return texts

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..data.batching import fixed_shape
-from ..hparams_rules import DTYPES
+from ..hparams import torch_dtype
 from ..modeling.cross_entropy import LOGITS_AT_ONCE
 from .memory_parts import Part
 from .setting import Run
@@ -130,7 +130,7 @@ def step_cost(run: Run) -> StepCost:
 def phases(run: Run, parts: Sequence[Part]) -> list[Phase]:
     """Returns the phases of a run with their work and time; `parts` says where prefixes lie."""
     shapes, setting, work, machine = run.shapes, run.setting, run.work, run.machine
-    stored, streamed = DTYPES[shapes.stored_dtype].itemsize, setting.streamed
+    stored, streamed = torch_dtype(shapes.stored_dtype).itemsize, setting.streamed
     edits_disk, prompts_disk = (
         sum(p.bytes for p in parts if (p.name, p.place) == (name, "disk"))
         for name in (EDITS_PREFIX, PROMPTS_PREFIX)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..hparams_rules import DTYPES
+from ..hparams import torch_dtype
 from ..modeling.cross_entropy import LOGITS_AT_ONCE
 from .activations import LayerActivations
 from .setting import Run
@@ -82,7 +82,7 @@ def standing_parts(run: Run) -> list[Part]:
     have on their host. Each of them knows all requests.
     """
     shapes, setting, work, device = run.shapes, run.setting, run.work, run.machine.device
-    size, stored = setting.itemsize, DTYPES[shapes.stored_dtype].itemsize
+    size, stored = setting.itemsize, torch_dtype(shapes.stored_dtype).itemsize
     n = run.processes
     # On a CPU weights in the checkpoint's precision are mapped, and arrive when they are used.
     mapped = device == "host" and stored == size

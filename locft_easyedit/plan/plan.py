@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import HyperParamsError, LocFTError, ModelError, one_message
-from ..hparams import DTYPES, LocFTBFHyperParams
+from ..hparams import LocFTBFHyperParams, torch_dtype
 from ..prefix.shortcuts import REFUSALS
 from .cost import Phase, StepCost, phases, step_cost, step_flop
 from .fitting import Candidate, candidates
@@ -141,7 +141,7 @@ def make_plan(hparams: LocFTBFHyperParams, work: Workload, machine: Machine) -> 
     dtype = str(hparams.dtype_on(device)).removeprefix("torch.")
     with _told_if_not(source):
         saved = {
-            one: reader.activations(DTYPES[one], work.row_tokens, device)
+            one: reader.activations(torch_dtype(one), work.row_tokens, device)
             for one in ([dtype, "bfloat16"] if dtype == "float32" else [dtype])
         }
     found = candidates(shapes, saved, work, machine, hparams)

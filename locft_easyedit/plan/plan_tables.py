@@ -48,6 +48,35 @@ def model_table(plan: Plan) -> Table:
     )
 
 
+def summary_table(plan: Plan) -> Table:
+    """Returns the chosen setting in a few lines: how it runs, its peaks, its time."""
+    assert plan.chosen is not None
+    one, peaks = plan.chosen, plan.peaks()
+    setting = one.setting
+    layers = "streamed from disk" if setting.streamed else "resident"
+    where = ", ".join(f"{NAMES[place]} {bytes_text(n)}" for place, n in one.edits.items())
+    rows = {
+        "runs as": f"{setting.dtype}, frozen layers {layers}, micro-batches of "
+        f"{setting.micro_batch_size}",
+        **({"GPUs": _layout(one)} if plan.machine.world > 1 else {}),
+        "prefix": f"up to the first trained {setting.cut}: {where or 'none'}",
+        "most memory": ", ".join(
+            f"{place} {bytes_text(peaks[place])} of {bytes_text(plan.machine.room(place))}"
+            for place in PLACES
+            if plan.machine.room(place)
+        ),
+        **{phase.name: seconds_text(phase.seconds) for phase in plan.phases},
+        "in all": Bold(seconds_text(sum(phase.seconds for phase in plan.phases))),
+    }
+    return terminal_table(
+        ["what", "value"],
+        map(Row, rows.items()),
+        title="The chosen settings",
+        text_columns=2,
+        header=False,
+    )
+
+
 def candidates_table(plan: Plan) -> Table:
     """Returns all settings, preferred ones first, each with whether it fits or why not."""
     rows = []
@@ -150,9 +179,9 @@ def step_table(plan: Plan) -> Table:
     return terminal_table(["part", "amount", "time"], rows, title="A step", caption=caption)
 
 
-def closing_lines(plan: Plan) -> str:
-    """Returns the chosen settings as arguments, and what the figures rest on."""
-    lines = ["Assumed:", *(f"  - {line}" for line in assumptions(plan))]
+def closing_lines(plan: Plan, *, detailed: bool = True) -> str:
+    """Returns the chosen settings as arguments and, if `detailed`, what the figures rest on."""
+    lines = ["Assumed:", *(f"  - {line}" for line in assumptions(plan))] if detailed else []
     if plan.chosen:
         keys = " ".join(f"{key}={_yaml(value)}" for key, value in plan.keys().items())
         lines += ["Settings that fit:", f"  {keys}"]
@@ -160,6 +189,8 @@ def closing_lines(plan: Plan) -> str:
         each = " on each node" if plan.machine.nodes > 1 else ""
         start = " ".join(plan.launcher())
         lines += [f"To be started{each} with:", f"  {start} locft_easyedit edit ..."]
+    if not detailed:
+        lines.append("verbose=true shows every setting, memory by part, and what is assumed.")
     return "\n".join(lines) + "\n"
 
 

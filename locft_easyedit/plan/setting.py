@@ -22,7 +22,7 @@ from functools import cache
 
 import numpy as np
 
-from ..hparams_rules import DTYPES
+from ..hparams import torch_dtype
 from .shapes import ModelShapes
 from .workload import Machine, Workload
 
@@ -55,7 +55,7 @@ class Setting:
     @property
     def itemsize(self) -> int:
         """Bytes a number of the model."""
-        return DTYPES[self.dtype].itemsize
+        return torch_dtype(self.dtype).itemsize
 
     def processes(self, gpus: int) -> int:
         """Returns the processes of a node with so many GPUs."""

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from tqdm import tqdm
 
 from ..utils.files import output_errors, write_atomically
+from ..utils.progress import progress_bar
 
 _FORMAT = 1
 _ALIGNMENT = 4096  # a page: the data can be mapped without the rest of the file
@@ -198,8 +198,8 @@ class StateFile:
     def _checksums(self, progress: bool) -> list[int]:
         size = self.n_tokens * self._row_bytes
         sums = []
-        with tqdm(
-            total=size, desc="checksums", unit="B", unit_scale=True, disable=not progress
+        with progress_bar(
+            total=size, desc="checksums", unit="B", unit_scale=True, show=progress
         ) as bar:
             for start in range(0, size, _BLOCK):
                 length = min(_BLOCK, size - start)

@@ -17,12 +17,12 @@ import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from accelerate.utils import send_to_device
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..modeling.devices import input_device, module_device
 from ..modeling.layer_trace import tracing
 from ..modeling.places import LayerList, find_layers
+from ..utils.progress import progress_bar
 from .cut import Cut, bypassing, layer_cut
 from .frozen_prefix import FrozenPrefix, Layout
 from .prefetch import prefetch
@@ -171,12 +171,12 @@ class FrozenStream:
                     n_tokens, budget = prefix.n_tokens, prefix.budget
                     between = StateStore(n_tokens, self.width, self.dtype, self.device, budget)
                 states.append(between)
-            with tqdm(
+            with progress_bar(
                 total=sum(prefix.n_tokens for prefix, _ in jobs) * (len(stages) + 1),
                 desc=f"frozen prefix, {len(stages) - 1} layers from disk",
                 unit="token",
                 unit_scale=True,
-                disable=not self.progress,
+                show=self.progress,
             ) as bar:
                 arriving = prefetch(
                     self._read,

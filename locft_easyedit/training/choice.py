@@ -202,3 +202,9 @@ class TrialScores:
     reworded: float = 0.0
     drift: float = float("nan")
     score: float = 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"reliability {self.reliability:.3f}, reworded {self.reworded:.3f}, "
+            f"drift {self.drift:.4f} nats a token, score {self.score:.3f}"
+        )

@@ -133,7 +133,8 @@ class HealthCheck:
             self._warned = True  # of hundreds of edits that are made alone, the first will do
             logger.warning(
                 "The edited model looks damaged: %s. Lower `lr` (now %g), allow fewer epochs "
-                "(`num_steps`) or choose another layer; `result.restore_(model)` undoes the edit.",
+                "(`num_steps`) or choose another layer. The edit can be undone: with `locft delta "
+                "revert`, or `result.restore_(model)` in Python.",
                 "; ".join(warnings),
                 lr,
             )

@@ -36,6 +36,7 @@ from ..prefix.shortcuts import Shortcuts, enabled_shortcuts
 from ..prefix.store import Budget
 from ..prefix.streaming import FrozenStream
 from ..utils.files import locked
+from ..utils.progress import progress_bar
 from ..utils.timing import timed
 from .checkpoints import Checkpoints, agreed_checkpoints
 from .edit_runner import EditRunner
@@ -371,12 +372,12 @@ class EditSession:
             if checkpoints is not None:
                 stack.enter_context(checkpoints.watching(done))
             bar = stack.enter_context(
-                tqdm(
+                progress_bar(
                     total=h.num_steps * n_batches,
                     initial=done.epoch * n_batches + done.step,
                     desc="breadth-first",
                     unit="step",
-                    disable=not progress,
+                    show=progress,
                 )
             )
             # Closed also where the training ends early: its prefetching thread ends with it.

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import os
+import platform
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -10,6 +14,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TextIO
 
+import psutil
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
@@ -17,6 +22,7 @@ from ..errors import OutputError
 
 LOCK = ".lock"
 _TEMPORARY = ".{name}.{by}.tmp"
+_OF_A_PROCESS = re.compile(r"(?P<host>.+)-(?P<process>\d+)-[0-9a-f]{8}\.tmp")
 
 
 @contextmanager
@@ -58,8 +64,21 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def _beside(target: Path) -> Path:
     """Returns a name for a temporary file beside `target` that no other process gives."""
     # Processes of several machines may share a folder, and a number.
-    by = f"{os.getpid()}-{secrets.token_hex(4)}"
+    by = f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
     return target.with_name(_TEMPORARY.format(name=target.name, by=by))
+
+
+def _host() -> str:
+    """Returns this machine's name, as it may stand in a file's."""
+    return re.sub(r"[^\w.]", "_", platform.node()) or "host"
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Removes what processes of this machine that were killed have left beside `target`."""
+    for leftover in target.parent.glob(_TEMPORARY.format(name=glob.escape(target.name), by="*")):
+        found = _OF_A_PROCESS.fullmatch(leftover.name.removeprefix(f".{target.name}."))
+        if found and found["host"] == _host() and not psutil.pid_exists(int(found["process"])):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
@@ -76,8 +95,8 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 def new_folder(path: str | Path) -> Iterator[Path]:
     """Yields a temporary folder that becomes `path` when the context ends well.
 
-    It does so once everything in it is on the disk; after any failure nothing is left of it.
-    Folders above it are made.
+    It does so once everything in it is on the disk; after any failure nothing is left of it, and
+    what a process left that was killed is removed by the next one. Folders above it are made.
 
     Raises:
         OutputError: `path` holds something.
@@ -89,6 +108,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_symlink():
         target = target.resolve()
+    _remove_leftovers(target)
     temporary = _beside(target)
     temporary.mkdir()
     try:
@@ -97,7 +117,14 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             for name in names:
                 _sync(Path(folder, name))
             _sync(Path(folder))
-        os.replace(temporary, target)
+        try:
+            os.replace(temporary, target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise OutputError(
+                f"`{path}` has been written by another run meanwhile. Choose another folder."
+            ) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -52,11 +52,13 @@ def terminal_table(
     text_columns: int = 1,
     header: bool = True,
     compact: bool = False,
+    whole_first: bool = False,
 ) -> Table:
     """Returns a table for the terminal; nothing in it is taken for markup.
 
     The first `text_columns` hold texts, which are broken where they are too long; the others hold
-    numbers, at the right and never broken. `compact` leaves out the frame, for many columns.
+    numbers, at the right and never broken. `compact` leaves out the frame, for many columns, and
+    `whole_first` breaks no text of the first column, which somebody may want to copy.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -71,8 +73,12 @@ def terminal_table(
     if compact:
         table.box, table.show_edge, table.pad_edge = SIMPLE_HEAD, False, False
         table.padding = (0, 1, 0, 0)
+    rows = list(rows)
     for i, heading in enumerate(columns):
-        if i < text_columns:
+        if i == 0 and whole_first:
+            longest = max((len(row.cells[0]) for row in rows if row.cells), default=0)
+            table.add_column(Text(heading), overflow="fold", min_width=longest)
+        elif i < text_columns:
             table.add_column(Text(heading), overflow="fold")
         else:
             table.add_column(Text(heading), justify="right", no_wrap=True)

@@ -49,6 +49,13 @@ def test_show(files, capsys):
     assert "with the base model's folder" in capsys.readouterr().out
 
 
+def test_show_breaks_no_name(files, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["delta", "show", "0.safetensors"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("model.layers.2.mlp.down_proj.weight") == 2
+
+
 def test_show_takes_no_text_for_markup_and_no_text_for_a_number(files, capsys):
     from locft_easyedit.delta.metadata import sealed
 

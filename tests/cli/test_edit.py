@@ -1,6 +1,7 @@
 """The command line, as a user runs it, on a toy model in a folder."""
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def test_edit_writes_what_there_is_to_see(toy_folder):
     assert done.returncode == 0, done.stderr
     assert "reliability (generated)" in done.stdout
     assert "perplexity of a fixed text" in done.stdout
-    assert "breadth-first" in done.stderr  # the progress bar
+    assert "breadth-first" not in done.stderr  # a progress bar is for a terminal
     out = toy_folder / "out"
     metrics = json.loads((out / "metrics.json").read_text())
     assert len(metrics["records"]) == metrics["training"]["trained_edits"] == 5
@@ -75,6 +76,12 @@ def test_a_multirun_makes_a_folder_a_cell(toy_folder):
         json.loads((toy_folder / "out" / cell / "hparams.json").read_text())["lr"] for cell in "01"
     ]
     assert rates == [0.01, 0.02]
+    # The last table has both.
+    last = done.stdout[done.stdout.index("All runs: means after the edit") :]
+    assert "0: lr=0.01" in last
+    assert "1: lr=0.02" in last
+    assert "reliability (generated)" in last
+    assert "output=" not in last
 
 
 def test_help_and_shipped_names(capsys):
@@ -89,6 +96,10 @@ def test_help_and_shipped_names(capsys):
     [
         (["--config-name=toy.yaml", "data=none.json"], "`data=none.json` is not a file"),
         (["--config-name=toy.yaml"], "`data` is missing"),
+        # Names and files that are good: what comes after them is told.
+        (["--config-name=LocFT-BF+/smollm2-135m", "data=none.json"], "`data=none.json` is not a"),
+        (["--config-name=LocFT-BF/smollm2-135m", "data=none.json"], "`data=none.json` is not a"),
+        (["--config-name=null.yaml", "data=none.json"], "`data=none.json` is not a file"),
         (["--config-name=toy.yaml", "data=edits.json", "n=9"], "`n=9`, but edits.json holds 6"),
         (["--config-name=toy.yaml", "data=edits.json", "lr=-1"], "`lr=-1.0` must be above 0"),
         (["--config-name=toy.yaml", "data=edits.json", "save=all"], "`save='all'` must be one of"),
@@ -96,6 +107,10 @@ def test_help_and_shipped_names(capsys):
         (["--config-name=toy.yaml", "data=edits.json", "model_name=./no"], "does not exist"),
         (["--config-name=nobody", "data=edits.json"], "--config-name=nobody is not known"),
         (["data=edits.json"], "--config-name is missing"),
+        (["--config-name=smollm2-135", "data=edits.json"], "Did you mean smollm2-135m?"),
+        (["--config-name=toy.yaml", "data=edits.json", "num_step=3"], "mean `num_steps`?"),
+        (["--config-name=toy.yaml", "data=edits.json", "hydra.foo=3"], "Could not override"),
+        (["--config-name=toy.yaml", "data=edits.json", "output=toy.yaml"], "toy.yaml: File exists"),
         (["--config-name=broken.yaml", "data=edits.json"], "`learning_rate` is not a key"),
         (["--config-name=toy.yaml", "data=bad.json"], "bad.json, line 2, column"),
     ],
@@ -103,6 +118,7 @@ def test_help_and_shipped_names(capsys):
 )
 def test_a_mistake_is_one_message_and_exit_code_2(toy_folder, arguments, message):
     (toy_folder / "broken.yaml").write_text(TOY_YAML + "learning_rate: 1\n")
+    (toy_folder / "null.yaml").write_text(TOY_YAML.replace("num_steps: 3", "num_steps: null"))
     (toy_folder / "bad.json").write_text("[\n{]")
     done = run(*arguments)
     assert done.returncode == 2
@@ -110,10 +126,45 @@ def test_a_mistake_is_one_message_and_exit_code_2(toy_folder, arguments, message
     assert "Traceback" not in done.stderr
 
 
+def test_paths_and_templates_are_taken_as_they_stand(toy_folder):
+    odd = toy_folder / "a (b)=c, 50% 模型"
+    odd.mkdir()
+    (toy_folder / "edits.json").rename(odd / "edits.json")
+    done = run(
+        "--config-name=toy.yaml", f"data={odd.name}/edits.json", f"output={odd.name}/out",
+        "rewrite_module_tmp=model.layers.{}.mlp.up_proj.weight", "layers=1", "metrics=generated",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    edit = Delta.load(odd / "out" / "edit.safetensors")
+    assert list(edit.new) == ["model.layers.1.mlp.up_proj.weight"]
+    # The last line can be pasted into a shell.
+    asked = shlex.split(done.stdout.strip().split("\n")[-1].removeprefix("try it: "))
+    assert asked == ["locft", "ask", "./toy", f"delta={odd}/out/edit.safetensors"]
+
+
+def test_a_full_disk_at_the_start_is_one_message(toy_folder):
+    code = """
+import errno, pathlib, sys
+from locft_easyedit.__main__ import main
+make = pathlib.Path.mkdir
+def full(path, *args, **kwargs):
+    if path.name == ".hydra" or path.name == "out":
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    make(path, *args, **kwargs)
+pathlib.Path.mkdir = full
+sys.exit(main(sys.argv[1:]))
+"""
+    arguments = ["edit", "--config-name=toy.yaml", "data=edits.json", "output=out"]
+    done = run_python(["-c", code, *arguments])
+    assert done.returncode == 2
+    assert "No space left on device. Choose a folder" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_value_of_the_wrong_type_is_refused(toy_folder):
     done = run("--config-name=toy.yaml", "data=edits.json", "lr=fast")
     assert done.returncode == 2
-    assert "could not be converted to Float" in done.stderr
+    assert "`lr=fast` must be a number or auto" in done.stderr
     assert "Traceback" not in done.stderr
 
 

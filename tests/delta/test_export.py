@@ -162,7 +162,10 @@ def test_factors_are_the_best_of_their_rank():
     change = (new - delta.original[name]).double()
     singular = torch.linalg.svdvals(change)
     for rank, expected in ((1, 1), (7, 7), (31, 31), (32, 32), (100, 32)):
-        factors, left_out = low_rank_factors(delta, rank)
+        factors, left_out, enough = low_rank_factors(delta, rank)
+        # The rank that is named leaves out 5 % at most, and one less leaves out more.
+        assert low_rank_factors(delta, enough)[1] <= 0.05
+        assert enough == 1 or low_rank_factors(delta, enough - 1)[1] > 0.05
         a, b = factors[name]
         assert (a.shape, b.shape) == ((expected, 64), (32, expected))
         left = float((change - (b @ a).double()).norm())
@@ -296,3 +299,16 @@ def test_the_command(tmp_path, base, monkeypatch, capsys, form):
     else:
         exported = loaded("base", "out")
     assert (logits(exported) - logits(model)).abs().max() <= (ROUNDING if form == "lora" else 0)
+
+
+def test_a_rank_that_leaves_out_much_is_told_with_what_keeps_it(tmp_path, caplog):
+    toy_model().save_pretrained(tmp_path / "base")
+    delta = made_delta()
+    delta.export_lora(tmp_path / "base", tmp_path / "small", rank=2)
+    [message] = caplog.messages
+    rank = int(re.search(r"rank=(\d+) keeps all but 5 %", message)[1])
+    assert message.startswith("rank=2 leaves out ")
+    assert "as=adapter" in message
+    caplog.clear()
+    assert delta.export_lora(tmp_path / "base", tmp_path / "large", rank=rank) <= 0.05
+    assert caplog.messages == []

@@ -444,5 +444,17 @@ def test_a_hidden_tensor(path):
     with pytest.raises(DeltaError, match="the tensor 'hidden' belongs to nothing"):
         Delta.load(path)
     path.write_bytes(path.read_bytes() + b"more")
-    with pytest.raises(DeltaError, match="file not fully covered"):
+    with pytest.raises(DeltaError, match="has 4 bytes behind its last tensor"):
+        Delta.load(path)
+
+
+def test_appended_bytes_are_not_called_cut_short(tmp_path):
+    path = tmp_path / "edit.safetensors"
+    made_delta().save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"12345")
+    with pytest.raises(DeltaError, match="has 5 bytes behind its last tensor"):
+        Delta.load(path)
+    path.write_bytes(whole[:-5])
+    with pytest.raises(DeltaError, match="cut short"):
         Delta.load(path)

@@ -180,6 +180,18 @@ def test_a_folder_that_holds_something(tmp_path, base):
     assert bytes_in(tmp_path / "out") == {"mine": b"mine"}
 
 
+def test_an_edit_named_twice_and_an_output_within_the_model(tmp_path, base):
+    delta = made_delta()
+    with pytest.raises(DeltaError, match=f"Edit {delta.short_id} is given twice"):
+        write_changed_folder([delta, delta], base, tmp_path / "out")
+    for write in (delta.apply_to_folder, delta.export_adapter, delta.export_lora):
+        options = {"rank": 2} if write == delta.export_lora else {}
+        with pytest.raises(OutputError, match="is inside of `model="):
+            write(base, base / "sub" / "out", **options)
+    assert not (base / "sub").exists()
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_full_disk_leaves_nothing(tmp_path, base, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")

@@ -15,14 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from locft_easyedit.distributed import world as world_module
+from locft_easyedit.distributed.launch import is_launched, single_process_environment
 from locft_easyedit.distributed.world import (
     SINGLE_PROCESS,
     Partition,
     World,
     get_world,
-    is_launched,
     single_process,
-    single_process_environment,
 )
 from locft_easyedit.errors import HyperParamsError, LocFTError, RankError
 

@@ -14,13 +14,9 @@ from locft_easyedit.distributed.world import SINGLE_PROCESS
 from locft_easyedit.evaluation import divergence
 from locft_easyedit.evaluation.answers import contains_any, matches_any
 from locft_easyedit.evaluation.divergence import BeforeEdit
-from locft_easyedit.evaluation.evaluation import (
-    DEFAULT_METRICS,
-    Evaluation,
-    PairedMetrics,
-    shared_evaluation,
-)
+from locft_easyedit.evaluation.evaluation import Evaluation, PairedMetrics, shared_evaluation
 from locft_easyedit.evaluation.generated import finish_generated_
+from locft_easyedit.evaluation.metric_names import DEFAULT_METRICS
 from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.evaluation.report import metrics_table
 from locft_easyedit.evaluation.summary import summarize

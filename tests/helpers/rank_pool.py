@@ -168,7 +168,7 @@ def start_servers(n: int) -> None:
 
 def python_environment() -> dict[str, str]:
     """Returns an environment in which nobody launched anything yet, and each has one thread."""
-    from locft_easyedit.distributed.world import single_process_environment
+    from locft_easyedit.distributed.launch import single_process_environment
 
     path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
     return single_process_environment() | {

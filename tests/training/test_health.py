@@ -202,7 +202,7 @@ def test_a_damaged_model_is_told_with_a_remedy(warned):
     [message] = warned()
     assert report.warnings[0] in message
     assert "Lower `lr` (now 3)" in message
-    assert "`result.restore_(model)` undoes the edit" in message
+    assert "`locft delta revert`, or `result.restore_(model)`" in message
 
 
 def test_a_healthy_model_is_not_warned_of(warned):

@@ -2,12 +2,14 @@
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.toys import made_delta, toy_hparams
+from helpers.toys import REPOSITORY, made_delta, toy_hparams
 from safetensors.torch import save_file
 
 from locft_easyedit import api as pipeline
@@ -182,6 +184,37 @@ def test_nothing_is_left_of_a_folder_that_fails(tmp_path, monkeypatch, function,
     with pytest.raises(type(error), match="stopped"), new_folder(tmp_path / "x") as temporary:
         (temporary / "file").write_text("half")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    code = """
+import os, pathlib, sys
+from locft_easyedit.utils.files import new_folder
+with new_folder(sys.argv[1]) as folder:
+    pathlib.Path(folder, "weights").write_bytes(bytes(100))
+    os._exit(9)
+"""
+    target = tmp_path / "a [1]"
+    subprocess.run([sys.executable, "-c", code, str(target)], cwd=REPOSITORY)
+    [left] = tmp_path.iterdir()
+    with new_folder(target) as mine, new_folder(tmp_path / "other"):
+        assert not left.exists()
+        with new_folder(target):  # what a living process writes stays
+            assert mine.exists()
+        target.rmdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a [1]", "other"]
+
+
+def test_of_two_runs_that_write_one_folder_the_second_is_told(tmp_path):
+    target = tmp_path / "out"
+    with (
+        pytest.raises(OutputError, match="has been written by another run meanwhile"),
+        output_errors(target),
+        new_folder(target),
+        new_folder(target) as other,
+    ):
+        (other / "a").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_folder_that_holds_something_is_refused(tmp_path, target):

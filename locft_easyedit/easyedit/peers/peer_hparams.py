@@ -303,4 +303,4 @@ def _covariance_modules(values: Mapping[str, Any]) -> list[str]:
     template = values.get("rewrite_module_tmp")
     if not values.get("mom2_adjustment") or not isinstance(template, str):
         return []
-    return [template.format(layer) for layer in values.get("layers", [])]
+    return [template.replace("{}", str(layer)) for layer in values.get("layers", [])]

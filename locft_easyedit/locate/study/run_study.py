@@ -5,9 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 
-from tqdm import tqdm
-
 from ...errors import LocFTError, one_message
+from ...utils.progress import progress_bar
 from ...utils.subprocesses import Worker, WorkerPool, worker_pool
 from .study import Study
 from .study_outcome import FAILED, OUT_OF_MEMORY, CellOutcome, StudyOutcome
@@ -36,12 +35,12 @@ def _work(study: Study, progress: bool) -> list[str]:
     reasons = []
     with (
         worker_pool(_devices(study)) as pool,
-        tqdm(
+        progress_bar(
             total=n_all,
             initial=n_all - n_open,
             desc="location study",
             unit="cell",
-            disable=not progress,
+            show=progress,
         ) as bar,
     ):
         for slot in range(len(pool.devices)):

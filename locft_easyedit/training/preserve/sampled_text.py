@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ...data.tokenization import ids_of, unended_ids
 from ...errors import ModelError
 from ...modeling.sampling import TextKind, TextSampler, first_token
+from ...utils.progress import progress_bar
 from .moment_cache import cache_errors
+
+logger = logging.getLogger(__name__)
 
 # Questions and beginnings of statements, which text from BOS on seldom has.
 OPENINGS = (
@@ -25,6 +29,7 @@ _DOCUMENTS = 128  # of each kind, at least
 _BATCH = 32
 _DOCUMENT_TOKENS, _OPENED_TOKENS = 128, 32
 _ASKED_EACH, _ASKED_TOKENS = 7, 24  # of each beginning of `asked`, in a round
+_TIMED = 16  # forward passes before it is said how long all will take
 # A model that ends nearly every text at once would otherwise be sampled without end.
 _MOST_ROUNDS = 10  # times what is expected
 
@@ -94,14 +99,20 @@ def sampled_text(
         TextKind("opened", unended_ids(tokenizer, OPENINGS), _BATCH, _OPENED_TOKENS),
         TextKind("asked", asked, n_asked, _ASKED_TOKENS),
     ]
-    sampler = TextSampler(
-        model, tokenizer, kinds, cache=cache, seed=seed, cache_errors=cache_errors
+    expected = max(_DOCUMENTS, -(-n_tokens // (_DOCUMENT_TOKENS + _OPENED_TOKENS)))
+    of_a_round, rounds = sum(kind.n_tokens for kind in kinds), -(-expected // _BATCH)
+    # It moves with every forward pass: a round takes minutes.
+    bar = progress_bar(
+        desc="sampling text", total=rounds * of_a_round, unit="token a text", show=progress
     )
+    pace = _Pace(bar, cache)
+    sampler = TextSampler(
+        model, tokenizer, kinds, cache=cache, seed=seed, cache_errors=cache_errors,
+        on_step=pace.step if progress else None,
+    )  # fmt: skip
     text = SampledText([], [], [])
     found = 0
-    expected = max(_DOCUMENTS, -(-n_tokens // (_DOCUMENT_TOKENS + _OPENED_TOKENS)))
-    most = _MOST_ROUNDS * -(-expected // _BATCH)
-    bar = tqdm(desc="sampling text", total=2 * expected, unit="document", disable=not progress)
+    most = _MOST_ROUNDS * rounds
     with bar:
         for number in range(most):
             new = sampler.round(number)
@@ -110,8 +121,9 @@ def sampled_text(
             text.opened.extend(new["opened"])
             text.asked.extend(new["asked"])
             found += sum(map(len, ids_of(tokenizer, [*documents, *new["opened"]])))
-            bar.total = max(2 * expected, len(text.documents) + len(text.opened))
-            bar.update(len(documents) + len(new["opened"]))
+            # A round is done sooner where it is kept, or where all its texts have ended.
+            bar.total = max(rounds, number + 1) * of_a_round
+            bar.update((number + 1) * of_a_round - bar.n)
             if min(len(text.documents), len(text.opened)) >= _DOCUMENTS and found >= n_tokens:
                 return text
     raise ModelError(
@@ -119,6 +131,32 @@ def sampled_text(
         f"blank, and {found} tokens of {n_tokens}, in {most * _BATCH} tries. Put a text file in "
         "place of `sampled`."
     )
+
+
+class _Pace:
+    """Tells a bar of forward passes and, once, the user how long all of them will take.
+
+    Args:
+        bar: A progress bar of forward passes.
+        cache: Where text is kept; `None` keeps nothing.
+    """
+
+    def __init__(self, bar: Any, cache: Path | None) -> None:
+        self._bar, self._cache = bar, cache
+        self._begun, self._steps = time.perf_counter(), 0
+
+    def step(self) -> None:
+        """Counts a forward pass."""
+        self._bar.update()
+        self._steps += 1
+        if self._steps == _TIMED:
+            minutes = (time.perf_counter() - self._begun) / _TIMED * self._bar.total / 60
+            kept = f"kept in {self._cache}" if self._cache else "not kept (`preserve_dir`)"
+            logger.info(
+                "To leave the rest alone, text is sampled once per model and %s: about %s.",
+                kept,
+                f"{minutes:.0f} minutes" if minutes >= 1.5 else "a minute or less",
+            )
 
 
 def asked_prompts(texts: Iterable[str]) -> list[str]:
