@@ -36,8 +36,9 @@ Interrupted by whatever (Ctrl-C, a kill, a full disk), the same command goes on 
                        wrappers too, and takes most of the time of measuring: leave it out to save
                        it
   save=WHAT            the edited matrices (default), the whole edited model, or none
-  alg_name=NAME        {ALG_NAME}, or {PLUS_NAME}, which trains rewordings (augment=N) and
-                       confines the change (preserve=[sampled,neighbours,FILE,...])
+  alg_name=NAME        {ALG_NAME}, or {PLUS_NAME}, which trains other forms of each prompt
+                       (forms=[chat,question_answer,context]) and confines the change
+                       (preserve=[sampled,neighbours,FILE,...])
   tuning=lora          train a low-rank change (lora_rank=R) in place of the matrices
   KEY=VALUE            any hyper-parameter: lr=1e-3 layers=[22] model_name=FOLDER device=cpu;
                        layers=auto finds the layer, rewrite_module_tmp=auto the module and
