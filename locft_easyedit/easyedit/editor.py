@@ -260,7 +260,8 @@ class LocFTBFMethods:
         # A script's own files are written by all processes: they have to be the same.
         self._seconds = get_world().broadcast_from_main(lambda: self._seconds)
         for i, (entry, request, value) in enumerate(zip(entries, requests, after, strict=True)):
-            entry.update({"case_id": i, "requested_rewrite": request, "post": value})
+            said = {"case_id": i, "alg_name": self.hparams.alg_name, "requested_rewrite": request}
+            entry.update({**said, "post": value})
         if measures.scores:
             self._finish_(entries, measures)
         return entries

@@ -47,6 +47,7 @@ class EasyEdit:
         ALG_DICT: From `alg_name` to the function that edits; may be added to.
         BatchEditor: The enumeration of methods that edit in batches.
         BaseEditor: The editor class.
+        ConceptEditor: The editor of concepts, a class of its own; `None` in the release.
         HyperParams: The base of all hyper-parameter classes.
         compute_edit_quality: Scores one request.
         test_generation_quality: Scores the fluency of generated text.
@@ -57,6 +58,7 @@ class EasyEdit:
     ALG_DICT: dict[str, Callable[..., Any]]
     BatchEditor: Any
     BaseEditor: Any
+    ConceptEditor: Any
     HyperParams: type
     compute_edit_quality: Callable[..., dict[str, Any]]
     test_generation_quality: Callable[..., dict[str, Any]]
@@ -176,15 +178,17 @@ def _handles(home: Path) -> EasyEdit:
     from easyeditor.util.hparams import HyperParams
 
     try:
+        from easyeditor.editors.concept_editor import ConceptEditor
         from easyeditor.editors.utils import summary_metrics
     except ImportError:
-        summary_metrics = None
+        ConceptEditor = summary_metrics = None
     return EasyEdit(
         home=home,
         is_release=summary_metrics is None,
         ALG_DICT=ALG_DICT,
         BatchEditor=BatchEditor,
         BaseEditor=BaseEditor,
+        ConceptEditor=ConceptEditor,
         HyperParams=HyperParams,
         compute_edit_quality=compute_edit_quality,
         test_generation_quality=test_generation_quality,
