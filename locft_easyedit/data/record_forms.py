@@ -48,7 +48,8 @@ def as_requests(records: Any) -> Any:
 def _is_raw(record: Record) -> bool:
     """Returns whether a record is none of EasyEdit's requests, but in a form that is read."""
     if "prompt" not in record or not isinstance(record.get("target_new"), str):
-        return any(field in record for field, _ in _FORMS)
+        forms = {field for field, _ in _FORMS} - {"prompt"}
+        return not set(record).isdisjoint({*_TARGETS, *forms})
     parts = [record.get(part) for part in ("locality", "portability")]
     if any(part is not None and not isinstance(part, Mapping) for part in parts):
         return True
