@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
-from ..errors import ModelError, RequestError
+from ..errors import LocFTError, ModelError, RequestError
 from ..evaluation.fluency import fluency_of, word_tokenizer
-from .cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
 from .importing import EasyEdit
 
 _SEPARATOR = "</s>"  # between question and answer, in every text that EasyEdit makes
@@ -60,6 +59,11 @@ class SentimentMetrics:
         self._asked = metric_kwargs
         if metric_kwargs is None:
             return
+        if easyedit.is_release:
+            raise LocFTError(
+                "`metric_kwargs`: ConvSent's metrics need the current EasyEdit; this is the PyPI "
+                "release. Set EASYEDIT_HOME to a clone, or leave it out."
+            )
         if len(metric_kwargs) != n_requests:
             raise RequestError(
                 f"`metric_kwargs` has {len(metric_kwargs)} entries for {n_requests} requests. Give "
@@ -77,24 +81,22 @@ class SentimentMetrics:
         self._base = _Unedited(model, unedited)
         self._model, self._tokenizer, self._hparams = model, tokenizer, hparams
         self._device = device
-        self._mode = CudaAsCPU if needs_cuda_as_cpu(easyedit) else nullcontext
 
     def of(self, request: int) -> dict[str, Any]:
         """Returns what is added to a request's entry: `es`, `dd` and the edited model's fluency."""
         if self._asked is None:
             return {}
         asked = self._asked[request]
-        with self._mode():
-            found: dict[str, Any] = self._compute(
-                self._base,
-                self._model,
-                "llama",  # it knows others, but takes none by their name
-                self._hparams,
-                self._tokenizer,
-                metric_kwargs=asked,
-                device=self._device,
-                test_generation=False,
-            )
+        found: dict[str, Any] = self._compute(
+            self._base,
+            self._model,
+            "llama",  # it knows others, but takes none by their name
+            self._hparams,
+            self._tokenizer,
+            metric_kwargs=asked,
+            device=self._device,
+            test_generation=False,
+        )
         question = asked["inner_q"]
         prompt = question[0] if isinstance(question, list) else question
         found["fluency"] = fluency_of(

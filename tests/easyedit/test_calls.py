@@ -5,7 +5,7 @@ import torch
 from helpers.toys import loaded_hparams, toy_model, toy_requests, toy_tokenizer
 
 import locft_easyedit
-from locft_easyedit.errors import ModelError, RequestError
+from locft_easyedit.errors import LocFTError, ModelError, RequestError
 from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.evaluation.teacher_forced import TeacherForced
 from locft_easyedit.hparams import HyperParamsBase, LocFTBFHyperParams
@@ -174,6 +174,10 @@ def test_convsents_metrics_compare_with_the_unedited_model(easyedit):
         "inner_target": [0, 0],
         "all_target": [0, 1],
     }
+    if easyedit.is_release:
+        with pytest.raises(LocFTError, match="ConvSent's metrics need the current EasyEdit"):
+            editor.edit_requests(requests, metric_kwargs=[asked] * 2, verbose=False)
+        return
     with pytest.raises(RequestError, match="1 entries for 2 requests"):
         editor.edit_requests(requests, metric_kwargs=[asked], verbose=False)
     for sequential in (False, True):

@@ -107,6 +107,7 @@ def test_what_cannot_be_is_said_in_one_message(yamls):
 def test_a_refusal_of_the_script_is_told_from_an_error_in_it(tmp_path):
     source = (
         "def f(known):\n    assert known, 'not supported'\n    raise ValueError(\n    'no'\n)\n"
+        "def g():\n    return {}['a']\n"
     )
     path = tmp_path / "script.py"
     names = {}
