@@ -147,8 +147,8 @@ def _say_which(home: Path) -> None:
     EasyEdit's scripts append `..` to `sys.path`, where what is installed wins.
     """
     main = getattr(sys.modules.get("__main__"), "__file__", None)
-    above = Path(main).resolve().parents if main else ()
-    for folder in (*sys.path, "..", *above):
+    folders = [*sys.path, "..", *map(str, Path(main).resolve().parents if main else ())]
+    for folder in folders:
         clone = Path(folder).resolve()
         if clone != home and (clone / "easyeditor" / "__init__.py").is_file():
             logger.warning(

@@ -50,8 +50,8 @@ class MethodName(str):
     def __str__(self) -> str:
         return self  # argparse's `type=str` hands it on as it is
 
-    def __getnewargs__(self) -> tuple[str, str]:
-        return "".join(self), self.stands_for
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return MethodName, ("".join(self), self.stands_for)
 
 
 @dataclass(frozen=True)
