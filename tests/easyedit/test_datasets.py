@@ -113,7 +113,7 @@ def first(answers):
 
 
 def test_the_objects_are_requests_themselves(easyedit, written):
-    from easyeditor.dataset import CounterFactDataset, KnowEditDataset, ZsreDataset
+    from easyeditor import dataset as classes
 
     zsre = {
         "src": "Where is Oslo?", "rephrase": "Oslo?", "alt": "Peru", "answers": ["Norway"],
@@ -128,7 +128,9 @@ def test_the_objects_are_requests_themselves(easyedit, written):
         "portability": {"Reasoning": [{"prompt": "R", "ground_truth": [["A", "B"]]}]},
         "locality": {"Relation_Specificity": [{"prompt": "L", "ground_truth": "C"}]},
     }  # fmt: skip
-    kinds = [(ZsreDataset, zsre), (CounterFactDataset, flat), (KnowEditDataset, knowedit)]
+    kinds = [(classes.ZsreDataset, zsre), (classes.CounterFactDataset, flat)]
+    if not easyedit.is_release:
+        kinds.append((classes.KnowEditDataset, knowedit))
     for dataset, record in kinds:
         path = written([record])
         [expected] = read_requests(path)
