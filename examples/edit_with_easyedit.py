@@ -1,12 +1,10 @@
-"""LocFT-BF in a script of one's own: two lines more than for any other method of EasyEdit."""
+"""LocFT-BF in a script of one's own: one line more than for any other method of EasyEdit."""
 
-import locft_easyedit
+import locft_easyedit  # noqa: F401, I001
 
-locft_easyedit.register()
+from easyeditor import BaseEditor, LocFTBFHyperParams
 
-from easyeditor import BaseEditor  # noqa: E402
-
-hparams = locft_easyedit.LocFTBFHyperParams.from_hparams("hparams/LocFT-BF/smollm2-135m.yaml")
+hparams = LocFTBFHyperParams.from_hparams("hparams/LocFT-BF/smollm2-135m.yaml")
 editor = BaseEditor.from_hparams(hparams)
 metrics, edited_model, original_weights = editor.batch_edit(
     prompts=["The capital city of France is", "The author of Don Quixote is"],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import import_hook
+
 if TYPE_CHECKING:
     from .api import edit_model, open_session
     from .data.readers import read_requests
@@ -21,12 +23,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Loaded on first use: `import locft_easyedit` must stay quick and without effects.
+# Loaded on first use: `import locft_easyedit` must stay quick. `LocFTBFEditor` needs EasyEdit, and
+# is therefore not in `__all__`.
 _HOMES = {
     "Delta": "delta.delta",
     "EditResult": "training.result",
     "EditSession": "training.session",
     "Evaluation": "evaluation.evaluation",
+    "LocFTBFEditor": "easyedit.registration",
     "LocFTBFHyperParams": "hparams",
     "LocFTError": "errors",
     "apply_deltas_": "delta.apply",
@@ -67,3 +71,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+import_hook.install()

@@ -28,6 +28,7 @@ from .hparams_rules import (
     SAMPLED,
     broken_rules,
 )
+from .hparams_spellings import known_alg_name, translated
 from .utils.parsing import bad_text, is_file, json_of, shown, text_of, texts_in, yaml_of
 
 if TYPE_CHECKING:
@@ -71,9 +72,13 @@ _NOT_OF_THE_TYPE = (
 )
 
 
+class HyperParamsBase:
+    """What stands above our hyper-parameters: `register` puts EasyEdit's `HyperParams` there."""
+
+
 # OmegaConf reads these annotations at run time and knows no PEP 604 unions on Python 3.10.
 @dataclass(kw_only=True)
-class LocFTBFHyperParams:
+class LocFTBFHyperParams(HyperParamsBase):
     """Everything that a YAML with `alg_name: LocFT-BF` can say.
 
     Keys that EasyEdit has keep EasyEdit's names. `num_steps`, `batch_size`, `lr` and the two
@@ -309,7 +314,7 @@ class LocFTBFHyperParams:
                 f"{source} holds {type(config).__name__}, not keys with values. Give a mapping."
             )
         present = given_values(config)
-        alg_name = present.get("alg_name")
+        alg_name = known_alg_name(present.get("alg_name"))
         if alg_name is not None and alg_name not in ALG_NAMES:
             raise HyperParamsError(
                 f"`alg_name={shown(alg_name)}` in {source} is another method; these are the "
@@ -349,7 +354,7 @@ def read_mapping(name_or_path: str | Path) -> tuple[Path, dict[str, Any]]:
             f"`{path}` holds {type(config).__name__}, not keys with values. "
             f"See hparams/{ALG_NAME}/ for examples."
         )
-    return path, config
+    return path, translated(config, str(path))
 
 
 def given_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -371,6 +376,8 @@ def typed_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     typed: dict[str, Any] = {}
     problems = []
     for key, value in values.items():
+        if key == "alg_name":
+            value = known_alg_name(value)
         if key not in known:
             problems.append(_unknown_key(shown(key) if not isinstance(key, str) else key, known))
         elif isinstance(value, (list, tuple)) and len(value) > _MOST_ENTRIES:

@@ -244,7 +244,7 @@ def test_all_problems_in_one_error(written, content, keys):
         assert sum(f"`{key}" in line for line in lines) == 1
 
 
-@pytest.mark.parametrize("name", ["FT", "ROME", "locft-bf", 5])
+@pytest.mark.parametrize("name", ["FT", "ROME", "LocFT", 5])
 def test_another_method(written, name):
     path = written(VALID | {"alg_name": name, "lr": "abc"})
     with pytest.raises(HyperParamsError, match=r"is another method.*alg_name: LocFT-BF"):

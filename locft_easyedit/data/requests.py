@@ -81,7 +81,8 @@ def make_requests(
     """Returns EasyEdit's request dictionaries for N prompts and N targets.
 
     The same dictionaries as EasyEdit's `_prepare_requests`, except that a subject need not be in
-    its prompt (LocFT-BF does not use it) and that the arguments are left as they were.
+    its prompt (LocFT-BF does not use it), that it is put in place of `{}` in a prompt, and that
+    the arguments are left as they were.
 
     Args:
         prompts: N prompts, or one.
@@ -145,7 +146,7 @@ def make_requests(
                 if prompt not in (None, []):
                     request[part][name] = {"prompt": prompt, "ground_truth": truth}
         requests.append(request)
-    return requests
+    return [with_subject(request) for request in requests]
 
 
 def _lists(given: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -175,9 +176,9 @@ def distinct_edits(
     """Returns the edits to train: duplicates merged, conflicts treated as `on_conflict` says.
 
     Args:
-        requests: Dictionaries with `prompt` and `target_new`, and `rewordings` (a list of prompts
-            that ask the same) where some are to be trained beside it; other keys are left to
-            evaluation.
+        requests: Dictionaries with `prompt` (see `filled_in`) and `target_new`, and `rewordings` (a
+            list of prompts that ask the same) where some are to be trained beside it; other keys
+            are left to evaluation.
         on_conflict: `train` keeps all targets of a prompt, as published; `error` stops; `last`
             keeps the latest target of a prompt; `None` is `train` without a warning.
 
@@ -192,6 +193,7 @@ def distinct_edits(
         )
     if not requests:
         raise RequestError("The list of requests is empty. Give at least one edit.")
+    requests = [with_subject(request) for request in requests]
     problems = [p for i, request in enumerate(requests) for p in _request_problems(i, request)]
     if problems:
         raise RequestError(one_message("The requests cannot be trained:", problems))
@@ -252,6 +254,31 @@ def distinct_edits(
         len(edits) - len(kept),
         n_giving_away,
     )
+
+
+def filled_in(prompt: Any, subject: Any) -> Any:
+    """Returns the prompt with the subject in place of `{}`, as ROME writes its prompts.
+
+    A prompt that names its subject, and one with other braces than one `{}`, is left alone: the
+    braces are its own.
+    """
+    if not isinstance(prompt, str) or not isinstance(subject, str) or not subject.strip():
+        return prompt
+    if prompt.count("{}") != 1 or subject in prompt:
+        return prompt
+    return prompt.replace("{}", subject)
+
+
+def with_subject(request: Any) -> Any:
+    """Returns a request with its prompts `filled_in`; one that needs nothing is the same object."""
+    if not isinstance(request, Mapping):
+        return request
+    changed = {
+        key: prompt
+        for key in ("prompt", "rephrase_prompt")
+        if (prompt := filled_in(request.get(key), request.get("subject"))) != request.get(key)
+    }
+    return {**request, **changed} if changed else request
 
 
 def _gives_away(text: str, edit: tuple[str, str]) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -29,49 +30,13 @@ from ..training.result import EditResult
 from ..training.session import EditSession
 from ..training.trained_weights import values_swapped, write_
 from ..utils.files import text_output
+from .calls import Request, Returned, check_keywords, takes_columns, usable
 from .chat import ChatMeasures
 from .importing import EasyEdit
 from .measures import Measures
+from .sentiment import SentimentMetrics
 
 logger = logging.getLogger(__name__)
-
-Request = Mapping[str, Any]
-Returned = tuple[Any, Any, dict[str, torch.Tensor]]
-
-
-def _takes_columns(method: Callable[..., Returned]) -> Callable[..., Returned]:
-    """Gives a method EasyEdit's arguments; it gets the requests that they mean."""
-
-    def with_columns(
-        self: Any,
-        prompts: str | list[str],
-        target_new: str | list[str],
-        ground_truth: str | list[str] | None = None,
-        target_neg: str | list[str] | None = None,
-        rephrase_prompts: str | list[str] | None = None,
-        locality_inputs: dict[str, Any] | None = None,
-        portability_inputs: dict[str, Any] | None = None,
-        sequential_edit: bool = False,
-        verbose: bool = True,
-        **kwargs: Any,
-    ) -> Returned:
-        requests = kwargs.pop("requests", None)
-        if requests is None:
-            requests = make_requests(
-                prompts,
-                target_new,
-                ground_truth,
-                target_neg,
-                rephrase_prompts,
-                locality_inputs,
-                portability_inputs,
-                subject=kwargs.get("subject"),
-                loc_prompts=kwargs.get("loc_prompts"),
-            )
-        return method(self, requests, sequential_edit, verbose, **kwargs)
-
-    with_columns.__name__, with_columns.__doc__ = method.__name__, method.__doc__
-    return with_columns
 
 
 class LocFTBFMethods:
@@ -107,7 +72,7 @@ class LocFTBFMethods:
         hparams.check()
         self.hparams = hparams
         self.alg_name = hparams.alg_name
-        self.apply_algo = apply_locft_bf_to_model
+        self.apply_algo = self._apply
         self.model, self.tok = load_model(hparams)
         self.model_name = hparams.model_name
         self.device = input_device(self.model)
@@ -115,7 +80,7 @@ class LocFTBFMethods:
         self._original: dict[str, torch.Tensor] = {}  # to restore when the next call begins
         self._first: dict[str, torch.Tensor] = {}  # values before the first edit of each parameter
 
-    @_takes_columns
+    @takes_columns
     def edit(
         self, requests: Sequence[Request], sequential_edit: bool, verbose: bool, **kwargs: Any
     ) -> Returned:
@@ -133,14 +98,14 @@ class LocFTBFMethods:
             sequential_edit: Train all edits together and keep them; else each alone.
             verbose: Show progress bars and log the summary.
             **kwargs: EasyEdit's others: `subject`, `loc_prompts`, `test_generation` (fluency),
-                `eval_metric`, `pre_edit`, `pre_file`; those of other methods (`train_ds`,
-                `keep_original_weight`) change nothing.
+                `eval_metric`, `pre_edit`, `pre_file`, `metric_kwargs` (ConvSent); those of other
+                methods (`train_ds`, `keep_original_weight`) change nothing.
 
         Returns:
             A list of metric dictionaries, the edited model, and the former weights by name.
 
         Raises:
-            LocFTError: The requests cannot be used; nothing was changed.
+            LocFTError: The requests cannot be used, or a keyword is unknown; nothing was changed.
         """
         return self.edit_requests(requests, sequential_edit, verbose, **kwargs)
 
@@ -152,12 +117,9 @@ class LocFTBFMethods:
         test_generation: bool = False,
         **kwargs: Any,
     ) -> Returned:
-        """Edits with EasyEdit's request dictionaries; otherwise as `edit`."""
-        if kwargs.get("metric_kwargs") is not None:
-            raise LocFTError(
-                "`metric_kwargs` asks for ConvSent's metrics, which compare two models side by "
-                f"side; {ALG_NAME} edits in place. Leave it out."
-            )
+        """Edits with EasyEdit's request dictionaries, or a data set object; else as `edit`."""
+        check_keywords("edit_requests", kwargs, inspect.signature(self.edit_requests).parameters)
+        requests = usable(requests)
         metric = kwargs.get("eval_metric", "exact match")
         metrics = self._edit_and_measure(
             requests,
@@ -166,10 +128,23 @@ class LocFTBFMethods:
             alone=not sequential_edit,
             pre_edit=kwargs.get("pre_edit"),
             pre_file=kwargs.get("pre_file"),
+            metric_kwargs=kwargs.get("metric_kwargs"),
         )
         return metrics, self.model, self._former_weights()
 
-    @_takes_columns
+    def edit_dataset(
+        self, ds: Any, keep_original_weight: bool = False, verbose: bool = True
+    ) -> Returned:
+        """Edits with all records of a data set object, as `edit_requests`.
+
+        Args:
+            ds: Such as EasyEdit's `CounterFactDataset`.
+            keep_original_weight: Make each edit alone, on the original model; else all together.
+            verbose: Show progress bars and log the summary.
+        """
+        return self.edit_requests(ds, not keep_original_weight, verbose)
+
+    @takes_columns
     def batch_edit(
         self, requests: Sequence[Request], sequential_edit: bool, verbose: bool, **kwargs: Any
     ) -> Returned:
@@ -196,7 +171,7 @@ class LocFTBFMethods:
             self._done(session.train_(), sequential_edit)
         return None, self.model, self._former_weights()
 
-    @_takes_columns
+    @takes_columns
     def generate_edit(
         self, requests: Sequence[Request], sequential_edit: bool, verbose: bool, **kwargs: Any
     ) -> Returned:
@@ -233,11 +208,22 @@ class LocFTBFMethods:
         alone: bool,
         pre_edit: list[dict[str, Any]] | None = None,
         pre_file: str | None = None,
+        metric_kwargs: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[dict[str, Any]]:
         """Measures, edits and measures again; returns an entry with `pre` and `post` a request."""
         # All that can be wrong shows before any weight changes, the last call's edits included.
         session = self._opened(requests, progress=measures.progress, alone=alone)
         measures.check(requests, pre_edit)
+        sentiment = SentimentMetrics(
+            self.easyedit,
+            self.model,
+            self.tok,
+            self.hparams,
+            self.device,
+            self.unedited,
+            metric_kwargs,
+            len(requests),
+        )
         self._begin()
         with session:
             how = EvalConfig.from_session(session, progress=measures.progress)
@@ -251,16 +237,19 @@ class LocFTBFMethods:
                         json.dump(entries, file, indent=4)
             start = time.perf_counter()
             if alone and len(requests) > 1:
-                after = self._each_alone(session, requests, measures)
+                after = self._each_alone(session, requests, measures, sentiment)
             else:
                 self._done(session.train_(), sequential)
                 once = sum(session.timings.get(phase, 0.0) for phase in ("prefix", "preserve"))
                 self._seconds = time.perf_counter() - start + once
-                after = measures.of("after the edit")
+                values = measures.of("after the edit")
+                after = [(value, sentiment.of(i)) for i, value in enumerate(values)]
         # A script's own files are written by all processes: they have to be the same.
         self._seconds = get_world().broadcast_from_main(lambda: self._seconds)
-        for i, (entry, request, value) in enumerate(zip(entries, requests, after, strict=True)):
-            entry.update({"case_id": i, "requested_rewrite": request, "post": value})
+        triples = zip(entries, requests, after, strict=True)
+        for i, (entry, request, (value, more)) in enumerate(triples):
+            said = {"case_id": i, "alg_name": self.hparams.alg_name, "requested_rewrite": request}
+            entry.update({**said, "post": value, **more})
         if measures.scores:
             self._finish_(entries, measures)
         return entries
@@ -278,17 +267,22 @@ class LocFTBFMethods:
             logger.info("Metrics Summary: %s", json.dumps(summarize(entries)))
 
     def _each_alone(
-        self, session: EditSession, requests: Sequence[Request], measures: Measures
-    ) -> list[Metrics]:
+        self,
+        session: EditSession,
+        requests: Sequence[Request],
+        measures: Measures,
+        sentiment: SentimentMetrics,
+    ) -> list[tuple[Metrics, dict[str, Any]]]:
         """Edits and measures each request on the original model; the last one stays in."""
-        after: list[Metrics] = []
+        after = []
         start = time.perf_counter()
         for i in trange(
             len(requests), desc="edits, each alone", unit="edit", disable=not session.progress
         ):
             self._begin()
             self._done(session.train_([i], progress=False), sequential=False)
-            after += measures.of("after the edit", [i])
+            [value] = measures.of("after the edit", [i])
+            after.append((value, sentiment.of(i)))
         self._seconds = time.perf_counter() - start
         logger.info(
             "Each of %d edits was made alone, on the original model; the model returned carries "
@@ -346,6 +340,27 @@ class LocFTBFMethods:
         # Copies: what is returned to the caller may be changed by the caller.
         self._original = {} if sequential else {k: v.clone() for k, v in result.original.items()}
 
+    def _apply(
+        self,
+        model: Any,
+        tok: PreTrainedTokenizerBase,
+        requests: Sequence[Request],
+        hparams: LocFTBFHyperParams,
+        copy: bool = False,
+        return_orig_weights: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, dict[str, torch.Tensor]]:
+        """`apply_locft_bf_to_model`; the editor's own model begins as the next edit would."""
+        if model is self.model:
+            self._begin()
+        edited, former = apply_locft_bf_to_model(
+            model, tok, requests, hparams, copy=copy, return_orig_weights=True
+        )
+        if edited is self.model:
+            for name, value in former.items():
+                self._first.setdefault(name, value.clone())
+        return edited, former if return_orig_weights else {}
+
     def _former_weights(self) -> dict[str, torch.Tensor]:
         return dict(self.last_result.original) if self.last_result is not None else {}
 
@@ -376,5 +391,5 @@ def apply_locft_bf_to_model(
         LocFTError: As for `edit_model`.
     """
     edited = deepcopy(model) if copy else model
-    result = edit_model(edited, tok, requests, hparams)
+    result = edit_model(edited, tok, usable(requests), hparams)
     return edited, result.original if return_orig_weights else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +35,8 @@ HOW_TO_GET_IT = (
     "clone https://github.com/zjunlp/EasyEdit and set EASYEDIT_HOME to the clone."
 )
 
+_loading = False  # while the import statements of others are not ours to answer
+
 # The current source sets it to "1" at import, which makes every CUDA kernel wait for the last.
 _LAUNCH_BLOCKING = "CUDA_LAUNCH_BLOCKING"
 
@@ -47,6 +51,7 @@ class EasyEdit:
         ALG_DICT: From `alg_name` to the function that edits; may be added to.
         BatchEditor: The enumeration of methods that edit in batches.
         BaseEditor: The editor class.
+        ConceptEditor: The editor of concepts, a class of its own; `None` in the release.
         HyperParams: The base of all hyper-parameter classes.
         compute_edit_quality: Scores one request.
         test_generation_quality: Scores the fluency of generated text.
@@ -57,6 +62,7 @@ class EasyEdit:
     ALG_DICT: dict[str, Callable[..., Any]]
     BatchEditor: Any
     BaseEditor: Any
+    ConceptEditor: Any
     HyperParams: type
     compute_edit_quality: Callable[..., dict[str, Any]]
     test_generation_quality: Callable[..., dict[str, Any]]
@@ -83,7 +89,7 @@ def load_easyedit(home: str | os.PathLike[str] | None = None, *, shield: bool = 
     if package is None:
         spec = _spec(init)
         _check_requirements()
-        with imports_shielded() if shield else nullcontext():
+        with importing(shield=shield):
             package = _import(spec)
     found = Path(str(package.__file__)).resolve()
     if init is not None and found != init:
@@ -91,7 +97,69 @@ def load_easyedit(home: str | os.PathLike[str] | None = None, *, shield: bool = 
             f"easyeditor is already imported from {found.parent.parent}, not from the home asked "
             f"for, {init.parent.parent}. Start a new process, or do not give a home."
         )
-    return _handles(found.parent.parent)
+    easyedit = _handles(found.parent.parent)
+    if easyedit.is_release and init is None:
+        _say_which(easyedit.home)
+    return easyedit
+
+
+def spec_for_statement() -> ModuleSpec | None:
+    """Returns the spec for an `import easyeditor` in somebody's program.
+
+    Returns:
+        That of what `load_easyedit` would import; `None` if there is none, or while it does.
+
+    Raises:
+        EasyEditNotFoundError: `EASYEDIT_HOME` leads nowhere.
+    """
+    if _loading:
+        return None
+    init = _wanted_init(None)
+    try:
+        return _spec(init)
+    except EasyEditNotFoundError:
+        return None
+
+
+@contextmanager
+def importing(*, shield: bool) -> Iterator[None]:
+    """Context manager in which EasyEdit can be imported without the packages that it need not have.
+
+    Args:
+        shield: As for `load_easyedit`.
+    """
+    global _loading
+    former, _loading = _loading, True
+    try:
+        with (
+            imports_shielded() if shield else nullcontext(),
+            standing_in(importers=("easyeditor",), lenient=True),
+        ):
+            yield
+    finally:
+        _loading = former
+
+
+@functools.cache  # once is enough
+def _say_which(home: Path) -> None:
+    """Warns where the release is used and a clone is at hand.
+
+    EasyEdit's scripts append `..` to `sys.path`, where what is installed wins.
+    """
+    main = getattr(sys.modules.get("__main__"), "__file__", None)
+    folders = [*sys.path, "..", *map(str, Path(main).resolve().parents if main else ())]
+    for folder in folders:
+        clone = Path(folder).resolve()
+        if clone != home and (clone / "easyeditor" / "__init__.py").is_file():
+            logger.warning(
+                "easyeditor is the release of 2023, installed in %s, and not the clone in %s: "
+                "`sys.path.append` puts a folder behind the installed packages. Set "
+                "EASYEDIT_HOME=%s, or uninstall the release (pip uninstall easyeditor).",
+                home,
+                clone,
+                clone,
+            )
+            return
 
 
 def _wanted_init(home: str | os.PathLike[str] | None) -> Path | None:
@@ -113,15 +181,21 @@ def _wanted_init(home: str | os.PathLike[str] | None) -> Path | None:
 
 def _spec(init: Path | None) -> ModuleSpec:
     # Not by way of `sys.path`: a clone holds other modules at its top, such as `edit`.
-    spec = (
-        importlib.util.find_spec("easyeditor")
-        if init is None
-        else importlib.util.spec_from_file_location("easyeditor", init)
-    )
+    spec = _installed() if init is None else spec_from_file_location("easyeditor", init)
     # A folder that happens to be called easyeditor makes a namespace package: no origin.
     if spec is None or spec.origin is None:
         raise EasyEditNotFoundError(f"EasyEdit is not installed. {HOW_TO_GET_IT}")
     return spec
+
+
+def _installed() -> ModuleSpec | None:
+    """Returns the spec of what an import statement finds by itself."""
+    global _loading
+    former, _loading = _loading, True
+    try:
+        return importlib.util.find_spec("easyeditor")
+    finally:
+        _loading = former
 
 
 def _check_requirements() -> None:
@@ -150,8 +224,7 @@ def _import(spec: ModuleSpec) -> ModuleType:
     package = importlib.util.module_from_spec(spec)
     sys.modules["easyeditor"] = package
     try:
-        with standing_in(importers=("easyeditor",), lenient=True):
-            spec.loader.exec_module(package)
+        spec.loader.exec_module(package)
     except BaseException as error:
         _forget()
         root = str(getattr(error, "name", None)).partition(".")[0]
@@ -176,15 +249,17 @@ def _handles(home: Path) -> EasyEdit:
     from easyeditor.util.hparams import HyperParams
 
     try:
+        from easyeditor.editors.concept_editor import ConceptEditor
         from easyeditor.editors.utils import summary_metrics
     except ImportError:
-        summary_metrics = None
+        ConceptEditor = summary_metrics = None
     return EasyEdit(
         home=home,
         is_release=summary_metrics is None,
         ALG_DICT=ALG_DICT,
         BatchEditor=BatchEditor,
         BaseEditor=BaseEditor,
+        ConceptEditor=ConceptEditor,
         HyperParams=HyperParams,
         compute_edit_quality=compute_edit_quality,
         test_generation_quality=test_generation_quality,

@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.requests import with_subject
 from ..distributed.world import World
 from ..errors import HyperParamsError, RequestError
 from ..modeling.fsdp import lockstep
@@ -81,7 +82,7 @@ class Evaluation(Measurement):
             )
         self.model = model
         self.tokenizer = tokenizer
-        self.records = records
+        self.records = [with_subject(record) for record in records]
         self.how = how
         self.metrics = tuple(metrics)
         self._numbers = range(len(records)) if numbers is None else numbers

@@ -20,6 +20,7 @@ import pytest
 from helpers.toys import REPOSITORY
 
 from locft_easyedit.data.readers import read_requests
+from locft_easyedit.data.record_forms import as_requests
 from locft_easyedit.easyedit.script import run_script
 
 HPARAMS = REPOSITORY / "hparams" / "LocFT-BF" / "smollm2-135m.yaml"
@@ -109,6 +110,35 @@ def first(answers):
 
 
 # Dataset classes that the release has as well
+
+
+def test_the_objects_are_requests_themselves(easyedit, written):
+    from easyeditor import dataset as classes
+
+    zsre = {
+        "src": "Where is Oslo?", "rephrase": "Oslo?", "alt": "Peru", "answers": ["Norway"],
+        "loc": "nq question: who", "loc_ans": "Ibsen", "subject": "Oslo", "cond": "",
+    }  # fmt: skip
+    flat = {
+        "prompt": "Oslo is in", "target_new": "Peru", "ground_truth": "Norway", "subject": "Oslo",
+        "rephrase_prompt": "Oslo?", "locality_prompt": "Bonn is in", "locality_ground_truth": "?",
+    }  # fmt: skip
+    knowedit = {
+        "prompt": "Oslo is in", "target_new": "Peru", "ground_truth": "Norway", "subject": "Oslo",
+        "portability": {"Reasoning": [{"prompt": "R", "ground_truth": [["A", "B"]]}]},
+        "locality": {"Relation_Specificity": [{"prompt": "L", "ground_truth": "C"}]},
+    }  # fmt: skip
+    kinds = [(classes.ZsreDataset, zsre), (classes.CounterFactDataset, flat)]
+    if not easyedit.is_release:
+        kinds.append((classes.KnowEditDataset, knowedit))
+    for dataset, record in kinds:
+        path = written([record])
+        [expected] = read_requests(path)
+        [found] = as_requests(dataset(str(path)))
+        assert found["locality"] == expected["locality"] != {}
+        assert found["portability"] == expected["portability"]
+        keys = ("prompt", "target_new", "ground_truth", "rephrase_prompt")
+        assert [found.get(key) for key in keys] == [expected.get(key) for key in keys]
 
 
 @pytest.mark.parametrize("size", [None, 30])
