@@ -90,7 +90,8 @@ def requests_in(
         try:
             found = _to_requests(record)
         except KeyError as missing:
-            nan = missing.args[0] in record
+            value = record.get(missing.args[0])
+            nan = value != value
             lacks = f"has no text as {missing}: NaN" if nan else f"lacks {missing}. Add the field"
             problems.append(f"record {i} ({_fields(record)}) {lacks}.")
             continue

@@ -150,7 +150,7 @@ def _leaves(value: Any) -> Iterator[Any]:
     if isinstance(value, (list, tuple)):
         for part in value:
             yield from _leaves(part)
-    else:
+    elif value is None or value == value:  # NaN is no answer
         yield value["str"] if isinstance(value, Mapping) else value
 
 

@@ -375,7 +375,7 @@ def test_n_below_one(written, n):
 
 
 def test_n_beyond_the_file(written):
-    with pytest.raises(DataError, match=r"`n=3`, but .* holds 1 edits\. Lower `n`"):
+    with pytest.raises(DataError, match=r"`n=3`, but .* holds 1 edits, besides 1 with an empty target\. Lower `n`"):
         read_requests(written([FLAT, FLAT | {"target_new": ""}]), 3)
 
 
@@ -386,8 +386,8 @@ def test_n_beyond_the_file(written):
         ("", "a.json", r"a\.json, line 1, column 1: Expecting value"),
         ('{"prompt": "p"}\n{"prompt": "q"}', "a.json", r"a\.json, line 2, column 1: Extra data"),
         ('{"a": 1}\n\n{"b": }\n', "a.jsonl", r"a\.jsonl, line 3, column 7: Expecting value"),
-        ('{"prompt": "p", "target_new": "t"}', "a.json", "holds dict; it must be a list"),
-        ('"text"', "a.json", "holds str; it must be a list"),
+        ('{"prompt": "p", "target_new": "t"}', "a.json", "holds a JSON dict; it must be a list"),
+        ('"text"', "a.json", "holds a JSON str; it must be a list"),
         ("[]", "a.json", "holds no edits"),
         ("\n", "a.jsonl", "holds no edits"),
         ('[{"prompt": "p", "target_new": ""}]', "a.json", "holds no edits"),
@@ -414,7 +414,7 @@ REWRITE = COUNTERFACT["requested_rewrite"]
         ({"prompt": "p"}, "record 1 (fields prompt) lacks 'target_new'. Add the field."),
         ({"src": "s"}, "record 1 (fields src) lacks 'ans'"),
         ({"update": "s"}, "record 1 (fields update) lacks 'ans'"),
-        (FLAT | {"target_new": math.nan}, "lacks 'target_new'"),
+        (FLAT | {"target_new": math.nan}, "has no text as 'target_new': NaN"),
         ({"text": "t", "labels": "l"}, "record 1 (fields text, labels) lacks 'concept'"),
         ({"requested_rewrite": {"prompt": "{}"}}, "lacks 'target_true'"),
         ({"requested_rewrite": "text"}, "record 1 (fields requested_rewrite) is not of its form"),

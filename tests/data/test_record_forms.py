@@ -16,7 +16,7 @@ EDIT = {
 
 
 def read(*records):
-    return requests_in(records, "The records")
+    return requests_in(records, "The records")[0]
 
 
 def part(prompts, answers, **aliases):
@@ -56,7 +56,7 @@ def test_mquake_is_several_edits_and_its_questions_follow_the_last():
     names = [["Pacific", "Pacific Ocean"]] * 2
     expected = part(record["questions"], ["Pacific", "Pacific"], aliases=names)
     assert last["portability"] == {"multi_hop": expected}
-    assert requests_in([record], "The records", n=1) == [first]
+    assert requests_in([record], "The records", n=1)[0] == [first]
 
 
 def test_cknowedit():
@@ -144,7 +144,7 @@ def test_records_of_knowedit_and_wikibigedit_objects():
 def test_a_record_that_cannot_be_read_has_its_number():
     good = {"prompt": "a", "target_new": "b", "locality_prompt": "c", "locality_ground_truth": "d"}
     bad = {**good, "locality_rs": [{"prompt": "e"}]}
-    with pytest.raises(DataError, match=r"Record 1:\n.*lacks 'answer'"):
+    with pytest.raises(DataError, match=r"The records:\n.*record 1 .*lacks 'answer'"):
         as_requests(DataSet(good, bad))
 
 
