@@ -25,6 +25,7 @@ from ..locate.auto import check_enough
 from ..modeling.loading import load_model
 from ..training.health_report import HealthReport
 from ..training.identity import run_settings
+from ..training.rewordings.writers import check_writer
 from ..utils.output import show
 from ..utils.run_folder import run_folder, unfinished_run
 from .application import run_application
@@ -114,6 +115,7 @@ def run_edit(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path)
             if world.is_main_process:
                 _show_again(folder.path)
             return
+        check_writer(hparams)
         model, tokenizer = load_model(hparams)
         check_save(command["save"], model, hparams)
         kept = dataclasses.replace(
