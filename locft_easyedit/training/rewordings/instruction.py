@@ -67,7 +67,7 @@ _EXAMPLES = {
 
 _THOUGHTS = "</think>"
 # "1. ", "(2) ", "3) ", "4: ", "- ", "• "; a year or "24 hours" at the beginning of a line is none.
-_MARKER = re.compile(r"(?:\(?\d{1,2}[.):](?=\s)|[-*•–—·](?=\s))\s*")
+_MARKER = re.compile(r"(?:\(?\d{1,2}[.):](?=\s|$)|[-*•–—·](?=\s))\s*")
 _QUOTES = {'"': '"', "'": "'", "“": "”", "„": "“", "‘": "’", "«": "»", "「": "」", "`": "`"}
 _OPEN_END = re.compile(r"(?:\s*(?:\.\.\.|…|_{2,}|\[[^\]]*\]))+$")
 
@@ -103,7 +103,7 @@ def rewordings_in(answer: str, prompt: str, *, complete: bool = True) -> list[st
     for line in lines if complete else lines[:-1]:
         text = _bare(line)
         heading = text.endswith((":", "：")) and not prompt.rstrip().endswith((":", "："))
-        if text and not heading and encodable(text):
+        if any(map(str.isalnum, text)) and not heading and encodable(text):
             found.append(text)
     return found
 

@@ -93,7 +93,7 @@ def test_nobody_there(monkeypatch):
     monkeypatch.setattr(endpoint, "WAITS", (0.0,))
     with fake_endpoint(three_of) as gone:
         monkeypatch.setenv("OPENAI_BASE_URL", gone.url)
-    with pytest.raises(RewordingsError, match="failed 2 times in a row: .*refused"):
+    with pytest.raises(RewordingsError, match=r"failed 2 times in a row: .*refused"):
         answers()
 
 

@@ -91,6 +91,6 @@ def test_thoughts_are_no_rewordings():
     assert rewordings_in("<think>\nHow about this\n</think>\n\none way", "a way") == ["one way"]
 
 
-@pytest.mark.parametrize("answer", ["", "\n \n", "1.", "---", '""', "\ud800"])
+@pytest.mark.parametrize("answer", ["", "\n \n", "1.", "---", '""', "a\ud800"])
 def test_nothing_in_it(answer):
-    assert not [text for text in rewordings_in(answer, "a way") if any(map(str.isalnum, text))]
+    assert rewordings_in(answer, "a way") == []

@@ -93,9 +93,9 @@ def test_lines_that_cannot_be_used_are_named(file, line, text, reason):
     RewordingCache(file).add([line])
     with file.open("a") as opened:
         opened.write(f"{text}\n[]\n")
-    with pytest.raises(RewordingsError, match=rf"kept.jsonl, cannot be used") as raised:
+    with pytest.raises(RewordingsError, match=r"kept\.jsonl, cannot be used") as raised:
         RewordingCache(file)
-    assert f"line 2: " in str(raised.value)
+    assert "line 2: " in str(raised.value)
     assert reason in str(raised.value)
     assert "line 3: [] is no object. Correct it, or remove the line." in str(raised.value)
 
@@ -104,7 +104,7 @@ def test_where_it_is(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_file(toy_hparams()) == tmp_path / "locft_easyedit" / "rewordings.jsonl"
     assert cache_file(toy_hparams(augment_cache=str(tmp_path / "x"))) == tmp_path / "x"
-    with pytest.raises(RewordingsError, match="is a folder. Give the path of a file"):
+    with pytest.raises(RewordingsError, match=r"is a folder\. Give the path of a file"):
         cache_file(toy_hparams(augment_cache=str(tmp_path)))
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     with pytest.raises(RewordingsError, match="Set `augment_cache` to a file"):
