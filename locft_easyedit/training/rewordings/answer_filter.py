@@ -26,8 +26,10 @@ from ...prefix.runner import TextRunner
 from ...prefix.shortcuts import can_pack
 from .instruction import is_question
 
-# Nats a token; half of the sum of the KL divergences in both directions.
-MOST_NATS = 0.5
+# Nats a token; half of the sum of the KL divergences in both directions. Of 30 ZsRE prompts and
+# SmolLM2-135M-Instruct it keeps about two thirds of true rephrases, and an eighth of other
+# questions about their subjects.
+MOST_NATS = 0.3
 # After a plain question most models begin a new line, whatever was asked: the first token alone
 # tells other questions about a subject from rewordings hardly better than chance.
 ANSWER_TOKENS = 5

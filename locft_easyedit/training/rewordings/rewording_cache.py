@@ -166,7 +166,8 @@ def _line_of(text: str) -> Line:
     for key in ("prompt", "writer", "rewordings"):
         if key not in values:
             raise ValueError(f"`{key}` is missing")
-    values = {"subject": None, "dropped": [], "judged_by": "", "checksum": ""} | values
+    others: dict[str, Any] = {"subject": None, "dropped": [], "judged_by": "", "checksum": ""}
+    values = others | values
     for key in ("prompt", "writer", "judged_by", "checksum"):
         if not isinstance(values[key], str):
             raise ValueError(f"`{key}={shown(values[key], 60)}` is no text")

@@ -166,6 +166,8 @@ def opened_writer(
         yield LocalWriter(model, tokenizer, _template(hparams, tokenizer), hparams.seed)
         return
     device = input_device(model)
+    other: Any = None
+    own: Any = None
     try:
         other, own = load_causal_lm(
             _folder(value),
