@@ -34,6 +34,10 @@ class PreserveError(LocFTError):
     """What is to be preserved cannot be measured, or leaves nothing that could be changed."""
 
 
+class RewordingsError(LocFTError):
+    """Rewordings cannot be written, or what is kept of them cannot be used."""
+
+
 class NonFiniteLossError(LocFTError):
     """Training met a NaN or infinite value; the weights are as they were before."""
 

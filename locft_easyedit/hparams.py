@@ -147,6 +147,14 @@ class LocFTBFHyperParams(HyperParamsBase):
             `None` is plain alone, with LocFT-BF+ all of them (`chat` where there is a template).
         forms_per_epoch: How many other texts of an edit are trained beside its plain prompt in an
             epoch: other forms of it and its rewordings, which take turns.
+        augment_model: Who writes rewordings of each edit's prompt, which are trained as those that
+            a request brings: `edited`, the model being edited, as it is before the edit; the folder
+            of another model; or `endpoint:NAME`, a model behind the OpenAI-compatible address in
+            the environment variable `OPENAI_BASE_URL` (with `OPENAI_API_KEY`, if that is set).
+            `None` has none written.
+        augment_cache: File of JSON lines in which they are kept, to be read and corrected; what is
+            there is not asked for again. `None` is `locft_easyedit/rewordings.jsonl` in the user's
+            cache folder.
         preserve: What the edit is to leave as it is: `sampled` (text sampled from the model
             itself), `neighbours` (the edits' prompts with other subjects), and paths of `.txt`
             files (text) and of `.json` or `.jsonl` files (prompts, which are kept exactly). `None`
@@ -199,6 +207,8 @@ class LocFTBFHyperParams(HyperParamsBase):
     checkpoint_minutes: Optional[float] = 5.0  # noqa: UP045
     forms: Optional[List[str]] = None  # noqa: UP006, UP045
     forms_per_epoch: int = 1
+    augment_model: Optional[str] = None  # noqa: UP045
+    augment_cache: Optional[str] = None  # noqa: UP045
     preserve: Optional[List[str]] = None  # noqa: UP006, UP045
     preserve_strength: float = 1.0
     preserve_dir: Optional[str] = None  # noqa: UP045

@@ -15,6 +15,7 @@ ALG_NAME = "LocFT-BF"
 PLUS_NAME = "LocFT-BF+"
 ALG_NAMES = (ALG_NAME, PLUS_NAME)
 SAMPLED, NEIGHBOURS = "sampled", "neighbours"  # what `preserve` takes besides files
+EDITED, ENDPOINT = "edited", "endpoint:"  # what `augment_model` takes besides folders
 # The forms that `forms` takes: how an edit's prompt is put to the model.
 PLAIN, CHAT, QUESTION_ANSWER, CONTEXT = FORMS = ("plain", "chat", "question_answer", "context")
 AUTO = "auto"
@@ -79,6 +80,16 @@ def rules(values: Mapping[str, Any]) -> list[Rule]:
             f"must be a list of {', '.join(FORMS)}, each once, or null",
         ),
         (
+            "augment_model",
+            lambda v: v is None or bool(v.removeprefix(ENDPOINT).strip()),
+            f"must be {EDITED}, the folder of a model, {ENDPOINT}NAME, or null",
+        ),
+        (
+            "augment_cache",
+            _is_path_or_null,
+            "must be a file (a ~ in front stands for a home folder that there is), or null",
+        ),
+        (
             "preserve",
             lambda v: v is None or all(isinstance(one, str) and one.strip() for one in v),
             f"must list {SAMPLED}, {NEIGHBOURS} or paths of .txt, .json and .jsonl files",
@@ -95,7 +106,7 @@ def rules(values: Mapping[str, Any]) -> list[Rule]:
         ),
         (
             "preserve_dir",
-            lambda v: v is None or (v.strip() and not os.path.expanduser(v).startswith("~")),
+            _is_path_or_null,
             "must be a folder (a ~ in front stands for a home folder that there is), or null",
         ),
         (
@@ -200,6 +211,12 @@ def _auto_problems(values: Mapping[str, Any]) -> list[str]:
         for key, why in _NEEDS_A_PLACE.items()
         if values.get(key)
     ]
+
+
+def _is_path_or_null(value: str | None) -> bool:
+    if value is None:
+        return True
+    return bool(value.strip()) and not os.path.expanduser(value).startswith("~")
 
 
 def _is_model(value: Any) -> bool:

@@ -26,6 +26,7 @@ from ..locate.auto import check_enough
 from ..modeling.loading import load_model
 from ..training.health_report import HealthReport
 from ..training.identity import run_settings
+from ..training.rewordings.writers import check_writer
 from ..utils.output import show
 from ..utils.run_folder import run_folder, unfinished_run
 from .application import run_application
@@ -88,6 +89,7 @@ def run_edit(
     ) as folder:
         if folder.finished:
             return _show_again(folder.path) if world.is_main_process else {}
+        check_writer(hparams)
         model, tokenizer = load_model(hparams)
         check_save(command["save"], model, hparams)
         kept = dataclasses.replace(

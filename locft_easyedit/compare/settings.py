@@ -18,6 +18,7 @@ from ..hparams import LocFTBFHyperParams
 from ..hparams_rules import ALG_NAMES
 from ..modeling.loading import check_model_name, model_without_weights, resolve_device
 from ..modeling.places import match_parameters
+from ..training.rewordings.writers import check_writer
 from ..utils.output import prepare_folder
 from .job import (
     BEFORE,
@@ -90,6 +91,7 @@ def planned(settings: Settings) -> tuple[dict[str, Job], dict[str, list[str]]]:
         )
     requests = read_requests(settings.data, settings.n)
     distinct_edits(requests, "error" if h.on_conflict == "error" else None)
+    check_writer(h)
     # What is measured once for all methods is measured on one device.
     device = h.device if h.device is not None or not settings.devices else settings.devices[0]
     for one in (device, *(settings.devices or ())):

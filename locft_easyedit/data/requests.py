@@ -207,7 +207,7 @@ def distinct_edits(
         if on_conflict == "last":
             edits.pop(pair, None)  # the latest mention decides which target is the last
         given = requests[i].get("rewordings") or ()
-        kept = [text for text in given if not _gives_away(text, pair)]
+        kept = [text for text in given if not gives_away(text, *pair)]
         n_giving_away += len(given) - len(kept)
         edit = before if before is not None and on_conflict != "last" else None
         edit = edit or Edit(pair[0], requests[i]["target_new"], request=i)
@@ -281,11 +281,13 @@ def with_subject(request: Any) -> Any:
     return {**request, **changed} if changed else request
 
 
-def _gives_away(text: str, edit: tuple[str, str]) -> bool:
-    """Returns whether a rewording holds the target, and the prompt does not."""
-    prompt, target = edit
-    holds = re.compile(as_word(target.strip()), re.IGNORECASE)
-    return bool(holds.search(text)) and not holds.search(prompt)
+def gives_away(text: str, prompt: str, target: str) -> bool:
+    """Returns whether a rewording holds the target, as whole words, and the prompt does not."""
+    target = target.strip().casefold()
+    if not target:
+        return False
+    word = re.compile(as_word(target))
+    return bool(word.search(text.casefold())) and not word.search(prompt.casefold())
 
 
 def with_leading_space(target: str) -> str:

@@ -27,6 +27,7 @@ from ..modeling.devices import input_device
 from ..modeling.fsdp import sharded_layers
 from ..modeling.loading import load_model
 from ..training.result import EditResult
+from ..training.rewordings.writers import check_writer
 from ..training.session import EditSession
 from ..training.trained_weights import values_swapped, write_
 from ..utils.files import text_output
@@ -70,6 +71,7 @@ class LocFTBFMethods:
                 "with `LocFTBFHyperParams.from_hparams`."
             )
         hparams.check()
+        check_writer(hparams)
         self.hparams = hparams
         self.alg_name = hparams.alg_name
         self.apply_algo = self._apply

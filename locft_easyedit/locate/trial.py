@@ -86,6 +86,7 @@ class Trials:
             num_steps=epochs,
             alg_name=ALG_NAME,  # alone: what the preset adds takes the place that suits it
             forms=None,
+            augment_model=None,
             preserve=None,
             batch_size=self.batch_size,
             on_conflict="train",

@@ -110,12 +110,7 @@ def load_model(
         )
     name = check_model_name(name)
     if CHAT in (hparams.forms or ()):  # told before the weights are loaded
-        with _one_model_error(name):
-            where = tokenizer_of(name)
-            tokenizer = AutoTokenizer.from_pretrained(
-                where, trust_remote_code=hparams.trust_remote_code
-            )
-        ChatTemplate(tokenizer)
+        ChatTemplate(load_tokenizer(name, hparams.trust_remote_code))
     device, chosen = devices_of(hparams.model_parallel, hparams.device, device, gpus)
     world = get_world()
     if hparams.model_parallel and len(set(world.all_gather(len(chosen)))) > 1:
@@ -189,9 +184,7 @@ def load_causal_lm(
     where, chosen = devices_of(model_parallel, device, where, gpus)
     name = check_model_name(name)
     with _one_model_error(name):
-        tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_of(name), trust_remote_code=trust_remote_code
-        )
+        tokenizer = load_tokenizer(name, trust_remote_code)
         model: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=torch_dtype(dtype) if isinstance(dtype, str) else dtype,
@@ -397,6 +390,20 @@ def _check_shards(name: str, folder: Path) -> None:
             f"`model_name={name!r}` lacks {len(missing)} of its {len(shards)} parts: "
             f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. Download them."
         )
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer of a model's folder or hub name, as it is saved.
+
+    Raises:
+        ModelError: The folder does not exist, or holds none that can be loaded.
+    """
+    name = check_model_name(name)
+    with _one_model_error(name):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            tokenizer_of(name), trust_remote_code=trust_remote_code
+        )
+    return tokenizer
 
 
 def tokenizer_of(name: str) -> str:

@@ -116,17 +116,10 @@ class TextSampler:
         return texts
 
     def _sampled(self, kind: TextKind, number: int) -> list[str]:
-        begun = kind.begun(number)
-        width = max(map(len, begun))
-        # Padded on the left.
-        ids = torch.full((len(begun), width), self._padding)
-        mask = torch.zeros_like(ids)
-        for row, real, start in zip(ids, mask, begun, strict=True):
-            row[width - len(start) :] = torch.tensor(start)
-            real[width - len(start) :] = 1
+        ids, mask = padded_left(kind.begun(number), self._padding)
         n_tokens, context = kind.n_tokens, context_length(self._model)
         if context is not None:
-            n_tokens = max(1, min(n_tokens, context - width))
+            n_tokens = max(1, min(n_tokens, context - ids.shape[1]))
         device = input_device(self._model)
         name = f"{self._seed} {kind.name} {number}".encode()
         with seeded(self._model, int.from_bytes(hashlib.sha256(name).digest()[:7], "little")):
@@ -157,6 +150,22 @@ class TextSampler:
         what = "is of another model or sampling" if other else "is damaged"
         logger.warning("%s %s and is made anew.", file, what)
         return None
+
+
+def padded_left(begun: Sequence[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns beginnings that end in the same column, and which of their tokens are real, [B, T].
+
+    Args:
+        begun: Token ids; never empty ones.
+        padding: The id that fills up.
+    """
+    width = max(map(len, begun))
+    ids = torch.full((len(begun), width), padding)
+    mask = torch.zeros_like(ids)
+    for row, real, start in zip(ids, mask, begun, strict=True):
+        row[width - len(start) :] = torch.tensor(start)
+        real[width - len(start) :] = 1
+    return ids, mask
 
 
 @contextmanager

@@ -44,6 +44,7 @@ _WITHOUT_EFFECT = frozenset(
         "prefix_disk_gib",
         "prefix_dir",
         "preserve_dir",
+        "augment_cache",
         "stream_frozen",
         "shard_frozen",
         "checkpoint_dir",
@@ -149,7 +150,11 @@ class Identity:
                 lines.append(f"the model's {name} is another{named}.")
         if other.edits != self.edits:
             n_now, n_found = (x.edits.get("number of edits") for x in (self, other))
-            what = f"{n_found} edits; now {n_now}" if n_now != n_found else "other edits, or order"
+            what = (
+                f"{n_found} edits; now {n_now}"
+                if n_now != n_found
+                else "other edits, rewordings, or order"
+            )
             lines.append(f"the edits are others ({what}).")
         return lines + differences_of(self.settings, other.settings)
 

@@ -48,6 +48,8 @@ from .preserve.sources import Source, read_sources
 from .progress import LossNotFiniteError, Progress
 from .reparametrization import Reparametrization
 from .result import EditResult
+from .rewordings.writers import check_writer
+from .rewordings.written import with_written_rewordings
 from .step import TrainingStep
 from .trained_weights import TrainedWeights
 
@@ -108,6 +110,7 @@ class EditSession:
     checkpoints: Checkpoints | None = field(init=False, default=None)
     _protection: Protection | None = field(init=False, default=None)
     _health: HealthCheck | None = field(init=False, default=None)
+    _written: dict[str, Any] | None = field(init=False, default=None)
     _edit_runner: EditRunner | None = field(init=False, default=None)
     _cleanup: ExitStack = field(init=False, default_factory=ExitStack)
 
@@ -122,27 +125,32 @@ class EditSession:
         if self.alone:
             self.world = SINGLE_PROCESS
         self.progress = self.progress and self.world.is_main_process
-        with self.world.sharing_errors(), self._timed("prepare"):
-            h.check()
-            if h.chooses:
-                raise HyperParamsError(
-                    f"`layers={h.layers}`, `rewrite_module_tmp={h.rewrite_module_tmp}`, "
-                    f"`lr={h.lr}`: a session trains at a place and a rate that are given. Open it "
-                    "with `open_session`, which chooses them first."
+        with self._timed("prepare"):
+            with self.world.sharing_errors():
+                h.check()
+                check_writer(h, self.tokenizer)
+                if h.chooses:
+                    raise HyperParamsError(
+                        f"`layers={h.layers}`, `rewrite_module_tmp={h.rewrite_module_tmp}`, "
+                        f"`lr={h.lr}`: a session trains at a place and a rate that are given. Open "
+                        "it with `open_session`, which chooses them first."
+                    )
+                self.sources = read_sources(h.preserved)
+                self.edits = distinct_edits(self.requests, None if self.alone else h.on_conflict)
+                self._select()
+            if h.augment_model is not None:
+                self._reword()
+            with self.world.sharing_errors():
+                self.training_texts = TrainingTexts.tokenize(
+                    self.tokenizer,
+                    self.edits.edits,
+                    subjects_of(self.requests, self.edits, h),
+                    h,
+                    max_positions=context_length(self.model),
                 )
-            self.sources = read_sources(h.preserved)
-            self.edits = distinct_edits(self.requests, None if self.alone else h.on_conflict)
-            self._select()
-            self.training_texts = TrainingTexts.tokenize(
-                self.tokenizer,
-                self.edits.edits,
-                subjects_of(self.requests, self.edits, h),
-                h,
-                max_positions=context_length(self.model),
-            )
-            check_ids(self.model, self._texts.ids)
-            if h.append_eos and self.world.is_main_process:
-                warn_of_other_ends(self.model, self.tokenizer.eos_token_id)
+                check_ids(self.model, self._texts.ids)
+                if h.append_eos and self.world.is_main_process:
+                    warn_of_other_ends(self.model, self.tokenizer.eos_token_id)
         self._share = Partition.of_rank(self.world, self._texts.input_lengths)
         self.checkpoints = agreed_checkpoints(
             self.model,
@@ -169,6 +177,19 @@ class EditSession:
                 )
         if self.sources:
             check_protectable(self.model, self.place.parameters)
+
+    def _reword(self) -> None:
+        """Gives the edits the rewordings that a language model writes."""
+        with self._timed("rewordings"):
+            self.edits, self._written = with_written_rewordings(
+                self.model,
+                self.tokenizer,
+                self.edits,
+                self.requests,
+                self.hparams,
+                world=self.world,
+                progress=self.progress,
+            )
 
     @property
     def _texts(self) -> TokenizedTexts:
@@ -312,7 +333,7 @@ class EditSession:
                 lora=None if lora is None else lora.adapter(),
                 health=health,
                 choice=self.choice,
-                augmented=self.training_texts.summary,
+                augmented=self._augmented(),
                 preserved=None if protection is None else protection.filters.summary,
             )
         except BaseException as error:
@@ -322,6 +343,11 @@ class EditSession:
             if checkpoints is not None and isinstance(error, NonFiniteLossError):
                 checkpoints.discard()  # it leads there again
             raise
+
+    def _augmented(self) -> dict[str, Any] | None:
+        """Returns figures of the rewordings, those that were written among them."""
+        summary = self.training_texts.summary
+        return summary if self._written is None else {**(summary or {}), "written": self._written}
 
     def _protected(self) -> Protection:
         """Measures what is to be preserved, from the model as it is now."""

@@ -83,7 +83,7 @@ def test_a_template_is_no_format_string():
 
 def test_only_own_texts_are_formatted():
     # Receivers of `.format`: constants of this package.
-    own = {"frame", "self.frame", "_TEMPORARY"}
+    own = {"frame", "self.frame", "_TEMPORARY", "_KEEP", "kind"}
     package = Path(locft_easyedit.__file__).parent
     for file in package.rglob("*.py"):
         receivers = re.findall(r"([\w.\])\"']+)\.format\(", file.read_text(encoding="utf-8"))

@@ -21,6 +21,7 @@ from ...modeling.loading import model_without_weights, resolve_device
 from ...modeling.places import Location, find_locations
 from ...training.choice import Cell
 from ...training.identity import run_settings
+from ...training.rewordings.writers import check_writer
 from ...utils.files import output_errors
 from ...utils.hashing import json_sha256
 from ...utils.output import prepare_folder, write_json
@@ -73,6 +74,7 @@ class Study:
             raise HyperParamsError(one_message("This study cannot be made:", problems))
         self.requests = read_requests(s.data, s.n)
         distinct_edits(self.requests, "error" if h.on_conflict == "error" else None)
+        check_writer(h)
         self.passages = None if s.text is None else read_passages(s.text)
         self._done: dict[str, CellOutcome] = {}
         if s.capability:
