@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...data.forms import Forms
-from ...data.tokenization import Asked
 from ...data.training_texts import TrainingTexts
 from ...errors import PreserveError
 from ...hparams import LocFTBFHyperParams
 from ...hparams_rules import NEIGHBOURS, SAMPLED
 from ...modeling.places import Place
 from ...utils.hashing import json_sha256
-from .input_moments import add_moment_, check_finite, end_moments, input_width, keys_of
+from .input_moments import check_finite, end_moments, input_width, keys_of
 from .neighbours import neighbours_of
 from .source_statistics import (
     answered_ids,
@@ -40,13 +39,13 @@ from .spectral_filter import basis_of, mixed, spectral_filter
 logger = logging.getLogger(__name__)
 
 # What counts beside all text together, which counts 1.
-_WEIGHTS = {"asked": 1.0, "neighbours": 0.75, "rewordings": 0.5, "context": 0.25}
+_WEIGHTS = {"asked": 1.0, "neighbours": 0.75, "context": 0.25}
 _NEIGHBOURS_EACH = 8  # of an edit
 _PER_DIRECTION = 2  # prompts per direction of the matrix's inputs suffice
-EDITS_AT_ONCE = 64  # edits whose rewordings' keys are held together
+_EDITS_AT_ONCE = 64  # edits whose keys are held together
 # Adam's L2 penalty on A, and so on what D = A S does where much is carried: what does nothing for
 # the edits goes. Losses are averaged over edits and so is this: a fact costs what it does alone.
-_PULL = 0.045
+_PULL = 0.011
 # The second moment forgets within an epoch or two. With PyTorch's 0.999 it would remember the large
 # gradients of the beginning to the end, and nothing would come to rest.
 _BETAS = (0.9, 0.98)
@@ -106,7 +105,7 @@ def filters_for(
         elif source.kind != PROMPTS:
             measured.add_text(source, n_texts)
     if measured.moments:
-        measured.add_wordings(texts)
+        measured.add_context(texts)
     of = {name: measured.filter(module, name) for module, name in names.items()}
     summary = {"strength": hparams.preserve_strength, "sources": measured.figures}
     return Filters(of, summary, json_sha256(measured.digests), bool(measured.moments))
@@ -208,72 +207,41 @@ class _Measured:
         )
         self._add(source.name, last, _WEIGHTS["neighbours"])
 
-    def add_wordings(self, texts: TrainingTexts) -> None:
-        """Adds what the texts of one edit differ in, and what leads up to their ends.
+    def add_context(self, texts: TrainingTexts) -> None:
+        """Adds what leads up to the answers of the edits' own texts, once there are neighbours.
 
-        What they differ in says nothing of the fact: a change that does not answer to it answers
-        alike to wordings and forms that it was not trained on. It is taken where each token of the
-        target is predicted. What leads up to the end of a prompt is much the same in its
-        neighbours, and above the change the ends attend to it: most of what an edit moves there
-        comes by this way.
+        It is much the same in the neighbours of a prompt, and above the change the ends of prompts
+        attend to it: most of what an edit moves there comes by this way.
 
         Args:
             texts: The edits, as they are asked in training.
         """
-        n_texts = np.diff(texts.variants.first)  # [number of edits]
-        usable = np.flatnonzero((n_texts > 1) | (self.context is not None)).tolist()
-        if not usable:
+        context = self.context
+        if context is None:
             return
-        n_groups = max(1, int(self._most_prompts // n_texts[usable].mean()))
-        chosen = random.Random(self.hparams.seed).sample(usable, min(len(usable), n_groups))
-        groups = [[(i, asked) for asked in texts.asked(i)] for i in chosen]
-        differences: dict[str, torch.Tensor] = {}
-        starts = range(0, len(groups), EDITS_AT_ONCE)
-        one_bar = self.progress and len(starts) > 1
-        for start in tqdm(starts, desc="rewordings", disable=not one_bar):
-            some = [one for own in groups[start : start + EDITS_AT_ONCE] for one in own]
-            self._add_differences_(differences, some, progress=self.progress and not one_bar)
-        n_prompts = sum(map(len, groups))
-        for name, sums in (("rewordings", differences), ("context", self.context or {})):
-            for module, total in sums.items():
-                check_finite(total, module)
-            # Of edits with one wording each there are no differences, of prompts of one token no
-            # context.
-            if sums and all(float(total.trace()) > 0 for total in sums.values()):
-                self._add(name, sums, _WEIGHTS[name])
-                self.figures[name] = {"prompts": n_prompts}
-
-    def _add_differences_(
-        self,
-        sums: dict[str, torch.Tensor],
-        wordings: Sequence[tuple[int, Asked]],
-        *,
-        progress: bool,
-    ) -> None:
-        """Adds what wordings of one request differ in to `sums`, and their beginnings to `context`.
-
-        Args:
-            sums: Sums of k k^T by module, of keys less their mean over the request's wordings.
-            wordings: Numbers of edits, with what asks for them.
-            progress: Show a progress bar.
-        """
-        answered = answered_ids(self.model, self.tokenizer, [asked for _, asked in wordings])
-        keys = keys_of(
-            self.model,
-            [ids for ids, _ in answered],
-            self.modules,
-            last=[n_tokens for _, n_tokens in answered],
-            before=self.context,
-            description="rewordings",
-            progress=progress,
+        n_texts = np.diff(texts.variants.first)  # [number of edits]
+        n_edits = max(1, int(self._most_prompts // n_texts.mean()))
+        chosen = random.Random(self.hparams.seed).sample(
+            range(len(n_texts)), min(len(n_texts), n_edits)
         )
-        which = _numbered(
-            (edit, token)
-            for (edit, _), (_, n_tokens) in zip(wordings, answered, strict=True)
-            for token in range(n_tokens)
-        )
-        for module, found in keys.items():
-            add_moment_(sums, module, _less_means_(found.to(self._device(module)), which))
+        starts = range(0, len(chosen), _EDITS_AT_ONCE)
+        for start in tqdm(starts, desc="edits", disable=not self.progress):
+            asked = [one for i in chosen[start : start + _EDITS_AT_ONCE] for one in texts.asked(i)]
+            answered = answered_ids(self.model, self.tokenizer, asked)
+            keys_of(
+                self.model,
+                [ids for ids, _ in answered],
+                self.modules,
+                last=[n_tokens for _, n_tokens in answered],
+                before=context,
+                description="edits",
+                progress=False,
+            )
+        for module, total in context.items():
+            check_finite(total, module)
+        if all(float(total.trace()) > 0 for total in context.values()):  # prompts of one token
+            self._add("context", context, _WEIGHTS["context"])
+            self.figures["context"] = {"prompts": int(n_texts[chosen].sum())}
 
     def filter(self, module: str, name: str) -> torch.Tensor:
         """Returns S of one matrix, where the matrix is."""
@@ -303,20 +271,6 @@ class _Measured:
     def _note(self, source: Source, **figures: int) -> None:
         noted = self.figures.setdefault(source.name, {"kind": source.kind})
         noted.update(figures)
-
-
-def _numbered(names: Iterable[Hashable]) -> torch.Tensor:
-    """Returns which of the distinct names each one is, [number of names]."""
-    numbers: dict[Hashable, int] = {}
-    return torch.tensor([numbers.setdefault(name, len(numbers)) for name in names])
-
-
-def _less_means_(keys: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """Takes from keys, [T, D], the mean of those of the same group, [T]; returns them."""
-    group = group.to(keys.device)
-    n_keys = group.bincount()  # [number of groups]
-    means = keys.new_zeros(len(n_keys), keys.shape[1]).index_add_(0, group, keys)
-    return keys.sub_(means.div_(n_keys[:, None])[group])
 
 
 def adam_of(n_edits: int, hparams: LocFTBFHyperParams) -> dict[str, Any]:
