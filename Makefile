@@ -1,4 +1,4 @@
-# make demo: edit 100 facts into a small language model; make test: all but the slow tests.
+# make demo: edit 50 facts into a small language model; make test: all but the slow tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -16,7 +16,7 @@ export EASYEDIT_HOME
 .PHONY: help install demo test test-all lint package format clean
 
 help:
-	@echo "make demo     edit 100 facts into SmolLM2-135M (EASYEDIT_HOME=... for a clone of EasyEdit)"
+	@echo "make demo     edit 50 facts into SmolLM2-135M (EASYEDIT_HOME=... for a clone of EasyEdit)"
 	@echo "make test     run the tests, all but the slow ones (TESTS=... for some of the files)"
 	@echo "make test-all run all tests"
 	@echo "make lint     ruff and mypy"

@@ -110,8 +110,6 @@ def _measured(confined: ConfinedShapes, work: Workload) -> list[str]:
         if kind != PROMPTS:
             chat = ["chat"] if work.forms else []
             found += [kind, *chat, "asked"] if kind == SAMPLED else [kind]
-    if found and work.forms:
-        found.append("rewordings")  # the same prompt in several forms
     return [*found, "context"] if NEIGHBOURS in found else found
 
 
@@ -132,11 +130,10 @@ def _statistics(confined: ConfinedShapes, measured: list[str], work: Workload) -
     one, largest = 4 * confined.squares, 4 * confined.largest_square
     held = most = 0.0
     for kind in measured:
-        if kind == "rewordings" or (kind == "context" and not work.forms):
+        if kind == "context":
             texts = min(work.n, EDITS_AT_ONCE) * (1 + work.forms)
-            keys = 4 * texts * work.targets * sum(confined.inputs.values())
-            at_work = 3 * keys + one + largest  # and their means, and less these
-        elif kind in (NEIGHBOURS, "context"):
+            at_work = one + 4 * texts * work.targets * sum(confined.inputs.values())
+        elif kind == NEIGHBOURS:
             at_work = one
         else:
             # Sampled text is of two kinds; the mean of both is taken for one matrix at a time.

@@ -123,7 +123,7 @@ def test_the_preset_is_a_method_of_easyedit(easyedit, tmp_path):
     result = editor.last_result
     assert len(metrics) == 4
     assert result.augmented["forms"] == ["plain", "question_answer", "context"]  # no template
-    sources = {"sampled", "neighbours", "rewordings", "context"}
+    sources = {"sampled", "neighbours", "context"}
     assert set(result.preserved["sources"]) == sources
     assert result.preserved["sources"]["neighbours"]["prompts"] > 4
     assert result.losses[-1] < result.losses[0]

@@ -257,27 +257,26 @@ def test_memory_of_preparing_by_hand():
     a = TRAINED / WIDTH**2  # of W's numbers in those of S
     stays = 4 + 2 + 10 * a
     plan = plus(n=1000)
-    # Six moments where the matrix is (sampled text, chats, the prompts in the text, neighbours, one
-    # prompt's forms and what leads up to ends), their sum, and 48 bytes a number of the
-    # decomposition.
-    assert preparing(plan, "gpu") == pytest.approx(6 * 4 + 4 + 48 - stays)
-    # The first four are held when one prompt's forms are summed up.
+    # Five moments where the matrix is (sampled text, chats, the prompts in the text, neighbours and
+    # what leads up to ends), their sum, and 48 bytes a number of the decomposition.
+    assert preparing(plan, "gpu") == pytest.approx(5 * 4 + 4 + 48 - stays)
+    # The first four are held when the edits' own texts are run.
     answered = 64 * plan.work.targets  # tokens where a target is predicted, of 64 edits
-    keys = 3 * 4 * answered * (1 + N_FORMS) / WIDTH
-    assert preparing(plan, "host") == pytest.approx(4 * 4 + 4 + 4 + keys)
-    assert preparing(plus(n=1000, machine=NODE), "host") == pytest.approx(8 * (24 + keys))
+    keys = 4 * answered * (1 + N_FORMS) / WIDTH
+    assert preparing(plan, "host") == pytest.approx(4 * 4 + 4 + keys)
+    assert preparing(plus(n=1000, machine=NODE), "host") == pytest.approx(8 * (20 + keys))
     # Both kinds of sampled text, their mean, and both of one matrix.
     alone = confined(n=1000, preserve=["sampled"])
     assert preparing(alone, "host") == pytest.approx(2 * 4 + 4 + 2 * 4)
     assert preparing(alone, "gpu") == pytest.approx(2 * 4 + 4 + 48 - stays)
     assert preparing(confined(preserve=["a.txt"]), "host") == pytest.approx(4 + 4 + 4)
     others = plus(preserve=["a.txt", "neighbours", "b.txt"], n=1000)
-    assert preparing(others, "host") == pytest.approx(3 * 4 + 4 + 4 + keys)
-    assert preparing(others, "gpu") == pytest.approx(5 * 4 + 4 + 48 - stays)
+    assert preparing(others, "host") == pytest.approx(2 * 4 + 4 + 4 + 4)  # when b.txt is measured
+    assert preparing(others, "gpu") == pytest.approx(4 * 4 + 4 + 48 - stays)
     # Without other forms the own prompts are run for what leads up to their ends.
     near = confined(preserve=["a.txt", "neighbours"], n=1000)
-    keys = 3 * 4 * answered / WIDTH
-    assert preparing(near, "host") == pytest.approx(2 * 4 + 4 + 4 + keys)
+    keys = 4 * answered / WIDTH
+    assert preparing(near, "host") == pytest.approx(2 * 4 + 4 + keys)
     # Prompts that are kept exactly have no moments.
     exact = confined(preserve=["folder/a.jsonl"])
     assert preparing(exact, "gpu") == pytest.approx(24 - stays)
@@ -415,6 +414,9 @@ def test_the_preset_on_the_command_line(capsys, tmp_path, monkeypatch):
     arguments = ("--config-name", "llama3-8b", "n=1000", "batch_size=10", "gpu=80GiB")
     assert main(["plan", *arguments, "alg_name=LocFT-BF+", "output=plan.json"]) == 0
     out = capsys.readouterr().out
+    assert "filters of inputs" not in out  # memory by part is for whoever asks
+    assert main(["plan", *arguments, "alg_name=LocFT-BF+", "verbose=true"]) == 0
+    out = capsys.readouterr().out
     for part in (
         "1,000, 10 a step, 25 epochs, in 8 forms",
         "sampled, neighbours",
@@ -432,7 +434,7 @@ def test_the_preset_on_the_command_line(capsys, tmp_path, monkeypatch):
     assert main(["plan", *arguments, "forms_per_epoch=2", "output=plan.json"]) == 0
     assert "in 8 forms" not in capsys.readouterr().out  # none without `forms`
     forms = "forms=[chat,context,question_answer]"
-    assert main(["plan", *arguments, forms, "output=plan.json"]) == 0
+    assert main(["plan", *arguments, forms, "output=plan.json", "verbose=true"]) == 0
     out = capsys.readouterr().out
     assert "1,000, 10 a step, 25 epochs, in 8 forms" in out
     assert "291,800 of edits, 58,400 of prompts" in out

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 _WEIGHTS = {"asked": 1.0, "neighbours": 0.75, "context": 0.25}
 _NEIGHBOURS_EACH = 8  # of an edit
 _PER_DIRECTION = 2  # prompts per direction of the matrix's inputs suffice
-_EDITS_AT_ONCE = 64  # edits whose keys are held together
+EDITS_AT_ONCE = 64  # edits whose keys are held together
 # Adam's L2 penalty on A, and so on what D = A S does where much is carried: what does nothing for
 # the edits goes. Losses are averaged over edits and so is this: a fact costs what it does alone.
 _PULL = 0.011
@@ -224,9 +224,9 @@ class _Measured:
         chosen = random.Random(self.hparams.seed).sample(
             range(len(n_texts)), min(len(n_texts), n_edits)
         )
-        starts = range(0, len(chosen), _EDITS_AT_ONCE)
+        starts = range(0, len(chosen), EDITS_AT_ONCE)
         for start in tqdm(starts, desc="edits", disable=not self.progress):
-            asked = [one for i in chosen[start : start + _EDITS_AT_ONCE] for one in texts.asked(i)]
+            asked = [one for i in chosen[start : start + EDITS_AT_ONCE] for one in texts.asked(i)]
             answered = answered_ids(self.model, self.tokenizer, asked)
             keys_of(
                 self.model,

@@ -137,18 +137,6 @@ def test_sums_over_ends_and_over_what_is_before_them():
         assert close(ends[module], torch.cat([k[-n:] for k, n in counted]))
 
 
-def differences(model, tokenizer, module, requests, wordings):
-    """Keys where tokens of the target are predicted, less their mean over an edit's wordings."""
-    found = []
-    for request, own in zip(requests, wordings, strict=True):
-        target = tokenizer(" " + request["target_new"])["input_ids"]
-        assert len(target) > 1
-        documents = [tokenizer(prompt)["input_ids"] + target[:-1] for prompt in own]
-        ends = torch.stack([k[-len(target) :] for k in keys(model, module, documents)])
-        found.extend(ends - ends.mean(dim=0))
-    return found
-
-
 def test_what_is_answered_is_cut_to_the_end_of_the_context(monkeypatch):
     model, tokenizer = toy_model(), toy_tokenizer()
     edit = Edit("The dog ran home to", "Paris in the north", 0)
@@ -206,8 +194,5 @@ def test_all_that_is_measured_for_the_preset_counts_by_its_weight(asking, monkey
         for k in keys(model, module, prompt_ids(model, tokenizer, [*near, *own], PLAIN_ALONE))
     ]
     assert close(moments["context"], moment(before))
-    assert close(
-        moments["rewordings"], moment(differences(model, tokenizer, module, requests, wordings))
-    )
     assert sources["context"]["prompts"] == len(own)
     assert sources["sampled"]["prompts"] == len(asking)
