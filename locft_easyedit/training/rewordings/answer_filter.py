@@ -91,10 +91,7 @@ class AnswerFilter:
         return found
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        asked = [
-            self._forms.ask(1, text, "").text if is_question(text) else text
-            for text in texts
-        ]
+        asked = [self._forms.ask(1, text, "").text if is_question(text) else text for text in texts]
         return unended_ids(self._tokenizer, asked)
 
     def _fits(self, ids: Sequence[int]) -> bool:
