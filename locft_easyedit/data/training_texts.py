@@ -161,10 +161,10 @@ def subjects_of(
     Args:
         requests: The request dictionaries; where no subject is needed none is looked for.
         edits: The edits that were made of them.
-        hparams: `preserve`.
+        hparams: `preserve`, `augment_model`.
     """
     found: list[str | None] = [None] * len(edits.edits)
-    if hparams.preserved:
+    if hparams.preserved or hparams.augment_model is not None:
         for request, i in zip(requests, edits.edit_of_request, strict=True):
             if i is None or found[i] is not None:
                 continue  # of requests that repeat an edit, the first that has a subject counts

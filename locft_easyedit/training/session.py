@@ -138,19 +138,11 @@ class EditSession:
                 self.sources = read_sources(h.preserved)
                 self.edits = distinct_edits(self.requests, None if self.alone else h.on_conflict)
                 self._select()
-            if h.augment_model is not None:
-                self._reword()
-            with self.world.sharing_errors():
-                self.training_texts = TrainingTexts.tokenize(
-                    self.tokenizer,
-                    self.edits.edits,
-                    subjects_of(self.requests, self.edits, h),
-                    h,
-                    max_positions=context_length(self.model),
-                )
-                check_ids(self.model, self._texts.ids)
+                self._tokenize()
                 if h.append_eos and self.world.is_main_process:
                     warn_of_other_ends(self.model, self.tokenizer.eos_token_id)
+            if h.augment_model is not None:
+                self._reword()
         self._share = Partition.of_rank(self.world, self._texts.input_lengths)
         self.checkpoints = agreed_checkpoints(
             self.model,
@@ -178,6 +170,17 @@ class EditSession:
         if self.sources:
             check_protectable(self.model, self.place.parameters)
 
+    def _tokenize(self) -> None:
+        """Makes tokens of the edits as they are now."""
+        self.training_texts = TrainingTexts.tokenize(
+            self.tokenizer,
+            self.edits.edits,
+            subjects_of(self.requests, self.edits, self.hparams),
+            self.hparams,
+            max_positions=context_length(self.model),
+        )
+        check_ids(self.model, self._texts.ids)
+
     def _reword(self) -> None:
         """Gives the edits the rewordings that a language model writes."""
         with self._timed("rewordings"):
@@ -185,11 +188,13 @@ class EditSession:
                 self.model,
                 self.tokenizer,
                 self.edits,
-                self.requests,
+                self.training_texts.subjects,
                 self.hparams,
                 world=self.world,
                 progress=self.progress,
             )
+        with self.world.sharing_errors():
+            self._tokenize()
 
     @property
     def _texts(self) -> TokenizedTexts:

@@ -53,6 +53,7 @@ def fake_endpoint(reply):
 
     lock = threading.Lock()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *_: None  # who has asked may be gone
     found.append(FakeEndpoint(f"http://127.0.0.1:{server.server_port}/v1", reply))
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()

@@ -111,7 +111,7 @@ class RewordingCache:
         if not lines:
             return
         self._lines.update((line.key, line) for line in lines)
-        content = "".join(f"{json.dumps(asdict(line), ensure_ascii=False)}\n" for line in lines)
+        content = "".join(f"{_text_of(line)}\n" for line in lines)
         with output_errors(self.path, "set `augment_cache` to a file that you may write to"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab+") as file:
@@ -142,6 +142,11 @@ def cache_file(hparams: LocFTBFHyperParams) -> Path:
     if path.is_dir():
         raise RewordingsError(f"`augment_cache`, {path}, is a folder. Give the path of a file.")
     return path
+
+
+def _text_of(line: Line) -> str:
+    text = json.dumps(asdict(line), ensure_ascii=False)
+    return text if encodable(text) else json.dumps(asdict(line))  # half a character in a subject
 
 
 def _last_byte(file: Any) -> bytes:

@@ -21,7 +21,6 @@ from ...errors import ModelError, RewordingsError
 from ...hparams import LocFTBFHyperParams
 from ...modeling.fsdp import sharded_layers
 from ...utils.hashing import model_fingerprint
-from ...utils.parsing import encodable
 from .answer_filter import MOST_NATS, AnswerFilter
 from .instruction import Prompt, rewordings_in
 from .rewording_cache import Key, Line, RewordingCache, cache_file
@@ -39,7 +38,7 @@ def with_written_rewordings(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     edits: EditSet,
-    requests: Sequence[Mapping[str, Any]],
+    subjects: Sequence[str | None],
     hparams: LocFTBFHyperParams,
     *,
     world: World,
@@ -53,7 +52,7 @@ def with_written_rewordings(
         model: The model, before the edit.
         tokenizer: Its tokenizer.
         edits: The edits.
-        requests: The request dictionaries, for the subjects.
+        subjects: The subject of each; `None` where it is not known.
         hparams: `augment_model`, `augment_cache`, `seed`, and what `AnswerFilter` needs.
         world: The processes that train together.
         progress: Show a progress bar.
@@ -69,7 +68,7 @@ def with_written_rewordings(
 
     def find() -> tuple[list[list[str]], dict[str, Any]]:
         desk = _Desk(model, tokenizer, hparams, progress)
-        return desk.rewordings_of(edits.edits, _subjects(requests, edits))
+        return desk.rewordings_of(edits.edits, subjects)
 
     texts, summary = world.broadcast_from_main(find)
     more = [
@@ -252,16 +251,6 @@ def _asked(
     except RewordingsError as error:
         return answers, error
     return answers, None
-
-
-def _subjects(requests: Sequence[Mapping[str, Any]], edits: EditSet) -> list[str | None]:
-    """Returns the subject of each edit; `None` where no request gives one."""
-    found: list[str | None] = [None] * len(edits.edits)
-    for request, i in zip(requests, edits.edit_of_request, strict=True):
-        subject = request.get("subject")
-        if i is not None and found[i] is None and isinstance(subject, str) and encodable(subject):
-            found[i] = subject.strip() or None
-    return found
 
 
 def _check_whole(model: PreTrainedModel) -> None:

@@ -5,11 +5,15 @@ import json
 import pytest
 import torch
 from helpers.launching import launch
-from helpers.toys import toy_hparams, toy_model, toy_requests, toy_tokenizer
+from helpers.toys import CONTEXT, toy_hparams, toy_model, toy_requests, toy_tokenizer
 from training.rewordings.conftest import prompt_of, three_of
 
 from locft_easyedit.api import edit_model, open_session
-from locft_easyedit.errors import ModelError, RewordingsError
+from locft_easyedit.data.requests import distinct_edits
+from locft_easyedit.errors import ModelError, RequestError, RewordingsError
+from locft_easyedit.locate.trial import Trials
+from locft_easyedit.modeling.places import Location
+from locft_easyedit.training.choice import Cell
 from locft_easyedit.training.rewordings import written
 
 N = 5
@@ -235,3 +239,33 @@ def test_rank_0_asks_for_all(served, settings, tmp_path):
     assert first.value == second.value
     prompts = [prompt_of(message) for message in served.messages]
     assert len(prompts) == len(set(prompts)) == 14
+
+
+def test_trial_edits_have_nothing_written(served, settings):
+    place = Location(2, "down_proj", ("model.layers.{}.mlp.down_proj.weight",))
+    edits = distinct_edits(toy_requests(N)).edits
+    trials = Trials(toy_model(), TOKENIZER, edits, toy_hparams(**settings), 4)
+    assert trials.run(Cell(place, 1e-3), 1).reliability > 0
+    assert not served.asked
+
+
+def test_a_plan_takes_the_key(toy_folder, monkeypatch, capsys):
+    from locft_easyedit.__main__ import main
+
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    command = ["plan", "--config-name", "toy.yaml", "n=6", "augment_model=endpoint:x"]
+    assert main(command) == 0, capsys.readouterr().err
+
+
+def test_edits_that_cannot_be_trained_are_told_of_before_anybody_is_asked(served, settings):
+    requests = [*toy_requests(2), {"prompt": "It lies in the " * CONTEXT, "target_new": "Peru"}]
+    with pytest.raises(RequestError, match="Shorten it"):
+        session(settings, requests)
+    assert not served.asked
+
+
+def test_a_subject_with_half_a_character_is_kept(served, settings):
+    requests = [{"prompt": "It lies in", "target_new": "Peru", "subject": "\ud83d"}]
+    session(settings, requests)
+    assert figures(session(settings, requests))["from_cache"] == 1
+    assert len(served.asked) == 1
