@@ -149,7 +149,7 @@ def _make_batchable(easyedit: EasyEdit, done: ExitStack) -> None:
     _replace(easyedit.BatchEditor, "is_batchable_method", staticmethod(is_batchable_method), done)
 
 
-def _dispatch_editor(cls: type, ours: type, done: ExitStack) -> None:
+def _dispatch_editor(cls: type, ours: Any, done: ExitStack) -> None:
     """Makes `cls(hparams)`, and so `cls.from_hparams(hparams)`, one of `ours` where it is meant."""
     original = vars(cls)["__init__"]
 
@@ -157,7 +157,7 @@ def _dispatch_editor(cls: type, ours: type, done: ExitStack) -> None:
     def __init__(self: Any, hparams: Any, *args: Any, **kwargs: Any) -> None:
         if type(self) is cls and known_alg_name(getattr(hparams, "alg_name", None)) in ALG_NAMES:
             self.__class__ = ours
-            self.__init__(hparams)
+            ours.__init__(self, hparams)
         else:
             original(self, hparams, *args, **kwargs)
 
