@@ -81,8 +81,9 @@ def contains_any(answer: str, accepted: Sequence[str]) -> bool:
     An accepted answer without any word ("The", "?") would stand in every answer: it counts only if
     it is the whole answer, spaces around it and case aside.
     """
+    said = _words(answer)
     for text in accepted:
-        said, words = _words(up_to_stop(answer, inner_stops([text]))), _words(text)
+        words = _words(text)
         if words in said if words else text.strip().lower() == answer.strip().lower():
             return True
     return False
