@@ -119,11 +119,11 @@ class LedgerRunner(TextRunner):
         kept: list[torch.Tensor] = []
 
         def keep(batch: np.ndarray) -> None:
-            now = self.prepare(texts[batch])
+            now = self.prepare(batch)
             outputs = self._outputs(now)
             if not kept:
                 kept.append(outputs.new_empty(int(offsets[-1]), outputs.shape[-1]))
-            spans = [np.arange(offsets[i], offsets[i + 1]) for i in batch]
+            spans = [np.arange(offsets[i], offsets[i + 1]) for i in batch - first_text]
             kept[0][torch.from_numpy(np.concatenate(spans))] = outputs
 
         self._in_batches(texts, keep, batch_size)
@@ -141,8 +141,7 @@ class LedgerRunner(TextRunner):
         found: list[int] = []
 
         def note(batch: np.ndarray) -> None:
-            now = self.prepare(texts[batch])
-            logits, rows = self.logits(now)
+            logits, rows = self.logits(batch)
             best = logits.topk(2, dim=-1)  # [S, 2]
             labels = self.ids[rows.label_index].to(logits.device)
             bad = best.indices[:, 0] != labels
@@ -154,21 +153,27 @@ class LedgerRunner(TextRunner):
                 bad &= ~too_close(pair, self.model)
             bad |= ~torch.isfinite(best.values[:, 0])
             owners = np.unique(rows.owner.to(logits.device)[bad].cpu().numpy())
-            found.extend(texts[batch][owners].tolist())
+            found.extend(batch[owners].tolist())
 
         self._in_batches(texts, note, batch_size)
         return np.array(sorted(found), np.int64)
 
     def divergence_of(self, texts: np.ndarray, batch_size: int) -> np.ndarray:
-        """Returns each text's mean divergence from the base, in nats, [B]."""
+        """Returns each text's mean divergence from the base, in nats, [B].
+
+        Args:
+            texts: The texts, ascending.
+            batch_size: Texts a forward pass.
+        """
         found = np.zeros(len(texts))
 
         def note(batch: np.ndarray) -> None:
-            now = self.prepare(texts[batch])
+            now = self.prepare(batch)
             outputs = self._outputs(now)
             divergences = self._divergences(outputs, self._base_of(now).to(outputs.device))
             owner = now.rows.owner.to(divergences.device)
-            found[batch] = mean_by_owner(divergences, owner, now.n_texts).cpu().numpy()
+            means = mean_by_owner(divergences, owner, now.n_texts).cpu().numpy()
+            found[np.searchsorted(texts, batch)] = means
 
         self._in_batches(texts, note, batch_size)
         return found
@@ -180,4 +185,4 @@ class LedgerRunner(TextRunner):
         if not len(texts):
             return
         with evaluation_mode(self.model), self.running():
-            in_batches(self.texts.lengths[texts], batch_size, run, description="check")
+            in_batches(self.layout.batches(batch_size, texts), run, description="check")

@@ -375,9 +375,8 @@ def test_n_below_one(written, n):
 
 
 def test_n_beyond_the_file(written):
-    with pytest.raises(
-        DataError, match=r"`n=3`, but .* holds 1 edits, besides 1 with an empty target\. Lower `n`"
-    ):
+    message = r"`n=3`, but .* holds 1 edits, besides 1 with an empty target\. Lower `n`"
+    with pytest.raises(DataError, match=message):
         read_requests(written([FLAT, FLAT | {"target_new": ""}]), 3)
 
 
