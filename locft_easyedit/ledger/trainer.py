@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -324,7 +324,9 @@ class Trainer:
         while len(wrong) and found.repairs < MOST_REPAIRS:
             found.repairs += 1
             rest = np.setdiff1d(everything, wrong)
-            found.epochs += self._fit_(runner, numbered.variants, wrong, rest)
+            # A mean below the thresholds may hide what is still wrong: they are lowered each time.
+            tight = 10.0**-found.repairs
+            found.epochs += self._fit_(runner, numbered.variants, wrong, rest, tight)
             wrong = not_right()
         found.texts = runner.n_trained - before
         number_of = {edit: number for number, edit in numbered.edit_of.items()} | dict(more or {})
@@ -347,14 +349,31 @@ class Trainer:
         return numbered.edits_of(wrong)
 
     def _fit_(
-        self, runner: LedgerRunner, variants: Variants, new: np.ndarray, pool: np.ndarray
+        self,
+        runner: LedgerRunner,
+        variants: Variants,
+        new: np.ndarray,
+        pool: np.ndarray,
+        thresholds: float = 1.0,
     ) -> int:
         """Trains `new` beside others, in place; returns the epochs that it took.
+
+        Args:
+            runner: What runs the texts.
+            variants: Which stand for an edit.
+            new: Edits to train, [N].
+            pool: Edits that are replayed beside them.
+            thresholds: What the settings' thresholds of the loss are multiplied by.
 
         Raises:
             NonFiniteLossError: Training diverged; to restore the weights is up to the caller.
         """
         h, parameters = self.hparams, self.place.parameters
+        h = replace(
+            h,
+            batch_loss_threshold=h.batch_loss_threshold * thresholds,
+            epoch_loss_threshold=h.epoch_loss_threshold * thresholds,
+        )
         texts = Replayed.of(variants, pool, h.seed)
         change: Reparametrization | None = low_rank_of(self.model, parameters, h)
         adam = None
