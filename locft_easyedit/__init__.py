@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .evaluation.evaluation import Evaluation
     from .evaluation.summary import summarize
     from .hparams import LocFTBFHyperParams
+    from .ledger.ledger import Ledger
     from .training.result import EditResult
     from .training.session import EditSession
 
@@ -30,6 +31,7 @@ _HOMES = {
     "EditResult": "training.result",
     "EditSession": "training.session",
     "Evaluation": "evaluation.evaluation",
+    "Ledger": "ledger.ledger",
     "LocFTBFEditor": "easyedit.registration",
     "LocFTBFHyperParams": "hparams",
     "LocFTError": "errors",
@@ -48,6 +50,7 @@ __all__ = [
     "EditResult",
     "EditSession",
     "Evaluation",
+    "Ledger",
     "LocFTBFHyperParams",
     "LocFTError",
     "__version__",

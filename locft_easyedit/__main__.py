@@ -23,6 +23,7 @@ Usage:
   locft compare --config-name NAME data=FILE    several editing methods side by side
   locft evaluate MODEL data=FILE ...            measure any model, edited by whatever method
   locft delta show|verify|apply|revert|export   an edit as a file: look at it, undo it, pass it on
+  locft ledger init|add|retract|show|...        facts that come and go: a log, and its model
   locft capability MODEL ...                    what else the model can do (lm-evaluation-harness)
   locft run SCRIPT ...                          run one of EasyEdit's scripts with LocFT-BF
   locft demo [OPTION ...]                       edit 100 facts into SmolLM2-135M on this machine
@@ -44,6 +45,7 @@ _APPLICATIONS = {
     "evaluate": ".cli.evaluate",
     "capability": ".cli.capability",
     "delta": ".cli.delta",
+    "ledger": ".cli.ledger",
     "demo": ".cli.demo",
 }
 

@@ -58,6 +58,10 @@ class DeltaError(LocFTError):
     """An edit's file is damaged, or does not fit the model that it is put into or taken out of."""
 
 
+class LedgerError(LocFTError):
+    """A ledger is damaged, belongs to another model, or does not hold what is asked of it."""
+
+
 class PlanError(LocFTError):
     """No settings fit the memory that there is."""
 

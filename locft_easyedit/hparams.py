@@ -164,6 +164,9 @@ class LocFTBFHyperParams(HyperParamsBase):
             `locft_easyedit` in the user's cache folder.
         health_check: Compare the perplexity of a fixed text, and the norms of the trained matrices,
             before and after, and warn where the model looks damaged.
+        ledger_dir: In EasyEdit's editor, the folder of a ledger (see `locft ledger`) to which calls
+            with `sequential_edit=True` add their edits: made if need be, and gone on with by later
+            programs. `None` keeps none; nothing else looks at it.
         trust_remote_code: Allow a model folder to bring Python code of its own.
         evaluation_type: EasyEdit's: `None` (teacher-forced), `LLM-judge` or `generate-text`.
         api_key: EasyEdit's, for `LLM-judge`.
@@ -213,6 +216,7 @@ class LocFTBFHyperParams(HyperParamsBase):
     preserve_strength: float = 1.0
     preserve_dir: Optional[str] = None  # noqa: UP045
     health_check: bool = True
+    ledger_dir: Optional[str] = None  # noqa: UP045
     trust_remote_code: bool = False
     evaluation_type: Optional[str] = None  # noqa: UP045
     api_key: Optional[str] = None  # noqa: UP045

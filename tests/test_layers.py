@@ -24,6 +24,7 @@ LAYERS = [
     ["evaluation", "plan"],
     ["delta"],
     ["locate"],
+    ["ledger"],
     ["api"],
     ["easyedit"],
     ["import_hook"],

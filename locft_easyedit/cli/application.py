@@ -23,7 +23,7 @@ from ..distributed.world import get_world
 from ..errors import HyperParamsError, LocFTError, OutputError, one_message
 from ..evaluation.report import flat, metric_label
 from ..hparams import LocFTBFHyperParams, given_values, read_mapping, shipped_yamls, typed_values
-from ..hparams_rules import ALG_NAME
+from ..hparams_rules import ALG_NAME, ALG_NAMES
 from ..utils.output import show
 from ..utils.tables import Row, number_text, terminal_table
 from .messages import say_interrupted, tell
@@ -207,6 +207,25 @@ def take_config_file(
             "the path of a YAML."
         )
     return rest, asked, files[asked]
+
+
+def values_of(file: Path) -> dict[str, Any]:
+    """Returns what a YAML of this method says.
+
+    Raises:
+        HyperParamsError: It does not parse, is another method's, or has unknown or ill-typed keys.
+    """
+    _, values = read_mapping(file)
+    alg_name = values.get("alg_name", ALG_NAME)
+    if alg_name not in ALG_NAMES:
+        raise HyperParamsError(
+            f"`alg_name={alg_name!r}` in {file} is another method. Use a file with "
+            f"`alg_name: {ALG_NAME}`."
+        )
+    values, problems = typed_values(given_values(values))
+    if problems:
+        raise HyperParamsError(one_message(f"{file}:", problems))
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _with_stored_configs(arguments: list[str], command: str, config_class: type) -> list[str]:

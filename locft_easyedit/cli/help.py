@@ -240,6 +240,39 @@ Usage: locft demo [--n N] [--output DIR] [--model DIR] [--save matrices|model|no
   --plus              edit with {PLUS_NAME} instead of {ALG_NAME}
 """
 
+LEDGER = """Keeps a ledger of the facts in a model: which, since when and from where.
+
+Usage: locft ledger init LEDGER --config-name NAME [KEY=VALUE ...]
+       locft ledger add LEDGER data=FILE [n=N] [source=TEXT]
+       locft ledger retract LEDGER FACT ... [exact=true]
+       locft ledger retract LEDGER [subject=TEXT] [source=TEXT] [since=DAY] [exact=true]
+       locft ledger show LEDGER [at=WHEN] [subject=TEXT] [source=TEXT] [all=true] [json=FILE]
+       locft ledger log LEDGER [json=FILE]
+       locft ledger diff LEDGER WHEN [WHEN]
+       locft ledger verify LEDGER [replay=true]
+       locft ledger export LEDGER output=DIR as=edit|model|adapter [at=WHEN] [model=FOLDER]
+
+  init      binds the base model, its tokenizer, the place and the settings of a YAML
+  add       trains new facts beside old ones, checks every fact, and trains again what is lost; a
+            prompt that is in with another target is superseded (on_conflict=error, given to
+            init, refuses that)
+  retract   takes facts out: their prompts get the base model's own answers again; exact=true
+            trains all others anew, as if these had never been in, to the bit
+  show      the facts that are in; all=true those as well that no longer are
+  log       what happened; json=FILE has all of it, with hashes
+  diff      which facts came and went between two events
+  verify    the chain of hashes, the files, the model and every fact (exit status 1 if something is
+            wrong); replay=true makes every event's matrices anew as well, and compares them
+  export    the facts as an edit (see locft delta), an edited model, or a PEFT adapter
+
+  LEDGER          a folder
+  FACT            a fact's number, as `show` gives it
+  WHEN            an event's number, or a day or time, UTC: 2030-01-31, 2030-01-31T12:00
+  model_name=M    where the base model is, if it has moved; device=D another device
+
+A command that is interrupted, however that comes about, has changed nothing: give it again.
+"""
+
 _TEXTS = {
     "edit": EDIT,
     "ask": ASK,
@@ -248,11 +281,12 @@ _TEXTS = {
     "compare": COMPARE,
     "evaluate": EVALUATE,
     "delta": DELTA,
+    "ledger": LEDGER,
     "capability": CAPABILITY,
     "run": RUN,
     "demo": DEMO,
 }
-_OF_A_YAML = ("edit", "plan", "locate", "compare")
+_OF_A_YAML = ("edit", "plan", "locate", "compare", "ledger")
 COMMANDS = tuple(_TEXTS)
 
 

@@ -7,17 +7,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
-from ..errors import HyperParamsError, PlanError, one_message
-from ..hparams import LocFTBFHyperParams, given_values, read_mapping, typed_values
-from ..hparams_rules import ALG_NAME, ALG_NAMES
+from ..errors import HyperParamsError, PlanError
+from ..hparams import LocFTBFHyperParams
 from ..plan.plan import Plan, make_plan
 from ..plan.plan_tables import closing_lines, model_table, summary_table, tables
 from ..plan.units import GIB, parse_size
 from ..plan.workload import ASSUMED_DISK, ASSUMED_HOST, Machine, Workload
 from ..utils.output import prepare_folder, show, write_json
-from .application import take_config_file
+from .application import take_config_file, values_of
 from .arguments import read_arguments
 
 _NUMBERS = ("rate", "read", "gpus", "nodes", "bandwidth", "nvlink", "network", "launch")
@@ -50,7 +49,7 @@ class PlanConfig(LocFTBFHyperParams):
 def main(arguments: Sequence[str]) -> int:
     """Runs `locft plan`; returns the exit status."""
     rest, _, file = take_config_file(list(arguments))
-    config = read_arguments(PlanConfig, rest, command="plan", defaults=_values(file))
+    config = read_arguments(PlanConfig, rest, command="plan", defaults=values_of(file))
     plan = plan_of(config)
     detailed = config.verbose or plan.chosen is None
     show(*(tables(plan) if detailed else [model_table(plan), summary_table(plan)]))
@@ -101,25 +100,6 @@ def plan_of(config: PlanConfig) -> Plan:
         epochs=hparams.num_steps if config.epochs is None else config.epochs,
     )
     return make_plan(hparams, work, machine)
-
-
-def _values(file: Path) -> dict[str, Any]:
-    """Returns what a YAML of this method says.
-
-    Raises:
-        HyperParamsError: It does not parse, is another method's, or has unknown or ill-typed keys.
-    """
-    _, values = read_mapping(file)
-    alg_name = values.get("alg_name", ALG_NAME)
-    if alg_name not in ALG_NAMES:
-        raise HyperParamsError(
-            f"`alg_name={alg_name!r}` in {file} is another method. Use a file with "
-            f"`alg_name: {ALG_NAME}`."
-        )
-    values, problems = typed_values(given_values(values))
-    if problems:
-        raise HyperParamsError(one_message(f"{file}:", problems))
-    return {key: value for key, value in values.items() if value is not None}
 
 
 def _bytes(key: str, gib: float | None) -> int | None:

@@ -34,6 +34,7 @@ from ..utils.files import text_output
 from .calls import Request, Returned, check_keywords, takes_columns, usable
 from .chat import ChatMeasures
 from .importing import EasyEdit
+from .into_ledger import EditorLedger
 from .measures import Measures
 from .sentiment import SentimentMetrics
 
@@ -50,7 +51,8 @@ class LocFTBFMethods:
       `edit` and `edit_requests` without `sequential_edit` keep EasyEdit's meaning instead: each
       edit alone, on the original model.
     - The model that is returned carries the edits. With `sequential_edit=False` the next call
-      starts from the original weights again; with `sequential_edit=True` edits accumulate.
+      starts from the original weights again; with `sequential_edit=True` edits accumulate. With
+      `ledger_dir` these are facts of a ledger, and the model begins with all that it holds.
 
     Attributes:
         model: The model; edits change it in place.
@@ -81,6 +83,10 @@ class LocFTBFMethods:
         self.last_result: EditResult | None = None
         self._original: dict[str, torch.Tensor] = {}  # to restore when the next call begins
         self._first: dict[str, torch.Tensor] = {}  # values before the first edit of each parameter
+        self._ledger: EditorLedger | None = None
+        if hparams.ledger_dir is not None:
+            self._ledger = EditorLedger(hparams, self.model, self.tok)
+            self.hparams, self._first = self._ledger.hparams, self._ledger.base
 
     @takes_columns
     def edit(
@@ -170,7 +176,7 @@ class LocFTBFMethods:
         session = self._opened(make_requests(prompts, target_new))
         self._begin()
         with session:
-            self._done(session.train_(), sequential_edit)
+            self._done(self._trained(session, session.requests, sequential_edit), sequential_edit)
         return None, self.model, self._former_weights()
 
     @takes_columns
@@ -241,7 +247,7 @@ class LocFTBFMethods:
             if alone and len(requests) > 1:
                 after = self._each_alone(session, requests, measures, sentiment)
             else:
-                self._done(session.train_(), sequential)
+                self._done(self._trained(session, requests, sequential), sequential)
                 once = sum(session.timings.get(phase, 0.0) for phase in ("prefix", "preserve"))
                 self._seconds = time.perf_counter() - start + once
                 values = measures.of("after the edit")
@@ -334,6 +340,14 @@ class LocFTBFMethods:
         """Gives the model the weights that the next edit starts from."""
         write_(dict(self.model.named_parameters()), self._original)
         self._original = {}
+
+    def _trained(
+        self, session: EditSession, requests: Sequence[Request], sequential: bool
+    ) -> EditResult:
+        """Trains a session's edits; with `ledger_dir` those that accumulate go into the ledger."""
+        if self._ledger is not None and sequential:
+            return self._ledger.add_(session, requests)
+        return session.train_()
 
     def _done(self, result: EditResult, sequential: bool) -> None:
         self.last_result = result

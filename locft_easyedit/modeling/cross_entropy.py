@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 LOGITS_AT_ONCE = 2**25  # 128 MiB in float32
 _VOCABULARY_CPU = 4096  # a CPU multiplies fastest with so much of the head that a cache holds it
@@ -46,6 +47,20 @@ class Head:
         device = self.weight.device
         losses: torch.Tensor = _TokenLosses.apply(hidden.to(device), labels.to(device), self)
         return losses
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns the logits, [S, V] float32, all at once and with a graph.
+
+        Args:
+            hidden: Hidden states, [S, D].
+        """
+        logits = F.linear(hidden.to(self.weight.device), self.weight).float()
+        if self.bias is not None:
+            logits = logits + self.bias
+        logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
 
     def chunk_(
         self, hidden: torch.Tensor, labels: torch.Tensor, gradient: torch.Tensor | None

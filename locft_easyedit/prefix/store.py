@@ -125,6 +125,11 @@ class StateStore:
         self._taken = [n * row_bytes for n in (n_gpu, n_host, n_disk)]
         budget.taken = [a + b for a, b in zip(budget.taken, self._taken, strict=True)]
 
+    @property
+    def reads_disk(self) -> bool:
+        """Whether some states are read from the file whenever they are asked for."""
+        return self._ends[1] < self.n_tokens
+
     def where(self) -> str:
         """Returns what lies where, for people."""
         n_gpu, host_end, end = self._ends

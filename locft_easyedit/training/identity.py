@@ -50,6 +50,7 @@ _WITHOUT_EFFECT = frozenset(
         "checkpoint_dir",
         "checkpoint_minutes",
         "health_check",
+        "ledger_dir",
         "trust_remote_code",
         "evaluation_type",
         "api_key",

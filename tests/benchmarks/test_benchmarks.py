@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from helpers.toys import REPOSITORY, toy_requests
+from helpers.ledgers import wide_model
+from helpers.toys import REPOSITORY, toy_requests, toy_tokenizer
 
 from locft_easyedit.__main__ import main
 
@@ -117,6 +118,32 @@ def test_through_which_tokens_an_edit_leaks(run, toy_folder):
     lines = [line.split() for line in printed.strip().split("\n")[1:]]
     assert [line[1] for line in lines] == ["LocFT-BF", "LocFT-BF+"]
     assert all(float(kl) >= 0 for line in lines for kl in line[2:])
+
+
+def test_facts_in_commits(run, toy_folder):
+    wide_model().save_pretrained("wide")
+    toy_tokenizer(pad_is_eos=True).save_pretrained("wide")
+    run(
+        FOLDER / "ledger.py", "--model", "wide", "--data", "edits.json", "--layer", 2, "--n", 4,
+        "--commits", 2, "--take-out", 1, "--supersede", 1, "--lr", 1e-2, "--epochs", 15,
+        "--batch-size", 4, "--dtype", "float32", "--device", "cpu", "--json", "found.json",
+        "--picture", "found.png",
+    )  # fmt: skip
+    found = figures_of(toy_folder / "found.json")
+    assert [one["facts"] for one in found["commits"]] == [2, 2]
+    assert found["commits"][-1]["by commit"] == [1.0, 1.0]
+    assert found["taken out"]["facts"] == 1
+    assert (toy_folder / "found.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_ledger_whose_commands_are_killed(run, tmp_path):
+    run(
+        FOLDER / "checks/ledger_kills.py", "--kills", 3, "--n", 4, "--commits", 2, "--epochs", 3,
+        "--json", tmp_path / "found.json",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert (found["kills"], found["wrong"]) == (3, [])
 
 
 def test_damaged_input_ends_in_a_result_or_a_typed_error(tmp_path):

@@ -1,0 +1,185 @@
+"""What a ledger is bound to: a base model, its tokenizer and the settings; another is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..delta.metadata import frozen_samples
+from ..distributed.world import get_world
+from ..errors import HyperParamsError, LedgerError, one_message
+from ..hparams import LocFTBFHyperParams
+from ..modeling.devices import input_device
+from ..modeling.fsdp import sharded_layers
+from ..prefix.streaming import stream_of
+from ..training.identity import settings_of
+from ..utils.hashing import configuration, dtype_name, json_sha256
+from ..utils.run_folder import differences_of
+from .log import FORMAT, Event
+
+# What the backend of a fast tokenizer holds of the last call to it.
+_OF_THE_CALL = ("padding", "truncation")
+_MOST_NAMED = 3
+
+
+def binding_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, hparams: LocFTBFHyperParams
+) -> dict[str, Any]:
+    """Returns what the first event of a ledger says: what tells this model from others.
+
+    Args:
+        model: The base model, without an edit.
+        tokenizer: Its tokenizer.
+        hparams: The settings.
+    """
+    return {
+        "format": FORMAT,
+        "model": {
+            "configuration": json_sha256([type(model).__name__, configuration(model)]),
+            "precision": dtype_name(model.dtype),
+            "tokenizer": tokenizer_digest(tokenizer),
+        },
+        "parameters": frozen_samples(model, ()),
+        "hparams": hparams.to_dict(),
+    }
+
+
+def hparams_of(init: Event) -> LocFTBFHyperParams:
+    """Returns the settings that a ledger is bound to.
+
+    Raises:
+        LocFTError: This version does not know them.
+    """
+    values = init.said["hparams"]
+    unknown = set(values) - {field.name for field in fields(LocFTBFHyperParams)}
+    if unknown:
+        raise LedgerError(
+            f"The ledger was made with `{sorted(unknown)[0]}`, which this version does not know. "
+            "Update locft_easyedit."
+        )
+    return LocFTBFHyperParams(**values)
+
+
+def check_supported(hparams: LocFTBFHyperParams) -> None:
+    """Checks, before a model is loaded, that a ledger can be kept with these settings here.
+
+    Raises:
+        LedgerError: Lists what a ledger cannot do.
+    """
+    problems = []
+    if get_world().is_distributed:
+        problems.append("it is kept by one process. Start the command without a launcher.")
+    if hparams.stream_frozen:
+        problems.append("`stream_frozen=True`: the frozen layers must be in memory. Set it false.")
+    if hparams.shard_frozen:
+        problems.append("`shard_frozen=True` is for several processes. Set it false.")
+    _refuse(problems)
+
+
+def check_loaded(model: PreTrainedModel, first_layer: int | None) -> None:
+    """Checks that all of a model is in this process's memory.
+
+    Raises:
+        LedgerError: Frozen layers are on disk, or shared out among processes.
+    """
+    problems = []
+    if stream_of(model, first_layer, progress=False) is not None:
+        problems.append("frozen layers were left on disk. Set `stream_frozen: false`.")
+    if sharded_layers(model) is not None:
+        problems.append("layers are shared out among processes. Set `shard_frozen: false`.")
+    _refuse(problems)
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        raise LedgerError(one_message("A ledger cannot be kept so:", problems))
+
+
+def check_same_model(
+    init: Event,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    trained: Collection[str] = (),
+) -> None:
+    """Checks that a model, apart from what the ledger trains, is the one it is bound to.
+
+    Of each parameter 1,024 numbers are compared.
+
+    Args:
+        init: The ledger's first event.
+        model: The model.
+        tokenizer: The tokenizer.
+        trained: Names of the trained parameters.
+
+    Raises:
+        LedgerError: Lists what differs.
+    """
+    said = init.said
+    now = {
+        "configuration": json_sha256([type(model).__name__, configuration(model)]),
+        "precision": dtype_name(model.dtype),
+        "tokenizer": tokenizer_digest(tokenizer),
+    }
+    problems = []
+    for key, value in now.items():
+        if said["model"].get(key) != value:
+            named = f": {said['model'].get(key)} there, now {value}" if key == "precision" else ""
+            problems.append(f"the {key} is another{named}.")
+    samples, there = frozen_samples(model, trained), dict(said["parameters"])
+    for name in trained:
+        there.pop(name, None)
+    other = sorted(name for name in {*samples, *there} if samples.get(name) != there.get(name))
+    if other:
+        more = f" and {len(other) - _MOST_NAMED} more" if len(other) > _MOST_NAMED else ""
+        names = ", ".join(f"`{name}`" for name in other[:_MOST_NAMED])
+        problems.append(f"{len(other)} of {len(there)} parameters are others: {names}{more}.")
+    if problems:
+        problems.append("Give the model that the ledger was made with, without edits of others.")
+        raise LedgerError(one_message("The ledger is bound to another model:", problems))
+
+
+def check_same_settings(init: Event, hparams: LocFTBFHyperParams) -> None:
+    """Checks that hyper-parameters that come from elsewhere are those of a ledger.
+
+    Those that leave the result as it is (memory, folders) may be others.
+
+    Raises:
+        HyperParamsError: Lists what differs.
+    """
+    lines = differences_of(settings_of(hparams), settings_of(hparams_of(init)))
+    if lines:
+        raise HyperParamsError(
+            one_message(
+                "The ledger was made with other settings. Use these, or make another ledger:", lines
+            )
+        )
+
+
+def surroundings(model: PreTrainedModel) -> dict[str, Any]:
+    """Returns versions and the device: elsewhere the last bits of a training may be others."""
+    device = input_device(model)
+    on_gpu = device.type == "cuda"
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "threads": None if on_gpu else torch.get_num_threads(),
+    }
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns a hash of all that decides how a tokenizer turns texts into tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules: Mapping[str, Any] = json.loads(backend.to_str())
+        rules = {key: value for key, value in rules.items() if key not in _OF_THE_CALL}
+    else:
+        rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return json_sha256([rules, special, getattr(tokenizer, "chat_template", None)])

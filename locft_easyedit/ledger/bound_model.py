@@ -1,0 +1,225 @@
+"""The model of a ledger with the matrices of one of its events, kept or made anew."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import LedgerError, one_message
+from ..hparams import LocFTBFHyperParams
+from ..modeling.places import Place, select_place
+from ..training.trained_weights import copies_of
+from ..utils.hashing import tensor_sha256
+from .binding import check_loaded, surroundings
+from .changes import Changes
+from .facts import Book
+from .log import Event
+from .states import Matrices, States, delta_of
+from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def chosen_place(hparams: LocFTBFHyperParams, place: Place) -> dict[str, Any]:
+    """Returns what the log says of a place: where it is, the rate, and the base's matrices.
+
+    Args:
+        hparams: The settings, with the place.
+        place: Its parameters, as the base model has them.
+    """
+    return {
+        "layers": list(hparams.layers),
+        "rewrite_module_tmp": hparams.rewrite_module_tmp,
+        "lr": hparams.lr,
+        "base": _hashes(place.parameters),
+    }
+
+
+def _hashes(values: Mapping[str, Any]) -> dict[str, str]:
+    return {name: tensor_sha256(value) for name, value in values.items()}
+
+
+@dataclass(eq=False)
+class BoundModel:
+    """A ledger's model, and what makes its matrices.
+
+    Attributes:
+        changes: Changes the matrices.
+        states: The files of those that are kept.
+        at: The event whose matrices the model has.
+        events: The ledger's events.
+    """
+
+    changes: Changes
+    states: States
+    at: int
+    events: Sequence[Event]
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        hparams: LocFTBFHyperParams,
+        place: Mapping[str, Any],
+        events: Sequence[Event],
+        progress: bool,
+    ) -> BoundModel:
+        """Returns a model that is the ledger's base, or has the matrices of one of its events.
+
+        Args:
+            folder: The ledger's folder.
+            model: The model.
+            tokenizer: Its tokenizer.
+            hparams: The settings, with the place.
+            place: What the log says of it.
+            events: The events so far.
+            progress: Show progress bars.
+
+        Raises:
+            LedgerError: Its matrices are others, or the base's are nowhere to be found.
+        """
+        found = select_place(model, hparams.layers, hparams.templates)
+        check_loaded(model, found.first_layer)
+        states, present = States(folder), _hashes(found.parameters)
+        known = {0: dict(place["base"])} | {
+            event.number: dict(event.said["state"]) for event in events if "state" in event.said
+        }
+        at = next((n for n in sorted(known, reverse=True) if known[n] == present), None)
+        if at is None:
+            raise LedgerError(
+                "The model's matrices are neither the base's nor those of any event of the ledger: "
+                f"{', '.join(found.parameters)}. Give the base model, without edits of others."
+            )
+        base: Matrices | None = copies_of(found.parameters)
+        if present != known[0]:
+            base = states.load(0, known[0])
+        if base is None:
+            raise LedgerError(
+                f"{states.path(0)} is gone or damaged, and the model that was given is not the "
+                "base. Give the base model: its matrices are written there again."
+            )
+        on_device = {name: base[name].to(p.device) for name, p in found.parameters.items()}
+        trainer = Trainer(model, tokenizer, hparams, found, folder, progress)
+        return cls(Changes(trainer, on_device), states, at, events)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model."""
+        return self.changes.trainer.model
+
+    @property
+    def hparams(self) -> LocFTBFHyperParams:
+        """The settings, with the place."""
+        return self.changes.trainer.hparams
+
+    def bring_to_(self, events: Sequence[Event]) -> None:
+        """Gives the model the matrices of the last event."""
+        self.events = events
+        last = events[-1].number
+        if self.at != last:
+            self.changes.put_(self.values_at(last))
+            self.at = last
+
+    def values_at(self, number: int) -> Matrices:
+        """Returns the matrices after an event; the model is as before.
+
+        Raises:
+            LedgerError: They are not kept, and cannot be made again to the bit here.
+        """
+        hashes = self._hashes_at(number)
+        if hashes == self._hashes_at(0):
+            return dict(self.changes.base)
+        found = self.states.load(number, hashes)
+        if found is not None:
+            return found
+        start = max((n for n in self.states.kept() if n < number), default=0)
+        logger.info("The matrices after event %d are made anew, from event %d on.", number, start)
+        before = self.changes.now
+        try:
+            self.changes.put_(self.values_at(start))
+            for event in self.events[start + 1 : number + 1]:
+                problem = self._remade_(event)
+                if problem is not None:
+                    raise LedgerError(
+                        one_message(f"Event {event.number} cannot be made again:", [problem])
+                    )
+            found = self.changes.now
+        finally:
+            self.changes.put_(before)
+        self._save(number, found)
+        return found
+
+    def replayed_(self, events: Sequence[Event]) -> list[str]:
+        """Makes the matrices of every event anew from the base; returns what is not the same."""
+        before, problems = self.changes.now, list[str]()
+        try:
+            self.changes.put_(self.changes.base)
+            for event in events[1:]:
+                problem = self._remade_(event)
+                if problem is not None:
+                    problems.append(f"event {event.number}: {problem}")
+                    break
+        finally:
+            self.changes.put_(before)
+        return problems
+
+    def _remade_(self, event: Event) -> str | None:
+        """Does what an event did to the model's matrices; returns why they are others, if so."""
+        before = Book.of(self.events[: event.number])
+        after = Book.of(self.events[: event.number + 1])
+        self.changes.make_(event.kind, event.said, before, after)
+        if _hashes(self.changes.now) == self._hashes_at(event.number):
+            return None
+        now = surroundings(self.model)
+        moved = [
+            f"{key} was {value}, now {now.get(key)}"
+            for key, value in event.said["surroundings"].items()
+            if now.get(key) != value
+        ]
+        return f"the matrices came out differently ({'; '.join(moved) or 'for no known reason'})."
+
+    def _hashes_at(self, number: int) -> dict[str, str]:
+        said = self.events[number].said
+        if "state" in said:
+            return dict(said["state"])
+        place = next(e.said["place"] for e in self.events if e.said.get("place"))
+        return dict(place["base"])
+
+    def _save(self, number: int, values: Matrices) -> None:
+        book = Book.of(self.events[: number + 1])
+        self.states.save(
+            number, delta_of(self.changes.base, values, self.model, self.hparams, book)
+        )
+
+    def keep_base(self) -> None:
+        """Writes the base's matrices, unless they are there."""
+        if not self.states.path(0).is_file():
+            base = self.changes.base
+            self.states.save(0, delta_of(base, base, self.model, self.hparams, Book()))
+
+    def committed_(self, events: Sequence[Event], book: Book) -> None:
+        """Notes that the model has the matrices of the last event, which is written.
+
+        Copies of matrices, and states of facts, that are not worth their room any more go.
+
+        Args:
+            events: The ledger's events.
+            book: The facts after them.
+        """
+        self.at = events[-1].number
+        self.events = events
+        self.states.thin(events[-1].number)
+        names = self.changes.trainer.files_of(book.groups)
+        if names is None:
+            return
+        for path in self.states.folder.glob("prefix-*.safetensors"):
+            if path.name not in names:
+                path.unlink(missing_ok=True)
+                path.with_name(f"{path.name}.json").unlink(missing_ok=True)

@@ -1,0 +1,187 @@
+"""What the events of a ledger do to the matrices: facts added, taken out, or all trained anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..distributed.world import SINGLE_PROCESS
+from ..modeling.devices import context_length
+from ..training.preserve.protection import Protection, check_protectable
+from ..training.preserve.sources import Source, read_sources
+from ..training.trained_weights import copies_of, values_swapped, write_
+from ..utils.hashing import json_sha256, tensor_sha256
+from .facts import Book, Fact
+from .filters_file import FiltersFile
+from .log import ADD
+from .retraction import not_back, texts_to_return
+from .states import Matrices
+from .trainer import Trained, Trainer
+
+
+@dataclass(eq=False)
+class Changes:
+    """The model of a ledger, whose matrices events change.
+
+    Attributes:
+        trainer: Trains and checks.
+        base: The base model's matrices.
+        sources: What is to be preserved.
+    """
+
+    trainer: Trainer
+    base: Matrices
+    sources: Sequence[Source] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sources = read_sources(self.trainer.hparams.preserved)
+        if self.sources:
+            check_protectable(self.trainer.model, self.trainer.place.parameters)
+
+    @property
+    def now(self) -> Matrices:
+        """Copies of the model's present matrices."""
+        return copies_of(self.trainer.place.parameters)
+
+    def put_(self, values: Matrices) -> None:
+        """Puts matrices into the model."""
+        write_(self.trainer.place.parameters, values)
+
+    def make_(
+        self, kind: str, said: Mapping[str, Any], before: Book, after: Book
+    ) -> tuple[Trained, dict[str, Any]]:
+        """Does what an event says to the model's present matrices, in place.
+
+        Args:
+            kind: `add` or `retract`.
+            said: What the event says of facts.
+            before: The facts before it.
+            after: Those after it.
+
+        Returns:
+            What training came to, and what moves its last bits.
+
+        Raises:
+            LocFTError: The facts cannot be trained; to put back the matrices is up to the caller.
+        """
+        if not after.active:
+            self.put_(self.base)
+            return Trained(), {}
+        with self.trainer.ready():
+            self._confine_(after)
+            if kind == ADD:
+                found = self._added_(_groups(after), [entry["fact"] for entry in said["facts"]])
+            elif said["exact"]:
+                found = self._anew_(_groups(after))
+            else:
+                found = self._returned_(before, after, said["facts"])
+        filters = self.trainer.filters
+        how = self.trainer.how_it_runs()
+        if filters is not None:
+            how["filters"] = json_sha256([[n, tensor_sha256(s)] for n, s in filters.of.items()])
+        return found, how
+
+    def lost(self, book: Book, *, clearly: bool = False) -> list[int]:
+        """Returns the numbers of the active facts that the model does not answer."""
+        if not book.active:
+            return []
+        with self.trainer.ready():
+            numbered, runner = self.trainer.numbered(_groups(book))
+            numbers = [fact.number for fact in book.active]
+            wrong = set(
+                self.trainer.lost(
+                    numbered, runner, numbered.edits(numbers), clearly=clearly
+                ).tolist()
+            )
+        return [n for n in numbers if numbered.edit_of[n] in wrong]
+
+    def in_base(self) -> AbstractContextManager[None]:
+        """Context manager within which the model has the base's matrices."""
+        return values_swapped(self.trainer.model, self.base)
+
+    def _added_(self, groups: Sequence[Sequence[Fact]], new: Sequence[int]) -> Trained:
+        trainer = self.trainer
+        numbered, runner = trainer.numbered(groups)
+        active = numbered.edits([f.number for group in groups for f in group if f.active])
+        edits = numbered.edits(new)
+        return trainer.settle_(
+            numbered,
+            runner,
+            edits,
+            np.setdiff1d(active, edits),
+            lambda: trainer.lost(numbered, runner, active),
+        )
+
+    def _anew_(self, groups: Sequence[Sequence[Fact]]) -> Trained:
+        self.put_(self.base)
+        found = Trained()
+        for i, group in enumerate(groups):
+            found.add(self._added_(groups[: i + 1], [fact.number for fact in group]))
+        return found
+
+    def _returned_(self, before: Book, after: Book, gone: Sequence[int]) -> Trained:
+        trainer, h = self.trainer, self.trainer.hparams
+        # As they were trained: in the texts of their groups.
+        numbered, _ = trainer.numbered(_groups(before))
+        edits = numbered.edits(gone)
+        first = numbered.variants.first
+        texts = np.concatenate([np.arange(first[e], first[e + 1]) for e in edits])
+        number_of_text = np.repeat(gone, first[edits + 1] - first[edits])
+        checked = np.isin(texts, numbered.checked(edits))
+        with self.in_base():
+            back = texts_to_return(
+                trainer.model,
+                trainer.tokenizer,
+                numbered.texts.subset(texts),
+                checked.tolist(),
+                batch_size=h.eval_batch_size,
+                max_positions=context_length(trainer.model),
+                progress=trainer.progress,
+            )
+            numbered, runner = trainer.numbered(_groups(after), back.texts)
+            first_text = len(numbered.texts) - len(back.texts)
+            runner.remember_base_(first_text, h.eval_batch_size)
+        n_edits = len(numbered.variants.first) - 1
+        returning = np.arange(n_edits - len(back.texts), n_edits)
+        active = numbered.edits([fact.number for fact in after.active])
+
+        def wrong() -> np.ndarray:
+            asked = not_back(runner, first_text + back.asked, h.eval_batch_size)
+            lost = trainer.lost(numbered, runner, active)
+            return np.union1d(lost, numbered.edits_of(asked))
+
+        more = dict(zip(returning.tolist(), number_of_text.tolist(), strict=True))
+        return trainer.settle_(numbered, runner, returning, active, wrong, more)
+
+    def _confine_(self, book: Book) -> None:
+        """Lets the trainer have what confines the change: measured on the base, once, and kept."""
+        trainer = self.trainer
+        if not self.sources:
+            return
+        facts = [book.facts[number] for number in book.first]
+        texts = trainer.tokenized(facts)
+        file = FiltersFile.of(trainer.folder, texts, self.sources, trainer.hparams)
+        filters = file.load(trainer.place.parameters)
+        if filters is None:
+            with self.in_base():
+                filters = Protection.measured(
+                    trainer.model,
+                    trainer.tokenizer,
+                    trainer.place,
+                    self.sources,
+                    texts,
+                    trainer.hparams,
+                    world=SINGLE_PROCESS,
+                    timings={},
+                    progress=trainer.progress,
+                ).filters
+            file.save(filters)
+        trainer.filters = filters
+
+
+def _groups(book: Book) -> list[list[Fact]]:
+    return [[book.facts[n] for n in group] for group in book.groups]

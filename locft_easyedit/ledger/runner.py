@@ -1,0 +1,188 @@
+"""The runner of a ledger's texts: facts are to be answered, and what was retracted to be as before.
+
+Of a fact the loss is the mean cross-entropy of its target, as everywhere. Of a text that is to be
+as in the base model it is the mean KL divergence from the base's next-token distribution, at each
+of its scored positions, in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..data.batching import in_batches
+from ..evaluation.predictions import too_close
+from ..modeling.forward import mean_by_owner, run_to_head
+from ..modeling.modes import evaluation_mode
+from ..prefix.runner import Prepared, TextRunner
+
+_TOKENS_AT_ONCE = 64  # whose distributions over the vocabulary are held together
+
+
+@dataclass(frozen=True, eq=False)
+class BaseOutputs:
+    """What the base model gave at the scored positions of texts that are to be as in it.
+
+    Attributes:
+        first_text: The texts from this one on are.
+        offsets: Where each one's positions begin, [number of these texts + 1].
+        outputs: What enters the output head at each, [S, D]; the logits, [S, V], of a model whose
+            head is not known to be frozen.
+    """
+
+    first_text: int
+    offsets: np.ndarray
+    outputs: torch.Tensor
+
+
+class LedgerRunner(TextRunner):
+    """Runs texts of which some are to be as in the base model.
+
+    Attributes:
+        base: What the base model gave for those; `None` without any.
+        n_trained: Texts that were trained, each as often as it was.
+    """
+
+    base: BaseOutputs | None = None
+    n_trained: int = 0
+
+    def edit_losses(self, batch: np.ndarray | Prepared) -> torch.Tensor:
+        """Returns each text's loss, [B] float32: cross-entropy, or divergence from the base."""
+        now = batch if isinstance(batch, Prepared) else self.prepare(batch)
+        self.n_trained += now.n_texts
+        if self.base is None or not (now.batch >= self.base.first_text).any():
+            return super().edit_losses(now)
+        outputs = self._outputs(now)  # [S, D]
+        back = torch.from_numpy(now.batch >= self.base.first_text)
+        owner = now.rows.owner.to(outputs.device)  # [S]
+        is_back = back.to(outputs.device)[owner]
+        losses = torch.zeros(len(owner), dtype=torch.float32, device=outputs.device)
+        answers, positions = (~is_back).nonzero().squeeze(1), is_back.nonzero().squeeze(1)
+        if len(answers):
+            labels = self.ids[now.rows.label_index].to(outputs.device)[answers]
+            losses = losses.index_put((answers,), self._cross_entropy(outputs[answers], labels))
+        divergences = self._divergences(outputs[positions], self._base_of(now).to(outputs.device))
+        losses = losses.index_put((positions,), divergences)
+        return mean_by_owner(losses, owner, now.n_texts)
+
+    def _outputs(self, now: Prepared) -> torch.Tensor:
+        if self.head is None:
+            return self.logits(now)[0]
+        with self._inputs(now) as inputs, self._attention():
+            return run_to_head(self.model, now.rows, narrowed=self.narrowed, **inputs)
+
+    def _cross_entropy(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if self.head is None:
+            return F.cross_entropy(outputs.float(), labels, reduction="none")
+        return self.head.token_losses(outputs, labels)
+
+    def _divergences(self, outputs: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        parts = [
+            checkpoint(self._divergence, *pair, use_reentrant=False)
+            for pair in zip(
+                outputs.split(_TOKENS_AT_ONCE), base.split(_TOKENS_AT_ONCE), strict=True
+            )
+        ]
+        return torch.cat(parts)
+
+    def _divergence(self, outputs: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """Returns KL(base || model) of each position, [S], of the outputs of both, [S, D]."""
+        then, now = (F.log_softmax(self._logits_of(x), dim=-1) for x in (base, outputs))
+        return F.kl_div(now, then, reduction="none", log_target=True).sum(-1)
+
+    def _logits_of(self, outputs: torch.Tensor) -> torch.Tensor:
+        return outputs.float() if self.head is None else self.head.logits(outputs)
+
+    def _base_of(self, now: Prepared) -> torch.Tensor:
+        """Returns the base's outputs at the scored positions of a batch, in their order."""
+        assert self.base is not None
+        texts = now.batch[now.batch >= self.base.first_text] - self.base.first_text
+        spans = [np.arange(self.base.offsets[i], self.base.offsets[i + 1]) for i in texts]
+        return self.base.outputs[torch.from_numpy(np.concatenate(spans))]
+
+    def remember_base_(self, first_text: int, batch_size: int) -> None:
+        """Keeps what the model, which now holds the base's matrices, gives for the texts from one.
+
+        Args:
+            first_text: These are to be as in the base from here on.
+            batch_size: Texts a forward pass.
+        """
+        texts = np.arange(first_text, len(self.texts))
+        counts = (self.texts.lengths - self.texts.target_start)[texts]
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        kept: list[torch.Tensor] = []
+
+        def keep(batch: np.ndarray) -> None:
+            now = self.prepare(batch)
+            outputs = self._outputs(now)
+            if not kept:
+                kept.append(outputs.new_empty(int(offsets[-1]), outputs.shape[-1]))
+            spans = [np.arange(offsets[i], offsets[i + 1]) for i in batch - first_text]
+            kept[0][torch.from_numpy(np.concatenate(spans))] = outputs
+
+        self._in_batches(texts, keep, batch_size)
+        self.base = BaseOutputs(first_text, offsets, kept[0].cpu())
+
+    def wrong(self, texts: np.ndarray, batch_size: int, *, clearly: bool) -> np.ndarray:
+        """Returns those of these texts whose targets are not the model's first choices, ascending.
+
+        Args:
+            texts: The texts, [B].
+            batch_size: Texts a forward pass.
+            clearly: A first choice counts only where rounding could not turn it; else a second one
+                counts as well where rounding could make it the first.
+        """
+        found: list[int] = []
+
+        def note(batch: np.ndarray) -> None:
+            logits, rows = self.logits(batch)
+            best = logits.topk(2, dim=-1)  # [S, 2]
+            labels = self.ids[rows.label_index].to(logits.device)
+            bad = best.indices[:, 0] != labels
+            if clearly:
+                bad |= too_close(best.values, self.model)
+            else:
+                wanted = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+                pair = torch.stack([best.values[:, 0], wanted], dim=1)
+                bad &= ~too_close(pair, self.model)
+            bad |= ~torch.isfinite(best.values[:, 0])
+            owners = np.unique(rows.owner.to(logits.device)[bad].cpu().numpy())
+            found.extend(batch[owners].tolist())
+
+        self._in_batches(texts, note, batch_size)
+        return np.array(sorted(found), np.int64)
+
+    def divergence_of(self, texts: np.ndarray, batch_size: int) -> np.ndarray:
+        """Returns each text's mean divergence from the base, in nats, [B].
+
+        Args:
+            texts: The texts, ascending.
+            batch_size: Texts a forward pass.
+        """
+        found = np.zeros(len(texts))
+
+        def note(batch: np.ndarray) -> None:
+            now = self.prepare(batch)
+            outputs = self._outputs(now)
+            divergences = self._divergences(outputs, self._base_of(now).to(outputs.device))
+            owner = now.rows.owner.to(divergences.device)
+            means = mean_by_owner(divergences, owner, now.n_texts).cpu().numpy()
+            found[np.searchsorted(texts, batch)] = means
+
+        self._in_batches(texts, note, batch_size)
+        return found
+
+    @torch.no_grad()
+    def _in_batches(
+        self, texts: np.ndarray, run: Callable[[np.ndarray], Any], batch_size: int
+    ) -> None:
+        if not len(texts):
+            return
+        with evaluation_mode(self.model), self.running():
+            in_batches(self.layout.batches(batch_size, texts), run, description="check")

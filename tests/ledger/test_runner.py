@@ -1,0 +1,112 @@
+"""Losses of facts and of texts that are to be as in the base, against a naive forward pass."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from helpers.ledgers import ledger_hparams, wide_model
+from helpers.toys import toy_tokenizer
+from torch.nn import functional as F
+
+from locft_easyedit.data.tokenization import TokenizedTexts
+from locft_easyedit.ledger.facts import Fact
+from locft_easyedit.ledger.trainer import Trainer
+from locft_easyedit.modeling.places import select_place
+
+SEQUENCES = [[5, 9, 30, 41, 2], [7, 8, 50, 60], [300, 301, 302, 9, 10, 2], [40, 41, 42]]
+STARTS = [3, 2, 2, 1]
+
+
+def facts(n):
+    texts = [("Ba is in", "Norway"), ("Lo plays for", "Torino")][:n]
+    return [
+        Fact(i + 1, {"prompt": p, "target_new": t}, None, 1, "") for i, (p, t) in enumerate(texts)
+    ]
+
+
+def trainer_of(model, folder, **changes):
+    h = ledger_hparams(**changes)
+    return Trainer(model, toy_tokenizer(), h, select_place(model, h.layers, h.templates), folder)
+
+
+def naive(model, sequence, start):
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([sequence[:-1]])).logits[0]
+    return F.log_softmax(logits[start - 1 :].float(), -1)
+
+
+@pytest.mark.parametrize("head", [True, False], ids=["head", "logits"])
+@pytest.mark.parametrize("kind", ["layer", "mlp", "matrix"])
+def test_losses(tmp_path, kind, head):
+    model, base = wide_model(), wide_model()
+    trainer = trainer_of(model, tmp_path, prefix_cut=kind)
+    more = TokenizedTexts.from_lists(SEQUENCES, STARTS)
+    with trainer.ready():
+        numbered, runner = trainer.numbered([facts(1), facts(2)[1:]], more)
+        if not head:
+            runner.head = None
+        first = len(numbered.texts) - len(more)
+        runner.remember_base_(first, 2)
+        with torch.no_grad():
+            model.model.layers[2].mlp.down_proj.weight.mul_(-1.5)
+        batch = np.array([first + 2, 0, first, 1, first + 3])
+        with runner.running():
+            losses = runner.edit_losses(batch)
+            losses.sum().backward()
+        gradient = model.model.layers[2].mlp.down_proj.weight.grad.clone()
+        divergences = runner.divergence_of(first + np.arange(4), 3)
+    expected = []
+    for sequence, start in zip(SEQUENCES, STARTS, strict=True):
+        then, now = (naive(m, sequence, start) for m in (base, model))
+        expected.append(float((then.exp() * (then - now)).sum(-1).mean()))
+    assert divergences == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert [losses[i].item() for i in (0, 2, 4)] == pytest.approx(
+        [expected[i] for i in (2, 0, 3)], rel=1e-3, abs=1e-6
+    )
+    for i, text in ((1, 0), (3, 1)):
+        ids = numbered.texts.ids[numbered.texts.offsets[text] : numbered.texts.offsets[text + 1]]
+        start = int(numbered.texts.target_start[text])
+        logs = naive(model, ids.tolist(), start)
+        target = torch.tensor(ids[start:])
+        assert losses[i].item() == pytest.approx(-logs.gather(1, target[:, None]).mean().item(),
+                                                 rel=1e-3)  # fmt: skip
+    assert torch.isfinite(gradient).all()
+    assert gradient.norm() > 0
+
+
+def test_the_gradient_of_a_divergence(tmp_path):
+    model, base = wide_model(), wide_model()
+    trainer = trainer_of(model, tmp_path)
+    with trainer.ready():
+        more = TokenizedTexts.from_lists(SEQUENCES[:1], STARTS[:1])
+        numbered, runner = trainer.numbered([facts(1)], more)
+        first = len(numbered.texts) - 1
+        runner.remember_base_(first, 2)
+        weight = model.model.layers[2].mlp.down_proj.weight
+        with torch.no_grad():
+            weight.mul_(-1.5)
+        with runner.running():
+            runner.edit_losses(np.array([first])).sum().backward()
+        found = weight.grad.clone()
+    other = copy.deepcopy(model)
+    with torch.enable_grad():
+        logits = other(input_ids=torch.tensor([SEQUENCES[0][:-1]])).logits[0, STARTS[0] - 1 :]
+        now, then = F.log_softmax(logits, -1), naive(base, SEQUENCES[0], STARTS[0])
+        (then.exp() * (then - now)).sum(-1).mean().backward()
+    expected = other.model.layers[2].mlp.down_proj.weight.grad
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-6 * float(expected.norm()))
+
+
+def test_wrong_counts_near_ties_as_it_is_told(tmp_path):
+    model = wide_model()
+    trainer = trainer_of(model, tmp_path)
+    with trainer.ready():
+        numbered, runner = trainer.numbered([facts(2)])
+        texts = np.arange(2)
+        assert runner.wrong(texts, 2, clearly=False).tolist() == [0, 1]
+        with torch.no_grad():
+            model.lm_head.weight.zero_()  # every token is as likely as every other
+        assert runner.wrong(texts, 2, clearly=False).tolist() == []
+        assert runner.wrong(texts, 2, clearly=True).tolist() == [0, 1]
+        assert trainer.lost(numbered, runner, np.array([1])).tolist() == [1]
