@@ -26,6 +26,9 @@ from .runner import LedgerRunner
 # SmolLM2-135M the base's answers were back at 0.1 to 0.4; what an edit moves on other prompts of
 # the kind is a few nats. A limit of 0.05 took three times as many texts.
 MOST_DIVERGENCE = 0.25
+# Log-probabilities of the base, in nats, between which it counts as undecided: no training settles
+# what it would say itself.
+NEAR = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +130,6 @@ def not_back(runner: LedgerRunner, asked: np.ndarray, batch_size: int) -> np.nda
         asked: The texts with the base's answers, [A].
         batch_size: Texts a forward pass.
     """
-    wrong = runner.wrong(asked, batch_size, clearly=False)
-    far = asked[runner.divergence_of(asked, batch_size) > MOST_DIVERGENCE]
-    return np.union1d(wrong, far)
+    wrong, divergence = runner.away(asked, batch_size, NEAR)
+    found: np.ndarray = asked[wrong | (divergence > MOST_DIVERGENCE)]
+    return found

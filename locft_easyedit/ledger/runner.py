@@ -158,25 +158,39 @@ class LedgerRunner(TextRunner):
         self._in_batches(texts, note, batch_size)
         return np.array(sorted(found), np.int64)
 
-    def divergence_of(self, texts: np.ndarray, batch_size: int) -> np.ndarray:
-        """Returns each text's mean divergence from the base, in nats, [B].
+    def away(self, texts: np.ndarray, batch_size: int, near: float) -> tuple[Any, Any]:
+        """Returns how far texts that are to be as in the base are from it.
 
         Args:
-            texts: The texts, ascending.
+            texts: The texts, ascending, [B].
             batch_size: Texts a forward pass.
+            near: Tokens to which the base gives log-probabilities this close to that of its own
+                choice, in nats, count as its choice: there it is undecided itself.
+
+        Returns:
+            Whether the model chooses another token than the base somewhere, [B] bool, and the mean
+            divergence of each text in nats, [B].
         """
-        found = np.zeros(len(texts))
+        wrong, divergence = np.zeros(len(texts), bool), np.zeros(len(texts))
 
         def note(batch: np.ndarray) -> None:
             now = self.prepare(batch)
             outputs = self._outputs(now)
-            divergences = self._divergences(outputs, self._base_of(now).to(outputs.device))
-            owner = now.rows.owner.to(divergences.device)
-            means = mean_by_owner(divergences, owner, now.n_texts).cpu().numpy()
-            found[np.searchsorted(texts, batch)] = means
+            base = self._base_of(now).to(outputs.device)
+            found = self._divergences(outputs, base)
+            owner = now.rows.owner.to(found.device)
+            where = np.searchsorted(texts, batch)
+            divergence[where] = mean_by_owner(found, owner, now.n_texts).cpu().numpy()
+            labels = self.ids[now.rows.label_index].to(outputs.device)
+            for part in torch.arange(len(labels), device=outputs.device).split(_TOKENS_AT_ONCE):
+                choices = self._logits_of(outputs[part]).argmax(-1)
+                given = F.log_softmax(self._logits_of(base[part]), dim=-1)
+                ahead = given.gather(1, torch.stack([labels[part], choices], dim=1))  # [C, 2]
+                bad = ahead[:, 0] - ahead[:, 1] > near
+                wrong[where[np.unique(owner[part][bad].cpu().numpy())]] = True
 
         self._in_batches(texts, note, batch_size)
-        return found
+        return wrong, divergence
 
     @torch.no_grad()
     def _in_batches(

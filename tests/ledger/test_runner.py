@@ -55,7 +55,14 @@ def test_losses(tmp_path, kind, head):
             losses = runner.edit_losses(batch)
             losses.sum().backward()
         gradient = model.model.layers[2].mlp.down_proj.weight.grad.clone()
-        divergences = runner.divergence_of(first + np.arange(4), 3)
+        wrong, divergences = runner.away(first + np.arange(4), 3, 0.0)
+        none_wrong, _ = runner.away(first + np.arange(4), 3, 1e9)
+    assert not none_wrong.any()
+    for is_wrong, sequence, start in zip(wrong, SEQUENCES, STARTS, strict=True):
+        then = naive(base, sequence, start)
+        labels, choices = torch.tensor(sequence[start:]), naive(model, sequence, start).argmax(-1)
+        behind = then.gather(1, choices[:, None]) < then.gather(1, labels[:, None])
+        assert is_wrong == bool(behind.any())
     expected = []
     for sequence, start in zip(SEQUENCES, STARTS, strict=True):
         then, now = (naive(m, sequence, start) for m in (base, model))

@@ -76,7 +76,8 @@ def test_retraction_takes_back_all_forms(tmp_path, preserving):
     ids = torch.tensor([TOKENIZER(asked)["input_ids"]])
     with torch.no_grad():
         now, then = (m(input_ids=ids).logits[0, -1] for m in (ledger.model, wide_model()))
-    assert int(now.argmax()) == int(then.argmax())
+    # What the model would say is what the base would, or as likely to it.
+    assert then.max() - then[now.argmax()] <= 0.05
 
 
 def test_exact_measures_anew_what_is_preserved(tmp_path, preserving):
