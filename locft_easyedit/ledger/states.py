@@ -76,7 +76,7 @@ class States:
         """Removes what is not worth its room: about two copies for each doubling of the log stay.
 
         Of an older event, the matrices are made anew from the nearest copy before it: from at most
-        half of the way.
+        two thirds of the way.
         """
         for number in self.kept():
             worth_it = number == 0 or last - number < 2 * (number & -number)
