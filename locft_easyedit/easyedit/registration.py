@@ -56,6 +56,8 @@ def register(home: str | os.PathLike[str] | None = None, *, shield: bool = True)
             done.callback(easyedit.ALG_DICT.pop, name, None)
         editor_class = _editor_class_of(easyedit)
         _make_batchable(easyedit, done)
+        if needs_cuda_as_cpu(easyedit):
+            _run_on_cpu(easyedit.BaseEditor, done)  # its own editors: ours know the devices
         _dispatch_editor(easyedit.BaseEditor, editor_class, done)
         if easyedit.ConceptEditor is not None:
             concept = type("LocFTBFConceptEditor", (ConceptMethods, easyedit.ConceptEditor), {})
@@ -65,8 +67,6 @@ def register(home: str | os.PathLike[str] | None = None, *, shield: bool = True)
                 _dispatch_hparams(cls, done)
         done.callback(setattr, LocFTBFHyperParams, "__bases__", (HyperParamsBase,))
         LocFTBFHyperParams.__bases__ = (HyperParamsBase, easyedit.HyperParams)
-        if needs_cuda_as_cpu(easyedit):
-            _run_on_cpu(easyedit.BaseEditor, done)
         for cls in (editor_class, LocFTBFHyperParams):
             _replace(sys.modules["easyeditor"], cls.__name__, cls, done)
         done.callback(_forget_editor_class)

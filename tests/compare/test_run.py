@@ -594,8 +594,9 @@ def test_interrupted_all_processes_end(settings, stand_ins, monkeypatch, how, ra
     assert [process.returncode for process in started] == [-signal.SIGTERM] * 2
 
 
-def test_lines_of_several_processes(settings, stand_ins, capfd):
+def test_lines_of_several_processes(settings, stand_ins, capfd, monkeypatch):
     stand_ins(seconds=0.6)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # a log file gets no bars
     compare(settings(methods=("LocFT-BF", "FT"), devices=["cpu", "cpu"], progress=True))
     told = capfd.readouterr().err
     assert "FT on cpu: editing" in told
