@@ -271,7 +271,7 @@ def filled_in(prompt: Any, subject: Any) -> Any:
 
 def with_subject(request: Any) -> Any:
     """Returns a request with its prompts `filled_in`; one that needs nothing is the same object."""
-    if not isinstance(request, Mapping):
+    if not isinstance(request, Mapping) or not isinstance(request.get("subject"), str):
         return request
     changed = {
         key: prompt
