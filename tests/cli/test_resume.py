@@ -47,11 +47,14 @@ def run(*arguments):
 
 def interrupted(number, *arguments):
     """Starts the command and sends it a signal in training; returns its exit status and errors."""
-    shown = Path("stderr.txt")
+    shown, begun = Path("stderr.txt"), time.time()
     with shown.open("w") as stderr:
-        process = start_python(command("num_steps=100000", *arguments), stderr=stderr)
+        steps = ("num_steps=100000", "checkpoint_minutes=0")
+        process = start_python(command(*steps, *arguments), stderr=stderr)
         try:
-            while "loss=" not in shown.read_text():  # an epoch is done
+            while not any(  # a step is done
+                file.stat().st_mtime > begun for file in Path().rglob("checkpoint/*.safetensors")
+            ):
                 assert process.poll() is None, shown.read_text()
                 time.sleep(0.02)
             process.send_signal(number)
