@@ -168,7 +168,7 @@ def phases(run: Run, parts: Sequence[Part]) -> list[Phase]:
         found.append(phase(PROMPTS_PREFIX, flop=prompts * below, disk=prompts_disk * turns))
     else:  # all layers run in every measurement
         upper += below
-    batches = math.ceil(prompts / work.run_tokens / run.ranks / work.eval_batch_size)
+    batches = math.ceil(work.eval_tokens / work.run_tokens / run.ranks / work.eval_batch_size)
     gathered = 2 * batches * run.gathered
     name = "evaluation before and after"
     measuring = phase(name, flop=2 * prompts * upper, disk=2 * prompts_disk, sent=gathered)

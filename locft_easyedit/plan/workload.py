@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.forms import ways_of
 from ..errors import HyperParamsError, one_message
 from ..hparams import LocFTBFHyperParams
 
@@ -142,6 +141,8 @@ class Workload:
             "row_tokens",
             "forms_per_epoch",
         )
+        from ..data.forms import ways_of  # help shows what is assumed, and has no time for it
+
         forms = len(ways_of(hparams.wrapped_forms)) - 1
         values: dict[str, Any] = {"epochs": hparams.num_steps, "forms": forms}
         values |= {key: getattr(hparams, key) for key in sizes}

@@ -109,7 +109,7 @@ def test_a_damaged_model_is_said_to_be_one(files, capsys):
     ("arguments", "message"),
     [
         (["nowhere/model"], "`data` is missing"),
-        (["nowhere/model", "data=edits.json"], "does not exist|cannot be loaded"),
+        (["nowhere/model", "data=edits.json"], "there is no such folder here|cannot be loaded"),
         (["base", "data=edits.json", "metrics=[speed]"], "must be one or more of accuracy"),
         (["base", "data=edits.json", "batch_size=0"], "must be 1 or more"),
         (["base", "data=edits.json", "batchsize=8"], "Did you mean `batch_size`"),
