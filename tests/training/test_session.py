@@ -1,6 +1,7 @@
 """An edit as a whole: what it leaves unchanged, what it gives back, and how it fails."""
 
 import logging
+import sys
 
 import pytest
 import torch
@@ -301,7 +302,10 @@ def test_running_out_of_memory_halves_the_micro_batch_and_keeps_the_mathematics(
         losses_of(toy_model("llama"))
 
 
-def test_progress_is_shown_and_can_be_turned_off(capsys):
+def test_progress_is_shown_on_a_terminal_and_can_be_turned_off(capsys, monkeypatch):
+    edit_model(toy_model("llama"), toy_tokenizer(), toy_requests(4), toy_hparams(), progress=True)
+    assert "breadth-first" not in capsys.readouterr().err  # a log file gets no bars
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     edit_model(toy_model("llama"), toy_tokenizer(), toy_requests(4), toy_hparams(), progress=True)
     shown = capsys.readouterr().err
     assert "frozen prefix" in shown
