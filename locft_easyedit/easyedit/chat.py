@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from tqdm import tqdm
 
 from ..errors import ModelError
 from ..evaluation.fluency import fluency_of
 from ..evaluation.prompts import Metrics
 from ..modeling.modes import own_precision
+from ..utils.progress import progress_bar
 from .measures import Measures
 
 _MAX_NEW_TOKENS = 512
@@ -42,8 +42,8 @@ class ChatMeasures(Measures):
         records = self._asked(only)
         return [
             _answers(self, record)
-            for record in tqdm(
-                records, desc=f"answers {description}", unit="record", disable=not show
+            for record in progress_bar(
+                records, desc=f"answers {description}", unit="record", show=show
             )
         ]
 

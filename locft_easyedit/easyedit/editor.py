@@ -12,7 +12,6 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from tqdm import trange
 from transformers import PreTrainedTokenizerBase
 
 from ..api import edit_model, open_session
@@ -31,6 +30,7 @@ from ..training.rewordings.writers import check_writer
 from ..training.session import EditSession
 from ..training.trained_weights import values_swapped, write_
 from ..utils.files import text_output
+from ..utils.progress import progress_bar
 from .calls import Request, Returned, check_keywords, takes_columns, usable
 from .chat import ChatMeasures
 from .importing import EasyEdit
@@ -284,8 +284,8 @@ class LocFTBFMethods:
         """Edits and measures each request on the original model; the last one stays in."""
         after = []
         start = time.perf_counter()
-        for i in trange(
-            len(requests), desc="edits, each alone", unit="edit", disable=not session.progress
+        for i in progress_bar(
+            range(len(requests)), desc="edits, each alone", unit="edit", show=session.progress
         ):
             self._begin()
             self._done(session.train_([i], progress=False), sequential=False)

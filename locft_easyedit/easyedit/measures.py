@@ -10,8 +10,6 @@ from functools import reduce
 from operator import or_
 from typing import Any, ClassVar
 
-from tqdm import tqdm
-
 from ..distributed.world import SINGLE_PROCESS, World
 from ..errors import HyperParamsError, LocFTError, one_message
 from ..evaluation.evaluation import SharedMeasurement
@@ -23,6 +21,7 @@ from ..evaluation.teacher_forced import TeacherForced, finish_locality_
 from ..hparams import LocFTBFHyperParams
 from ..modeling.device_map import left_on_disk
 from ..modeling.fsdp import sharded_layers
+from ..utils.progress import progress_bar
 from .cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
 from .importing import EasyEdit
 
@@ -180,7 +179,7 @@ class Measures:
                     eval_metric=self.eval_metric,
                     test_generation=False,
                 )
-                for record in tqdm(
-                    records, desc=description, unit="record", disable=not self.progress
+                for record in progress_bar(
+                    records, desc=description, unit="record", show=self.progress
                 )
             ]

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.requests import distinct_edits
@@ -39,6 +38,7 @@ from ..training.reparametrization import Reparametrization
 from ..training.step import TrainingStep
 from ..training.trained_weights import TrainedWeights
 from ..utils.hashing import arrays_sha256, json_sha256
+from ..utils.progress import progress_bar
 from .facts import Fact
 from .runner import LedgerRunner
 from .texts import Numbered, Replayed, joined_texts, joined_variants
@@ -390,11 +390,11 @@ class Trainer:
                 nullcontext() if change is None else change.in_force(),
                 runner.running(),
                 closing(train_breadth_first(step, new, h, done, texts)) as steps,
-                tqdm(
+                progress_bar(
                     total=h.num_steps * n_batches,
                     desc="breadth-first",
                     unit="step",
-                    disable=not self.progress,
+                    show=self.progress,
                 ) as bar,
             ):
                 for _ in steps:

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import nn
-from tqdm import tqdm
 
 from ..distributed.world import World
 from ..errors import ModelError
 from ..hparams import LocFTBFHyperParams
 from ..utils.memory import free_memory
+from ..utils.progress import progress_bar
 from .device_map import USABLE, DeviceMap, full_map, resident_bytes, streaming_map
 from .fsdp import ShardedLayers, note_sharded
 from .places import LayerList, find_layers, first_layer_of, match_parameters
@@ -173,8 +173,9 @@ def shard_(model: Any, sharding: Sharding, device: torch.device, world: World) -
     assert stack is not None
     mesh = _mesh(sharding, device, world)
     sharded = ShardedLayers(len(sharding.layers), world, mesh)
-    quiet = not world.is_main_process
-    for number in tqdm(sharding.layers, desc="sharding", unit="layer", disable=quiet):
+    for number in progress_bar(
+        sharding.layers, desc="sharding", unit="layer", show=world.is_main_process
+    ):
         layer = stack.layers[number]
         _read_(layer, device)
         prefix = f"{stack.path}.{number}."

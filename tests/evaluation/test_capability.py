@@ -5,6 +5,7 @@ import gc
 import json
 import logging
 import random
+import sys
 import time
 import weakref
 
@@ -426,7 +427,8 @@ def test_random_states_and_logging_stay_as_they_were(tmp_path):
         root.handlers[:] = handlers
 
 
-def test_bars_and_warnings_of_the_harness(tmp_path, capfd, caplog):
+def test_bars_and_warnings_of_the_harness(tmp_path, capfd, caplog, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # a log file gets no bars
     text = CHOICE_TASK.replace("multiple_choice", "loglikelihood_rolling")
     text = text.replace("doc_to_target: answer", "doc_to_target: '{{{{question}}}}'")
     text += "process_results: !function score.results\n"

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import DataError, ModelError, one_message
 from ...modeling.sampling import TextKind, TextSampler, first_token
 from ...utils.hashing import json_sha256
 from ...utils.parsing import pieces_of
+from ...utils.progress import progress_bar
 
 _HASH_LENGTH = 10
 _DOCUMENT_CHARS = 2000  # of a document from a file, at most
@@ -95,8 +95,8 @@ def corpus_from_model(
     sampler = TextSampler(model, tokenizer, [kind], cache=folder, seed=seed)
     texts: list[str] = []
     n_blank = number = 0
-    with tqdm(
-        total=n_documents, desc="sampling a corpus", unit="document", disable=not progress
+    with progress_bar(
+        total=n_documents, desc="sampling a corpus", unit="document", show=progress
     ) as bar:
         while len(texts) < n_documents:
             sampled = sampler.round(number)[kind.name]

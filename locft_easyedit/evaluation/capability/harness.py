@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from rich.table import Table
-from tqdm import tqdm
 
+from ...utils.progress import progress_bar
 from ...utils.tables import Row, terminal_table
 from .metrics import PAPER_TASKS, choose_metric, scale_of
 from .prepared_tasks import CapabilityError, PreparedTasks, prepare_tasks
@@ -85,7 +85,7 @@ def measure_prepared(
                 batch_size=batch_size,
             )
         _check_context(lm, ready)
-        bar = tqdm(ready.rows, desc="capability", unit="task")
+        bar = progress_bar(ready.rows, desc="capability", unit="task")
         for name in bar:
             bar.set_postfix_str(name)
             entries[name] = _measure(lm, name, ready)

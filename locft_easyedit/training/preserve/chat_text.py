@@ -9,13 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ...data.forms import ChatTemplate
 from ...data.tokenization import ids_of
 from ...errors import ModelError
 from ...modeling.sampling import TextKind, TextSampler
+from ...utils.progress import progress_bar
 from .moment_cache import cache_errors
 
 # Most by itself; the others ask for facts, as edits do.
@@ -64,7 +64,7 @@ def chat_text(
         cache_errors=cache_errors,
     )
     found: dict[str, list[int]] = {}
-    with tqdm(desc="sampling chats", total=n_tokens, unit="token", disable=not progress) as bar:
+    with progress_bar(desc="sampling chats", total=n_tokens, unit="token", show=progress) as bar:
         for number in range(_MOST_ROUNDS):
             [texts] = questions.round(number).values()
             asked = [text.removeprefix(head).strip().split("\n")[0].strip() for text in texts]

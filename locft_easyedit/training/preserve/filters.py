@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...data.forms import Forms
@@ -22,6 +21,7 @@ from ...hparams import LocFTBFHyperParams
 from ...hparams_rules import NEIGHBOURS, SAMPLED
 from ...modeling.places import Place
 from ...utils.hashing import json_sha256
+from ...utils.progress import progress_bar
 from .input_moments import check_finite, end_moments, input_width, keys_of
 from .neighbours import neighbours_of
 from .source_statistics import (
@@ -225,7 +225,7 @@ class _Measured:
             range(len(n_texts)), min(len(n_texts), n_edits)
         )
         starts = range(0, len(chosen), EDITS_AT_ONCE)
-        for start in tqdm(starts, desc="edits", disable=not self.progress):
+        for start in progress_bar(starts, desc="edits", show=self.progress):
             asked = [one for i in chosen[start : start + EDITS_AT_ONCE] for one in texts.asked(i)]
             answered = answered_ids(self.model, self.tokenizer, asked)
             keys_of(

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ...errors import DataError, ModelError, one_message
 from ...modeling.devices import context_length, input_device
 from ...modeling.modes import evaluation_mode
+from ...utils.progress import progress_bar
 
 BATCH_TOKENS = 4096
 # Up to this width sums are kept in float64, at 128 MiB a module.
@@ -211,7 +211,7 @@ def _run(
     """
     device = input_device(model)
     order = sorted(range(len(documents)), key=lambda i: len(documents[i]), reverse=True)
-    bar = tqdm(total=len(documents), desc=description, unit="document", disable=not progress)
+    bar = progress_bar(total=len(documents), desc=description, unit="document", show=progress)
     with bar, torch.no_grad(), evaluation_mode(model):
         for numbers in _batches(order, documents, batch_tokens):
             batch = [documents[i] for i in numbers]

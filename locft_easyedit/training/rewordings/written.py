@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...data.requests import Edit, EditSet, gives_away
@@ -21,6 +20,7 @@ from ...errors import ModelError, RewordingsError
 from ...hparams import LocFTBFHyperParams
 from ...modeling.fsdp import sharded_layers
 from ...utils.hashing import model_fingerprint
+from ...utils.progress import progress_bar
 from .answer_filter import MOST_NATS, AnswerFilter
 from .instruction import Prompt, rewordings_in
 from .rewording_cache import Key, Line, RewordingCache, cache_file
@@ -162,8 +162,8 @@ class _Desk:
         start = time.perf_counter()
         with (
             opened_writer(self._hparams, self._model, self._tokenizer) as writer,
-            tqdm(
-                total=len(missing), desc="rewording", unit="prompt", disable=not self._progress
+            progress_bar(
+                total=len(missing), desc="rewording", unit="prompt", show=self._progress
             ) as bar,
         ):
             loaded = time.perf_counter()

@@ -192,7 +192,8 @@ def test_an_endpoint_that_fails_half_way(served, settings):
     served.asked.clear()
     served.reply = three_of
     one = session(settings)
-    assert [prompt_of(message) for message in served.messages] == prompts[3:]
+    # They are asked for at the same time: which one arrives first is nobody's promise.
+    assert sorted(map(prompt_of, served.messages)) == sorted(prompts[3:])
     assert figures(one)["kept"] == 3 * N
 
 
