@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -40,7 +40,8 @@ def read_arguments(
     `NAME` arguments fill the fields named in `positional`, in order; `key=value` pairs any other
     field. A text is taken as it stands, with its spaces, `=` and `#`; everything else is read as
     YAML: `limit=100`, `lr=1e-4`, `tasks=[mmlu,gsm8k]`, `device=null`. Fields without a default
-    must be given.
+    must be given. A field with an underscore at its end is a key without it: `as`, say, cannot be
+    the name of a field.
 
     Args:
         config_class: A dataclass whose annotations OmegaConf knows.
@@ -54,8 +55,9 @@ def read_arguments(
     """
     own = [f for f in dataclasses.fields(config_class) if f.init]  # type: ignore[arg-type]
     missing = dataclasses.MISSING
+    field_of = {f.name.removesuffix("_"): f.name for f in own}
     required = {f.name for f in own if f.default is missing and f.default_factory is missing}
-    named = [f.name for f in own if f.name not in positional]
+    named = [key for key, name in field_of.items() if name not in positional]
     typed: dict[str, Any] = {}
     problems = []
     places = list(positional)
@@ -76,19 +78,51 @@ def read_arguments(
         else:
             given.add(key)
             try:
-                typed[key] = value_of(config_class, key, text)
+                typed[field_of[key]] = value_of(config_class, field_of[key], text)
             except HyperParamsError as error:
                 problems.append(str(error))
     problems += [f"{name.upper()} is missing; it comes before the keys." for name in places]
     problems += [
         f"`{name}` is missing. Add {name}=VALUE."
         for name in named
-        if name in required and name not in {*given, *(defaults or {})}
+        if field_of[name] in required and name not in {*given, *(defaults or {})}
     ]
     if problems:
         keys = f"Keys: {', '.join(named)}. `locft {command} --help` explains them."
         raise HyperParamsError(one_message("The arguments cannot be used:", problems) + f"\n{keys}")
     return config_class(**{**(defaults or {}), **typed})
+
+
+def words_and_keys(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns what is given by place, files say, and the options and `key=value` pairs."""
+    words = [a for a in arguments if not a.startswith("-") and not PAIR.fullmatch(a)]
+    return words, [a for a in arguments if a not in words]
+
+
+def run_action(
+    actions: Mapping[str, Callable[[Sequence[str]], int]],
+    arguments: Sequence[str],
+    *,
+    command: str,
+    what: str,
+) -> int:
+    """Runs the action that a command's first argument names; returns the exit status.
+
+    Args:
+        actions: Each takes what follows its name.
+        arguments: What follows the command.
+        command: Its name, for messages.
+        what: What the actions are done with.
+
+    Raises:
+        HyperParamsError: There is no such action.
+    """
+    if arguments[0] not in actions:
+        raise HyperParamsError(
+            f"`{arguments[0]}` is nothing that can be done with {what}. Use one of "
+            f"{', '.join(actions)} (locft {command} --help)."
+        )
+    return actions[arguments[0]](arguments[1:])
 
 
 def value_of(config_class: type, key: str, text: str) -> Any:

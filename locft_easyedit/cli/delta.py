@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from ..delta.description import delta_tables, description
 from ..delta.folder import write_changed_folder
 from ..errors import HyperParamsError
 from ..utils.output import show, write_json
-from .arguments import PAIR, read_arguments
+from .arguments import read_arguments, run_action, words_and_keys
 
 T = TypeVar("T")
 
@@ -64,12 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         LocFTError: The arguments, an edit or a model cannot be used.
     """
-    if arguments[0] not in _ACTIONS:
-        raise HyperParamsError(
-            f"`{arguments[0]}` is nothing that can be done with an edit. Use one of "
-            f"{', '.join(_ACTIONS)} (locft delta --help)."
-        )
-    return _ACTIONS[arguments[0]](arguments[1:])
+    return run_action(_ACTIONS, arguments, command="delta", what="an edit")
 
 
 def _show(arguments: Sequence[str]) -> int:
@@ -130,12 +124,7 @@ def _write(what: str, deltas: Sequence[Delta], config: ApplyConfig, *, reverted:
 
 
 def _export(arguments: Sequence[str]) -> int:
-    # `as` cannot be the name of a field.
-    renamed = [f"as_={a[3:]}" if a.startswith("as=") else a for a in arguments]
-    try:
-        [path], config = _read(ExportConfig, renamed, "export", one=True)
-    except HyperParamsError as error:
-        raise HyperParamsError(re.sub(r"\bas_\b", "as", str(error))) from error
+    [path], config = _read(ExportConfig, arguments, "export", one=True)
     forms = {"model": "merged model", "adapter": "adapter", "lora": "LoRA adapter"}
     if config.as_ not in forms:
         raise HyperParamsError(f"`as={config.as_}` must be one of {', '.join(forms)}.")
@@ -162,8 +151,7 @@ def _read(
     Raises:
         HyperParamsError: There is no file, or an argument cannot be used.
     """
-    files = [a for a in arguments if not a.startswith("-") and not PAIR.fullmatch(a)]
-    rest = [a for a in arguments if a not in files]
+    files, rest = words_and_keys(arguments)
     if not files or (one and len(files) > 1):
         raise HyperParamsError(
             f"`locft delta {action}` needs {'one edit' if one else 'at least one edit'}; "

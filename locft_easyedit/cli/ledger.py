@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -20,7 +19,7 @@ from ..utils.output import show, write_json
 from ..utils.parsing import shown
 from ..utils.tables import counted
 from .application import take_config_file, values_of
-from .arguments import PAIR, read_arguments
+from .arguments import read_arguments, run_action, words_and_keys
 
 T = TypeVar("T")
 
@@ -97,12 +96,7 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         LocFTError: The arguments, the ledger, the data or the model cannot be used.
     """
-    if arguments[0] not in _ACTIONS:
-        raise HyperParamsError(
-            f"`{arguments[0]}` is nothing that can be done with a ledger. Use one of "
-            f"{', '.join(_ACTIONS)} (locft ledger --help)."
-        )
-    return _ACTIONS[arguments[0]](arguments[1:])
+    return run_action(_ACTIONS, arguments, command="ledger", what="a ledger")
 
 
 def _init(arguments: Sequence[str]) -> int:
@@ -232,12 +226,7 @@ def _verify(arguments: Sequence[str]) -> int:
 
 
 def _export(arguments: Sequence[str]) -> int:
-    # `as` cannot be the name of a field.
-    renamed = [f"as_={a[3:]}" if a.startswith("as=") else a for a in arguments]
-    try:
-        [path], config = _read(ExportConfig, renamed, "export")
-    except HyperParamsError as error:
-        raise HyperParamsError(re.sub(r"\bas_\b", "as", str(error))) from error
+    [path], config = _read(ExportConfig, arguments, "export")
     if config.as_ not in EXPORTS:
         raise HyperParamsError(f"`as={config.as_}` must be one of {', '.join(EXPORTS)}.")
     ledger = _opened(path, config)
@@ -263,8 +252,7 @@ def _read(
     Raises:
         HyperParamsError: There is no ledger, or an argument cannot be used.
     """
-    words = [a for a in arguments if not a.startswith("-") and not PAIR.fullmatch(a)]
-    rest = [a for a in arguments if a not in words]
+    words, rest = words_and_keys(arguments)
     if not words or (more is None and len(words) > 1):
         what = "LEDGER, a folder" if more is None else f"LEDGER, a folder, and then {more}"
         raise HyperParamsError(

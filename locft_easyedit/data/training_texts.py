@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,9 +46,7 @@ class TrainingTexts:
 
     def asked(self, i: int) -> list[Asked]:
         """Returns how edit i is asked in training: its plain prompt first."""
-        prompt, target = self.wordings[i][0], self.targets[i]
-        others = [(form, text) for _, form, text in _others(self.wordings[i], self.forms)]
-        return [self.forms.ask(form, text, target, i) for form, text in ((0, prompt), *others)]
+        return [asked for _, asked in _asked(self.wordings[i], self.targets[i], self.forms, i)]
 
     @classmethod
     def tokenize(
@@ -79,9 +77,9 @@ class TrainingTexts:
         )
         targets = [edit.target for edit in edits]
         others = [
-            (i, wording, forms.ask(form, prompt, edit.target, i))
+            (i, wording, asked)
             for i, edit in enumerate(edits)
-            for wording, form, prompt in _others([edit.prompt, *edit.rewordings], forms)
+            for wording, asked in _asked([edit.prompt, *edit.rewordings], edit.target, forms, i)[1:]
         ]
         if not others:
             alone = [[edit.prompt] for edit in edits]
@@ -117,17 +115,22 @@ class TrainingTexts:
         )
 
 
-def _others(wordings: Sequence[str], forms: Forms) -> Iterator[tuple[int, int, str]]:
-    """Yields what may stand beside an edit's plain prompt: number of the wording, form, prompt.
+def _asked(
+    wordings: Sequence[str], target: str, forms: Forms, number: int
+) -> list[tuple[int, Asked]]:
+    """Returns how an edit is asked, its plain prompt first, each with the number of its wording.
 
-    The prompt itself in all other forms; each rewording in one form, or there would be more texts
-    than an edit is trained epochs.
+    The prompt itself in all forms; each rewording in one, or there would be more texts than an edit
+    is trained epochs.
     """
     prompt, *rewordings = wordings
-    for form in range(1, len(forms)):
-        yield 0, form, prompt
-    for k, reworded in enumerate(rewordings):
-        yield k + 1, k % len(forms), reworded
+    return [
+        *((0, asked) for asked in forms.all_of(prompt, target, number)),
+        *(
+            (k + 1, forms.ask(k % len(forms), text, target, number))
+            for k, text in enumerate(rewordings)
+        ),
+    ]
 
 
 def trained_forms(tokenizer: PreTrainedTokenizerBase, hparams: LocFTBFHyperParams) -> Forms:

@@ -23,6 +23,7 @@ from ..data.tokenization import CHUNK, Asked, GrowingTexts, TokenizedTexts, aske
 from ..modeling.devices import input_device
 from ..modeling.forward import run_next
 from ..modeling.modes import evaluation_mode
+from ..modeling.sampling import padded_left
 from ..modeling.suitability import generation_ends
 from ..prefix.runner import TextRunner
 from ..prefix.shortcuts import MOST_TOLERATED, REFUSALS, TOLERANCE, relative_error
@@ -100,11 +101,7 @@ def _decode_cached(
         shape = fixed_shape(width, 1)
         width, n_rows = shape.columns, max(shape.rows, n_rows)
     # Any token fills the left side: the mask hides it.
-    ids = torch.zeros(n_rows, width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, known in enumerate(grown + grown[:1] * (n_rows - len(grown))):
-        ids[row, width - len(known) :] = torch.tensor(known)
-        mask[row, width - len(known) :] = 1
+    ids, mask = padded_left(grown + grown[:1] * (n_rows - len(grown)), 0, width)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     ids, mask, positions = ids.to(device), mask.to(device), positions.to(device)
     open_ = np.arange(len(grown))  # members that are not done

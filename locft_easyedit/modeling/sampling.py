@@ -152,14 +152,17 @@ class TextSampler:
         return None
 
 
-def padded_left(begun: Sequence[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+def padded_left(
+    begun: Sequence[list[int]], padding: int, width: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns beginnings that end in the same column, and which of their tokens are real, [B, T].
 
     Args:
         begun: Token ids; never empty ones.
         padding: The id that fills up.
+        width: T at least.
     """
-    width = max(map(len, begun))
+    width = max(width, *map(len, begun))
     ids = torch.full((len(begun), width), padding)
     mask = torch.zeros_like(ids)
     for row, real, start in zip(ids, mask, begun, strict=True):
