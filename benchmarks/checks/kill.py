@@ -42,36 +42,42 @@ PRELOADED = ["locft_easyedit.cli.edit", "locft_easyedit.evaluation.report", "mat
 
 
 def main():
-    options = arguments()
-    with tempfile.TemporaryDirectory(prefix="locft-kill-") as scratch:
-        return checked(options, Path(scratch))
-
-
-def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kills", type=int, default=50)
+    parser = parser_of(__doc__, kills=50, n=40, lr=1e-3, epochs=25, batch_size=8)
     parser.add_argument("--kills-a-run", type=int, default=5, help="at most")
+    parser.add_argument("overrides", nargs="*", help="KEY=VALUE for `locft edit`")
+    with tempfile.TemporaryDirectory(prefix="locft-kill-") as scratch:
+        return checked(parser.parse_args(), Path(scratch))
+
+
+def parser_of(title, *, kills, n, lr, epochs, batch_size):
+    """A parser of what a check by kills takes, with these defaults."""
+    parser = argparse.ArgumentParser(description=title.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=kills)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="a folder; default: a small llama of random weights")
     parser.add_argument("--data", help="a JSON file with edits; needed with --model")
-    parser.add_argument("--n", type=int, default=40, help="edits")
+    parser.add_argument("--n", type=int, default=n, help="edits")
     parser.add_argument("--layer", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--epochs", type=int, default=25)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=lr)
+    parser.add_argument("--epochs", type=int, default=epochs)
+    parser.add_argument("--batch-size", type=int, default=batch_size)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", help="write the figures there")
-    parser.add_argument("overrides", nargs="*", help="KEY=VALUE for `locft edit`")
-    return parser.parse_args()
+    return parser
 
 
 def checked(options, scratch):
-    command = prepared(options, scratch)
+    yaml, data = prepared(options, scratch)
+    command = ["edit", "--config-name", yaml, f"data={data}", f"n={options.n}", *options.overrides]
+
+    def run(folder, kill_after=None):
+        return run_apart(context, [*command, f"output={folder}"], folder, kill_after)
+
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)  # each start costs no import
-    run(context, command, scratch / "warm-up")
+    run(scratch / "warm-up")
     start = time.perf_counter()
-    status = run(context, command, scratch / "reference")
+    status = run(scratch / "reference")
     seconds = time.perf_counter() - start
     if status != 0:
         print((scratch / "reference.log").read_text())
@@ -85,14 +91,14 @@ def checked(options, scratch):
         folder = scratch / f"run-{runs}"
         runs += 1
         for _ in range(options.kills_a_run):
-            if run(context, command, folder, draw.uniform(0, seconds)) is not None:
+            if run(folder, draw.uniform(0, seconds)) is not None:
                 break  # it was done before
             kills += 1
             phase, problem = state_of(folder)
             phases[phase] += 1
             if problem:
                 wrong.append(f"{folder.name}, killed {phase}: {problem}")
-        status = run(context, command, folder)
+        status = run(folder)
         if status != 0:
             wrong.append(f"{folder.name}: exit status {status}\n{log_of(folder)}")
         else:
@@ -114,7 +120,7 @@ def report(options, phases, wrong, runs, kills):
 
 
 def prepared(options, scratch):
-    """Writes what the command needs; returns its arguments but for the output."""
+    """Writes what commands need; returns the paths of the YAML and of the data."""
     model, data = options.model, options.data
     if model is None:
         model, data = scratch / "model", scratch / "edits.json"
@@ -123,9 +129,7 @@ def prepared(options, scratch):
     values = {"model": Path(model).resolve(), "layer": options.layer, "lr": options.lr}
     values |= {"epochs": options.epochs, "batch_size": options.batch_size}
     yaml.write_text(HPARAMS.format(**values) + f"dtype: {options.dtype}\n")
-    data = Path(data).resolve()
-    return ["edit", "--config-name", str(yaml), f"data={data}", f"n={options.n}",
-            *options.overrides]  # fmt: skip
+    return str(yaml), Path(data).resolve()
 
 
 def make_toy(options, folder, data):
@@ -137,9 +141,8 @@ def make_toy(options, folder, data):
     data.write_text(json.dumps(random_requests(options.n, words)))
 
 
-def run(context, command, folder, kill_after=None):
-    """Runs the command; returns its exit status, or `None` if it was killed."""
-    arguments = [*command, f"output={folder}"]
+def run_apart(context, arguments, folder, kill_after=None):
+    """Runs `locft` in a process; returns its exit status, or `None` if it was killed."""
     process = context.Process(target=child, args=(arguments, str(log_path(folder))))
     process.start()
     process.join(kill_after)

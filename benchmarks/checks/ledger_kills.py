@@ -12,7 +12,6 @@ bit. Without `--model` the model is a small llama of random weights: nothing is 
 status 1 if anything differs.
 """
 
-import argparse
 import json
 import multiprocessing
 import random
@@ -24,37 +23,21 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from kill import HPARAMS, child, log_of, log_path, make_toy
+from kill import log_of, parser_of, prepared, run_apart
 
 PRELOADED = ["locft_easyedit.cli.ledger", "locft_easyedit.modeling.loading"]
 
 
 def main():
-    options = arguments()
-    with tempfile.TemporaryDirectory(prefix="locft-ledger-kills-") as scratch:
-        return checked(options, Path(scratch))
-
-
-def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kills", type=int, default=30)
+    parser = parser_of(__doc__, kills=30, n=12, lr=3e-3, epochs=10, batch_size=4)
     parser.add_argument("--kills-a-command", type=int, default=2, help="at most")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", help="a folder; default: a small llama of random weights")
-    parser.add_argument("--data", help="a JSON file with edits; needed with --model")
-    parser.add_argument("--n", type=int, default=12, help="facts")
     parser.add_argument("--commits", type=int, default=3)
-    parser.add_argument("--layer", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--json", help="write the figures there")
-    return parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="locft-ledger-kills-") as scratch:
+        return checked(parser.parse_args(), Path(scratch))
 
 
 def checked(options, scratch):
-    commands = prepared(options, scratch)
+    commands = commands_of(options, scratch)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)  # each start costs no import
     reference, seconds = scratch / "reference", []
@@ -100,36 +83,22 @@ def checked(options, scratch):
     return 1 if wrong else 0
 
 
-def prepared(options, scratch):
+def commands_of(options, scratch):
     """Writes what the commands need; returns their arguments, with LEDGER where the folder goes."""
-    model, data = options.model, options.data
-    if model is None:
-        model, data = scratch / "model", scratch / "edits.json"
-        make_toy(options, model, data)
-    yaml = scratch / "ledger.yaml"
-    values = {"model": Path(model).resolve(), "layer": options.layer, "lr": options.lr}
-    values |= {"epochs": options.epochs, "batch_size": options.batch_size}
-    yaml.write_text(HPARAMS.format(**values) + f"dtype: {options.dtype}\n")
-    commands = [["ledger", "init", "LEDGER", "--config-name", str(yaml)]]
+    yaml, data = prepared(options, scratch)
+    commands = [["ledger", "init", "LEDGER", "--config-name", yaml]]
     each = -(-options.n // options.commits)
     for i in range(options.commits):
         # Each holds what came before as well: that is in already.
         n = min(options.n, each * (i + 1))
-        commands.append(["ledger", "add", "LEDGER", f"data={Path(data).resolve()}", f"n={n}"])
+        commands.append(["ledger", "add", "LEDGER", f"data={data}", f"n={n}"])
     return [*commands, ["ledger", "retract", "LEDGER", "1", str(each + 1)]]
 
 
 def run(context, command, folder, kill_after=None):
     """Runs a command on a ledger; returns its exit status, or `None` if it was killed."""
     given = [str(folder) if word == "LEDGER" else word for word in command]
-    process = context.Process(target=child, args=(given, str(log_path(folder))))
-    process.start()
-    process.join(kill_after)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        return None
-    return process.exitcode
+    return run_apart(context, given, folder, kill_after)
 
 
 def events_of(folder):

@@ -26,6 +26,7 @@ def run(monkeypatch, capsys):
 
     def with_arguments(script, *arguments, statuses=(None, 0)):
         monkeypatch.syspath_prepend(FOLDER)
+        monkeypatch.syspath_prepend(script.parent)  # as Python does for a command
         monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
         status = None
         try:

@@ -1,21 +1,14 @@
 """The sweep of model types: what it finds of a few, and that each of these can be planned."""
 
-import importlib.util
-import sys
-
 import pytest
 import torch
+from helpers.scripts import script_module
 from helpers.toys import REPOSITORY
 from transformers import AutoModelForCausalLM
 
 from locft_easyedit.plan.reader import ModelReader
 
-spec = importlib.util.spec_from_file_location(
-    "model_types", REPOSITORY / "benchmarks" / "checks" / "model_types.py"
-)
-model_types = importlib.util.module_from_spec(spec)
-sys.modules["model_types"] = model_types
-spec.loader.exec_module(model_types)
+model_types = script_module(REPOSITORY / "benchmarks" / "checks" / "model_types.py")
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
 """The script that trains a small model on facts, for a few seconds and on a few facts."""
 
-import importlib.util
 import json
 import sys
 
 import pytest
 import torch
+from helpers.scripts import script_module
 from helpers.toys import REPOSITORY, toy_requests
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -14,10 +14,7 @@ SCRIPT = REPOSITORY / "benchmarks" / "small_model.py"
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("small_model", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_module(SCRIPT)
 
 
 @pytest.fixture

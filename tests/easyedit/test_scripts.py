@@ -3,11 +3,11 @@
 The check `easyedit_scripts.py` runs all of them; here are those that differ most.
 """
 
-import importlib.util
 import os
 import sys
 
 import pytest
+from helpers.scripts import script_module
 from helpers.toys import REPOSITORY
 
 from locft_easyedit.__main__ import main
@@ -19,10 +19,7 @@ SEQUENTIAL = "--sequential_edit"
 
 @pytest.fixture(scope="module")
 def check():
-    spec = importlib.util.spec_from_file_location("easyedit_scripts", CHECK)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_module(CHECK)
 
 
 @pytest.fixture
