@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from .hparams_rules import (
     broken_rules,
 )
 from .hparams_spellings import known_alg_name, translated
-from .utils.parsing import bad_text, is_file, json_of, shown, text_of, texts_in, yaml_of
+from .utils.parsing import bad_text, did_you_mean, is_file, json_of, shown, text_of, texts_in, yaml_of
 
 if TYPE_CHECKING:
     import torch
@@ -454,8 +453,7 @@ def _unknown_key(key: str, known: list[str]) -> str:
     if key in OTHER_METHODS_KEYS:
         return f"`{key}` belongs to other methods of EasyEdit and does nothing here. Remove it."
     name = key if len(key) <= 100 else f"{key[:97]}..."
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"Did you mean `{close[0]}`?" if close else f"Known keys: {', '.join(known)}."
+    hint = did_you_mean(name, known, f"Known keys: {', '.join(known)}.")
     return f"`{name}` is not a key of {ALG_NAME}. {hint}"
 
 

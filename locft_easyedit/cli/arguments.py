@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ..errors import HyperParamsError, one_message
 from ..hparams import typed_values
 from ..hparams_rules import AUTO, OR_AUTO
-from ..utils.parsing import yaml_of
+from ..utils.parsing import did_you_mean, yaml_of
 
 T = TypeVar("T")
 
@@ -212,9 +212,7 @@ def unknown_key(key: str, named: Sequence[str], positional: Sequence[str] = ()) 
     """Returns what to say of a key that is none of `named`."""
     if key in positional:
         return f"`{key}=` is given by its place, without a key. Write its value first."
-    close = difflib.get_close_matches(key, named, n=1)
-    hint = f"Did you mean `{close[0]}`?" if close else "See the keys below."
-    return f"`{key}` is not a key. {hint}"
+    return f"`{key}` is not a key. {did_you_mean(key, named, 'See the keys below.')}"
 
 
 def _type_name(config_class: type, key: str) -> str:

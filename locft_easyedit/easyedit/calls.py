@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from ..data.record_forms import as_requests
 from ..data.requests import make_requests, with_subject
 from ..errors import RequestError, one_message
+from ..utils.parsing import did_you_mean
 
 Request = Mapping[str, Any]
 Returned = tuple[Any, Any, dict[str, torch.Tensor]]
@@ -92,8 +92,7 @@ def check_keywords(method: str, given: Collection[str], parameters: Collection[s
     problems = []
     for name in given:
         if name not in KEYWORDS:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean `{close[0]}`?" if close else f"Known: {', '.join(known)}."
+            hint = did_you_mean(name, known, f"Known: {', '.join(known)}.")
             problems.append(f"`{name}`. {hint}")
     if problems:
         raise RequestError(one_message(f"`{method}` does not know these keywords:", problems))

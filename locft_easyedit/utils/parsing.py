@@ -6,9 +6,10 @@ stand for gigabytes) are refused, and `${...}` is text to the one who calls.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,12 @@ class _PlainLoader(yaml.SafeLoader):
                 )
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
         return super().construct_mapping(node, deep)
+
+
+def did_you_mean(name: str, known: Collection[str], otherwise: str) -> str:
+    """Returns a question for the known name that is nearest, or `otherwise` if none is near."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean `{close[0]}`?" if close else otherwise
 
 
 def shown(value: Any, limit: int = 200) -> str:
