@@ -28,7 +28,16 @@ from .hparams_rules import (
     broken_rules,
 )
 from .hparams_spellings import known_alg_name, translated
-from .utils.parsing import bad_text, did_you_mean, is_file, json_of, shown, text_of, texts_in, yaml_of
+from .utils.parsing import (
+    bad_text,
+    did_you_mean,
+    is_file,
+    json_of,
+    shown,
+    text_of,
+    texts_in,
+    yaml_of,
+)
 
 if TYPE_CHECKING:
     import torch
