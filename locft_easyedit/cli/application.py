@@ -238,9 +238,8 @@ def _with_stored_configs(arguments: list[str], command: str, config_class: type)
     name = f"locft_{command}"  # to Hydra the part of a name before a slash is a group
     arguments.insert(0, f"--config-name={name}")  # Hydra wants options before overrides
     _, values = read_mapping(file)
-    values, problems = typed_values(
-        given_values(values)
-    )  # the command line may still give what is missing
+    # The command line may still give what is missing.
+    values, problems = typed_values(given_values(values))
     if problems:
         raise HyperParamsError(one_message(f"{file}:", problems))
     node: Any = OmegaConf.merge(OmegaConf.structured(config_class), values)
