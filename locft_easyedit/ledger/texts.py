@@ -24,9 +24,9 @@ class Replayed(Variants):
     seed: int = 0
 
     @classmethod
-    def of(cls, variants: Variants, pool: np.ndarray, seed: int) -> Replayed:
-        """Returns the texts of `variants`, with this pool."""
-        return cls(variants.first, variants.each, variants.turn, pool, seed)
+    def of(cls, variants: Variants, each: int, pool: np.ndarray, seed: int) -> Replayed:
+        """Returns the texts of `variants`, so many others of an edit, with this pool."""
+        return cls(variants.first, each, variants.turn, pool, seed)
 
     @property
     def most(self) -> int:

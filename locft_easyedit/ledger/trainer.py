@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.requests import distinct_edits
 from ..data.tokenization import TokenizedTexts
 from ..data.training_texts import TrainingTexts, subjects_of
-from ..data.variants import Variants
+from ..data.variants import Variants, others_each
 from ..distributed.world import SINGLE_PROCESS, Partition
 from ..errors import NonFiniteLossError
 from ..hparams import LocFTBFHyperParams
@@ -374,7 +374,7 @@ class Trainer:
             batch_loss_threshold=h.batch_loss_threshold * thresholds,
             epoch_loss_threshold=h.epoch_loss_threshold * thresholds,
         )
-        texts = Replayed.of(variants, pool, h.seed)
+        texts = Replayed.of(variants, others_each(h.forms_per_epoch, len(new)), pool, h.seed)
         change: Reparametrization | None = low_rank_of(self.model, parameters, h)
         adam = None
         if self.filters is not None:
