@@ -184,12 +184,12 @@ class Forms:
     | `context` | the prompt after an unrelated sentence, and after two; the question after one |
     | `chat` and `context` | in chat, an unrelated system prompt or an unrelated earlier turn |
 
-    Which sentences stand before which prompt depends on the edit's number and on the seed.
+    Which sentences stand before which prompt depends on the edit's number alone: what is measured
+    of a model's own prompts in these forms serves every seed.
 
     Args:
         tokenizer: The model's tokenizer.
         names: Some of `FORMS` but `plain`.
-        seed: Seed of which sentences stand before which prompt.
 
     Attributes:
         names: Those beside the plain one.
@@ -199,11 +199,8 @@ class Forms:
         ModelError: `chat` is named, and the tokenizer has no template that can be rendered.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], seed: int = 0
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> None:
         self.names = tuple(names)
-        self._seed = seed
         self.chat = ChatTemplate(tokenizer) if CHAT in names else None
         self._ways = [way for way in ways_of(names) if self._takes(way)]
 
@@ -227,7 +224,7 @@ class Forms:
         way = self._ways[nth]
         if nth == 0:
             return Asked(prompt, with_leading_space(target))
-        drawn = random.Random(f"{self._seed} {number} {nth}").sample(CONTEXTS, 2)
+        drawn = random.Random(f"{number} {nth}").sample(CONTEXTS, 2)
         text = prompt.strip()
         if way.chat:
             assert self.chat is not None

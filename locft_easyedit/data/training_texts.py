@@ -147,15 +147,15 @@ def trained_forms(tokenizer: PreTrainedTokenizerBase, hparams: LocFTBFHyperParam
     if CHAT in names:
         has_template = bool(getattr(tokenizer, "chat_template", None))
         if not has_template and hparams.forms is None:
-            return Forms(tokenizer, [name for name in names if name != CHAT], hparams.seed)
+            return Forms(tokenizer, [name for name in names if name != CHAT])
         try:
-            return Forms(tokenizer, names, hparams.seed)
+            return Forms(tokenizer, names)
         except ModelError as error:
             if not has_template:
                 raise
             logger.warning("Edits are trained without the form `%s`: %s", CHAT, error)
             names = [name for name in names if name != CHAT]
-    return Forms(tokenizer, names, hparams.seed)
+    return Forms(tokenizer, names)
 
 
 def subjects_of(

@@ -86,7 +86,7 @@ def test_roles_that_a_template_does_not_take_are_named():
 
 
 def test_each_form_puts_the_prompt_where_it_is_asked():
-    forms = Forms(toy_chat_tokenizer(), WRAPPED, seed=3)
+    forms = Forms(toy_chat_tokenizer(), WRAPPED)
     found = forms.all_of("The capital of Norway is", " Oslo", 7)
     plain, chat, question, one, two, asked, system, earlier = found
     assert len(forms) == len(found) == len(ways_of(WRAPPED))
@@ -177,7 +177,7 @@ def test_training_in_forms_is_that_of_plain_code(each):
     parameter = plain.get_parameter(name).requires_grad_(True)
     adam = torch.optim.Adam([parameter], lr=hparams.lr, foreach=False, fused=False)
     generator = torch.Generator().manual_seed(hparams.seed)
-    forms, turn, expected = Forms(tokenizer, WRAPPED, hparams.seed), made.variants.turn, []
+    forms, turn, expected = Forms(tokenizer, WRAPPED), made.variants.turn, []
     for epoch in range(hparams.num_steps):
         order = torch.randperm(7, generator=generator).tolist()
         for batch in (order[:4], order[4:]):
