@@ -48,7 +48,8 @@ def test_a_name_in_another_case_is_read_as_ours(tmp_path):
     )
     hparams = LocFTBFHyperParams.from_hparams(path)
     assert hparams.alg_name == "LocFT-BF+"
-    assert hparams.wrapped_forms and hparams.preserved  # of the preset
+    assert hparams.wrapped_forms
+    assert hparams.preserved
     assert toy_hparams(alg_name="LOCFT-BF").alg_name == "LocFT-BF"
     with pytest.raises(HyperParamsError, match=r"`alg_name='ROME'` in It is another"):
         LocFTBFHyperParams.from_mapping({"alg_name": "ROME"}, source="It")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,6 +68,7 @@ class MethodEditor:
         values: Its hyper-parameters.
         notes: What was set by rule.
         needs_subject: Whether the subject must be in the prompt.
+        end: What ends a target that it is given: the EOS token's text, or nothing.
     """
 
     name: str
@@ -77,12 +78,13 @@ class MethodEditor:
     values: dict[str, Any]
     notes: list[str]
     needs_subject: bool
+    end: str = ""
 
 
 def method_editor(
-    job: Job, model: Any, tokenizer: Any, n_edits: int, easyedit: EasyEdit
+    job: Job, model: Any, tokenizer: Any, n_edits: int, easyedit: EasyEdit, folder: Path
 ) -> MethodEditor:
-    """Returns the job's method on a loaded model.
+    """Returns the job's method on a loaded model; what EasyEdit reads is written into `folder`.
 
     Raises:
         MethodUnavailableError: This EasyEdit does not have it.
@@ -115,10 +117,12 @@ def method_editor(
     )
     if tokenizer.unk_token is None:
         tokenizer.unk_token = tokenizer.eos_token  # the release's FT masks with it
-    tokenizer.pad_token = tokenizer.eos_token  # as EasyEdit's editor sets both
+    end = ending(tokenizer) if job.append_eos else ""
+    if not end:
+        tokenizer.pad_token = tokenizer.eos_token  # as EasyEdit's editor sets both
     tokenizer.padding_side = padding_side(job.name)
     name_for_easyedit_(model, model_id(job.model))
-    hparams = cls(**plan.values_for([field.name for field in dataclasses.fields(cls)]))
+    hparams = plan.load(cls, folder)
     editor = PeerEditor(job.name, model, tokenizer, hparams, easyedit_name(model))
     return MethodEditor(
         job.name,
@@ -128,7 +132,21 @@ def method_editor(
         plan.values,
         [*notes, *(note for note in plan.notes if not note.startswith(_UNTOLD))],
         str(plan.values.get("fact_token", "")).startswith("subject"),
+        end,
     )
+
+
+def ending(tokenizer: Any) -> str:
+    """Returns the EOS token's text, and sees to it that padding is another token.
+
+    EasyEdit's editor pads with EOS, and some methods leave out of the loss whatever is that token.
+    """
+    eos, pad = tokenizer.eos_token, tokenizer.pad_token
+    others = [token for token in (pad, *tokenizer.all_special_tokens) if token not in (None, eos)]
+    if eos is None or not others:
+        return ""
+    tokenizer.pad_token = others[0]
+    return str(eos)
 
 
 class Edits:
@@ -178,6 +196,8 @@ class Edits:
             raise LocFTError(
                 f"{method.name} needs a `subject` that is in the prompt; no record has one."
             )
+        if method.name not in (*ALG_NAMES, *PEERS) and method.one_by_one:
+            how = replace(how, wrapper=method.editor)  # it may put something around the model
         self.how = how
         self._each: Evaluation | None = None
         if method.one_by_one:
@@ -201,7 +221,7 @@ class Edits:
             start = time.perf_counter()
             device = self.model.get_input_embeddings().weight.device
             with peak_memory(device) as peak:
-                self.method.editor.edit_([self.requests[i] for i in chunk])
+                self.method.editor.edit_([self._trained(self.requests[i]) for i in chunk])
             self.seconds += time.perf_counter() - start
             self.peak = max(self.peak, peak, key=lambda p: p.gib or 0.0)
             done += len(chunk)
@@ -218,6 +238,15 @@ class Edits:
                 f"{self.method.name} left every weight as it was: its hyper-parameters leave it no "
                 "room in this model (for AlphaEdit, no direction below `nullspace_threshold`)."
             )
+
+    def _trained(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns a request as its method gets it: with a target that ends, if all do.
+
+        An answer counts as right only if it ends after the target. LocFT-BF trains the end by
+        itself; EasyEdit's methods train the text that they are given.
+        """
+        target = request["target_new"]
+        return {**request, "target_new": f"{target}{self.method.end}"}
 
     def _save(self, done: int) -> None:
         """Saves what was edited so far, whole or not at all.

@@ -51,6 +51,7 @@ class Job:
     dtype: str
     model_parallel: bool = False
     trust_remote_code: bool = False
+    append_eos: bool = True
     batch_size: int = 64
     row_tokens: int = 64
     metrics: list[str] = field(default_factory=lambda: list(DEFAULT_METRICS))

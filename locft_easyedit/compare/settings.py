@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +13,12 @@ from ..data.readers import read_requests
 from ..data.requests import distinct_edits
 from ..easyedit.peers.peer_editor import commit_of
 from ..easyedit.peers.peer_hparams import PEERS, PeerHparams, peer_hparams
+from ..easyedit.peers.yamls import MethodUnavailableError, check_method, known_method
 from ..errors import HyperParamsError, LocFTError, one_message
 from ..evaluation.metric_names import DEFAULT_METRICS, check_metrics
 from ..hparams import LocFTBFHyperParams
 from ..hparams_rules import ALG_NAMES
+from ..hparams_spellings import known_alg_name
 from ..modeling.loading import check_model_name, model_without_weights, resolve_device
 from ..modeling.places import match_parameters
 from ..training.rewordings.writers import check_writer
@@ -31,6 +34,8 @@ from .job import (
     model_hash,
     version_of,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -75,6 +80,11 @@ class Settings:
     devices: Sequence[int | str] | None = None
     progress: bool = True
 
+    def __post_init__(self) -> None:
+        """Gives each method the name that it has here, whatever its case."""
+        self.methods = [_known(method) for method in self.methods]
+        self.peers = {_known(method): values for method, values in self.peers.items()}
+
 
 def planned(settings: Settings) -> tuple[dict[str, Job], dict[str, list[str]]]:
     """Checks everything and returns the jobs by name, and each method's covariance modules.
@@ -118,6 +128,7 @@ def planned(settings: Settings) -> tuple[dict[str, Job], dict[str, list[str]]]:
         "dtype": h.dtype or ("float16" if h.fp16 else "float32"),
         "model_parallel": h.model_parallel,
         "trust_remote_code": h.trust_remote_code,
+        "append_eos": h.append_eos,
         "batch_size": h.eval_batch_size,
         "row_tokens": h.row_tokens,
         "metrics": list(settings.metrics),
@@ -177,12 +188,11 @@ def _check_methods(settings: Settings) -> None:
         f"`methods` names {m} twice. Keep one."
         for m in sorted({m for m in methods if methods.count(m) > 1})
     ]
-    problems += [
-        f"{m} has no hyper-parameters: there are rules for {', '.join(PEERS)}. Give EasyEdit's "
-        f"YAML: peers.{m}.hparams=FILE."
-        for m in methods
-        if m not in (*ALG_NAMES, *PEERS) and "hparams" not in settings.peers.get(m, {})
-    ]
+    for m in (m for m in methods if m not in ALG_NAMES):
+        try:
+            check_method(m)
+        except LocFTError as error:
+            problems.append(str(error))
     problems += [
         f"`peers.{m}` is for a method that is not compared. Add {m} to `methods`, or drop it."
         for m in settings.peers
@@ -233,11 +243,18 @@ def _peer_plans(settings: Settings, model: str, n_edits: int) -> dict[str, PeerH
                 n_samples=settings.documents,
                 overrides=settings.peers.get(method),
             )
+        except MethodUnavailableError as error:
+            logger.warning("%s It will be a row with this reason.", error)
         except LocFTError as error:
             problems.append(str(error))
     if problems:
         raise HyperParamsError("\n".join(problems))
     return plans
+
+
+def _known(method: Any) -> Any:
+    name = known_alg_name(method)
+    return name if name in ALG_NAMES else known_method(name)
 
 
 def _absolute(path: str | None) -> str | None:

@@ -23,7 +23,8 @@ from ..data.readers import read_requests
 from ..easyedit import register
 from ..easyedit.peers.corpus import corpus_from_folder, corpus_from_model
 from ..easyedit.peers.covariance import stats_name, write_key_covariances
-from ..easyedit.peers.peer_editor import MethodUnavailableError, describe
+from ..easyedit.peers.peer_editor import describe
+from ..easyedit.peers.yamls import MethodUnavailableError
 from ..errors import LocFTError
 from ..evaluation.evaluation import Evaluation, finish_
 from ..evaluation.predictions import EvalConfig
@@ -134,7 +135,7 @@ def _edited(job: Job, folder: JobFolder, progress: Progress) -> Outcome:
     before = folder.read(JobFolder(folder.path.parent / "before").result)["result"]["records"]
     easyedit = register()
     model, tokenizer = _load(job, progress)
-    editor = method_editor(job, model, tokenizer, len(requests), easyedit)
+    editor = method_editor(job, model, tokenizer, len(requests), easyedit, folder.path)
     seconds = {"load": time.perf_counter() - start}
     edits = Edits(editor, requests, model, tokenizer, _how(job), folder, progress)
     edits.make_()

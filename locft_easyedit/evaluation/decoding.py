@@ -11,6 +11,7 @@ import logging
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,11 +28,13 @@ from ..modeling.sampling import padded_left
 from ..modeling.suitability import generation_ends
 from ..prefix.runner import TextRunner
 from ..prefix.shortcuts import MOST_TOLERATED, REFUSALS, TOLERANCE, relative_error
+from ..utils.progress import progress_bar
 from .answers import STOPS, up_to_stop
 from .predictions import (
     ArgmaxPredictions,
     ArgmaxPredictor,
     EvalConfig,
+    Wrapper,
     in_fixed_shapes,
     too_close,
 )
@@ -319,6 +322,8 @@ class GreedyDecoder:
             only: Indices of the prompts that are asked; the others' answers are empty.
         """
         indices = range(len(self._texts)) if only is None else only.tolist()
+        if self.how.wrapper is not None:
+            return self._through(self.how.wrapper, indices, description)
         chosen = self._choices.take(description, only)
         self.not_finite = set(self._choices.not_finite)
         description = f"{description}, word by word"
@@ -360,6 +365,17 @@ class GreedyDecoder:
                 description=description,
                 progress=self.how.progress and only is None and bool(open_),
             )
+        return answers
+
+    def _through(self, wrapper: Wrapper, indices: Sequence[int], description: str) -> list[str]:
+        """Returns the answers that what is around the model gives, one after the other."""
+        answers = [""] * len(self._texts)
+        with evaluation_mode(self.model):
+            for i in progress_bar(indices, desc=description, show=self.how.progress):
+                first = int(self._texts.offsets[i])
+                ids = self._texts.ids[first : first + int(self.prompt_lengths[i])].tolist()
+                whole = wrapper.generate(ids, self.max_new_tokens, partial(self._complete, i))
+                answers[i] = self._text(i, whole)
         return answers
 
     def _begun(self, i: int, chosen: ArgmaxPredictions) -> list[int]:

@@ -12,6 +12,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -42,6 +43,19 @@ _STEPS = 4
 _FLOOR = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
+class Wrapper(Protocol):
+    """What an editing method has put around a model, in which its edits hold.
+
+    It may look at where a prompt ends, and take a batch for one text: texts run one at a time.
+    """
+
+    def begins(self, end: int) -> None:
+        """Tells it that a text comes whose prompt ends at position `end`."""
+
+    def generate(self, ids: list[int], most: int, done: Callable[[list[int]], bool]) -> list[int]:
+        """Returns a prompt's tokens and up to `most` of a greedy answer, until they are `done`."""
+
+
 @dataclass(frozen=True)
 class EvalConfig:
     """How texts are run for evaluation.
@@ -59,6 +73,7 @@ class EvalConfig:
         budget: Where recorded states may lie.
         stream: What reads the frozen layers, if they are not resident.
         states: What may have recorded the frozen layers' states already.
+        wrapper: What is around the model, and is asked instead of it.
     """
 
     batch_size: int = 64
@@ -71,6 +86,7 @@ class EvalConfig:
     stream: FrozenStream | None = None
     states: PrefixRecorder | None = None
     packed_anywhere: bool | None = None
+    wrapper: Wrapper | None = None
 
     @classmethod
     def from_session(cls, session: EditSession, *, progress: bool) -> EvalConfig:
@@ -164,8 +180,8 @@ class TextPasses:
         self.how = how
         self.first_position = first_position
         check_ids(model, texts.ids)
-        self.fixed = in_fixed_shapes(model)
-        self._packed = False if self.fixed else how.packed
+        self.fixed = in_fixed_shapes(model) and how.wrapper is None
+        self._packed = False if self.fixed or how.wrapper is not None else how.packed
         self._anywhere = how.packed_anywhere
         self._prefix: FrozenPrefix | None = None
         if how.frozen is None or not len(texts):
@@ -214,14 +230,17 @@ class TextPasses:
             return
         with evaluation_mode(self.model):
             runner = self._runner(everything=only is None)
+            wrapper = self.how.wrapper
 
             def run(batch: np.ndarray) -> None:
+                if wrapper is not None:
+                    wrapper.begins(int(self.texts.target_start[batch[0]]) - 1)
                 logits, rows = runner.logits(batch)
                 use(logits, rows, batch)
 
             with runner.running():
                 in_batches(
-                    runner.layout.batches(self.how.batch_size, indices),
+                    runner.layout.batches(self.how.batch_size if wrapper is None else 1, indices),
                     run,
                     description=description,
                     progress=self.how.progress and only is None,
@@ -346,6 +365,8 @@ class ArgmaxPredictor(TextPasses):
         """Returns text i's first choices from a plain forward pass over it."""
         texts, first = self.texts, int(self.texts.offsets[i])
         ids = torch.from_numpy(texts.ids[first : texts.offsets[i + 1] - 1])[None]
+        if self.how.wrapper is not None:
+            self.how.wrapper.begins(int(texts.target_start[i]) - 1)
         output = self.model(input_ids=ids.to(input_device(self.model)), use_cache=False)
         return output.logits[0, int(texts.target_start[i]) - 1 :].argmax(-1).tolist()
 

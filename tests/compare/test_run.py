@@ -79,7 +79,7 @@ def test_plan(settings):
     [
         ({"methods": []}, r"`methods=\[\]` names none"),
         ({"methods": ["FT", "FT"]}, "names FT twice"),
-        ({"methods": ["GRACE"]}, r"GRACE has no hyper-parameters.*peers\.GRACE\.hparams=FILE"),
+        ({"methods": ["ROMEE"]}, r"no method `ROMEE`. Did you mean `ROME`\?"),
         ({"peers": {"ROME": {"v_lr": 1}}}, "for a method that is not compared"),
         ({"peers": {"FT": {"learning_rate": 1}}}, "`learning_rate` is not a key of FT"),
         ({"documents": 0}, "`documents` must be 1 or more"),

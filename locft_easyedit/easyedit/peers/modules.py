@@ -21,6 +21,7 @@ _MLP_OUTPUTS = (
     "fc2",  # opt
 )
 _ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
+_ATTENTION_OUTPUTS = ("o_proj", "c_proj", "out_proj", "dense", "wo")
 _ATTENTION_INPUTS = (
     ("q_proj", "v_proj"),
     ("c_attn",),
@@ -37,7 +38,7 @@ def module_names(
     """Returns EasyEdit's names of modules, as in layer `i`, and a problem for each not found."""
     layer, template = stack.layers[i], f"{stack.path}.{{}}"
     names, missing = {"layer_module_tmp": template}, {}
-    output = _mlp_output(layer)
+    output = mlp_output(layer)
     experts = next((n for n, _ in layer.named_parameters() if n.endswith("experts.down_proj")), "")
     if output:
         names["mlp_module_tmp"] = f"{template}.{output.rpartition('.')[0] or output}"
@@ -85,7 +86,7 @@ def easyedit_name(model: Any) -> str:
     """
     stack = find_layers(model)
     layer = stack.layers[0] if stack and len(stack.layers) else model
-    output = _mlp_output(layer)
+    output = mlp_output(layer)
     return "gpt2-xl" if output and _is_conv1d(layer.get_submodule(output)) else "llama"
 
 
@@ -151,9 +152,16 @@ def value_problems(method: str, model: Any, values: Mapping[str, Any]) -> list[s
     return problems
 
 
-def _mlp_output(layer: nn.Module) -> str:
+def mlp_output(layer: nn.Module) -> str:
     """Returns the name of the MLP's output projection in a layer; empty if there is no such."""
     return _first(layer, _MLP_OUTPUTS, _is_matrix)
+
+
+def attention_output(layer: nn.Module) -> str:
+    """Returns the name of the attention's output projection; the attention's if there is none."""
+    attention = _first(layer, _ATTENTIONS)
+    names = [f"{attention}.{name}" for name in _ATTENTION_OUTPUTS]
+    return _first(layer, names, _is_matrix) or attention
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import StoppingCriteria
 
 from ...errors import LocFTError
 from ...hparams import LocFTBFHyperParams
@@ -18,10 +19,7 @@ from ...hparams_rules import ALG_NAMES
 from ..cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
 from ..importing import EasyEdit
 from ..registration import register, subclasses
-
-
-class MethodUnavailableError(LocFTError):
-    """The installed EasyEdit does not have a method."""
+from .yamls import MethodUnavailableError
 
 
 class PeerEditor:
@@ -40,6 +38,7 @@ class PeerEditor:
     Attributes:
         changed: Names of the parameters that the method says it has changed.
         nothing_changed: Whether all of these have been equal to their former values every time.
+        wrapper: What the method puts around the model, if it does: the edits hold in there.
     """
 
     def __init__(
@@ -53,6 +52,8 @@ class PeerEditor:
         if method not in ALG_NAMES:
             self.editor.model_name = hparams.model_name = model_name
         self.hparams = hparams
+        hparams.sequential_edit = True  # WISE begins anew with every edit otherwise
+        self.wrapper: Any = None
 
         self.changed: set[str] = set()
         self.nothing_changed = False
@@ -71,6 +72,7 @@ class PeerEditor:
 
     def edit_(self, requests: Sequence[Mapping[str, Any]]) -> None:
         """Edits the model with all `requests` in one call of the method."""
+        self._take_all_of_(len(requests))
         with self._mode:
             edited, former = self.editor.apply_algo(
                 self.editor.model,
@@ -83,10 +85,12 @@ class PeerEditor:
             )
         own = getattr(edited, "get_base_model", lambda: edited)()
         if own is not self.editor.model:
-            raise LocFTError(
-                f"This method gives back a {type(edited).__name__} around the model, which cannot "
-                "be measured here. Compare methods that edit the model itself."
-            )
+            if getattr(own, "model", None) is not self.editor.model:
+                raise LocFTError(
+                    f"This method gives back a {type(edited).__name__} that is no wrapper of the "
+                    "model, and cannot be measured here."
+                )
+            self.wrapper = own
         if isinstance(former, Mapping) and former:  # some methods give back a function, or nothing
             parameters = dict(self.editor.model.named_parameters())
             same = all(
@@ -96,6 +100,49 @@ class PeerEditor:
             )
             self.nothing_changed = same and (self.nothing_changed or not self.changed)
             self.changed |= set(former)
+
+    def begins(self, end: int) -> None:
+        """Tells what is around the model that a text comes whose prompt ends at a position.
+
+        GRACE looks there whether it knows the prompt.
+        """
+        for module in self.editor.model.modules():
+            if hasattr(module, "key_id"):
+                module.key_id = end
+
+    @torch.no_grad()
+    def generate(self, ids: list[int], most: int, done: Callable[[list[int]], bool]) -> list[int]:
+        """Returns a prompt's tokens and up to `most` of a greedy answer, until they are `done`."""
+        around = self.editor.model if self.wrapper is None else self.wrapper
+        prompt = torch.tensor([ids], device=self.editor.model.get_input_embeddings().weight.device)
+        with self._mode:
+            whole = around.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=most,
+                do_sample=False,
+                pad_token_id=self.editor.tok.eos_token_id,
+                stopping_criteria=[_Until(done)],
+            )
+        answered: list[int] = whole[0].tolist()
+        return answered
+
+    def _take_all_of_(self, n: int) -> None:
+        """Makes a method take `n` requests in one call, where it counts them itself."""
+        once = getattr(self.hparams, "batch_size_once", None)
+        if once is not None:  # UltraEdit drops what is not a whole number of these
+            self.hparams.batch_size = n
+            self.hparams.batch_size_once = max(i for i in range(1, once + 1) if n % i == 0)
+
+
+class _Until(StoppingCriteria):
+    """Ends `generate` where a function of one text's tokens says so."""
+
+    def __init__(self, done: Callable[[list[int]], bool]) -> None:
+        self._done = done
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
+        return torch.tensor([self._done(ids) for ids in input_ids.tolist()])
 
 
 def _context_templates(editor: Any) -> Any:
@@ -114,6 +161,7 @@ def hparams_class(method: str) -> Any:
     if method in ALG_NAMES:
         return LocFTBFHyperParams
     wanted = method.replace("-", "").lower()
+    names = {name.casefold(): name for name in easyedit.ALG_DICT}
     classes = {
         cls.__name__.lower()
         .removesuffix("hyperparams")
@@ -121,7 +169,7 @@ def hparams_class(method: str) -> Any:
         .replace("_", ""): cls
         for cls in subclasses(easyedit.HyperParams)
     }
-    if method not in easyedit.ALG_DICT or wanted not in classes:
+    if method.casefold() not in names or wanted not in classes:
         known = ", ".join(sorted(easyedit.ALG_DICT))
         hint = (
             "The current source on GitHub (zjunlp/EasyEdit) may: clone it and set EASYEDIT_HOME to "

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 
 from ...errors import LocFTError, one_message
 from ...hparams import read_mapping
-from ...modeling.places import find_layers
+from ...modeling.places import LayerList, find_layers
 from .modules import (
     attention_inputs,
+    attention_output,
     caveats,
     easyedit_name,
+    mlp_output,
     model_label,
     module_names,
     value_problems,
@@ -39,6 +42,7 @@ from .published import (
     scaled_layers,
     typed,
 )
+from .yamls import published_yaml, scaled_parameters
 
 LARGEST_BATCH = 100
 # EasyEdit pads on the left for all methods but these, in `BaseEditor.__init__`.
@@ -61,6 +65,7 @@ class PeerHparams:
         one_by_one: Whether the method gets one request a call; otherwise `batch_size` of them.
         covariance_modules: Modules whose inputs' second moment EasyEdit reads from `stats_dir`.
         notes: A line for each value that a rule set, and why; then what does not fit the model.
+        base: Those of the method that this one calls for each edit, if it does.
     """
 
     method: str
@@ -68,6 +73,28 @@ class PeerHparams:
     one_by_one: bool
     covariance_modules: list[str]
     notes: list[str]
+    base: PeerHparams | None = None
+
+    def load(self, cls: Any, folder: Path) -> Any:
+        """Returns the values as an object of EasyEdit's class, made by its own `from_hparams`.
+
+        Some classes have other keys in a YAML than as attributes, and some read the YAML of another
+        method, which lies below a folder of its name.
+
+        Args:
+            cls: The hyper-parameter class.
+            folder: Where the YAMLs are written.
+
+        Raises:
+            PeerError: The class lacks a key, and would not do what its value says.
+        """
+        values = self.values
+        if self.method in PEERS:
+            values = self.values_for([field.name for field in fields(cls)])
+        path = _written(folder, self.method, values)
+        if self.base is not None:
+            _written(folder, self.base.method, self.base.values)
+        return cls.from_hparams(str(path))
 
     def values_for(self, fields: Collection[str]) -> dict[str, Any]:
         """Returns the values that a hyper-parameter class with these `fields` takes.
@@ -117,7 +144,8 @@ def peer_hparams(
     """Returns the hyper-parameters with which EasyEdit runs `method` on `model`.
 
     Args:
-        method: One of `PEERS`; another of EasyEdit's names needs `hparams` in `overrides`.
+        method: One of EasyEdit's names. Those that are none of `PEERS` begin with EasyEdit's YAML,
+            from the clone that EASYEDIT_HOME names, or from `hparams` in `overrides`.
         model: A causal language model; only its configuration and its modules' names and types
             are read, so its weights need not be loaded.
         device: The model's device. CUDA devices become numbers. EasyEdit's release takes nothing
@@ -130,8 +158,9 @@ def peer_hparams(
             of EasyEdit to start from instead of the table and of the rules for its keys.
 
     Raises:
-        PeerError: There are no rules for the method, keys are unknown or values ill-typed, or the
-            model lacks a module that the method needs. All problems of a kind in one error.
+        MethodUnavailableError: There are no values for the method.
+        PeerError: Keys are unknown or values ill-typed, or the model lacks a module that the method
+            needs. All problems of a kind in one error.
         HyperParamsError: The file of `hparams` cannot be read.
     """
     given = dict(overrides or {})
@@ -139,7 +168,23 @@ def peer_hparams(
     from_file = {} if file is None else _read(method, file)
     runtime = _runtime_rules(model, device, stats_dir, corpus_name, n_samples)
     if method not in PEERS:
-        return _as_in_the_file(method, from_file, given, runtime)
+        rules: list[_Rule] = []
+        base_hparams = None
+        if file is None:
+            path, n_layers = published_yaml(method)
+            from_file = _read(method, path)
+            rules = _yaml_rules(method, model, from_file, n_edits, n_layers)
+        if "base_method" in from_file:
+            base_hparams = peer_hparams(
+                from_file["base_method"],
+                model,
+                device=device,
+                n_edits=n_edits,
+                stats_dir=stats_dir,
+                corpus_name=corpus_name,
+                n_samples=n_samples,
+            )
+        return _as_in_the_file(method, from_file, given, rules + runtime, base_hparams)
 
     base = DEFAULTS | deepcopy(VALUES[method]) | {"alg_name": method}
     keys = [*base, "model_name", "device"]
@@ -195,7 +240,7 @@ def _note(rule: _Rule) -> str:
 def _read(method: str, file: Any) -> dict[str, Any]:
     path, config = read_mapping(file)
     name = config.get("alg_name")
-    if name != method:
+    if str(name).casefold() != method.casefold():  # `ULTRAEDIT` in the folder UltraEdit
         raise PeerError(
             f"`alg_name={name!r}` in {path} is another method. Give a file of {method}."
         )
@@ -203,21 +248,81 @@ def _read(method: str, file: Any) -> dict[str, Any]:
 
 
 def _as_in_the_file(
-    method: str, from_file: dict[str, Any], given: dict[str, Any], runtime: list[_Rule]
+    method: str,
+    from_file: dict[str, Any],
+    given: dict[str, Any],
+    rules: list[_Rule],
+    base: PeerHparams | None = None,
 ) -> PeerHparams:
-    """Returns what a file says for a method without rules, with this run's model and files."""
-    if not from_file:
-        raise PeerError(
-            f"`{method}`: there are rules for {', '.join(PEERS)} only. For another method of "
-            "EasyEdit give its YAML: `hparams: FILE.yaml`."
-        )
-    used = [r for r in runtime if r.key in from_file and r.key not in given]
-    used += [r for r in runtime if r.key in ("model_name", "device") and r not in used]
+    """Returns what a file says for a method without a table, with this run's model and files."""
+    always = ("model_name", "device", "batch_size")
+    used = [r for r in rules if r.key in (*from_file, *always) and r.key not in given]
     values = from_file | {r.key: r.value for r in used} | given
     size = number_if_it_is_one(values.get("batch_size"))
     batched = isinstance(size, (int, float)) and size > 1
+    modules = _covariance_modules(values) + ([] if base is None else base.covariance_modules)
     notes = [_note(r) for r in used if r.why]
-    return PeerHparams(method, values, not batched, _covariance_modules(values), notes)
+    return PeerHparams(method, values, not batched, modules, notes, base)
+
+
+def _yaml_rules(
+    method: str, model: Any, values: Mapping[str, Any], n_edits: int, n_layers: int
+) -> list[_Rule]:
+    """Returns what is set anew in a published YAML, made for a model of `n_layers` layers.
+
+    Raises:
+        PeerError: The model lacks a module that the method needs.
+    """
+    stack = _layers_of(model)
+    why = f"the depth of EasyEdit's choice in {n_layers} layers, here in {len(stack.layers)}"
+    rules = [
+        _Rule("model_parallel", False, ""),
+        _Rule("fp16", False, ""),
+        _Rule("half", False, "the model is loaded already, in its own precision"),
+        _Rule("v_loss_layer", len(stack.layers) - 1, "the last layer"),
+    ]
+    layers = [0]
+    if values.get("layers"):
+        layers = scaled_layers(values["layers"], len(stack.layers), n_layers)
+        rules.append(_Rule("layers", layers, why))
+    weights = values.get("mom2_update_weight")
+    if isinstance(weights, list):
+        rules.append(_Rule("mom2_update_weight", weights[: len(layers)], ""))
+    names, missing = module_names(method, model, stack, layers[0])
+    if missing and any(key in values for key in missing):
+        title = f"{method} cannot be set up for {model_label(model)}:"
+        raise PeerError(one_message(title, list(missing.values())))
+    layer, published = stack.layers[layers[0]], dict(values)
+    output = mlp_output(layer)
+    if published.get("mlp_module_tmp") == published.get("rewrite_module_tmp"):
+        names["mlp_module_tmp"] = names.get("rewrite_module_tmp", "")
+        names["attn_module_tmp"] = f"{names['layer_module_tmp']}.{attention_output(layer)}"
+    rules += [_Rule(key, name, "from this model's modules") for key, name in names.items()]
+    if "rewrite_module_tmps" in values:
+        rules.append(_Rule("rewrite_module_tmps", [names["rewrite_module_tmp"]], ""))
+    if "inner_params" in values:
+        inner = scaled_parameters(
+            values["inner_params"], stack, n_layers, {"mlp.down_proj": output} if output else {}
+        )
+        rules.append(_Rule("inner_params", inner, why))
+    if method in BATCHED:
+        size = min(n_edits, LARGEST_BATCH)
+        rules.append(_Rule("batch_size", size, f"{n_edits} edits, at most {LARGEST_BATCH} at once"))
+    return rules
+
+
+def _written(folder: Path, method: str, values: Mapping[str, Any]) -> Path:
+    path = folder / method / "hparams.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(dict(values)), encoding="utf-8")
+    return path
+
+
+def _layers_of(model: Any) -> LayerList:
+    stack = find_layers(model)
+    if stack is None or not len(stack.layers):
+        raise PeerError(f"{model_label(model)} has no list of layers to edit. Take another model.")
+    return stack
 
 
 def _checked(
@@ -267,9 +372,7 @@ def _model_rules(
     method: str, model: Any, n_edits: int, layers: list[int] | None
 ) -> tuple[list[_Rule], dict[str, str]]:
     """Returns the values that depend on the model, and a problem for each key without one."""
-    stack = find_layers(model)
-    if stack is None or not len(stack.layers):
-        raise PeerError(f"{model_label(model)} has no list of layers to edit. Take another model.")
+    stack = _layers_of(model)
     n = len(stack.layers)
     if method == "LoRA":
         targets, problem = attention_inputs(stack)

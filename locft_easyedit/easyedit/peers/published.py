@@ -6,7 +6,13 @@ import math
 from typing import Any
 
 PEERS = ("FT", "LoRA", "ROME", "MEMIT", "AlphaEdit")
-BATCHED = ("MEMIT", "AlphaEdit")
+# Methods that make several edits in one call, by EasyEdit's names.
+BATCHED = (
+    *("MEMIT", "AlphaEdit", "MEMIT-FE", "PMET", "EMMET", "EAMET", "SPHERE", "CORE", "ULTRAEDIT"),
+    "UltraEdit",
+)
+# What EasyEdit's FT does with the objective that it is given here goes by a name of its own.
+ALIASES = {"FT-M": "FT"}
 
 # Values of EasyEdit's YAMLs that depend on no model; layers are those of the 32 in these Llamas:
 # hparams/METHOD/llama3-8b.yaml, of MEMIT llama-7b.yaml.
@@ -111,13 +117,13 @@ _NUMBERS = frozenset(
 _FLAGS = frozenset(["mom2_adjustment", "model_parallel", "fp16"])
 
 
-def scaled_layers(layers: list[int], n_layers: int) -> list[int]:
-    """Returns consecutive layers that end at the depth where `layers` end in 32 layers.
+def scaled_layers(layers: list[int], n_layers: int, of: int = VALUES_LAYERS) -> list[int]:
+    """Returns consecutive layers that end at the depth where `layers` end in `of` layers.
 
     As many as `layers`, or fewer where fewer lie between the depths of their first and last.
     """
-    last = min(math.floor(layers[-1] * n_layers / VALUES_LAYERS + 0.5), n_layers - 1)
-    lowest = math.floor(layers[0] * n_layers / VALUES_LAYERS)
+    last = min(math.floor(layers[-1] * n_layers / of + 0.5), n_layers - 1)
+    lowest = math.floor(layers[0] * n_layers / of)
     return list(range(max(min(lowest, last), last - len(layers) + 1), last + 1))
 
 

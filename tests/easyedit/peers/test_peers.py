@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.toys import DOWN_PROJECTION, TOY_KINDS, toy_model, toy_requests, toy_tokenizer
+from helpers.toys import (
+    DOWN_PROJECTION,
+    N_LAYERS,
+    TOY_KINDS,
+    toy_model,
+    toy_requests,
+    toy_tokenizer,
+)
 from torch import nn
 
 from locft_easyedit.easyedit.cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
@@ -30,8 +37,14 @@ from locft_easyedit.easyedit.peers.published import (
     MODULE_KEYS,
     VALUES,
     number_if_it_is_one,
+    scaled_layers,
 )
-from locft_easyedit.errors import HyperParamsError
+from locft_easyedit.easyedit.peers.yamls import (
+    MethodUnavailableError,
+    check_method,
+    known_method,
+)
+from locft_easyedit.errors import HyperParamsError, LocFTError
 
 CHECKOUT = os.environ.get("EASYEDIT_HOME")
 ONE_MATRIX = ("ROME", "MEMIT", "AlphaEdit")
@@ -607,12 +620,79 @@ def test_another_method(tmp_path):
     assert batched.values["mom2_dataset"] == "w"
 
 
-def test_method_without_rules():
-    message = "`GRACE`: there are rules for FT, LoRA, ROME, MEMIT, AlphaEdit only"
-    with pytest.raises(PeerError, match=message):
+GRACE_YAML = """
+alg_name: GRACE
+model_name: ./hugging_cache/llama
+device: 1
+inner_params: ["model.layers[27].mlp.down_proj.weight"]
+edit_lr: 1.0
+n_iter: 50
+"""
+EAMET_YAML = """
+alg_name: EAMET
+model_name: ./hugging_cache/qwen
+device: 1
+layers: [4, 5, 6, 7, 8]
+v_loss_layer: 27
+mom2_adjustment: true
+mom2_update_weight: [1, 1, 1, 1, 1]
+rewrite_module_tmp: model.layers.{}.mlp.down_proj
+lm_head_module: lm_head
+"""
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """What of a clone of EasyEdit its values are read from."""
+    files = {
+        "GRACE/llama-7b.yaml": GRACE_YAML,
+        "EAMET/qwen2.5-7b.yaml": EAMET_YAML,
+        "MELO/x.yaml": "",
+    }
+    for name, text in files.items():
+        path = tmp_path / "clone" / "hparams" / name
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    monkeypatch.setenv("EASYEDIT_HOME", str(tmp_path / "clone"))
+
+
+def test_methods_without_a_table_begin_with_easyedits_yaml(clone):
+    grace = peer("GRACE")
+    assert grace.one_by_one
+    assert grace.values["device"] == "cpu"
+    n = N_LAYERS
+    [place] = grace.values["inner_params"]
+    assert place == f"model.layers[{scaled_layers([27], n)[0]}].mlp.down_proj.weight"
+    assert grace.values["n_iter"] == 50
+    eamet = peer("EAMET", n_edits=7)
+    assert eamet.values["layers"] == scaled_layers([4, 5, 6, 7, 8], n, 28)
+    assert eamet.values["v_loss_layer"] == n - 1
+    assert len(eamet.values["mom2_update_weight"]) == len(eamet.values["layers"])
+    assert eamet.values["batch_size"] == 7
+    assert not eamet.one_by_one
+    assert len(eamet.covariance_modules) == len(eamet.values["layers"])
+
+
+def test_a_methods_name_in_any_case(clone):
+    assert [known_method(name) for name in ("grace", "Eamet", "ft-m", "rect", "New")] == [
+        *("GRACE", "EAMET", "FT", "RECT", "New")
+    ]
+    check_method("New")  # EasyEdit may have it
+    with pytest.raises(LocFTError, match=r"no method `GRACES`. Did you mean `GRACE`\?"):
+        check_method("GRACES")
+
+
+def test_methods_that_cannot_be_run_tell_why(clone, monkeypatch):
+    for name, why in (
+        ("RECT", "RECT is not in EasyEdit"),
+        ("IKE", "edits no model"),
+        ("MELO", r"has no values for it.*peers\.MELO\.hparams=FILE"),
+    ):
+        with pytest.raises(MethodUnavailableError, match=why):
+            peer(name)
+    monkeypatch.delenv("EASYEDIT_HOME")
+    with pytest.raises(MethodUnavailableError, match=r"GRACE: .*set EASYEDIT_HOME to the clone"):
         peer("GRACE")
-    with pytest.raises(PeerError, match=r"give its YAML: `hparams: FILE\.yaml`"):
-        peer("rome", overrides={"layers": [1]})
 
 
 # EasyEdit itself
