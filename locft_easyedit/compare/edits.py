@@ -7,13 +7,13 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..data.forms import CONTEXTS
 from ..easyedit.importing import EasyEdit
 from ..easyedit.peers.peer_editor import PeerEditor, hparams_class
 from ..easyedit.peers.peer_hparams import (
@@ -82,9 +82,9 @@ class MethodEditor:
 
 
 def method_editor(
-    job: Job, model: Any, tokenizer: Any, n_edits: int, easyedit: EasyEdit, folder: Path
+    job: Job, model: Any, tokenizer: Any, n_edits: int, easyedit: EasyEdit
 ) -> MethodEditor:
-    """Returns the job's method on a loaded model; what EasyEdit reads is written into `folder`.
+    """Returns the job's method on a loaded model.
 
     Raises:
         MethodUnavailableError: This EasyEdit does not have it.
@@ -122,7 +122,7 @@ def method_editor(
         tokenizer.pad_token = tokenizer.eos_token  # as EasyEdit's editor sets both
     tokenizer.padding_side = padding_side(job.name)
     name_for_easyedit_(model, model_id(job.model))
-    hparams = plan.load(cls, folder)
+    hparams = plan.load(cls)
     editor = PeerEditor(job.name, model, tokenizer, hparams, easyedit_name(model))
     return MethodEditor(
         job.name,
@@ -221,7 +221,7 @@ class Edits:
             start = time.perf_counter()
             device = self.model.get_input_embeddings().weight.device
             with peak_memory(device) as peak:
-                self.method.editor.edit_([self._trained(self.requests[i]) for i in chunk])
+                self.method.editor.edit_([self._trained(i) for i in chunk])
             self.seconds += time.perf_counter() - start
             self.peak = max(self.peak, peak, key=lambda p: p.gib or 0.0)
             done += len(chunk)
@@ -239,14 +239,19 @@ class Edits:
                 "room in this model (for AlphaEdit, no direction below `nullspace_threshold`)."
             )
 
-    def _trained(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns a request as its method gets it: with a target that ends, if all do.
+    def _trained(self, i: int) -> dict[str, Any]:
+        """Returns request i as its method gets it: with a target that ends, if all do.
 
         An answer counts as right only if it ends after the target. LocFT-BF trains the end by
-        itself; EasyEdit's methods train the text that they are given.
+        itself; EasyEdit's methods train the text that they are given. WISE keeps an unrelated text
+        as it is for each edit, which EasyEdit's scripts take from a data set's training part.
         """
-        target = request["target_new"]
-        return {**request, "target_new": f"{target}{self.method.end}"}
+        request = self.requests[i]
+        return {
+            **request,
+            "target_new": f"{request['target_new']}{self.method.end}",
+            "loc_prompt": CONTEXTS[i % len(CONTEXTS)],
+        }
 
     def _save(self, done: int) -> None:
         """Saves what was edited so far, whole or not at all.

@@ -135,7 +135,7 @@ def _edited(job: Job, folder: JobFolder, progress: Progress) -> Outcome:
     before = folder.read(JobFolder(folder.path.parent / "before").result)["result"]["records"]
     easyedit = register()
     model, tokenizer = _load(job, progress)
-    editor = method_editor(job, model, tokenizer, len(requests), easyedit, folder.path)
+    editor = method_editor(job, model, tokenizer, len(requests), easyedit)
     seconds = {"load": time.perf_counter() - start}
     edits = Edits(editor, requests, model, tokenizer, _how(job), folder, progress)
     edits.make_()

@@ -19,7 +19,7 @@ from ...hparams_rules import ALG_NAMES
 from ..cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
 from ..importing import EasyEdit
 from ..registration import register, subclasses
-from .yamls import MethodUnavailableError
+from .yamls import MethodUnavailableError, check_runs
 
 
 class PeerEditor:
@@ -155,8 +155,9 @@ def hparams_class(method: str) -> Any:
     """Returns EasyEdit's hyper-parameter class for `method`, or ours.
 
     Raises:
-        MethodUnavailableError: This EasyEdit does not have the method.
+        MethodUnavailableError: This EasyEdit does not have the method, or it cannot be run here.
     """
+    check_runs(method)
     easyedit = register()
     if method in ALG_NAMES:
         return LocFTBFHyperParams

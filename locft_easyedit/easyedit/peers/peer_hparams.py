@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +76,7 @@ class PeerHparams:
     notes: list[str]
     base: PeerHparams | None = None
 
-    def load(self, cls: Any, folder: Path) -> Any:
+    def load(self, cls: Any) -> Any:
         """Returns the values as an object of EasyEdit's class, made by its own `from_hparams`.
 
         Some classes have other keys in a YAML than as attributes, and some read the YAML of another
@@ -83,7 +84,6 @@ class PeerHparams:
 
         Args:
             cls: The hyper-parameter class.
-            folder: Where the YAMLs are written.
 
         Raises:
             PeerError: The class lacks a key, and would not do what its value says.
@@ -91,10 +91,11 @@ class PeerHparams:
         values = self.values
         if self.method in PEERS:
             values = self.values_for([field.name for field in fields(cls)])
-        path = _written(folder, self.method, values)
-        if self.base is not None:
-            _written(folder, self.base.method, self.base.values)
-        return cls.from_hparams(str(path))
+        with TemporaryDirectory() as folder:
+            path = _written(Path(folder), self.method, values)
+            if self.base is not None:
+                _written(Path(folder), self.base.method, self.base.values)
+            return cls.from_hparams(str(path))
 
     def values_for(self, fields: Collection[str]) -> dict[str, Any]:
         """Returns the values that a hyper-parameter class with these `fields` takes.

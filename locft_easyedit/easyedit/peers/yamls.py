@@ -71,14 +71,23 @@ def check_method(name: str) -> None:
         raise LocFTError(f"There is no method `{name}`. {hint}")
 
 
+def check_runs(method: str) -> None:
+    """Checks that a method is none of those of which it is known that they cannot be run here.
+
+    Raises:
+        MethodUnavailableError: It is; says why.
+    """
+    if method in _NOT_HERE:
+        raise MethodUnavailableError(f"{method} {_NOT_HERE[method]}")
+
+
 def published_yaml(method: str) -> tuple[Path, int]:
     """Returns EasyEdit's YAML for a method, and the number of layers of the model it is made for.
 
     Raises:
         MethodUnavailableError: There is none; says why.
     """
-    if method in _NOT_HERE:
-        raise MethodUnavailableError(f"{method} {_NOT_HERE[method]}")
+    check_runs(method)
     home = easyedit_folder()
     if home is None:
         raise MethodUnavailableError(

@@ -1,4 +1,4 @@
-"""EasyEdit's methods on a loaded model: what they put around it, and how many edits a call takes."""
+"""EasyEdit's methods on a loaded model: what is put around it, how many edits a call takes."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
