@@ -33,7 +33,7 @@ SMALL = {
     **dict.fromkeys(("hidden_size_global", "adapter_input_size"), 32),
     **dict.fromkeys(("adapter_in_dim", "adapter_out_dim"), 32),
     **dict.fromkeys(("num_decoder_attention_heads", "num_encoder_attention_heads"), 4),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "index_n_heads"), 2),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
     **dict.fromkeys(("head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"), 8),
     **dict.fromkeys(("d_head", "linear_head_dim", "attention_head_size"), 8),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
@@ -49,6 +49,7 @@ SMALL = {
     **dict.fromkeys(("attention_window_size", "mamba_chunk_size", "index_topk"), 8),
     "mamba_d_head": 16,  # mamba_n_heads of it are mamba_expand times the hidden size
     "mamba_d_ssm": 64,
+    "index_n_heads": 16,  # with few, scores are 0 for several keys, and chance chooses among them
     "vocab_size": WORDS,
     "vocab_size_per_layer_input": WORDS,
     "hidden_size_per_layer_input": 8,
