@@ -78,8 +78,9 @@ OWN: dict[str, dict] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 64, "moe_top_k": 2},
     },
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 2},
     "dots3_note_text": {"head_dim": 16},  # of what is rotated and what is not
-    "gemma3n_text": {"num_kv_shared_layers": 2},
+    "gemma3n_text": {"num_kv_shared_layers": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], N_LAYERS // 2]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"head_dim": 16},
