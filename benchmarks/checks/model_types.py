@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[0]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from random_inputs import random_requests, word_tokenizer
 from tiny_models import N_LAYERS, NO_LANGUAGE_MODEL, WORDS, tiny_model

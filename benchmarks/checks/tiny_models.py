@@ -80,7 +80,7 @@ OWN: dict[str, dict] = {
     },
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 2},
     "dots3_note_text": {"head_dim": 16},  # of what is rotated and what is not
-    "gemma3n_text": {"num_kv_shared_layers": 1},
+    **{key: {"num_kv_shared_layers": 1} for key in ("gemma3n_text", "gemma4_text")},
     "gpt_neo": {"attention_types": [[["global", "local"], N_LAYERS // 2]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"head_dim": 16},

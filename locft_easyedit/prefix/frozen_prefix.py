@@ -321,7 +321,9 @@ class FrozenPrefix:
         """Lets the next forward pass begin with `states`, [R, L, W]."""
         self._fed = states
 
-    def inputs(self, states: torch.Tensor, rows: Rows, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def inputs(
+        self, states: torch.Tensor, rows: Rows, ids: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """Returns what to give the model where `states` are put in: the tokens, or zeros.
 
         Args:
