@@ -43,6 +43,13 @@ from locft_easyedit.training.session import EditSession
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "model_types.json"
 N_EDITS = 4
+# Why something cannot be had, where the model's own code is the reason.
+REASONS = {
+    "gpt_oss": "not packed: its code makes masks without `position_ids`",
+    "prophetnet": "no prefix: it runs several streams of unlike positions",
+    "xlm": "no prefix: its layers are no modules, their parts lie in lists",
+    "zaya": "no prefix: experts are chosen by what the routers below have found",
+}
 SECONDS = 90  # for a type
 TOLERANCE = 1e-4  # of the mean loss of the first step, relative
 
@@ -69,6 +76,8 @@ def plain_loss(model, texts):
 def tried(model_type):
     """Returns what an edit of a type can do: `state` is trains, refused, wrong or not built."""
     found = tried_with(model_type)
+    if found["state"] == "trains" and model_type in REASONS:
+        found["reason"] = REASONS[model_type]
     if found["state"] == "refused":
         again = tried_with(model_type, is_decoder=True)
         if again["state"] == "trains":
@@ -113,12 +122,14 @@ def edited(model):
         cached = can_batch_cache(model, texts.ids[: texts.offsets[1]].tolist())
         loss = session.train_().step_losses[0]
         shortcuts = session.shortcuts
-        why_not = "" if shortcuts.cuts else Probes(model, texts).cuts(session.place, False)[1]
+        remark = "" if shortcuts.cuts else Probes(model, texts).cuts(session.place, False)[1]
+        if shortcuts.cuts and shortcuts.cuts[0].first_layer < place.layer:
+            remark = "prefix ends at a layer below: those above share what it makes"
     error = abs(loss - expected) / abs(expected)
     right = error <= TOLERANCE
     return {
         "state": "trains" if right else "wrong",
-        "reason": why_not if right else f"loss {loss:.6f}, a plain loop gives {expected:.6f}",
+        "reason": remark if right else f"loss {loss:.6f}, a plain loop gives {expected:.6f}",
         "place": place.module,
         "prefix": shortcuts.cuts[0].kind if shortcuts.cuts else None,
         "packed": shortcuts.packed,
@@ -158,7 +169,11 @@ def limited():
 def short(error):
     """Returns the first line of an error's message, of a table's width."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:90]}" if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    if isinstance(error, LocFTError):  # a sentence of its own
+        return lines[0].split(". ")[0][:120]
+    return f"{type(error).__name__}: {lines[0][:90]}"
 
 
 def table(found):

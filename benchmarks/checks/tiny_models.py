@@ -83,6 +83,7 @@ OWN: dict[str, dict] = {
     **{key: {"num_kv_shared_layers": 1} for key in ("gemma3n_text", "gemma4_text")},
     "gpt_neo": {"attention_types": [[["global", "local"], N_LAYERS // 2]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "longcat_flash": {"num_hidden_layers": None},  # counts attentions, of which a layer has two
     "mamba2": {"head_dim": 16},
     "qwen4_exp_text": {
         "indexer_n_heads": 4,

@@ -123,7 +123,8 @@ def head_sees(
 ) -> Iterator[list[bool]]:
     """Context manager that gives the output embedding `select(hidden states)`.
 
-    Yields a list, which is filled once the embedding was called.
+    Yields a list, which is filled once the embedding was called so. It is called as it was to be
+    where it gets more than one stream of hidden states.
 
     The output embedding is the largest matrix of many models, and most positions' logits are not
     asked for. What it gets is contiguous: by a slice of [B, L, D], and a weight without gradients,
@@ -136,6 +137,8 @@ def head_sees(
     seen: list[bool] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if args[0].dim() > 3:
+            return args
         seen.append(True)
         return (select(args[0]).contiguous(), *args[1:])
 

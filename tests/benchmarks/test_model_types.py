@@ -17,7 +17,9 @@ tiny_models = script_module(REPOSITORY / "benchmarks" / "checks" / "tiny_models.
     [
         ("llama", {"state": "trains", "prefix": "matrix", "packed": True, "cache": True}),
         ("nemotron_h", {"state": "trains", "prefix": "mlp", "packed": False}),
-        ("bert", {"state": "refused"}),
+        ("longcat_flash", {"state": "trains", "prefix": "layer"}),
+        ("prophetnet", {"state": "trains", "prefix": None}),
+        ("bert", {"state": "refused", "reason": "trains with `is_decoder: true`"}),
         ("no such type", {"state": "not built"}),
     ],
 )

@@ -20,7 +20,7 @@ KINDS = {
     "gemma4_text": ("layer", 1),  # layers have inputs of their own; some take keys of others
     "gemma3n_text": ("layer", 1),  # the same, and streams come before rows
     "deepseek_v4": ("layer", 2),  # several streams, and experts chosen by token
-    "hy_v4": ("layer", 2),  # streams, and layers that return what they attend to
+    "hy_v4": ("layer", 1),  # streams, and layers that attend to what one below has chosen
     "zamba": ("mlp", 2),  # embeddings enter layers above
 }
 
