@@ -24,10 +24,20 @@ def run_layout(model: PreTrainedModel, rows: Rows, **inputs: torch.Tensor) -> An
     """
     return model(
         **inputs,
-        position_ids=rows.position_ids,
+        position_ids=rows.position_ids + first_position(model),
         attention_mask=rows.attention_mask,
         use_cache=False,
     )
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """Returns the position that a model gives the first token of a text.
+
+    RoBERTa and its kind count from behind the padding token's.
+    """
+    embeddings: Any = getattr(model.base_model, "embeddings", None)
+    counts_from_padding = hasattr(embeddings, "create_position_ids_from_input_ids")
+    return embeddings.padding_idx + 1 if counts_from_padding else 0
 
 
 def run_rows(

@@ -19,6 +19,7 @@ tiny_models = script_module(REPOSITORY / "benchmarks" / "checks" / "tiny_models.
         ("nemotron_h", {"state": "trains", "prefix": "mlp", "packed": False}),
         ("longcat_flash", {"state": "trains", "prefix": "layer"}),
         ("prophetnet", {"state": "trains", "prefix": None}),
+        ("roberta", {"state": "refused", "reason": "trains with `is_decoder: true`"}),
         ("bert", {"state": "refused", "reason": "trains with `is_decoder: true`"}),
         ("no such type", {"state": "not built"}),
     ],
