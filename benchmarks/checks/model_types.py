@@ -26,116 +26,32 @@ import torch
 import transformers
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[0]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from random_inputs import random_requests, word_tokenizer
+from tiny_models import N_LAYERS, NO_LANGUAGE_MODEL, WORDS, tiny_model
 
 from locft_easyedit.errors import LocFTError
 from locft_easyedit.evaluation.decoding import can_batch_cache
 from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.modeling.places import find_locations
 from locft_easyedit.plan.reader import ModelReader
+from locft_easyedit.prefix.shortcuts import Probes
 from locft_easyedit.training.session import EditSession
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "model_types.json"
-WORDS, N_EDITS, N_LAYERS = 400, 4, 4
-SECONDS = 90  # for a type
-MOST_PARAMETERS = 30_000_000
-TOLERANCE = 1e-4  # of the mean loss of the first step, relative
-
-# Whatever of it a configuration has becomes so small.
-SMALL = {
-    **dict.fromkeys(
-        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), N_LAYERS
-    ),
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embedding_size", "dim"), 32),
-    **dict.fromkeys(
-        ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "decoder_ffn_dim", "ffn_hidden_size"),
-        64,
-    ),
-    **dict.fromkeys(
-        ("moe_intermediate_size", "shared_expert_intermediate_size", "lru_width", "time_step_rank"),
-        32,
-    ),
-    **dict.fromkeys(
-        ("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "num_heads"), 4
-    ),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "index_n_heads"), 2),
-    **dict.fromkeys(("head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"), 8),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k"), 2),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "index_head_dim", "rotary_dim"), 8),
-    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
-    **dict.fromkeys(("mamba_d_state", "state_size", "mamba_expand"), 2),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 256),
-    **dict.fromkeys(("sliding_window", "attention_chunk_size", "window_size"), 8),
-    "vocab_size": WORDS,
-    "vocab_size_per_layer_input": WORDS,
-    "hidden_size_per_layer_input": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.2,
+N_EDITS = 4
+# Why something cannot be had, where the model's own code is the reason.
+REASONS = {
+    "gpt_oss": "not packed: its code makes masks without `position_ids`",
+    "prophetnet": "no prefix: it runs several streams of unlike positions",
+    "xlm": "no prefix: its layers are no modules, their parts lie in lists",
+    "zaya": "no prefix: experts are chosen by what the routers below have found",
 }
-
-
-# Sizes that must fit each other in ways that differ: left out where a model cannot run with them.
-FITTING = ("head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "index_head_dim")
-
-
-def small_config(model_type, left_out=()):
-    """Returns the configuration of a type with every size that it knows made small."""
-    return _small(CONFIG_MAPPING[model_type], left_out)
-
-
-def _small(config_class, left_out):
-    default = config_class()
-    known = (key for key in SMALL if key not in left_out and hasattr(default, key))
-    values = {key: SMALL[key] for key in known}
-    for key in ("layer_types", "layers_block_type", "mlp_layer_types"):
-        kinds = getattr(default, key, None)
-        if isinstance(kinds, (list, tuple)) and kinds:
-            distinct = list(dict.fromkeys(kinds))
-            # The last layers alike those of the whole model, and each kind among them.
-            values[key] = [*(distinct * N_LAYERS)[: N_LAYERS - 1], kinds[-1]]
-    for key, sub in getattr(config_class, "sub_configs", {}).items():
-        if key == "text_config" and hasattr(default, key):
-            values[key] = _small(
-                type(getattr(default, key)) if sub is None else sub, left_out
-            ).to_dict()
-    while True:
-        try:
-            return config_class(**values)
-        except (
-            TypeError,
-            AttributeError,
-        ) as error:  # a name that is an alias, or is made of others
-            wrong = [key for key in values if f"'{key}'" in str(error)]
-            if not wrong:
-                raise
-            del values[wrong[0]]
-
-
-def built(model_type):
-    """Returns a random model of a type, in float32, which runs."""
-    attempts = [(), ("head_dim",), FITTING, (*FITTING, "hidden_size", "num_attention_heads")]
-    for left_out in attempts:
-        try:
-            config = small_config(model_type, left_out)
-            with torch.device("meta"):
-                n = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-            if n > MOST_PARAMETERS:
-                raise ValueError(f"{n:,} parameters in its smallest form here")
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-            with torch.no_grad():
-                model(input_ids=torch.arange(3, 12)[None], use_cache=False)
-            return model
-        except Exception as error:
-            failure = error
-    raise failure
+SECONDS = 90  # for a type
+TOLERANCE = 1e-4  # of the mean loss of the first step, relative
 
 
 def place_of(model):
@@ -159,9 +75,23 @@ def plain_loss(model, texts):
 
 def tried(model_type):
     """Returns what an edit of a type can do: `state` is trains, refused, wrong or not built."""
+    found = tried_with(model_type)
+    if found["state"] == "trains" and model_type in REASONS:
+        found["reason"] = REASONS[model_type]
+    if found["state"] == "refused":
+        again = tried_with(model_type, is_decoder=True)
+        if again["state"] == "trains":
+            found = again | {"state": "refused", "reason": "trains with `is_decoder: true`"}
+    return found
+
+
+def tried_with(model_type, **values):
+    """Returns the same of a type with some values of its configuration."""
+    if model_type in NO_LANGUAGE_MODEL:
+        return {"state": "not built", "reason": NO_LANGUAGE_MODEL[model_type]}
     try:
         with limited():
-            model = built(model_type)
+            model = tiny_model(model_type, **values)
     except Exception as error:
         return {"state": "not built", "reason": short(error)}
     found = {"class": type(model).__name__}
@@ -192,11 +122,14 @@ def edited(model):
         cached = can_batch_cache(model, texts.ids[: texts.offsets[1]].tolist())
         loss = session.train_().step_losses[0]
         shortcuts = session.shortcuts
+        remark = "" if shortcuts.cuts else Probes(model, texts).cuts(session.place, False)[1]
+        if shortcuts.cuts and shortcuts.cuts[0].first_layer < place.layer:
+            remark = "prefix ends at a layer below: those above share what it makes"
     error = abs(loss - expected) / abs(expected)
     right = error <= TOLERANCE
     return {
         "state": "trains" if right else "wrong",
-        "reason": "" if right else f"loss {loss:.6f}, a plain loop gives {expected:.6f}",
+        "reason": remark if right else f"loss {loss:.6f}, a plain loop gives {expected:.6f}",
         "place": place.module,
         "prefix": shortcuts.cuts[0].kind if shortcuts.cuts else None,
         "packed": shortcuts.packed,
@@ -236,7 +169,11 @@ def limited():
 def short(error):
     """Returns the first line of an error's message, of a table's width."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:90]}" if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    if isinstance(error, LocFTError):  # a sentence of its own
+        return lines[0].split(". ")[0][:120]
+    return f"{type(error).__name__}: {lines[0][:90]}"
 
 
 def table(found):

@@ -24,10 +24,20 @@ def run_layout(model: PreTrainedModel, rows: Rows, **inputs: torch.Tensor) -> An
     """
     return model(
         **inputs,
-        position_ids=rows.position_ids,
+        position_ids=rows.position_ids + first_position(model),
         attention_mask=rows.attention_mask,
         use_cache=False,
     )
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """Returns the position that a model gives the first token of a text.
+
+    RoBERTa and its kind count from behind the padding token's.
+    """
+    embeddings: Any = getattr(model.base_model, "embeddings", None)
+    counts_from_padding = hasattr(embeddings, "create_position_ids_from_input_ids")
+    return embeddings.padding_idx + 1 if counts_from_padding else 0
 
 
 def run_rows(
@@ -123,7 +133,8 @@ def head_sees(
 ) -> Iterator[list[bool]]:
     """Context manager that gives the output embedding `select(hidden states)`.
 
-    Yields a list, which is filled once the embedding was called.
+    Yields a list, which is filled once the embedding was called so. It is called as it was to be
+    where it gets more than one stream of hidden states.
 
     The output embedding is the largest matrix of many models, and most positions' logits are not
     asked for. What it gets is contiguous: by a slice of [B, L, D], and a weight without gradients,
@@ -136,6 +147,8 @@ def head_sees(
     seen: list[bool] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if args[0].dim() > 3:
+            return args
         seen.append(True)
         return (select(args[0]).contiguous(), *args[1:])
 

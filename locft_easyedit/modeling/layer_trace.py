@@ -47,13 +47,13 @@ class Trace:
         layer: The layer.
         calls: The calls of the modules inside it, in the order of their beginnings.
         entry: The hidden states that the layer was given, [R, L, D].
-        returns_tuple: Whether the layer returned a tuple.
+        n_returned: What the layer returned as a tuple; 0 for the hidden states alone.
     """
 
     layer: nn.Module
     calls: list[Call] = field(default_factory=list)
     entry: torch.Tensor | None = None
-    returns_tuple: bool = False
+    n_returned: int = 0
 
     def call_of(self, module: nn.Module) -> Call | None:
         """Returns the one call of `module`; `None` if it was called never or more than once."""
@@ -119,7 +119,7 @@ def tracing(layer: nn.Module) -> Iterator[Trace]:
         return with_hidden(args, kwargs, trace.entry)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        trace.returns_tuple = isinstance(output, tuple)
+        trace.n_returned = n_returned(output)
 
     def hand_on(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return output if module.training else args[0]
@@ -155,6 +155,11 @@ def with_hidden(
 
 def _hidden_name(kwargs: dict[str, Any]) -> str:
     return next(name for name in ("hidden_states", "input", "x") if name in kwargs)
+
+
+def n_returned(output: Any) -> int:
+    """Returns how many values a layer returned in a tuple; 0 for the hidden states alone."""
+    return len(output) if isinstance(output, tuple) else 0
 
 
 def first_tensor(output: Any) -> torch.Tensor | None:

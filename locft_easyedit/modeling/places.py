@@ -84,8 +84,12 @@ def find_layers(model: nn.Module) -> LayerList | None:
 
 
 def number_of_layers(model: nn.Module) -> int | None:
-    """Returns the number of layers that the model's configuration names, if it does."""
-    return getattr(text_config(model), "num_hidden_layers", None)
+    """Returns the number of layers that the model's configuration names, if it does.
+
+    Where a layer has two attentions, `num_hidden_layers` counts these, and `num_layers` the layers.
+    """
+    config = text_config(model)
+    return getattr(config, "num_layers", None) or getattr(config, "num_hidden_layers", None)
 
 
 def select_place(model: nn.Module, layers: Sequence[int], templates: Sequence[str]) -> Place:

@@ -59,8 +59,11 @@ class Cut:
         norm: What the MLP takes its input from (`mlp`).
         sides: Modules whose outputs the layer has added to its input before `block`.
         after: What the block's output passes before it is added to the residual.
-        returns_tuple: Whether the layer returns a tuple.
+        n_returned: What the layers return as a tuple; 0 for the hidden states alone.
         width: Numbers a token, W; 0 if it was not measured.
+        copies_first: Whether hidden states of several streams are [n, R, L, D], not [R, L, n, D].
+        reads_tokens: Whether the model is given tokens as well: of some it computes more than what
+            enters its first layer, such as inputs of each layer.
         narrows: Whether the model takes fewer positions from its last layer than it gave it.
         fold: How the block is run (`matrix`); `None` runs it as it is.
     """
@@ -72,8 +75,10 @@ class Cut:
     norm: nn.Module | None = None
     sides: tuple[nn.Module, ...] = ()
     after: tuple[nn.Module, ...] = ()
-    returns_tuple: bool = False
+    n_returned: int = 0
     width: int = 0
+    copies_first: bool = False
+    reads_tokens: bool = False
     narrows: bool = True
     fold: Fold | None = None
 
@@ -106,7 +111,7 @@ class Cut:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             residual[:] = [sent_to(hidden_of(args, kwargs), module)]
             if self.kind == "layer":
-                finish(residual[0])
+                finish(self._in_rows(residual[0]))
 
         def add(module: nn.Module, args: Any, output: Any) -> None:
             residual.append(first_tensor(output))  # type: ignore[arg-type]
@@ -150,20 +155,34 @@ class Cut:
         """
 
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return with_hidden(args, kwargs, states())
+            return with_hidden(args, kwargs, self._as_given(states(), hidden_of(args, kwargs)))
 
         def resume(hidden: torch.Tensor) -> torch.Tensor:
             return self._from_block(states(), hidden.shape[-1])
 
         if self.kind == "layer":
             with (
-                bypassing(self.stack, self.first_layer, self.returns_tuple),
+                bypassing(self.stack, self.first_layer, self.n_returned),
                 self.layer.register_forward_pre_hook(begin, with_kwargs=True),
             ):
                 yield
         else:
-            with bypassing(self.stack, self.first_layer, self.returns_tuple, then=resume):
+            with bypassing(self.stack, self.first_layer, self.n_returned, then=resume):
                 yield
+
+    def _in_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns what enters the layer as [R, L, W]; models with several streams have one more."""
+        if hidden.dim() < 4:
+            return hidden
+        return (hidden.movedim(0, 2) if self.copies_first else hidden).flatten(2)
+
+    def _as_given(self, states: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """Returns states, [R, L, W], in the form of what the layer is `given`."""
+        if given.dim() < 4:
+            return states
+        streams = given.shape[0 if self.copies_first else 2]
+        hidden = states.unflatten(2, (streams, -1))
+        return hidden.movedim(2, 0) if self.copies_first else hidden
 
     def _from_block(self, states: torch.Tensor, width: int) -> torch.Tensor:
         """Returns what leaves the layer, [R, L, width], of the states at the cut, [R, L, W]."""
@@ -181,9 +200,9 @@ class Cut:
         return residual + output
 
 
-def layer_cut(stack: LayerList, first_layer: int, returns_tuple: bool = False) -> Cut:
+def layer_cut(stack: LayerList, first_layer: int, n_returned: int = 0) -> Cut:
     """Returns the general cut: at the input of a layer."""
-    return Cut(stack, first_layer, returns_tuple=returns_tuple)
+    return Cut(stack, first_layer, n_returned=n_returned)
 
 
 def find_cuts(place: Place, run: Callable[[], None]) -> list[Cut]:
@@ -201,7 +220,9 @@ def find_cuts(place: Place, run: Callable[[], None]) -> list[Cut]:
         for name in place.parameters
         if name.startswith(f"{stack.path}.{first}.")
     }
-    general = layer_cut(stack, first, trace.returns_tuple)
+    general = layer_cut(stack, first, trace.n_returned)
+    if trace.entry is not None and trace.entry.dim() == 4:
+        general = replace(general, copies_first=trace.entry.shape[0] > 1)  # the text is one row
     return [*_matrix_cut(general, trace, trained), *_mlp_cut(general, trace, trained), general]
 
 
@@ -234,6 +255,8 @@ def _mlp_cut(general: Cut, trace: Trace, trained: set[str]) -> list[Cut]:
     residual = trace.entry
     for call in calls:
         if call.module in sides and residual is not None and call.result is not None:
+            if call.result.shape != residual.shape:
+                return []  # several streams, into which outputs are mixed
             residual = residual + call.result
     if residual is None or not norm.given or not torch.equal(norm.given[0], residual):
         return []  # attention and MLP side by side, say: the norm does not see the residual
@@ -253,7 +276,7 @@ def _mlp_cut(general: Cut, trace: Trace, trained: set[str]) -> list[Cut]:
 
 @contextmanager
 def bypassing(
-    stack: LayerList, n_layers: int, returns_tuple: bool, then: Apply | None = None
+    stack: LayerList, n_layers: int, n_returned: int, then: Apply | None = None
 ) -> Iterator[None]:
     """Context manager that lets the first `n_layers` pass on their input; then they run again.
 
@@ -265,7 +288,7 @@ def bypassing(
     originals = list(stack.layers[: len(runs)])
     try:
         for i, (layer, run) in enumerate(zip(originals, runs, strict=True)):
-            stack.layers[i] = _StandIn(layer, run, returns_tuple)
+            stack.layers[i] = _StandIn(layer, run, n_returned)
         yield
     finally:
         for i, layer in enumerate(originals):
@@ -278,10 +301,10 @@ class _StandIn(nn.Module):
     Models choose a mask, or what else they give a layer, by attributes that each names in its way.
     """
 
-    def __init__(self, layer: nn.Module, run: Apply, returns_tuple: bool) -> None:
+    def __init__(self, layer: nn.Module, run: Apply, n_returned: int) -> None:
         super().__init__()
         self.run = run
-        self.returns_tuple = returns_tuple
+        self.n_returned = n_returned
         # In a tuple, it is no child: its parameters would be listed.
         self.original = (layer,)
 
@@ -293,4 +316,5 @@ class _StandIn(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = self.run(hidden_of(args, kwargs))
-        return (hidden,) if self.returns_tuple else hidden
+        # What else a layer returns (weights, a state) is nothing that its successor needs.
+        return (hidden, *[None] * (self.n_returned - 1)) if self.n_returned else hidden

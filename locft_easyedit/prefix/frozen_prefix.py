@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from ..data.tokenization import TokenizedTexts
 from ..modeling.devices import input_device, row_length
 from ..modeling.forward import run_layout
 from ..utils.hashing import arrays_sha256, json_sha256
-from .cut import Cut, layer_cut
+from .cut import Cut
 from .state_file import StateFile
 from .store import Budget, StateStore
 
@@ -237,7 +237,7 @@ class FrozenPrefix:
             OutputError: The disk is full or cannot be written to.
         """
         ids = torch.from_numpy(layout.texts.ids).to(input_device(self.model))
-        entry = layer_cut(self.cut.stack, self.cut.first_layer, self.cut.returns_tuple)
+        entry = replace(self.cut, kind="layer")
 
         def run(batch: np.ndarray) -> None:
             rows = layout.rows(self.model, batch)
@@ -284,7 +284,7 @@ class FrozenPrefix:
         states = below.get_rows(on_host)  # [R, L, D]
         # What keeps states comes last, and sees those that are put in.
         with entry.replaying(lambda: states), keeping:
-            run_layout(self.model, rows, inputs_embeds=self.zeros(states, ids.device))
+            run_layout(self.model, rows, **self.inputs(states, rows, ids))
 
     @contextmanager
     def keeping(self, rows: Rows, *, go_on: bool = True) -> Iterator[None]:
@@ -321,12 +321,18 @@ class FrozenPrefix:
         """Lets the next forward pass begin with `states`, [R, L, W]."""
         self._fed = states
 
-    def zeros(self, states: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Returns what to give the model as `inputs_embeds`, [R, L, D of the embedding].
+    def inputs(
+        self, states: torch.Tensor, rows: Rows, ids: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Returns what to give the model where `states` are put in: the tokens, or zeros.
 
         Args:
             states: The states that are put in, [R, L, W].
-            device: Where the model takes its input.
+            rows: The layout, on the model's device.
+            ids: All token ids, where the model takes its input.
         """
-        zeros = torch.zeros(1, 1, self._embedding_width, dtype=states.dtype, device=device)
-        return zeros.expand(*states.shape[:2], self._embedding_width)
+        if self.cut.reads_tokens:
+            return {"input_ids": ids[rows.gather_index]}
+        shape = (*states.shape[:2], self._embedding_width)
+        # Whole, since some models write into what they are given.
+        return {"inputs_embeds": torch.zeros(shape, dtype=states.dtype, device=ids.device)}

@@ -72,8 +72,9 @@ def prepare_runner(
             prefix.record(layout, batch_size, progress=progress)
         where = prefix.store.where() if prefix.complete else "computed with the next pass"
         logger.info(
-            "The frozen prefix ends at the first trained %s: %d tokens, %s.",
+            "The frozen prefix ends at the %s in layer %d where training begins: %d tokens, %s.",
             chosen.kind,
+            chosen.first_layer,
             prefix.n_tokens,
             where,
         )

@@ -171,10 +171,10 @@ class TextRunner:
         try:
             if now.states is not None:
                 assert self.prefix is not None
-                zeros = self.prefix.zeros(now.states, self.device)
+                inputs = self.prefix.inputs(now.states, now.rows, self.ids)
                 alone = self._above_attention
                 self.prefix.feed(select(now.states, now.rows.scored) if alone else now.states)
-                yield {"inputs_embeds": zeros}
+                yield inputs
                 return
             with self.prefix.keeping(now.on_host) if self.prefix else nullcontext():
                 yield {"input_ids": self.ids[now.rows.gather_index]}

@@ -96,6 +96,7 @@ def find_shortcuts(
     *,
     packing: bool = True,
     frozen_prefix: bool = True,
+    on_disk: bool = False,
 ) -> Shortcuts:
     """Returns the shortcuts that leave the logits as they are; warns of those that do not.
 
@@ -105,6 +106,7 @@ def find_shortcuts(
         place: What is trained.
         packing: Allow packed rows.
         frozen_prefix: Allow the frozen prefix.
+        on_disk: The layers below the first trained one are not resident.
 
     Raises:
         ModelError: The model is not causal.
@@ -117,7 +119,7 @@ def find_shortcuts(
     head = probes.head(place, packed)
     cuts: tuple[Cut, ...] = ()
     if frozen_prefix:
-        cuts, why_not = probes.cuts(place, packed)
+        cuts, why_not = probes.cuts(place, packed, on_disk=on_disk)
         if not cuts:
             logger.warning(
                 "No frozen prefix for %s: %s. Every step runs the full model.",
@@ -194,22 +196,51 @@ class Probes:
                 return head
         return None
 
-    def cuts(self, place: Place, packed: bool) -> tuple[tuple[Cut, ...], str]:
-        """Returns the cuts at which recorded states can be put in, and why there is none."""
+    def cuts(
+        self, place: Place, packed: bool, *, on_disk: bool = False
+    ) -> tuple[tuple[Cut, ...], str]:
+        """Returns the cuts at which recorded states can be put in, and why there is none.
+
+        Where there is none in the first trained layer, because layers share something on their way
+        (keys, say), the highest layer below is taken that can be begun at.
+
+        Args:
+            place: What is trained.
+            packed: Whether rows are packed.
+            on_disk: The layers below the first trained one are not resident.
+        """
         if place.stack is None:
             return (), "no list of layers as long as `config.num_hidden_layers` was found in it"
         if place.first_layer is None:
             return (), "a trained parameter lies outside its layers"
-        candidates, why_not = [layer_cut(place.stack, place.first_layer)], ""
+        candidates = [layer_cut(place.stack, place.first_layer)]
         with _no_refusal():
             candidates = find_cuts(place, self._run_one)
         right: list[Cut] = []
         for cut in candidates:
-            found, why_not = self._checked(cut, packed)
-            if found is None and cut.above_attention:  # some models fix the number of positions
-                found, why_not = self._checked(replace(cut, narrows=False), packed)
+            found, why_not = self._first_right(cut, packed, on_disk)
             right += [found] if found is not None else []
+        below = range(place.first_layer - 1, 0, -1) if not (right or on_disk) else ()
+        for layer in below:
+            found, _ = self._first_right(replace(cut, first_layer=layer), packed, on_disk)
+            if found is not None:
+                return (found,), ""
         return tuple(right), why_not
+
+    def _first_right(self, cut: Cut, packed: bool, on_disk: bool) -> tuple[Cut | None, str]:
+        """Returns the form of the cut that leaves most out, or why none is right."""
+        if on_disk and cut.copies_first:
+            return None, "its frozen layers cannot be read from a disk one by one"
+        forms = [cut]
+        if cut.above_attention:  # some models fix the number of positions
+            forms.append(replace(cut, narrows=False))
+        if not on_disk:
+            forms.append(replace(forms[-1], reads_tokens=True))
+        for form in forms:
+            found, why_not = self._checked(form, packed)
+            if found is not None:
+                break
+        return found, why_not
 
     def _checked(self, cut: Cut, packed: bool) -> tuple[Cut | None, str]:
         """Returns the cut with its width, or why it does not leave the logits as they are."""
@@ -345,6 +376,7 @@ def enabled_shortcuts(
                 place,
                 packing=hparams.packing,
                 frozen_prefix=hparams.frozen_prefix or stream is not None,
+                on_disk=stream is not None,
             )
         if stream is not None and not shortcuts.cuts:
             raise ModelError(

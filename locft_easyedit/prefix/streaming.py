@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..modeling.devices import input_device, module_device
-from ..modeling.layer_trace import tracing
+from ..modeling.layer_trace import n_returned, tracing
 from ..modeling.places import LayerList, find_layers
 from ..utils.progress import progress_bar
 from .cut import Cut, bypassing, layer_cut
@@ -28,6 +28,7 @@ from .frozen_prefix import FrozenPrefix, Layout
 from .prefetch import prefetch
 from .store import StateStore
 
+_MOST_RETURNED = 3  # values in the tuple of a layer
 _TOKENS = 8192  # tokens a forward pass through one layer: large products, small activations
 
 
@@ -55,7 +56,7 @@ class FrozenStream:
         self.device = module_device(stack.layers[first_layer]) or input_device(model)
         embedding: Any = model.get_input_embeddings()
         self.width, self.dtype = int(embedding.weight.shape[1]), model.dtype
-        self.returns_tuple = False
+        self.n_returned = 0
         self.n_passes = 0
         self._hooks: dict[nn.Module, Any] = {}
         self._undo = ExitStack()
@@ -100,7 +101,7 @@ class FrozenStream:
     def shortened(self) -> Iterator[None]:
         """Context manager that runs the model without its frozen layers, to examine the others."""
         [embedding, *_] = self._on_disk()
-        shorter = bypassing(self.stack, self.first_layer, self.returns_tuple)
+        shorter = bypassing(self.stack, self.first_layer, self.n_returned)
         with _resident(embedding, self._read(embedding)), shorter:
             yield
 
@@ -108,16 +109,16 @@ class FrozenStream:
         """Finds out in which form layers take and return hidden states.
 
         Where layers return tuples, stand-ins that do not make the first resident layer fail; so
-        both forms are tried, until it has run.
+        the forms are tried, until it has run.
         """
         [embedding, *_] = self._on_disk()
         layer = self.stack.layers[self.first_layer]
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-        forms: list[bool] = []
+        forms: list[int] = []
         with _resident(embedding, self._read(embedding)), ExitStack() as stack:
-            seen = layer.register_forward_hook(lambda _m, _a, out: forms.append(type(out) is tuple))
+            seen = layer.register_forward_hook(lambda _m, _a, out: forms.append(n_returned(out)))
             stack.enter_context(seen)
-            for form in (False, True):
+            for form in range(_MOST_RETURNED + 1):
                 with (
                     bypassing(self.stack, self.first_layer, form),
                     tracing(layer) as trace,
@@ -126,9 +127,10 @@ class FrozenStream:
                 ):
                     self.model(input_ids=ids, use_cache=False)
                 if trace.entry is not None:
-                    self.width, self.dtype = int(trace.entry.shape[-1]), trace.entry.dtype
+                    width = trace.entry.numel() // ids.numel()
+                    self.width, self.dtype = width, trace.entry.dtype
                 if forms:
-                    self.returns_tuple = forms[0]
+                    self.n_returned = forms[0]
                     return
 
     def weights_of(self, module: nn.Module) -> Any:
@@ -221,8 +223,8 @@ class FrozenStream:
         self, layer: int, prefix: FrozenPrefix, layout: Layout, store: StateStore, bar: Any
     ) -> None:
         """Runs one layer (-1 is the embedding) over all tokens of a prefix, in place."""
-        entry = layer_cut(self.stack, layer, self.returns_tuple) if layer >= 0 else None
-        exit_ = layer_cut(self.stack, layer + 1, self.returns_tuple)
+        entry = layer_cut(self.stack, layer, self.n_returned) if layer >= 0 else None
+        exit_ = layer_cut(self.stack, layer + 1, self.n_returned)
         self._batches(prefix, layout, entry, store, exit_, store, bar)
 
     def _last_stage(
@@ -232,7 +234,7 @@ class FrozenStream:
         if final is store:
             bar.update(prefix.n_tokens)
         else:
-            entry = layer_cut(self.stack, self.first_layer, self.returns_tuple)
+            entry = layer_cut(self.stack, self.first_layer, self.n_returned)
             self._batches(prefix, layout, entry, store, prefix.cut, final, bar)
         prefix.adopt(final)
 

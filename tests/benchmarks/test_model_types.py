@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from locft_easyedit.plan.reader import ModelReader
 
 model_types = script_module(REPOSITORY / "benchmarks" / "checks" / "model_types.py")
+tiny_models = script_module(REPOSITORY / "benchmarks" / "checks" / "tiny_models.py")
 
 
 @pytest.mark.parametrize(
@@ -16,7 +17,10 @@ model_types = script_module(REPOSITORY / "benchmarks" / "checks" / "model_types.
     [
         ("llama", {"state": "trains", "prefix": "matrix", "packed": True, "cache": True}),
         ("nemotron_h", {"state": "trains", "prefix": "mlp", "packed": False}),
-        ("bert", {"state": "refused"}),
+        ("longcat_flash", {"state": "trains", "prefix": "layer"}),
+        ("prophetnet", {"state": "trains", "prefix": None}),
+        ("roberta", {"state": "refused", "reason": "trains with `is_decoder: true`"}),
+        ("bert", {"state": "refused", "reason": "trains with `is_decoder: true`"}),
         ("no such type", {"state": "not built"}),
     ],
 )
@@ -30,7 +34,7 @@ def test_what_is_found(model_type, expected):
 @pytest.mark.parametrize("model_type", ["rwkv", "deepseek_v4", "mamba", "llama"])
 def test_sizes_are_told_of_models_without_heads_or_with_experts_by_token(model_type):
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_types.small_config(model_type))
+        model = AutoModelForCausalLM.from_config(tiny_models.small_config(model_type))
     place = model_types.place_of(model)
     reader = ModelReader(model, model_type, [place.layer], place.templates)
     shapes = reader.shapes()

@@ -210,6 +210,6 @@ def test_tracing_writes_calls_down_in_order_and_leaves_nothing():
     assert trace.way_out(first) == [block.second]
     assert trace.way_out(second) == []
     assert trace.producer(second.given[0]) is first
-    assert not trace.returns_tuple
+    assert trace.n_returned == 0
     hooks = [m._forward_hooks or m._forward_pre_hooks for m in block.modules()]
     assert not any(hooks)
