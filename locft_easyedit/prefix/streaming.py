@@ -25,7 +25,7 @@ from ..modeling.places import LayerList, find_layers
 from ..utils.progress import progress_bar
 from .cut import Cut, bypassing, layer_cut
 from .frozen_prefix import FrozenPrefix, Layout
-from .prefetch import prefetch
+from .prefetch import SideStreams, prefetch
 from .store import StateStore
 
 _TOKENS = 8192  # tokens a forward pass through one layer: large products, small activations
@@ -58,6 +58,7 @@ class FrozenStream:
         self.returns_tuple = False
         self.n_passes = 0
         self._hooks: dict[nn.Module, Any] = {}
+        self._sides = SideStreams()
         self._undo = ExitStack()
         self._jobs: list[tuple[FrozenPrefix, Layout]] = []
 
@@ -181,9 +182,9 @@ class FrozenStream:
                 arriving = prefetch(
                     self._read,
                     stages,
-                    self.device,
                     move=lambda weights: weights.values(),
                     in_thread=True,
+                    sides=self._sides.of([self.device]),
                 )
                 layer = -1
                 for weights in arriving:  # `enumerate` would keep the last ones alive
