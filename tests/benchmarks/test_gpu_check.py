@@ -4,11 +4,13 @@ import importlib
 import json
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.toys import REPOSITORY
+from helpers.two_devices import two_devices
 
 
 @pytest.fixture
@@ -86,3 +88,46 @@ def test_without_a_gpu_it_says_what_to_do(check, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         check.run()
     assert "`--tiny` runs the same code on the CPU" in capsys.readouterr().err
+
+
+class Event:
+    """An event of a GPU that is done as soon as it is recorded."""
+
+    def __init__(self, **_):
+        self.at = None
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.at - self.at)
+
+
+@pytest.mark.slow
+def test_what_only_a_gpu_runs_on_a_pretended_one(check, monkeypatch):
+    """Its products are those of the CPU; what is asked of CUDA itself is noted."""
+    script, limits = check.script, []
+    kinds = partial(script.by_kind, device=torch.device("cpu"), repeats=1)
+    monkeypatch.setattr(script, "by_kind", lambda step, *_: kinds(step))
+    for name in ("SMALL", "WHOLE"):
+        monkeypatch.setattr(script, name, getattr(script, name) | script.TINY)
+    asked = {
+        "Event": Event, "memory_reserved": lambda *_: 3 * 2**30,
+        "memory_allocated": lambda *_: 2**20, "set_sync_debug_mode": lambda _: None,
+        "set_per_process_memory_fraction": limits.append,
+        "get_device_properties": lambda _: SimpleNamespace(total_memory=2**37),
+    }  # fmt: skip
+    with two_devices(1):
+        for name, value in asked.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        status, figures = check.run("--only", "memory", "steps", "whole")
+    # Nothing runs out of memory that is pretended, and that is told.
+    assert status == 1
+    assert figures["memory"]["problems"] == [
+        f"{where}, real: memory did not run out" for where in ("edit_losses", "prepare")
+    ]
+    assert min(limits) < 1e-4
+    assert limits[-1] == 1.0
+    assert set(figures["steps"]) >= {f"rows of {n}" for n in script.ROW_TOKENS}
+    assert figures["whole"]["reserved GiB after each epoch"] == [3.0, 3.0]
+    assert figures["whole"]["updates"] == 6

@@ -249,6 +249,20 @@ def waits_for_long():
     return records
 
 
+def test_waiting_for_a_gpu_is_told_as_well(monkeypatch, caplog):
+    """What GPUs exchange returns at once: the host waits later, for its own GPU."""
+    monkeypatch.setattr(world_module, "_WARN_SECONDS", 0.05)
+    for world in (World(), World(1, 2)):
+        with world.warning_of_waits("an epoch's losses"):
+            time.sleep(0.3)
+        with world.warning_of_waits("what comes at once"):
+            pass
+    time.sleep(0.1)
+    [told] = [record.getMessage() for record in caplog.records]
+    assert told.startswith("Rank 1 of 2 is still waiting for the other ranks in an epoch's losses")
+    assert "LOCFT_TIMEOUT_MINUTES ends such waits" in told
+
+
 def test_a_rank_that_waits_says_so_once():
     first, second = launch(2, "distributed.test_world:waits_for_long")
     [told] = first.value

@@ -1,6 +1,7 @@
 """The loop's own decisions: thresholds without waiting, micro-batches of even work."""
 
 import weakref
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from helpers.toys import toy_hparams, toy_model, toy_requests, toy_tokenizer
 
 from locft_easyedit.api import edit_model
+from locft_easyedit.distributed.world import World
 from locft_easyedit.errors import NonFiniteLossError
 from locft_easyedit.prefix.runner import Prepared, TextRunner
 from locft_easyedit.training import session as editing
@@ -65,6 +67,19 @@ def test_one_micro_batch_is_the_batch_itself():
     batch = np.array([5, 2, 9])
     [part] = MicroBatch(3).split(batch, np.array([4, 40, 10]))
     assert part.tolist() == [5, 2, 9]
+
+
+def test_a_wait_for_the_losses_of_an_epoch_is_watched(monkeypatch):
+    watched = []
+
+    @contextmanager
+    def warning_of_waits(self, what):
+        watched.append(what)
+        yield
+
+    monkeypatch.setattr(World, "warning_of_waits", warning_of_waits)
+    run(num_steps=2)
+    assert watched == ["an epoch's losses"] * 2
 
 
 # What is not finite
