@@ -130,10 +130,8 @@ class Ours:
     def step(self):
         in_force = nullcontext() if self.change is None else self.change.in_force()
         with in_force, self.session._runner.running():
-            loss, _ = self.loop_step.take_(
-                self.loop_step.micro_batches(self.texts), len(self.texts)
-            )
-        value = loss.item()
+            outcome = self.loop_step.take_(self.loop_step.prepared(self.texts))
+        value = outcome.loss.item()
         self.weights.clear_gradients_()
         return value
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..utils.memory import is_out_of_memory
 from ..utils.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def in_batches(
 ) -> None:
     """Calls `run` with the indices of each batch.
 
-    Where a GPU's memory runs out, the batch is run again in halves, as are those after it. `run`
+    Where memory runs out, the batch is run again in halves, as are those after it. `run`
     must therefore have no lasting effect before it has succeeded.
 
     Args:
@@ -102,8 +103,8 @@ def in_batches(
                 continue
             try:
                 run(batch)
-            except torch.cuda.OutOfMemoryError:
-                if len(batch) == 1:
+            except Exception as error:
+                if len(batch) == 1 or not is_out_of_memory(error):
                     raise
                 size = len(batch) // 2
             else:
@@ -113,7 +114,7 @@ def in_batches(
             torch.cuda.empty_cache()
             pending.append(batch)
             logger.warning(
-                "%d sequences in one batch do not fit into the GPU's memory: %d from here on.",
+                "%d sequences in one batch do not fit into memory: %d from here on.",
                 len(batch),
                 size,
             )

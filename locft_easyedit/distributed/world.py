@@ -10,35 +10,28 @@ from __future__ import annotations
 
 import atexit
 import functools
-import json
 import logging
 import os
 import threading
-import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from ..errors import HyperParamsError, LocFTError, LostRankError, RankError
+from ..utils.memory import is_out_of_memory
 from .launch import LAUNCHED, is_launched
+from .meeting import TIMEOUT, collective_time, launcher_store
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_MEETING_TIME = timedelta(minutes=30)  # for a machine that is slow to start
-# One process may work for hours while the others wait: choose a place, say, or run a study.
-_COLLECTIVE_TIME = timedelta(days=7)
 _WARN_SECONDS = 600.0  # that a rank waits for the others before it says so
-_POLL_SECONDS = 0.05
 
 
 def share_of_gpus(n_gpus: int, local_rank: int, local_size: int) -> list[int]:
@@ -225,32 +218,50 @@ class World:
         Raises:
             LostRankError: It has failed: another rank has ended, or cannot be reached.
         """
-        # A rank that hangs keeps its connections: nothing fails, and nothing else would tell.
-        timer = threading.Timer(
-            _WARN_SECONDS,
-            logger.warning,
-            (
-                "Rank %d of %d is still waiting for the other ranks in %s, after %.0f s. A rank "
-                "that does not say so has more to do, or hangs: look there.",
-                self.rank,
-                self.size,
-                collective,
-                _WARN_SECONDS,
-            ),
-        )
-        timer.daemon = True
-        timer.start()
         try:
-            yield
-        except torch.cuda.OutOfMemoryError:
-            raise
+            with self.warning_of_waits(collective):
+                yield
         except RuntimeError as error:  # torch.distributed's own errors as well
+            if is_out_of_memory(error):
+                raise
             raise LostRankError(
                 f"Rank {self.rank} of {self.size} has lost the other ranks in {collective} "
                 f"({brief(error)}): one of them has ended, or cannot be reached. Its own messages "
                 "or the launcher's say why (the system kills a process without a word when memory "
                 f"runs out). {self._advice}".strip()
             ) from error
+
+    @contextmanager
+    def warning_of_waits(self, what: str) -> Iterator[None]:
+        """Context manager that warns once if it takes long and there are other ranks.
+
+        For a collective operation of GPUs it belongs around what waits for the GPU: the operation
+        itself returns at once.
+
+        Args:
+            what: What is waited for.
+        """
+        if not self.is_distributed:
+            yield
+            return
+        # A rank that hangs keeps its connections: nothing fails, and nothing else would tell.
+        timer = threading.Timer(
+            _WARN_SECONDS,
+            logger.warning,
+            (
+                "Rank %d of %d is still waiting for the other ranks in %s, after %.0f s. A rank "
+                "that does not say so has more to do, or hangs: look there. %s ends such waits.",
+                self.rank,
+                self.size,
+                what,
+                _WARN_SECONDS,
+                TIMEOUT,
+            ),
+        )
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
         finally:
             timer.cancel()
 
@@ -268,6 +279,7 @@ def get_world() -> World:
     """Returns the world that this process is part of, set up when it is first asked for.
 
     Raises:
+        HyperParamsError: `LOCFT_TIMEOUT_MINUTES` is no time.
         RankError: The launcher's processes do not find each other.
     """
     global _world
@@ -297,6 +309,7 @@ def _launched_world() -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     on_gpu, home = n_gpus >= local_size, None
+    timeout = collective_time()
     owned = not dist.is_initialized()  # else the program has done so
     try:
         if on_gpu:
@@ -305,12 +318,14 @@ def _launched_world() -> World:
         if owned:
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo",
-                store=_launcher_store(rank, size),
+                store=launcher_store(rank, size),
                 rank=rank,
                 world_size=size,
-                timeout=_COLLECTIVE_TIME,
+                timeout=timeout,
+                # NCCL connects at once, before anything is loaded, and knows which GPU is whose.
+                device_id=home,
             )
-        hosts = dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIME)
+        hosts = dist.new_group(backend="gloo", timeout=timeout)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise RankError(
             f"The {size} processes of the launcher do not find each other: {brief(error)}. Check "
@@ -321,43 +336,6 @@ def _launched_world() -> World:
     # A program that is through may end before another one that is not.
     atexit.register(world._leave)
     return world
-
-
-def _launcher_store(rank: int, size: int) -> dist.Store:
-    """Returns the launcher's key-value store, at MASTER_ADDR and MASTER_PORT.
-
-    An agent of torchrun keeps one store for all its restarts (torch 2.13), with the addresses of
-    processes that have died; and agents of several machines do not count restarts alike. So the
-    processes of this start agree on a prefix that none of an earlier start knows: rank 0 draws it,
-    and answers every process with the number that this one has just drawn.
-
-    Raises:
-        RankError: Not all processes come.
-        RuntimeError: The store cannot be reached.
-    """
-    store, _, _ = next(rendezvous("env://", timeout=_MEETING_TIME))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return store
-    drawn, deadline = uuid.uuid4().hex, time.monotonic() + _MEETING_TIME.total_seconds()
-    store.set(f"locft/drawn/{rank}", drawn)
-    while time.monotonic() < deadline:
-        if rank == 0:
-            others = [_value(store, f"locft/drawn/{other}") for other in range(1, size)]
-            store.set("locft/answer", json.dumps([drawn, others]))
-            if all(_value(store, f"locft/heard/{r}") == drawn for r in range(1, size)):
-                return dist.PrefixStore(f"locft/{drawn}", store)
-        else:
-            prefix, answered = json.loads(_value(store, "locft/answer") or '["", []]')
-            if drawn in answered:
-                store.set(f"locft/heard/{rank}", prefix)
-                return dist.PrefixStore(f"locft/{prefix}", store)
-        time.sleep(_POLL_SECONDS)
-    raise RankError(f"Not all of the {size} processes of the launcher have come together.")
-
-
-def _value(store: dist.Store, key: str) -> str:
-    """Returns a value of a store, empty if there is none yet."""
-    return store.get(key).decode() if store.check([key]) else ""
 
 
 def brief(error: BaseException) -> str:

@@ -25,6 +25,7 @@ from ..training.choice import Cell, TrialScores
 from ..training.health import health_texts
 from ..training.result import EditResult
 from ..training.session import EditSession
+from ..utils.memory import is_out_of_memory
 from .held_out import reword
 from .score import Drift, score
 
@@ -101,7 +102,9 @@ class Trials:
                 self.model, self.tokenizer, requests, h, progress=False, world=SINGLE_PROCESS
             ) as session:
                 result = session.train_()
-        except (NonFiniteLossError, torch.cuda.OutOfMemoryError) as error:
+        except Exception as error:
+            if not (isinstance(error, NonFiniteLossError) or is_out_of_memory(error)):
+                raise
             logger.info("%s was tried and failed: %s", cell.key, error)
         if result is None:  # outside the handler: its frames hold the tensors that have to go
             gc.collect()

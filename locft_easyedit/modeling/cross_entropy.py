@@ -17,6 +17,9 @@ import torch
 from torch.nn import functional as F
 
 LOGITS_AT_ONCE = 2**25  # 128 MiB in float32
+# What a softmax is divided by may be as large as the vocabulary, and float16 ends at 65,504. Below
+# this it leaves room for the head's own numbers.
+_LARGEST_FLOAT16 = 256.0
 _VOCABULARY_CPU = 4096  # a CPU multiplies fastest with so much of the head that a cache holds it
 
 
@@ -95,6 +98,11 @@ class Head:
             slope = powers.scatter_add_(1, index, -total)
             if bend is not None:
                 slope *= bend
+            if hidden.dtype == torch.float16:
+                # By powers of two, which leave the digits as they are.
+                shrink = (total / _LARGEST_FLOAT16).log2().ceil().clamp(min=0).neg().exp2()
+                slope *= shrink
+                total = total * shrink
             slope = self._space(len(hidden), hidden.dtype).copy_(slope)
             gradient.copy_((slope @ self.weight).float() * (self.scale / total))
         return losses

@@ -71,7 +71,7 @@ def room_on(gpus: Collection[int]) -> dict[int, int]:
     """Returns how many bytes of weights may go to each GPU: none to those that are not named."""
     everywhere = range(max(torch.cuda.device_count(), *(gpu + 1 for gpu in gpus)))
     return {
-        gpu: int(USABLE * torch.cuda.mem_get_info(gpu)[0]) if gpu in gpus else 0
+        gpu: int(USABLE * free_memory(torch.device("cuda", gpu))) if gpu in gpus else 0
         for gpu in everywhere
     }
 

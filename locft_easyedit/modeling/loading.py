@@ -30,7 +30,7 @@ from ..distributed.world import get_world, share_of_gpus
 from ..errors import HyperParamsError, LocFTError, MissingDependencyError, ModelError
 from ..hparams import LocFTBFHyperParams, torch_dtype
 from ..hparams_rules import CHAT, DTYPES
-from ..utils.memory import free_host_memory
+from ..utils.memory import free_host_memory, is_out_of_memory
 from ..utils.parsing import is_file, shown
 from .device_map import DeviceMap, devices_of, resident_map, room_on, streaming_map
 from .places import check_low_rank, match_parameters
@@ -239,9 +239,9 @@ def _one_model_error(name: str) -> Iterator[None]:
         yield
     except LocFTError:
         raise
-    except torch.cuda.OutOfMemoryError:
-        raise
     except Exception as error:  # code of any kind reads what a folder holds
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "trust_remote_code" in str(error):
             reason += " Look at it, and if you trust it, set trust_remote_code=true."

@@ -19,6 +19,7 @@ from ..modeling.devices import input_device
 from ..modeling.forward import mean_by_owner, run_rows, run_to_head
 from ..modeling.last_layer import Tail, select
 from .frozen_prefix import FrozenPrefix, Layout
+from .prefetch import SideStreams
 
 
 @dataclass
@@ -88,6 +89,13 @@ class TextRunner:
         self.device = input_device(model)
         self.ids = torch.from_numpy(texts.ids).to(self.device)
         self._now: Prepared | None = None
+        self._sides = SideStreams()
+
+    @property
+    def sides(self) -> list[torch.cuda.Stream]:
+        """The streams on which batches are prepared, of each GPU that they lie on."""
+        prefix = [] if self.prefix is None else [self.prefix.device]
+        return self._sides.of([self.device, *prefix])
 
     @property
     def replays(self) -> bool:

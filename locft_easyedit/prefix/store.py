@@ -16,7 +16,7 @@ import torch
 
 from ..data.packing import Rows
 from ..errors import MemoryBudgetError
-from ..utils.memory import free_host_memory
+from ..utils.memory import free_host_memory, free_memory
 from .state_file import StateFile
 
 # What a tier takes of the memory that is free when its budget is left open.
@@ -48,7 +48,7 @@ class Budget:
     def rows(self, row_bytes: int, device: torch.device) -> tuple[int, int, int]:
         """Returns how many rows of that many bytes each tier can still take: GPU, host, disk."""
         on_gpu = device.type == "cuda"
-        free_gpu = torch.cuda.mem_get_info(device)[0] if on_gpu else 0
+        free_gpu = free_memory(device) if on_gpu else 0
         n = self.processes
         free = (_GPU_SHARE * free_gpu, _HOST_SHARE * free_host_memory() / n, self._free_disk() / n)
         host, disk = (

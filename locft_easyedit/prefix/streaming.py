@@ -25,7 +25,7 @@ from ..modeling.places import LayerList, find_layers
 from ..utils.progress import progress_bar
 from .cut import Cut, bypassing, layer_cut
 from .frozen_prefix import FrozenPrefix, Layout
-from .prefetch import prefetch
+from .prefetch import SideStreams, prefetch
 from .store import StateStore
 
 _MOST_RETURNED = 3  # values in the tuple of a layer
@@ -59,6 +59,7 @@ class FrozenStream:
         self.n_returned = 0
         self.n_passes = 0
         self._hooks: dict[nn.Module, Any] = {}
+        self._sides = SideStreams()
         self._undo = ExitStack()
         self._jobs: list[tuple[FrozenPrefix, Layout]] = []
 
@@ -183,9 +184,9 @@ class FrozenStream:
                 arriving = prefetch(
                     self._read,
                     stages,
-                    self.device,
                     move=lambda weights: weights.values(),
                     in_thread=True,
+                    sides=self._sides.of([self.device]),
                 )
                 layer = -1
                 for weights in arriving:  # `enumerate` would keep the last ones alive

@@ -41,13 +41,13 @@ def train_breadth_first(
     while done.epoch < hparams.num_steps and not done.converged:
         batches, next_shuffling = shuffled_batches(edits, hparams.batch_size, done.shuffling)
         texts = [variants.texts(batch, done.epoch) for batch in batches[done.step :]]
-        for batch, parts in zip(texts, step.prefetched(texts), strict=True):
-            loss, updated = step.take_(parts, len(batch))
-            done.add(loss, updated, step.micro_batch.size)
+        for batch in step.prefetched(texts):
+            done.add(step.take_(batch), step.micro_batch.size)
             if step.host_may_sync:
                 done.settle()
             yield done
-        done.end_epoch([len(batch) for batch in batches], next_shuffling)
+        with step.share.world.warning_of_waits("an epoch's losses"):
+            done.end_epoch([len(batch) for batch in batches], next_shuffling)
         done.converged = done.losses[-1] < hparams.epoch_loss_threshold
     step.finish_()
     done.finished = True

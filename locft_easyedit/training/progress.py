@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +14,21 @@ from ..errors import NonFiniteLossError
 
 
 class LossNotFiniteError(NonFiniteLossError):
-    """A mini-batch's loss is NaN or infinite; the session adds which requests it holds."""
+    """A mini-batch's loss or gradient is NaN or infinite; the session adds its requests."""
+
+
+class Outcome(NamedTuple):
+    """What a step on a mini-batch did: scalars, which are still on the device.
+
+    Attributes:
+        loss: The mean loss of the mini-batch.
+        updated: Whether an update was made.
+        finite: Whether its gradients were finite; no update was made where not.
+    """
+
+    loss: torch.Tensor
+    updated: torch.Tensor
+    finite: torch.Tensor
 
 
 @dataclass
@@ -31,8 +46,8 @@ class Progress:
         finished: Whether training is over.
         micro_batch_size: Texts that one forward pass takes.
         seconds: What training has taken, in all its parts.
-        unsettled: Losses, and whether each made an update, that are still on the device alone;
-            `step`, `step_losses` and `n_updates` are without them.
+        unsettled: What steps did, as long as it is on the device alone; `step`, `step_losses` and
+            `n_updates` are without them.
     """
 
     shuffling: torch.Tensor
@@ -45,7 +60,7 @@ class Progress:
     finished: bool = False
     micro_batch_size: int = 0
     seconds: float = 0.0
-    unsettled: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list, repr=False)
+    unsettled: list[Outcome] = field(default_factory=list, repr=False)
 
     @classmethod
     def start(cls, seed: int, micro_batch_size: int) -> Progress:
@@ -53,33 +68,34 @@ class Progress:
         generator = torch.Generator().manual_seed(seed)
         return cls(generator.get_state(), micro_batch_size=micro_batch_size)
 
-    def add(self, loss: torch.Tensor, updated: torch.Tensor, micro_batch_size: int) -> None:
-        """Notes what a mini-batch did, without waiting for the device.
+    def add(self, outcome: Outcome, micro_batch_size: int) -> None:
+        """Notes what a step did, without waiting for the device.
 
         Args:
-            loss: Its mean loss, a scalar.
-            updated: Whether it made an update, a scalar.
+            outcome: What it did.
             micro_batch_size: Texts that one forward pass takes by now.
         """
-        self.unsettled.append((loss, updated))
+        self.unsettled.append(outcome)
         self.micro_batch_size = micro_batch_size
 
     def settle(self) -> None:
         """Fetches from the device what mini-batches did: the host waits for the last of them.
 
         Raises:
-            LossNotFiniteError: A loss is NaN or infinite; `step` is its mini-batch.
+            LossNotFiniteError: A loss or a gradient is NaN or infinite; `step` is its mini-batch.
         """
         if not self.unsettled:
             return
-        losses, updates = (
-            torch.stack(column).tolist() for column in zip(*self.unsettled, strict=True)
-        )
+        columns = (torch.stack(column).tolist() for column in zip(*self.unsettled, strict=True))
+        outcomes = zip(*columns, strict=True)
         self.unsettled.clear()
-        for loss, updated in zip(losses, updates, strict=True):
-            if not math.isfinite(loss):
+        for loss, updated, finite in outcomes:
+            if not (finite and math.isfinite(loss)):
+                what = f"The gradient of a loss of {loss:.4g} became infinite or NaN"
+                if not math.isfinite(loss):
+                    what = f"The loss became {loss}"
                 raise LossNotFiniteError(
-                    f"The loss became {loss} in epoch {self.epoch + 1}, mini-batch {self.step + 1}"
+                    f"{what} in epoch {self.epoch + 1}, mini-batch {self.step + 1}"
                 )
             self.step_losses.append(loss)
             self.n_updates += updated

@@ -420,7 +420,8 @@ class EditSession:
                     bar.update()
                     _show_loss(bar, done)
                     if checkpoints is not None and checkpoints.due():
-                        done.settle()
+                        with self.world.warning_of_waits("the losses so far"):
+                            done.settle()
                         checkpoints.save(done, weights, step.optimizer)
             except LossNotFiniteError as error:
                 raise NonFiniteLossError(self._explained(error, indices, done)) from None

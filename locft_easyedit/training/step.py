@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -17,9 +18,35 @@ from ..hparams import LocFTBFHyperParams
 from ..modeling.fsdp import lockstep
 from ..prefix.prefetch import prefetch
 from ..prefix.runner import Prepared, TextRunner
+from ..utils.memory import is_out_of_memory
+from .progress import Outcome
 from .trained_weights import TrainedWeights
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class MiniBatch:
+    """A mini-batch of texts, of which this process has a share.
+
+    Attributes:
+        own: The texts of this process's share, [b].
+        n_texts: Texts of the whole mini-batch.
+        parts: The share in micro-batches, on the device; `None` before they are prepared, and
+            where they had to go. Nothing else may hold them: they are most of what memory that has
+            run out can get back.
+        ran_out: Whether memory ran out when they were prepared.
+    """
+
+    own: np.ndarray
+    n_texts: int
+    parts: list[Prepared] | None = None
+    ran_out: bool = False
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yields what lies on the device."""
+        for part in self.parts or ():
+            yield from part.tensors()
 
 
 class TrainingStep:
@@ -66,65 +93,65 @@ class TrainingStep:
         )
         self.host_may_sync = runner.device.type == "cpu"
 
-    def prefetched(self, batches: list[np.ndarray]) -> Iterator[list[Prepared]]:
-        """Yields this process's micro-batches of each mini-batch, on the device.
+    def prefetched(self, batches: list[np.ndarray]) -> Iterator[MiniBatch]:
+        """Yields the mini-batches, with this process's share of each on the device.
 
-        The next ones are laid out and copied while the caller runs the present ones.
+        The next one is laid out and copied while the caller runs the present one.
 
         Args:
             batches: The texts of each mini-batch.
         """
         return prefetch(
-            self.micro_batches,
+            self.prepared,
             batches,
-            self.runner.device,
-            move=lambda parts: (tensor for part in parts for tensor in part.tensors()),
+            move=MiniBatch.tensors,
             in_thread=self.runner.prefetch_in_thread,
-            also=[] if self.runner.prefix is None else [self.runner.prefix.device],
+            sides=self.runner.sides,
         )
 
-    def micro_batches(self, batch: np.ndarray) -> list[Prepared]:
-        """Returns this process's share of a mini-batch of texts, [B], on the device, in parts."""
-        return self._divided(self.share.positions_of(batch))
+    def prepared(self, texts: np.ndarray) -> MiniBatch:
+        """Returns a mini-batch of texts, [B], with this process's share on the device.
+
+        Without it where memory runs out: the step before has to end first. Changes nothing that a
+        running step uses.
+        """
+        batch = MiniBatch(self.share.positions_of(texts), len(texts))
+        try:
+            batch.parts = self._divided(batch.own)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            batch.ran_out = True
+        return batch
 
     def _divided(self, texts: np.ndarray) -> list[Prepared]:
         lengths = self.runner.texts.input_lengths[texts]
         return [self.runner.prepare(part) for part in self.micro_batch.split(texts, lengths)]
 
-    def _divided_again(self, parts: list[Prepared]) -> list[Prepared]:
-        return self._divided(np.concatenate([part.batch for part in parts]))
-
-    def take_(self, parts: list[Prepared], n_texts: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Makes one step on a mini-batch, in place.
-
-        Args:
-            parts: This process's share of it, in micro-batches.
-            n_texts: Texts of the whole mini-batch.
-
-        Returns:
-            The mean loss of the mini-batch and whether an update was made: two scalars, which are
-            still on the device.
-        """
-        if max((part.n_texts for part in parts), default=0) > self.micro_batch.size:
-            parts = self._divided_again(parts)  # made ahead, before memory ran out
+    def take_(self, batch: MiniBatch) -> Outcome:
+        """Makes one step on a mini-batch, in place, and lets go of what is prepared of it."""
         # Ranks with less to run wait for those with more, or that run theirs again in parts.
         with lockstep(self.runner.model):
-            loss, known_below = self._own_gradients_(parts, n_texts)
+            loss, known_below = self._own_gradients_(batch)
+        batch.parts = None
         if known_below:
-            return loss, torch.tensor(False, device=loss.device)
+            no = torch.tensor(False, device=loss.device)
+            return Outcome(loss, no, ~no)
         # All that ranks exchange in a step.
         self.share.world.sum_(chain([loss], self.weights.gradients_()))
-        update = torch.isfinite(loss) & (loss >= self.threshold)
+        finite = self.weights.finite_gradients().to(loss.device)
+        update = torch.isfinite(loss) & (loss >= self.threshold) & finite
+        outcome = Outcome(loss, update, finite)
         if self.host_may_sync:
             if update:
                 self.optimizer.step()
                 self.weights.copy_masters_to_model_()
-            return loss, update
+            return outcome
         # A fused Adam leaves everything as it is where this says so: the host need not wait.
         self.optimizer.found_inf = (~update).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.weights.copy_masters_to_model_()
-        return loss, update
+        return outcome
 
     def finish_(self) -> None:
         """Leaves the same trained values in the models of all ranks.
@@ -142,21 +169,29 @@ class TrainingStep:
                 f"before the edit. Lower `lr={self.lr}`."
             )
 
-    def _own_gradients_(self, parts: list[Prepared], n_texts: int) -> tuple[torch.Tensor, bool]:
+    def _own_gradients_(self, batch: MiniBatch) -> tuple[torch.Tensor, bool]:
         """Computes this process's share of the mini-batch's loss and gradients.
 
         Returns it, and whether it is below the threshold, where that costs nothing to know: there
         are no gradients then.
         """
+        if batch.ran_out:  # beside the step before: there may be room for it alone
+            self.micro_batch.halve(len(batch.own))
+            torch.cuda.empty_cache()
+        if any(part.n_texts > self.micro_batch.size for part in batch.parts or ()):
+            batch.parts = None  # made ahead, before memory ran out
         while True:
             self.weights.clear_gradients_()
             try:
-                return self._summed_(parts, n_texts)
-            except torch.cuda.OutOfMemoryError as error:
-                self.micro_batch.halve(parts, error)
+                if batch.parts is None:
+                    batch.parts = self._divided(batch.own)
+                return self._summed_(batch.parts, batch.n_texts)
+            except Exception as error:
+                if not is_out_of_memory(error) or not self.micro_batch.halve(len(batch.own)):
+                    raise
             # Outside the handler: the exception's frames hold the tensors that have to go.
+            batch.parts = None
             torch.cuda.empty_cache()
-            parts = self._divided_again(parts)
 
     def _summed_(self, parts: list[Prepared], n_texts: int) -> tuple[torch.Tensor, bool]:
         losses = []
@@ -176,7 +211,7 @@ class TrainingStep:
 
 
 class MicroBatch:
-    """How many texts one forward pass takes: halved for good when the GPU's memory runs out.
+    """How many texts one forward pass takes: halved for good when memory runs out.
 
     Args:
         edits: How many edits to begin with.
@@ -198,16 +233,19 @@ class MicroBatch:
         part = np.where(turn < n_parts, turn, 2 * n_parts - 1 - turn)
         return [batch[np.sort(order[part == i])] for i in range(n_parts)]
 
-    def halve(self, parts: list[Prepared], error: Exception) -> None:
-        """Halves what one forward pass takes, with a warning; raises `error` at a single text."""
-        used = max(part.n_texts for part in parts)
-        if used == 1:
-            raise error
+    def halve(self, n_texts: int) -> bool:
+        """Halves what one forward pass takes of `n_texts`, with a warning.
+
+        Returns whether that was possible: of a single text there is no half.
+        """
+        if n_texts == 0 or (used := math.ceil(n_texts / math.ceil(n_texts / self.size))) == 1:
+            return False
         self.size = used // 2
         logger.warning(
-            "%d texts in one forward pass do not fit into the GPU's memory; %d at a time, with "
-            "gradients added up, give the same mini-batch. `micro_batch_size: %d` starts there.",
+            "%d texts in one forward pass do not fit into memory; %d at a time, with gradients "
+            "added up, give the same mini-batch. `micro_batch_size: %d` starts there.",
             used,
             self.size,
             max(1, self.size // self._texts_each),
         )
+        return True

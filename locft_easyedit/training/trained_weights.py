@@ -67,6 +67,14 @@ class TrainedWeights:
                 master.grad = torch.zeros_like(master)
             yield master.grad
 
+    def finite_gradients(self) -> torch.Tensor:
+        """Returns whether the masters' gradients are finite: a scalar, on the first one's device.
+
+        A gradient overflows where the loss does not, in float16 above 65,504.
+        """
+        largest = [torch.linalg.vector_norm(g, torch.inf) for g in self.gradients_()]
+        return torch.isfinite(torch.stack([one.to(largest[0].device) for one in largest])).all()
+
     @torch.no_grad()
     def copy_masters_to_model_(self) -> None:
         """Writes the masters into the model."""

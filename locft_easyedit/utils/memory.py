@@ -1,4 +1,4 @@
-"""Peak memory of a part of a program: of the GPU if there is one, else of the process."""
+"""Memory: the peak of a part of a program, what is free, and whether an error says it ran out."""
 
 from __future__ import annotations
 
@@ -61,10 +61,36 @@ def _resident_peak_kib() -> float | None:
     return value / 1024 if sys.platform == "darwin" else float(value)
 
 
+# What libraries say where memory ran out, in errors without a type of their own.
+_OUT_OF_MEMORY = (
+    "out of memory",  # CUDA itself (pinned memory as well), and NCCL, which repeats it
+    "_ALLOC_FAILED",  # CUBLAS_STATUS_, CUDNN_STATUS_, CUSOLVER_STATUS_, ...
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # no room for the workspace of its handle
+    "can't allocate memory",  # PyTorch on the host
+    "not enough memory",  # the same on Windows
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error says that memory ran out, of a GPU or of the host.
+
+    Only PyTorch's own allocator has a type for it. What cuBLAS and NCCL need beside it, and what
+    the host's allocator refuses, comes as a plain `RuntimeError`.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _OUT_OF_MEMORY)
+
+
 def free_memory(device: torch.device) -> int:
-    """Returns the bytes that are free on a GPU, or on the host."""
-    on_gpu = device.type == "cuda"
-    return int(torch.cuda.mem_get_info(device)[0] if on_gpu else free_host_memory())
+    """Returns the bytes that new tensors can take on a GPU, or on the host.
+
+    What PyTorch holds of a GPU without using it is free as well: its next tensors lie there.
+    """
+    if device.type != "cuda":
+        return int(free_host_memory())
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + cached
 
 
 def free_host_memory() -> float:

@@ -15,7 +15,7 @@ FOLDER = REPOSITORY / "benchmarks"
 # Imported by the others.
 PARTS = {
     "shared", "random_inputs", "generalization_bench", "generalization_peers",
-    "generalization_picture", "generalization_report",
+    "generalization_picture", "generalization_report", "gpu_kernels",
 }  # fmt: skip
 SCRIPTS = sorted(path for path in FOLDER.glob("**/*.py") if path.stem not in PARTS)
 

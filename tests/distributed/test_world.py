@@ -14,6 +14,7 @@ from helpers.launching import free_port, launch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from locft_easyedit.distributed import meeting
 from locft_easyedit.distributed import world as world_module
 from locft_easyedit.distributed.launch import is_launched, single_process_environment
 from locft_easyedit.distributed.world import (
@@ -23,7 +24,7 @@ from locft_easyedit.distributed.world import (
     get_world,
     single_process,
 )
-from locft_easyedit.errors import HyperParamsError, LocFTError, RankError
+from locft_easyedit.errors import HyperParamsError, LocFTError, LostRankError, RankError
 
 
 @given(st.lists(st.integers(1, 400), max_size=60), st.integers(1, 9))
@@ -248,6 +249,20 @@ def waits_for_long():
     return records
 
 
+def test_waiting_for_a_gpu_is_told_as_well(monkeypatch, caplog):
+    """What GPUs exchange returns at once: the host waits later, for its own GPU."""
+    monkeypatch.setattr(world_module, "_WARN_SECONDS", 0.05)
+    for world in (World(), World(1, 2)):
+        with world.warning_of_waits("an epoch's losses"):
+            time.sleep(0.3)
+        with world.warning_of_waits("what comes at once"):
+            pass
+    time.sleep(0.1)
+    [told] = [record.getMessage() for record in caplog.records]
+    assert told.startswith("Rank 1 of 2 is still waiting for the other ranks in an epoch's losses")
+    assert "LOCFT_TIMEOUT_MINUTES ends such waits" in told
+
+
 def test_a_rank_that_waits_says_so_once():
     first, second = launch(2, "distributed.test_world:waits_for_long")
     [told] = first.value
@@ -260,7 +275,7 @@ def not_started():
     from locft_easyedit.__main__ import main
 
     os.environ["WORLD_SIZE"] = "2"
-    world_module._MEETING_TIME = timedelta(seconds=2)
+    meeting._MEETING_TIME = timedelta(seconds=2)
     return main(["edit", "--config-name", "smollm2-135m", "data=none.json"])
 
 
@@ -271,10 +286,91 @@ def test_a_command_says_that_the_others_did_not_come():
     assert only.stderr.count("do not find each other") == 1
 
 
+@pytest.fixture
+def set_up(monkeypatch):
+    """Has a launched process set up its world; returns what it gave to torch.distributed."""
+    given = []
+
+    def world_of(n_gpus, **environment):
+        launcher = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+        for key, value in (launcher | environment).items():
+            monkeypatch.setenv(key, value)
+        monkeypatch.setattr(world_module, "_world", None)
+        monkeypatch.setattr(world_module, "launcher_store", lambda rank, size: None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: n_gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+        monkeypatch.setattr(torch.cuda, "set_device", given.append)
+        for name in ("init_process_group", "new_group"):
+            monkeypatch.setattr(dist, name, lambda *args, **more: given.append((args, more)))
+        get_world()
+        return given
+
+    return world_of
+
+
+def test_a_gpu_is_named_before_anything_is_exchanged(set_up):
+    """NCCL then connects at once, and cannot take another one's GPU for this process's."""
+    gpu = torch.device("cuda", 2)  # of four, which two processes share
+    chosen, (backend, group), _ = set_up(4)
+    assert chosen == gpu
+    assert (backend, group["device_id"]) == (("nccl",), gpu)
+
+
+def test_without_gpus_none_is_named(set_up):
+    (backend, group), _ = set_up(0)
+    assert (backend, group["device_id"]) == (("gloo",), None)
+
+
+@pytest.mark.parametrize(
+    ("given", "time_out"),
+    [("", timedelta(days=7)), ("90", timedelta(hours=1.5)), (" 0.5 ", timedelta(seconds=30))],
+)
+def test_how_long_to_wait_is_up_to_the_user(given, time_out, set_up):
+    (_, group), (_, hosts) = set_up(0, LOCFT_TIMEOUT_MINUTES=given)
+    assert group["timeout"] == hosts["timeout"] == time_out
+
+
+@pytest.mark.parametrize("given", ["soon", "0", "-3", "nan", "inf", "1e300"])
+def test_what_is_no_time_is_refused_before_anything_is_set_up(given, set_up):
+    with pytest.raises(HyperParamsError, match=f"LOCFT_TIMEOUT_MINUTES='{given}': no number of"):
+        set_up(0, LOCFT_TIMEOUT_MINUTES=given)
+
+
+def never_comes():
+    """Rank 1 hangs; rank 0 waits no longer than it was told to."""
+    world = get_world()
+    world.all_gather("here")
+    if world.rank == 1:
+        time.sleep(6)
+        os._exit(0)
+    start = time.monotonic()
+    try:
+        world.all_max([1])
+    except LostRankError as error:
+        return time.monotonic() - start, str(error)
+
+
+@pytest.mark.processes
+def test_a_rank_that_hangs_is_given_up(monkeypatch):
+    monkeypatch.setenv("LOCFT_TIMEOUT_MINUTES", "0.04")
+    waited, told = launch(2, "distributed.test_world:never_comes", check=False)[0].value
+    assert 2 < waited < 5
+    assert told.startswith("Rank 0 of 2 has lost the other ranks in all_reduce")
+
+
+def test_memory_that_runs_out_in_an_exchange_is_no_lost_rank(monkeypatch):
+    def full(*args, **kwargs):
+        raise dist.DistBackendError("NCCL error: Cuda failure 2 'out of memory'")
+
+    monkeypatch.setattr(dist, "all_reduce", full)
+    with pytest.raises(dist.DistBackendError, match="out of memory"):
+        World(0, 2).sum_([torch.zeros(3)])
+
+
 def test_processes_that_do_not_come_together(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    monkeypatch.setattr(world_module, "_MEETING_TIME", timedelta(seconds=1))
+    monkeypatch.setattr(meeting, "_MEETING_TIME", timedelta(seconds=1))
     for key, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr("locft_easyedit.distributed.world._world", None)

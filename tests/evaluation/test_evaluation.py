@@ -253,12 +253,17 @@ def test_bad_records_are_refused_when_the_evaluation_is_made():
 # Batches
 
 
-def test_batches_shrink_where_memory_runs_out(caplog):
+@pytest.mark.parametrize(
+    "error",
+    [torch.cuda.OutOfMemoryError("no room"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED: no room")],
+    ids=lambda error: type(error).__name__,
+)
+def test_batches_shrink_where_memory_runs_out(error, caplog):
     seen = []
 
     def run(batch):
         if len(batch) > 3:
-            raise torch.cuda.OutOfMemoryError("no room")
+            raise error
         seen.append(batch.tolist())
 
     lengths = np.array([5, 9, 1, 7, 3, 8, 2, 6, 4, 10])
@@ -270,10 +275,23 @@ def test_batches_shrink_where_memory_runs_out(caplog):
     assert "2 from here on" in caplog.text
 
     def never(batch):
-        raise torch.cuda.OutOfMemoryError("no room")
+        raise error
 
-    with pytest.raises(torch.cuda.OutOfMemoryError, match="no room"):
+    with pytest.raises(type(error), match="no room"):
         in_batches(length_sorted_batches(lengths, 4), never, description="")
+
+
+def test_other_errors_do_not_shrink_batches(caplog):
+    seen = []
+
+    def run(batch):
+        seen.append(batch)
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        in_batches([np.arange(4)], run, description="")
+    assert len(seen) == 1
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("template", ["model.layers.{}.mlp.down_proj.weight", "model.layers.{}"])

@@ -97,3 +97,18 @@ def test_extreme_logits_stay_finite():
     assert torch.isfinite(losses).all()
     assert torch.isfinite(hidden.grad).all()
     assert torch.allclose(losses, plain(made, hidden, labels), rtol=1e-5)
+
+
+def test_flat_logits_over_more_tokens_than_float16_has_numbers():
+    """A softmax is divided by the vocabulary then, above 65,504."""
+    size = 70_000
+    generator = torch.Generator().manual_seed(2)
+    made = Head((torch.randn(size, WIDTH, generator=generator) * 2).to(torch.float16))
+    hidden = (torch.randn(3, WIDTH, generator=generator) * 1e-3).to(torch.float16).requires_grad_()
+    labels = torch.tensor([0, 5, size - 1])
+    losses = made.token_losses(hidden, labels)
+    losses.sum().backward()
+    expected = plain(made, other := hidden.detach().float().requires_grad_(), labels)
+    expected.sum().backward()
+    assert torch.allclose(losses, expected, atol=1e-3)
+    assert torch.allclose(hidden.grad.float(), other.grad, rtol=2e-3, atol=2e-3)

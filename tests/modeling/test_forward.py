@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.toys import toy_model, toy_tokenizer
 
-from locft_easyedit.modeling.forward import run_next
+from locft_easyedit.modeling.forward import mean_by_owner, run_next
 from locft_easyedit.modeling.modes import forward_replaced, only_trainable
 from locft_easyedit.modeling.sampling import continuations, seeded
 
@@ -48,3 +48,25 @@ def test_the_next_token_of_many_prompts_likewise(watched):
         assert hidden.is_contiguous()
         expected = torch.stack([model(input_ids=row[None]).logits[0, -1] for row in IDS])
     torch.testing.assert_close(logits, expected)
+
+
+def test_the_mean_of_each_owner_and_its_gradient():
+    owner = torch.tensor([0, 0, 1, 2, 2, 2, 3])
+    values = torch.randn(7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    found = mean_by_owner(values, owner, 4)
+    assert torch.allclose(found, torch.stack([values[owner == i].mean() for i in range(4)]))
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    (found * weights).sum().backward()
+    assert torch.equal(values.grad, (weights / torch.tensor([2, 1, 3, 1]))[owner])
+
+
+@pytest.mark.gpu
+def test_a_gpu_adds_up_in_the_same_order_at_every_run():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    owner = torch.arange(100).repeat_interleave(torch.arange(1, 101))
+    values = torch.randn(len(owner), generator=torch.Generator().manual_seed(0))
+    device = torch.device("cuda")
+    runs = [mean_by_owner(values.to(device), owner.to(device), 100) for _ in range(20)]
+    assert all(torch.equal(run, runs[0]) for run in runs)
+    assert torch.allclose(runs[0].cpu(), mean_by_owner(values, owner, 100), atol=1e-6)

@@ -2,17 +2,17 @@
 
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
+from helpers.two_devices import two_devices
 
-from locft_easyedit.prefix.prefetch import prefetch
-
-CPU = torch.device("cpu")
+from locft_easyedit.prefix.prefetch import SideStreams, prefetch
 
 
-def fetch(make, items, in_thread=True):
-    return prefetch(make, items, CPU, move=lambda made: (), in_thread=in_thread)
+def fetch(make, items, in_thread=True, sides=()):
+    return prefetch(make, items, move=lambda made: (), in_thread=in_thread, sides=sides)
 
 
 def n_threads():
@@ -131,6 +131,60 @@ def test_only_two_results_are_alive(in_thread):
     assert len(most) == 20
 
 
+def test_what_the_caller_lets_go_is_gone():
+    """Also while the next one is made: a future would keep it."""
+    import weakref
+
+    refs, gone = [], []
+    arriving = fetch(lambda _: torch.zeros(3), range(6))
+    for made in arriving:
+        refs.append(weakref.ref(made))
+        del made
+        gone.append(refs[-1]() is None)
+    assert gone == [True] * 6
+
+
+# Streams
+
+
+class Stream:
+    """A stream that notes what it is told."""
+
+    def __init__(self, name, log):
+        self.device, self._name, self._log = torch.device("cuda", 0), name, log
+
+    def __getattr__(self, told):
+        def note(*args):
+            self._log.append((self._name, told))
+            return f"event of {self._name}"
+
+        return note
+
+
+def test_what_is_fetched_waits_for_the_callers_stream_and_is_waited_for(monkeypatch):
+    log = []
+    main, side = Stream("main", log), Stream("side", log)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    arriving = fetch(lambda item: log.append(("made", item)) or item, range(2), sides=[side])
+    assert log == []
+    assert list(arriving) == [0, 1]
+    assert log[0] == ("side", "wait_stream")  # before anything is made
+    assert log.index(("made", 0)) < log.index(("side", "record_event"))
+    assert log.index(("side", "record_event")) < log.index(("main", "wait_event"))
+    assert [log.count(one) for one in (("side", "wait_stream"), ("main", "wait_event"))] == [1, 2]
+
+
+def test_a_gpu_has_one_side_stream():
+    with two_devices():
+        sides = SideStreams()
+        gpus = [torch.device("cuda", i) for i in (0, 1)]
+        assert sides.of([torch.device("cpu")]) == []
+        [first] = sides.of([gpus[0], torch.device("cpu"), gpus[0]])
+        assert sides.of(gpus)[0] is first
+        assert [stream.device for stream in sides.of(gpus)] == gpus
+
+
 @pytest.mark.gpu
 def test_a_gpu_has_its_copies_before_they_are_used():
     if not torch.cuda.is_available():
@@ -140,9 +194,9 @@ def test_a_gpu_has_its_copies_before_they_are_used():
     arriving = prefetch(
         lambda tensor: tensor.to(device, non_blocking=True),
         host,
-        device,
         move=lambda made: [made],
         in_thread=True,
+        sides=SideStreams().of([device]),
     )
     sums = [made.double().sum() for made in arriving]
     assert [float(total) for total in sums] == [2.0**22 * i for i in range(8)]

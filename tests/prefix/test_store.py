@@ -204,6 +204,10 @@ def test_budgets_that_are_open_take_a_share_of_what_is_free(monkeypatch, tmp_pat
     # What is asked for beyond the free disk cannot be had.
     assert Budget(host_gib=0.0, disk_gib=1.0).rows(10, CPU) == (0, 0, 180)
     assert Budget(gpu_gib=1.0, host_gib=0.0, disk_gib=0.0).rows(10, CPU) == (0, 0, 0)
+    monkeypatch.setattr(store_module, "free_memory", lambda device: 400)
+    gpu = torch.device("cuda", 0)
+    assert Budget(folder=str(tmp_path)).rows(10, gpu) == (10, 50, 180)
+    assert Budget(gpu_gib=0.0, folder=str(tmp_path)).rows(10, gpu) == (0, 50, 180)
 
 
 TAKEN_AT_ONCE = """

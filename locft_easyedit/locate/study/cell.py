@@ -28,6 +28,7 @@ from ...prefix.store import Budget
 from ...training.choice import Cell
 from ...training.health import health_texts
 from ...training.session import EditSession
+from ...utils.memory import is_out_of_memory
 from ..held_out import HeldOut
 from ..score import Drift, score
 from .study_outcome import DIVERGED, FAILED, OUT_OF_MEMORY, CellOutcome
@@ -202,9 +203,7 @@ def _failed(cell: Cell, error: Exception) -> CellOutcome:
     reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, NonFiniteLossError):
         return CellOutcome(cell, DIVERGED, reason)
-    # What PyTorch raises where the host has no memory left has no type of its own.
-    on_host = isinstance(error, RuntimeError) and "allocate memory" in reason
-    if on_host or isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+    if is_out_of_memory(error):
         return CellOutcome(cell, OUT_OF_MEMORY, reason[:300])
     if not isinstance(error, LocFTError):
         logger.exception("%s failed", cell.key)

@@ -19,6 +19,7 @@ from collections.abc import Collection, Mapping
 import torch
 
 from ...errors import PreserveError
+from ...utils.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,9 @@ def _decomposed(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns eigenvalues [in] and eigenvectors [in, in] in float64, where the moment is."""
     try:
         return tuple(torch.linalg.eigh(moment.double()))
-    except torch.cuda.OutOfMemoryError:
+    except Exception as error:
+        if moment.device.type == "cpu" or not is_out_of_memory(error):
+            raise
         logger.warning(
             "The GPU has no room to decompose a moment of %d inputs; the CPU does it, which takes "
             "longer.",

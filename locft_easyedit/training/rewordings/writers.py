@@ -22,6 +22,7 @@ from ...hparams_rules import EDITED, ENDPOINT
 from ...modeling.devices import context_length, input_device
 from ...modeling.loading import load_causal_lm, load_tokenizer
 from ...modeling.sampling import padded_left, seeded
+from ...utils.memory import is_out_of_memory
 from ...utils.parsing import shown
 from .endpoint import Endpoint
 from .instruction import N_ASKED, Prompt, instruction
@@ -177,7 +178,9 @@ def opened_writer(
             trust_remote_code=hparams.trust_remote_code,
         )
         yield LocalWriter(other, own, _template(hparams, own), hparams.seed)
-    except torch.cuda.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise RewordingsError(
             f"`augment_model={value}`: {device} has no room for it beside the model being edited. "
             "Have it write with `device: cpu` first (the same `augment_cache` serves both), or "

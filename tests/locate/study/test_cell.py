@@ -136,6 +136,7 @@ def test_figures_that_are_no_numbers_are_a_divergence(monkeypatch):
             OUT_OF_MEMORY,
             "DefaultCPUAllocator",
         ),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), OUT_OF_MEMORY, "CUBLAS_STATUS_ALLOC_FAILED"),
         (RuntimeError("shapes differ"), FAILED, "RuntimeError: shapes differ"),
         (PlaceError("it is tied"), FAILED, "it is tied"),
     ],

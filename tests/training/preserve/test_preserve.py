@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.reference import naive_locft_bf
 from helpers.toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
+from helpers.two_devices import two_devices
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
@@ -237,6 +238,34 @@ def test_exact_keys_that_take_too_much_are_refused():
 def test_moments_that_are_not_finite_are_refused():
     with pytest.raises(PreserveError, match="not finite"):
         spectral_filter(torch.full((4, 4), torch.nan))
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+@pytest.mark.parametrize(
+    "said", ["cusolver error: CUSOLVER_STATUS_ALLOC_FAILED", "the algorithm did not converge"]
+)
+def test_a_gpu_without_room_to_decompose_leaves_it_to_the_cpu(said, on_gpu, monkeypatch, caplog):
+    keys = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    moment = keys.T @ keys
+    expected, eigh, calls = spectral_filter(moment), torch.linalg.eigh, []
+
+    def full(matrix):
+        calls.append(matrix.device.type)
+        if len(calls) == 1:
+            raise RuntimeError(said)
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", full)
+    with two_devices(1):
+        given = moment.to("cuda:0") if on_gpu else moment
+        if "ALLOC_FAILED" not in said or not on_gpu:
+            with pytest.raises(RuntimeError, match=said):
+                spectral_filter(given)
+            return
+        found = spectral_filter(given).cpu()
+    assert torch.equal(found, expected)
+    assert calls == ["cuda", "cpu"]
+    assert "no room to decompose a moment of 6 inputs" in caplog.text
 
 
 def test_sources_count_by_their_weights_and_not_by_their_size():

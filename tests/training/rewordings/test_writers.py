@@ -94,9 +94,14 @@ def test_another_model_is_loaded_and_goes(saved, chatting):
     assert gone() is None
 
 
-def test_no_room_beside_the_model(saved, chatting, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [torch.cuda.OutOfMemoryError("full"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")],
+    ids=lambda error: type(error).__name__,
+)
+def test_no_room_beside_the_model(error, saved, chatting, monkeypatch):
     def full(*args, **kwargs):
-        raise torch.cuda.OutOfMemoryError("full")
+        raise error
 
     monkeypatch.setattr(writers, "load_causal_lm", full)
     hparams = toy_hparams(augment_model=str(saved))
