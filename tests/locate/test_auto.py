@@ -324,6 +324,21 @@ def test_a_rate_that_diverges_everywhere_is_told(monkeypatch, no_limit):
         chosen(lr=9.0)
 
 
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("CUBLAS_STATUS_ALLOC_FAILED", NonFiniteLossError), ("shapes differ", RuntimeError)],
+)
+def test_memory_that_runs_out_ends_a_trial_and_another_error_all(
+    said, expected, monkeypatch, no_limit
+):
+    def failed(*args, **kwargs):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(trial.EditSession, "train_", failed)
+    with pytest.raises(expected, match="diverged at all" if said.isupper() else said):
+        chosen(lr=9.0)
+
+
 def test_a_model_that_does_not_fit_needs_a_layer(monkeypatch):
     monkeypatch.setattr(offload, "_fits", lambda *a: False)
     with pytest.raises(ModelError, match=r"`layers=auto` runs the whole model.*Name the layer"):
