@@ -17,8 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..data.readers import read_requests
 from ..easyedit import register
 from ..easyedit.peers.corpus import corpus_from_folder, corpus_from_model
@@ -31,6 +29,7 @@ from ..evaluation.predictions import EvalConfig
 from ..evaluation.summary import summarize
 from ..hparams_rules import ALG_NAMES
 from ..modeling.loading import load_causal_lm
+from ..utils.memory import is_out_of_memory
 from .edits import Edits, method_editor
 from .job import BEFORE, PACKAGES, STATISTICS, Job, JobFolder, Progress, model_id, version_of
 from .outcome import Outcome, checked
@@ -114,12 +113,11 @@ def _method(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
         outcome = checked(_edited(job, folder, progress))
     except MethodUnavailableError as error:
         outcome = Outcome(job.name, status="unavailable", reason=_one_line(error))
-    except torch.cuda.OutOfMemoryError as error:
-        traceback.print_exc()
-        outcome = Outcome(job.name, status="failed", reason=f"out of memory: {_one_line(error)}")
     except Exception as error:  # whatever EasyEdit's code may raise
         traceback.print_exc()
-        if isinstance(error, LocFTError):
+        if is_out_of_memory(error):
+            reason = f"out of memory: {_one_line(error)}"
+        elif isinstance(error, LocFTError):
             reason = _one_line(error)
         else:
             reason = f"{type(error).__name__}: {_one_line(error)}"

@@ -84,15 +84,16 @@ class PeerEditor:
                 keep_original_weight=False,
             )
         own = getattr(edited, "get_base_model", lambda: edited)()
-        if own is not self.editor.model:
-            if getattr(own, "model", None) is not self.editor.model:
+        model: Any = self.editor.model
+        if own is not model:
+            if getattr(own, "model", None) is not model:
                 raise LocFTError(
                     f"This method gives back a {type(edited).__name__} that is no wrapper of the "
                     "model, and cannot be measured here."
                 )
             self.wrapper = own
         if isinstance(former, Mapping) and former:  # some methods give back a function, or nothing
-            parameters = dict(self.editor.model.named_parameters())
+            parameters = dict(model.named_parameters())
             same = all(
                 torch.equal(parameters[name].detach().cpu(), value.detach().cpu())
                 for name, value in former.items()
