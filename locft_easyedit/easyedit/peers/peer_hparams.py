@@ -46,9 +46,11 @@ from .published import (
 from .yamls import published_yaml, scaled_parameters
 
 LARGEST_BATCH = 100
-# EasyEdit pads on the left for all methods but these, in `BaseEditor.__init__`.
+# EasyEdit pads on the left for all methods but these, in `BaseEditor.__init__`, and the last two,
+# whose code counts tokens from the left all the same: padded there, they train the padding.
+_MISPLACED = ("PMET", "MEMIT-FE")
 _RIGHT_PADDED = frozenset(
-    ["ROME", "R-ROME", "MEMIT", "EMMET", "EAMET", "AlphaEdit", "CORE", "SPHERE"]
+    ["ROME", "R-ROME", "MEMIT", "EMMET", "EAMET", "AlphaEdit", "CORE", "SPHERE", *_MISPLACED]
 )
 
 
@@ -263,6 +265,10 @@ def _as_in_the_file(
     batched = isinstance(size, (int, float)) and size > 1
     modules = _covariance_modules(values) + ([] if base is None else base.covariance_modules)
     notes = [_note(r) for r in used if r.why]
+    if method in _MISPLACED:
+        notes.append(
+            "Padded on the right: EasyEdit's editor pads it on the left, its code does not."
+        )
     return PeerHparams(method, values, not batched, modules, notes, base)
 
 
@@ -278,6 +284,7 @@ def _yaml_rules(
     why = f"the depth of EasyEdit's choice in {n_layers} layers, here in {len(stack.layers)}"
     rules = [
         _Rule("model_parallel", False, ""),
+        _Rule("use_chat_template", False, "prompts are asked as they stand"),
         _Rule("fp16", False, ""),
         _Rule("half", False, "the model is loaded already, in its own precision"),
         _Rule("v_loss_layer", len(stack.layers) - 1, "the last layer"),

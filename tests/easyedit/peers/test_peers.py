@@ -350,7 +350,9 @@ def test_context_templates_follow_from_their_text(loaded, kind):
 
 
 def test_padding_side():
-    sides = {method: padding_side(method) for method in (*PEERS, "R-ROME", "EMMET", "GRACE")}
+    sides = {
+        method: padding_side(method) for method in (*PEERS, "R-ROME", "EMMET", "GRACE", "PMET")
+    }
     left = {method for method, side in sides.items() if side == "left"}
     assert left == {"FT", "LoRA", "GRACE"}
     assert set(sides.values()) == {"left", "right"}
