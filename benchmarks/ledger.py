@@ -102,7 +102,7 @@ class Facts:
             for part in (request.get("locality") or {}).values()
             for prompt in ([part["prompt"]] if isinstance(part["prompt"], str) else part["prompt"])
         ]
-        plain = Forms(tokenizer, [], 0)
+        plain = Forms(tokenizer, [])
         first = [plain.ask(0, prompt, "") for prompt in prompts[:512]]
         self.divergence = Divergence(model, tokenizer, first, HOW, self.before) if first else None
         if self.divergence is not None:
@@ -127,7 +127,7 @@ class Facts:
         """Greedy answers in chat; `None` without a chat template."""
         if not getattr(self.tokenizer, "chat_template", None):
             return None
-        forms = Forms(self.tokenizer, [CHAT], 0)
+        forms = Forms(self.tokenizer, [CHAT])
         asked = [
             forms.ask(1, self.requests[i]["prompt"], self.requests[i]["target_new"], 0)
             for i in which

@@ -35,7 +35,7 @@ def first_position(model: PreTrainedModel) -> int:
 
     RoBERTa and its kind count from behind the padding token's.
     """
-    embeddings: Any = getattr(model.base_model, "embeddings", None)
+    embeddings: Any = getattr(getattr(model, "base_model", None), "embeddings", None)
     counts_from_padding = hasattr(embeddings, "create_position_ids_from_input_ids")
     return embeddings.padding_idx + 1 if counts_from_padding else 0
 

@@ -38,7 +38,7 @@ def test_joined_variants():
 
 def test_old_facts_beside_new_ones():
     variants = Variants.own_alone(20)
-    replayed = Replayed.of(variants, np.arange(10), seed=1)
+    replayed = Replayed.of(variants, 1, np.arange(10), seed=1)
     batch = np.array([12, 15, 11])
     first = replayed.texts(batch, 0)
     assert first[:3].tolist() == batch.tolist()
@@ -48,8 +48,8 @@ def test_old_facts_beside_new_ones():
     drawn = {int(i) for epoch in range(30) for i in replayed.texts(batch, epoch)[3:]}
     assert drawn == set(range(10))
     assert replayed.most == 2
-    few = Replayed.of(variants, np.array([4]), seed=1)
+    few = Replayed.of(variants, 1, np.array([4]), seed=1)
     assert few.texts(batch, 0).tolist() == [12, 15, 11, 4]
-    alone = Replayed.of(variants, np.zeros(0, np.int64), seed=1)
+    alone = Replayed.of(variants, 1, np.zeros(0, np.int64), seed=1)
     assert alone.texts(batch, 0).tolist() == batch.tolist()
     assert alone.most == 1
