@@ -25,7 +25,7 @@ from .outcome import Comparison, Outcome, accuracies, checked, headline
 _NOT_ASKED = "-"
 _NO_FIGURE = "?"
 _RIGHT_AFTER = "right after"
-_MOST_ABREAST = 10  # figures that a terminal of 80 columns holds beside one another
+_MOST_ABREAST = 9  # figures that a terminal of 80 columns holds beside one another
 _COSTS = ("seconds_per_edit", "peak_memory_gib")
 
 
@@ -143,7 +143,8 @@ def comparison_table(comparison: Comparison) -> Group:
     for first in range(1, n_figures + 1, size):
         part = slice(first, first + size)
         some = [Row([*row.cells[:1], *row.cells[part]], row.style) for row in rows]
-        tables.append(terminal_table([heads[0], *heads[part]], some, compact=True))
+        heads_here = [heads[0], *heads[part]]
+        tables.append(terminal_table(heads_here, some, compact=True, whole_first=True))
     return Group(Text("\n".join(_title(comparison)), style="bold"), *tables, _caption(sheet))
 
 

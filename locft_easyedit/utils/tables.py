@@ -58,7 +58,7 @@ def terminal_table(
 
     The first `text_columns` hold texts, which are broken where they are too long; the others hold
     numbers, at the right and never broken. `compact` leaves out the frame, for many columns, and
-    `whole_first` breaks no text of the first column, which somebody may want to copy.
+    `whole_first` breaks no word of the first column, which somebody may want to copy.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -76,7 +76,8 @@ def terminal_table(
     rows = list(rows)
     for i, heading in enumerate(columns):
         if i == 0 and whole_first:
-            longest = max((len(row.cells[0]) for row in rows if row.cells), default=0)
+            words = (word for row in rows if row.cells for word in row.cells[0].split())
+            longest = max(map(len, words), default=0)
             table.add_column(Text(heading), overflow="fold", min_width=longest)
         elif i < text_columns:
             table.add_column(Text(heading), overflow="fold")
