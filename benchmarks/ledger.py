@@ -23,9 +23,9 @@ from locft_easyedit.api import edit_model
 from locft_easyedit.data.forms import Forms
 from locft_easyedit.data.readers import read_requests
 from locft_easyedit.evaluation.answers import normalize_answer
-from locft_easyedit.evaluation.decoding import GreedyDecoder
 from locft_easyedit.evaluation.divergence import BeforeEdit, Divergence
 from locft_easyedit.evaluation.generated import MAX_NEW_TOKENS, Generated
+from locft_easyedit.evaluation.greedy_decoder import GreedyDecoder
 from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.hparams_rules import CHAT

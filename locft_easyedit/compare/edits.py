@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 
 from ..data.forms import CONTEXTS
 from ..easyedit.importing import EasyEdit
+from ..easyedit.peers.modules import easyedit_name
 from ..easyedit.peers.peer_editor import PeerEditor, hparams_class
 from ..easyedit.peers.peer_hparams import (
     PEERS,
-    easyedit_name,
     name_for_easyedit_,
     padding_side,
     peer_hparams,
@@ -196,8 +196,9 @@ class Edits:
             raise LocFTError(
                 f"{method.name} needs a `subject` that is in the prompt; no record has one."
             )
-        if method.name not in (*ALG_NAMES, *PEERS) and method.one_by_one:
-            how = replace(how, wrapper=method.editor)  # it may put something around the model
+        if method.name not in (*ALG_NAMES, *PEERS):  # who knows what it puts into the model
+            around = method.editor if method.one_by_one else None
+            how = replace(how, packed=False, wrapper=around)
         self.how = how
         self._each: Evaluation | None = None
         if method.one_by_one:
@@ -205,8 +206,6 @@ class Edits:
             own = [{key: r[key] for key in parts if key in r} for r in requests]
             self._each = Evaluation(model, tokenizer, own, how, metrics=PLAIN_METRICS)
             self.how = replace(how, packed=self._each.packed)
-        if method.name not in (*ALG_NAMES, *PEERS):
-            self.how = replace(how, packed=False)  # who knows what it puts into the model
         self._checkpoint = folder.state / "edited.safetensors"
 
     def make_(self) -> None:
@@ -248,9 +247,9 @@ class Edits:
         """
         request = self.requests[i]
         return {
+            "loc_prompt": CONTEXTS[i % len(CONTEXTS)],
             **request,
             "target_new": f"{request['target_new']}{self.method.end}",
-            "loc_prompt": CONTEXTS[i % len(CONTEXTS)],
         }
 
     def _save(self, done: int) -> None:

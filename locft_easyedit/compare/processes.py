@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from ..easyedit.peers.yamls import easyedit_folder
 from ..utils.progress import progress_bar
 from ..utils.subprocesses import Worker, WorkerPool, worker_pool
 from .job import JobFolder
@@ -71,10 +70,8 @@ def _start(pool: WorkerPool, slot: int, name: str, folder: JobFolder) -> Worker:
     if device is not None:
         noted = {"device": device, "beside": pool.devices.count(device)}
         folder.write(folder.job, folder.read(folder.job) | noted)
-    environment = {}
-    if os.environ.get("EASYEDIT_HOME"):  # the process works in its own folder
-        home = Path(os.environ["EASYEDIT_HOME"]).expanduser()
-        environment["EASYEDIT_HOME"] = str(home.resolve())
+    home = easyedit_folder()
+    environment = {} if home is None else {"EASYEDIT_HOME": str(home)}  # it works elsewhere
     return pool.start(
         slot, name, _command(folder), folder.log, folder=folder.path, environment=environment
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,12 @@ from ..data.readers import read_requests
 from ..data.requests import distinct_edits
 from ..easyedit.peers.peer_editor import commit_of
 from ..easyedit.peers.peer_hparams import PEERS, PeerHparams, peer_hparams
-from ..easyedit.peers.yamls import MethodUnavailableError, check_method, known_method
+from ..easyedit.peers.yamls import (
+    MethodUnavailableError,
+    check_method,
+    easyedit_folder,
+    known_method,
+)
 from ..errors import HyperParamsError, LocFTError, one_message
 from ..evaluation.metric_names import DEFAULT_METRICS, check_metrics
 from ..hparams import LocFTBFHyperParams
@@ -263,7 +267,7 @@ def _absolute(path: str | None) -> str | None:
 
 def _easyedit() -> str:
     """Returns which EasyEdit it is, as far as can be told without importing it."""
-    home = _absolute(os.environ.get("EASYEDIT_HOME") or None)
+    home = easyedit_folder()
     if home is None:
         return f"installed {version_of('easyeditor')}"
     return f"{home} {commit_of(home)}".strip()

@@ -26,7 +26,7 @@ from .answers import (
     normalize_answer,
     settled_answer,
 )
-from .decoding import GreedyDecoder
+from .greedy_decoder import GreedyDecoder
 from .predictions import EvalConfig, Measurement, warn_not_finite
 from .prompts import Metrics, Questions, check_lengths
 

@@ -19,9 +19,9 @@ from .answers import (
     matches_any,
     settled_answer,
 )
-from .decoding import GreedyDecoder
 from .divergence import BeforeEdit, Divergence
 from .generated import MAX_NEW_TOKENS
+from .greedy_decoder import GreedyDecoder
 from .predictions import EvalConfig, Measurement, warn_not_finite
 from .prompts import Metrics, Question, Questions
 from .wrappers import CHAT, NAMES, Wrapper, wrappers_for

@@ -22,9 +22,10 @@ def run_layout(model: PreTrainedModel, rows: Rows, **inputs: torch.Tensor) -> An
         rows: The layout, on the model's device.
         **inputs: `input_ids`, [R, L], or `inputs_embeds`, [R, L, D].
     """
+    first = first_position(model)
     return model(
         **inputs,
-        position_ids=rows.position_ids + first_position(model),
+        position_ids=rows.position_ids + first if first else rows.position_ids,
         attention_mask=rows.attention_mask,
         use_cache=False,
     )

@@ -56,14 +56,12 @@ def check_causal(model: Any, ids: Sequence[int]) -> None:
     text = torch.tensor([list(ids[:_PROBE_TOKENS])], device=input_device(model))
     if text.shape[1] < 2:
         return
-
-    def earlier(last: int) -> torch.Tensor:
-        text[0, -1] = last
-        return model(input_ids=text, use_cache=False).logits[0, :-1].float()
-
-    lasts = {*text[0].tolist()[-4:], 0, 1} - {int(text[0, -1])}
-    reference = earlier(int(text[0, -1]))
-    moved = max(float((earlier(i) - reference).norm() / reference.norm()) for i in sorted(lasts))
+    own = int(text[0, -1])
+    lasts = [own, *sorted({*text[0].tolist()[-4:], 0, 1} - {own})]
+    texts = text.repeat(len(lasts), 1)
+    texts[:, -1] = torch.tensor(lasts, device=texts.device)
+    reference, *others = model(input_ids=texts, use_cache=False).logits[:, :-1].float()
+    moved = max(float((other - reference).norm() / reference.norm()) for other in others)
     if moved > (_MOST_ROUNDING if model.dtype == torch.float32 else _MOST_ROUNDING_HALF):
         raise ModelError(
             f"{type(model).__name__} is no causal language model: what it predicts at a token "

@@ -222,7 +222,8 @@ class Probes:
             right += [found] if found is not None else []
         below = range(place.first_layer - 1, 0, -1) if not (right or on_disk) else ()
         for layer in below:
-            found, _ = self._first_right(replace(cut, first_layer=layer), packed, on_disk)
+            lower = replace(candidates[-1], first_layer=layer)  # of the kind that every layer has
+            found, _ = self._first_right(lower, packed, on_disk)
             if found is not None:
                 return (found,), ""
         return tuple(right), why_not

@@ -9,9 +9,10 @@ from helpers.toys import CONTEXT, FEW_KINDS, toy_model, toy_requests, toy_tokeni
 from torch import nn
 from transformers import GenerationConfig
 
-from locft_easyedit.evaluation.decoding import GreedyDecoder, can_batch_cache
+from locft_easyedit.evaluation.decoding import can_batch_cache
 from locft_easyedit.evaluation.fluency import batched_fluency, fluency_of
 from locft_easyedit.evaluation.generated import Generated, finish_generated_
+from locft_easyedit.evaluation.greedy_decoder import GreedyDecoder
 from locft_easyedit.evaluation.predictions import EvalConfig
 
 PROMPTS = [request["prompt"] for request in toy_requests(12)]

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from locft_easyedit.evaluation.answers import Verdicts, inner_stops, matches_any, up_to_stop
-from locft_easyedit.evaluation.decoding import GreedyDecoder
 from locft_easyedit.evaluation.evaluation import PLAIN_METRICS, Evaluation, PairedMetrics
 from locft_easyedit.evaluation.generated import Generated
+from locft_easyedit.evaluation.greedy_decoder import GreedyDecoder
 from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.evaluation.prompts import Questions
 from locft_easyedit.evaluation.summary import summarize

@@ -12,22 +12,16 @@ from copy import deepcopy
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
 
-from ...errors import LocFTError, one_message
+from ...errors import one_message
 from ...hparams import read_mapping
-from ...modeling.places import LayerList, find_layers
 from .modules import (
-    attention_inputs,
-    attention_output,
     caveats,
-    easyedit_name,
-    mlp_output,
     model_label,
-    module_names,
     value_problems,
 )
 from .published import (
@@ -36,26 +30,20 @@ from .published import (
     MODULE_KEYS,
     PEERS,
     VALUES,
-    VALUES_LAYERS,
     WITHOUT_THE_KEY,
     allowed,
     number_if_it_is_one,
-    scaled_layers,
     typed,
 )
-from .yamls import published_yaml, scaled_parameters
+from .rules import PeerError, Rule, model_rules, note, runtime_rules, yaml_rules
+from .yamls import published_yaml
 
-LARGEST_BATCH = 100
 # EasyEdit pads on the left for all methods but these, in `BaseEditor.__init__`, and the last two,
 # whose code counts tokens from the left all the same: padded there, they train the padding.
 _MISPLACED = ("PMET", "MEMIT-FE")
 _RIGHT_PADDED = frozenset(
     ["ROME", "R-ROME", "MEMIT", "EMMET", "EAMET", "AlphaEdit", "CORE", "SPHERE", *_MISPLACED]
 )
-
-
-class PeerError(LocFTError):
-    """A method of EasyEdit cannot be set up for this model, or with these values."""
 
 
 @dataclass(frozen=True)
@@ -125,14 +113,6 @@ class PeerHparams:
         return {key: value for key, value in self.values.items() if key not in unknown}
 
 
-class _Rule(NamedTuple):
-    """A value that depends on the model or on the run, and why it is what it is."""
-
-    key: str
-    value: Any
-    why: str
-
-
 def peer_hparams(
     method: str,
     model: Any,
@@ -169,14 +149,14 @@ def peer_hparams(
     given = dict(overrides or {})
     file = given.pop("hparams", None)
     from_file = {} if file is None else _read(method, file)
-    runtime = _runtime_rules(model, device, stats_dir, corpus_name, n_samples)
+    runtime = runtime_rules(model, device, stats_dir, corpus_name, n_samples)
     if method not in PEERS:
-        rules: list[_Rule] = []
+        rules: list[Rule] = []
         base_hparams = None
         if file is None:
             path, n_layers = published_yaml(method)
             from_file = _read(method, path)
-            rules = _yaml_rules(method, model, from_file, n_edits, n_layers)
+            rules = yaml_rules(method, model, from_file, n_edits, n_layers)
         if "base_method" in from_file:
             base_hparams = peer_hparams(
                 from_file["base_method"],
@@ -194,7 +174,7 @@ def peer_hparams(
     keys += [] if method == "LoRA" else MODULE_KEYS
     keys += ["batch_size"] if method in BATCHED else []
     from_file, given = _checked(method, from_file, given, keys)
-    rules, missing = _model_rules(method, model, n_edits, (from_file | given).get("layers"))
+    rules, missing = model_rules(method, model, n_edits, (from_file | given).get("layers"))
     # A file is its author's choice for a model; only what names this run's model and files goes
     # before it.
     rules = [r for r in rules if r.key not in from_file] + [r for r in runtime if r.key in keys]
@@ -211,7 +191,7 @@ def peer_hparams(
         {key: values[key] for key in keys},
         method not in BATCHED,
         _covariance_modules(values),
-        [_note(r) for r in rules if r.why] + caveats(method, model, values["layers"]),
+        [note(r) for r in rules if r.why] + caveats(method, model, values["layers"]),
     )
 
 
@@ -236,10 +216,6 @@ def padding_side(method: str) -> str:
     return "right" if method in _RIGHT_PADDED else "left"
 
 
-def _note(rule: _Rule) -> str:
-    return f"{rule.key}={rule.value!r}: {rule.why}"
-
-
 def _read(method: str, file: Any) -> dict[str, Any]:
     path, config = read_mapping(file)
     name = config.get("alg_name")
@@ -254,7 +230,7 @@ def _as_in_the_file(
     method: str,
     from_file: dict[str, Any],
     given: dict[str, Any],
-    rules: list[_Rule],
+    rules: list[Rule],
     base: PeerHparams | None = None,
 ) -> PeerHparams:
     """Returns what a file says for a method without a table, with this run's model and files."""
@@ -264,7 +240,7 @@ def _as_in_the_file(
     size = number_if_it_is_one(values.get("batch_size"))
     batched = isinstance(size, (int, float)) and size > 1
     modules = _covariance_modules(values) + ([] if base is None else base.covariance_modules)
-    notes = [_note(r) for r in used if r.why]
+    notes = [note(r) for r in used if r.why]
     if method in _MISPLACED:
         notes.append(
             "Padded on the right: EasyEdit's editor pads it on the left, its code does not."
@@ -272,65 +248,11 @@ def _as_in_the_file(
     return PeerHparams(method, values, not batched, modules, notes, base)
 
 
-def _yaml_rules(
-    method: str, model: Any, values: Mapping[str, Any], n_edits: int, n_layers: int
-) -> list[_Rule]:
-    """Returns what is set anew in a published YAML, made for a model of `n_layers` layers.
-
-    Raises:
-        PeerError: The model lacks a module that the method needs.
-    """
-    stack = _layers_of(model)
-    why = f"the depth of EasyEdit's choice in {n_layers} layers, here in {len(stack.layers)}"
-    rules = [
-        _Rule("model_parallel", False, ""),
-        _Rule("use_chat_template", False, "prompts are asked as they stand"),
-        _Rule("fp16", False, ""),
-        _Rule("half", False, "the model is loaded already, in its own precision"),
-        _Rule("v_loss_layer", len(stack.layers) - 1, "the last layer"),
-    ]
-    layers = [0]
-    if values.get("layers"):
-        layers = scaled_layers(values["layers"], len(stack.layers), n_layers)
-        rules.append(_Rule("layers", layers, why))
-    weights = values.get("mom2_update_weight")
-    if isinstance(weights, list):
-        rules.append(_Rule("mom2_update_weight", weights[: len(layers)], ""))
-    names, missing = module_names(method, model, stack, layers[0])
-    if missing and any(key in values for key in missing):
-        title = f"{method} cannot be set up for {model_label(model)}:"
-        raise PeerError(one_message(title, list(missing.values())))
-    layer, published = stack.layers[layers[0]], dict(values)
-    output = mlp_output(layer)
-    if published.get("mlp_module_tmp") == published.get("rewrite_module_tmp"):
-        names["mlp_module_tmp"] = names.get("rewrite_module_tmp", "")
-        names["attn_module_tmp"] = f"{names['layer_module_tmp']}.{attention_output(layer)}"
-    rules += [_Rule(key, name, "from this model's modules") for key, name in names.items()]
-    if "rewrite_module_tmps" in values:
-        rules.append(_Rule("rewrite_module_tmps", [names["rewrite_module_tmp"]], ""))
-    if "inner_params" in values:
-        inner = scaled_parameters(
-            values["inner_params"], stack, n_layers, {"mlp.down_proj": output} if output else {}
-        )
-        rules.append(_Rule("inner_params", inner, why))
-    if method in BATCHED:
-        size = min(n_edits, LARGEST_BATCH)
-        rules.append(_Rule("batch_size", size, f"{n_edits} edits, at most {LARGEST_BATCH} at once"))
-    return rules
-
-
 def _written(folder: Path, method: str, values: Mapping[str, Any]) -> Path:
     path = folder / method / "hparams.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(dict(values)), encoding="utf-8")
     return path
-
-
-def _layers_of(model: Any) -> LayerList:
-    stack = find_layers(model)
-    if stack is None or not len(stack.layers):
-        raise PeerError(f"{model_label(model)} has no list of layers to edit. Take another model.")
-    return stack
 
 
 def _checked(
@@ -358,55 +280,6 @@ def _checked(
         problems.append(f"The keys are: {', '.join(keys)}.")
         raise PeerError(one_message(f"Values for {method}:", problems, limit=len(problems)))
     return result
-
-
-def _runtime_rules(
-    model: Any, device: int | str | torch.device, stats_dir: str | Path, corpus: str, n: int
-) -> list[_Rule]:
-    """Returns the values that say which model, device and files this run uses."""
-    number = "0" if str(device) == "cuda" else str(device).removeprefix("cuda:")
-    where = "key covariances of this very model, measured on this run's corpus"
-    return [
-        _Rule("model_name", easyedit_name(model), "the path in EasyEdit's code for such a model"),
-        _Rule("device", int(number) if number.isdigit() else number, ""),
-        _Rule("stats_dir", str(stats_dir), where),
-        _Rule("mom2_dataset", corpus, where),
-        _Rule("mom2_n_samples", n, "documents in that corpus"),
-        _Rule("P_loc", "null_space_project.pt", "where AlphaEdit itself saves it"),
-    ]
-
-
-def _model_rules(
-    method: str, model: Any, n_edits: int, layers: list[int] | None
-) -> tuple[list[_Rule], dict[str, str]]:
-    """Returns the values that depend on the model, and a problem for each key without one."""
-    stack = _layers_of(model)
-    n = len(stack.layers)
-    if method == "LoRA":
-        targets, problem = attention_inputs(stack)
-        why = "peft's AdaLoRA needs `total_step`, which EasyEdit does not give"
-        rules = [_Rule("lora_type", "lora", why)]
-        if problem:
-            return rules, {"target_modules": problem}
-        return [*rules, _Rule("target_modules", targets, "the attention of this model")], {}
-    published = VALUES[method]["layers"]
-    scaled = scaled_layers(published, n)
-    why = f"the depth of {published} in {VALUES_LAYERS} layers, here in {n}"
-    rules = [_Rule("layers", scaled, why)]
-    if method == "FT":
-        why = "FT-M; prompt_last would train every target token at the prompt's last position"
-        rules.append(_Rule("objective_optimization", "target_new", why))
-    else:
-        rules.append(_Rule("v_loss_layer", n - 1, "the last layer"))
-    if method == "ROME":
-        rules.append(_Rule("fp16", False, "the model is loaded already, in its own precision"))
-    if method in BATCHED:
-        size = min(n_edits, LARGEST_BATCH)
-        rules.append(_Rule("batch_size", size, f"{n_edits} edits, at most {LARGEST_BATCH} at once"))
-    chosen = [i for i in layers or scaled if 0 <= i < n] or scaled
-    names, missing = module_names(method, model, stack, chosen[0])
-    rules += [_Rule(key, name, "from this model's modules") for key, name in names.items()]
-    return rules, missing
 
 
 def _covariance_modules(values: Mapping[str, Any]) -> list[str]:

@@ -6,10 +6,9 @@ import math
 from typing import Any
 
 PEERS = ("FT", "LoRA", "ROME", "MEMIT", "AlphaEdit")
-# Methods that make several edits in one call, by EasyEdit's names.
+# Methods that make several edits in one call.
 BATCHED = (
-    *("MEMIT", "AlphaEdit", "MEMIT-FE", "PMET", "EMMET", "EAMET", "SPHERE", "CORE", "ULTRAEDIT"),
-    "UltraEdit",
+    *("MEMIT", "AlphaEdit", "MEMIT-FE", "PMET", "EMMET", "EAMET", "SPHERE", "CORE", "UltraEdit"),
 )
 # What EasyEdit's FT does with the objective that it is given here goes by a name of its own.
 ALIASES = {"FT-M": "FT"}

@@ -46,7 +46,7 @@ class MethodUnavailableError(LocFTError):
 def easyedit_folder() -> Path | None:
     """Returns the clone of EasyEdit that is named in the environment, if one is."""
     home = os.environ.get("EASYEDIT_HOME")
-    return Path(home).expanduser() if home else None
+    return Path(home).expanduser().resolve() if home else None
 
 
 def known_method(name: str) -> str:

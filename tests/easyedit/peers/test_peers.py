@@ -24,10 +24,10 @@ from locft_easyedit.easyedit.cuda_as_cpu import CudaAsCPU, needs_cuda_as_cpu
 from locft_easyedit.easyedit.importing import load_easyedit
 from locft_easyedit.easyedit.peers.corpus import Corpus
 from locft_easyedit.easyedit.peers.covariance import stats_name, write_key_covariances
+from locft_easyedit.easyedit.peers.modules import easyedit_name
 from locft_easyedit.easyedit.peers.peer_hparams import (
     PEERS,
     PeerError,
-    easyedit_name,
     name_for_easyedit_,
     padding_side,
     peer_hparams,
