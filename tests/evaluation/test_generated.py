@@ -273,7 +273,7 @@ def test_close_choices_are_settled_by_the_prompt_alone(monkeypatch):
     """With everything counted as close, all answers come from passes over one prompt."""
     model, tokenizer = toy_model(), toy_tokenizer()
     drafts = ManyDrafts(model, tokenizer, 6)
-    for module in ("decoding", "predictions"):
+    for module in ("greedy_decoder", "predictions"):
         monkeypatch.setattr(f"locft_easyedit.evaluation.{module}.too_close", always)
     alone = []
     original = GreedyDecoder._alone
