@@ -13,6 +13,7 @@ from omegaconf import MISSING
 from ..compare.picture import write_comparison_picture
 from ..compare.run_comparison import compare
 from ..compare.settings import Settings
+from ..compare.stream_picture import write_stream_picture
 from ..compare.table import comparison_markdown, comparison_table
 from ..evaluation.metric_names import DEFAULT_METRICS
 from ..hparams import ALG_NAME, LocFTBFHyperParams
@@ -33,6 +34,7 @@ class CompareConfig(LocFTBFHyperParams):
     )
     output: str = "outputs/compare"
     metrics: list[str] = field(default_factory=lambda: list(DEFAULT_METRICS))
+    stream: Optional[int] = None  # noqa: UP045
     peers: dict[str, Any] = field(default_factory=dict)
     text: Optional[str] = None  # noqa: UP045
     documents: int = 400
@@ -54,6 +56,8 @@ def main(arguments: Sequence[str]) -> int:
 def run_compare(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Path) -> None:
     """Compares, prints the table and writes `comparison.json`, `.md` and `.png`.
 
+    With `stream` also `stream.png`.
+
     Raises:
         LocFTError: Something cannot be used, and nothing has run; or a file cannot be written.
     """
@@ -64,6 +68,10 @@ def run_compare(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Pa
     with output_errors(paths["md"]):
         write_atomically(paths["md"], comparison_markdown(comparison).encode())
     write_comparison_picture(paths["png"], comparison)
+    what_is_written = dict(zip(("figures", "table", "picture"), paths.values(), strict=True))
+    if command.get("stream") is not None:
+        what_is_written["picture of the commits"] = output / "stream.png"
+        write_stream_picture(output / "stream.png", comparison)
     show(comparison_table(comparison))
-    for what, path in zip(("figures", "table", "picture"), paths.values(), strict=True):
+    for what, path in what_is_written.items():
         sys.stdout.write(f"{what}: {path}\n")

@@ -109,6 +109,9 @@ Usage: locft compare --config-name NAME data=FILE [methods=[...]] [n=N] [output=
   data=FILE            a JSON file: ZsRE, CounterFact, KnowEdit, WikiBigEdit or a list of requests
   n=N                  only the first N edits
   methods=[A,B,...]    default: [{ALG_NAME},FT,LoRA,ROME,MEMIT,AlphaEdit]
+  stream=N             the edits come in N commits, and after each all so far are measured; methods
+                       may then be LocFT-BF@ledger and LocFT-BF+@ledger as well, which keep the
+                       facts of former commits in a ledger
   output=DIR           where results go (outputs/compare); the same command goes on there
   metrics=[A,B,...]    of {", ".join(METRICS)};
                        default [{",".join(DEFAULT_METRICS)}]. `wrapped` asks in chat and in other

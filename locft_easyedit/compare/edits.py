@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -28,18 +32,19 @@ from ..errors import LocFTError
 from ..evaluation.evaluation import PLAIN_METRICS, Evaluation
 from ..evaluation.predictions import EvalConfig
 from ..hparams import LocFTBFHyperParams
-from ..hparams_rules import ALG_NAMES
 from ..training.trained_weights import write_
 from ..utils.files import output_errors, replacing
 from ..utils.memory import Peak, peak_memory
+from .commits import commits_of
 from .job import Job, JobFolder, Progress, model_id
+from .ours import IN_LEDGER, OURS, LedgerEditor
 
 logger = logging.getLogger(__name__)
 
 # Methods whose state is the weights and their context templates; others keep a cache or an adapter.
 _RESUMABLE = ("FT", "ROME", "MEMIT")
 _CHECKPOINT_SECONDS = 60.0
-_KEPT = ("right_after", "seconds", "seconds_measuring")  # attributes, in a checkpoint
+_KEPT = ("right_after", "by_commit", "seconds", "seconds_measuring")  # attributes, in a checkpoint
 _SEED = 42  # EasyEdit's
 # Values that say where things are; the others that a rule has set are choices, and told.
 _UNTOLD = tuple(
@@ -62,7 +67,7 @@ class MethodEditor:
 
     Attributes:
         name: Its name.
-        editor: EasyEdit's editor.
+        editor: EasyEdit's editor, or that of a ledger.
         chunk: Edits that one call of the method makes.
         one_by_one: Whether it makes one edit after the other.
         values: Its hyper-parameters.
@@ -72,7 +77,7 @@ class MethodEditor:
     """
 
     name: str
-    editor: PeerEditor
+    editor: Any
     chunk: int
     one_by_one: bool
     values: dict[str, Any]
@@ -82,20 +87,38 @@ class MethodEditor:
 
 
 def method_editor(
-    job: Job, model: Any, tokenizer: Any, n_edits: int, easyedit: EasyEdit
+    job: Job,
+    model: Any,
+    tokenizer: Any,
+    n_edits: int,
+    easyedit: EasyEdit,
+    state: Path | None = None,
 ) -> MethodEditor:
     """Returns the job's method on a loaded model.
+
+    Args:
+        job: The job.
+        model: The model.
+        tokenizer: Its tokenizer.
+        n_edits: Edits that come together.
+        easyedit: EasyEdit.
+        state: Where a ledger, the one method that needs it, keeps what it keeps.
 
     Raises:
         MethodUnavailableError: This EasyEdit does not have it.
         PeerError: Its hyper-parameters cannot be set up for this model.
     """
-    cls = hparams_class(job.name)
-    if job.name in ALG_NAMES:
-        hparams = LocFTBFHyperParams.from_mapping(job.hparams, source="The hyper-parameters")
-        hparams.device = None  # it is placed already
-        editor = PeerEditor(job.name, model, tokenizer, hparams, "")
+    if job.name in OURS:
+        own = LocFTBFHyperParams.from_mapping(job.hparams, source="The hyper-parameters")
+        own.device = None  # it is placed already
+        if job.name.endswith(IN_LEDGER):
+            assert state is not None
+            shutil.rmtree(state / "ledger", ignore_errors=True)  # of a run that was ended
+            editor: Any = LedgerEditor(state / "ledger", model, tokenizer, own)
+        else:
+            editor = PeerEditor(job.name, model, tokenizer, own, "")
         return MethodEditor(job.name, editor, n_edits, False, job.hparams, [], False)
+    cls = hparams_class(job.name)
     statistics = job.statistics or {}
     overrides, notes = dict(job.overrides), []
     if job.model_parallel and job.name in PEERS:
@@ -152,8 +175,19 @@ def ending(tokenizer: Any) -> str:
 class Edits:
     """The edits of one method, made with `make_`, which changes the model in place.
 
+    Args:
+        method: The method.
+        requests: The edits.
+        model: The model.
+        tokenizer: Its tokenizer.
+        how: How metrics are taken.
+        folder: The job's folder.
+        progress: Who is told how far it is.
+        stream: The edits come in this many commits of equal size; all at once if `None`.
+
     Attributes:
         right_after: Metrics of each edit right after it, for one that edits one by one.
+        by_commit: After each commit of a stream the reliability of each commit so far.
         seconds: Seconds of editing alone.
         seconds_measuring: Seconds of measuring in between.
         peak: Peak memory of editing.
@@ -170,6 +204,7 @@ class Edits:
         how: EvalConfig,
         folder: JobFolder,
         progress: Progress,
+        stream: int | None = None,
     ) -> None:
         self.method = method
         self.requests = requests
@@ -177,6 +212,7 @@ class Edits:
         self.folder = folder
         self.progress = progress
         self.right_after: list[dict[str, Any]] = []
+        self.by_commit: list[list[float]] = []
         self.seconds = self.seconds_measuring = 0.0
         self.peak = Peak()
         self.notes: list[str] = []
@@ -196,12 +232,14 @@ class Edits:
             raise LocFTError(
                 f"{method.name} needs a `subject` that is in the prompt; no record has one."
             )
-        if method.name not in (*ALG_NAMES, *PEERS):  # who knows what it puts into the model
+        if method.name not in (*OURS, *PEERS):  # who knows what it puts into the model
             around = method.editor if method.one_by_one else None
             how = replace(how, packed=False, wrapper=around)
         self.how = how
         self._each: Evaluation | None = None
-        if method.one_by_one:
+        self._stream = stream is not None
+        self._commits = commits_of(len(requests), stream or 1)
+        if method.one_by_one or self._stream:
             parts = ("prompt", "target_new", "rephrase_prompt", "target_aliases")
             own = [{key: r[key] for key in parts if key in r} for r in requests]
             self._each = Evaluation(model, tokenizer, own, how, metrics=PLAIN_METRICS)
@@ -211,32 +249,53 @@ class Edits:
     def make_(self) -> None:
         """Makes the edits, going on where a checkpoint is."""
         torch.manual_seed(_SEED)
-        size = self.method.chunk
         done = self._resumed_()
         saved = time.monotonic()
-        while done < len(self.possible):
-            self.progress.say("editing", done, len(self.possible))
-            chunk = self.possible[done : done + size]
-            start = time.perf_counter()
-            device = self.model.get_input_embeddings().weight.device
-            with peak_memory(device) as peak:
-                self.method.editor.edit_([self._trained(i) for i in chunk])
-            self.seconds += time.perf_counter() - start
-            self.peak = max(self.peak, peak, key=lambda p: p.gib or 0.0)
-            done += len(chunk)
-            if self._each is not None:
+        for commit in self._commits[len(self.by_commit) :]:
+            end = bisect_left(self.possible, commit.stop)
+            while done < end:
+                self.progress.say("editing", done, len(self.possible))
+                chunk = self.possible[done : min(done + self.method.chunk, end)]
                 start = time.perf_counter()
-                self.right_after += self._each.measure("right after", chunk)
-                self.seconds_measuring += time.perf_counter() - start
-            if time.monotonic() - saved > _CHECKPOINT_SECONDS and done < len(self.possible):
-                self._save(done)
-                saved = time.monotonic()
+                device = self.model.get_input_embeddings().weight.device
+                with peak_memory(device) as peak:
+                    self.method.editor.edit_([self._trained(i) for i in chunk])
+                self.seconds += time.perf_counter() - start
+                self.peak = max(self.peak, peak, key=lambda p: p.gib or 0.0)
+                done += len(chunk)
+                if self.method.one_by_one:
+                    self.right_after += self._measured("right after", chunk)
+                if time.monotonic() - saved > _CHECKPOINT_SECONDS and done < len(self.possible):
+                    self._save(done)
+                    saved = time.monotonic()
+            if self._stream:
+                self._look_back(commit.stop)
         self.progress.say("editing", done, len(self.possible))
+        if isinstance(self.method.editor, LedgerEditor) and (lost := self.method.editor.lost):
+            self.notes.append(f"By the ledger's own check {lost} facts do not hold.")
         if self.method.editor.nothing_changed:
             self.notes.append(
                 f"{self.method.name} left every weight as it was: its hyper-parameters leave it no "
                 "room in this model (for AlphaEdit, no direction below `nullspace_threshold`)."
             )
+
+    def _measured(self, label: str, which: Sequence[int]) -> list[dict[str, Any]]:
+        assert self._each is not None
+        start = time.perf_counter()
+        records = self._each.measure(label, which)
+        self.seconds_measuring += time.perf_counter() - start
+        return records
+
+    def _look_back(self, n: int) -> None:
+        """Notes the reliability of each commit among the first n edits."""
+        records = self._measured("commits so far", range(n))
+        self.by_commit.append(
+            [
+                fmean(record["generated"]["reliability"] for record in records[c.start : c.stop])
+                for c in self._commits
+                if c.stop <= n
+            ]
+        )
 
     def _trained(self, i: int) -> dict[str, Any]:
         """Returns request i as its method gets it: with a target that ends, if all do.

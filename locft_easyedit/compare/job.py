@@ -35,6 +35,7 @@ class Job:
         model: The model's folder or hub name.
         batch_size: Prompts measured together.
         metrics: What is measured, as for `Evaluation`.
+        stream: Commits in which the edits come, for a method.
         hparams: LocFT-BF's hyper-parameters, for it.
         overrides: The user's values for a method of EasyEdit.
         covariance_modules: Modules whose covariance is wanted, for `STATISTICS`.
@@ -55,6 +56,7 @@ class Job:
     batch_size: int = 64
     row_tokens: int = 64
     metrics: list[str] = field(default_factory=lambda: list(DEFAULT_METRICS))
+    stream: int | None = None
     capability: list[str] = field(default_factory=list)
     capability_limit: int | None = None
     tasks_dir: str | None = None

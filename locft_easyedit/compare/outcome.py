@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from statistics import fmean
 from typing import Any
 
 from ..errors import DataError
@@ -12,8 +13,8 @@ from ..utils.json_fields import plain
 
 _GENERATED = ("reliability", "contains_target", "generalization", "portability")
 # Figures of an outcome, and of these the mappings in which `None` is a figure that got lost.
-_FIGURES = ("after_all", "right_after_each", "capability", "seconds", "seconds_per_edit",
-            "peak_memory_gib")  # fmt: skip
+_FIGURES = ("after_all", "right_after_each", "by_commit", "capability", "seconds",
+            "seconds_per_edit", "peak_memory_gib")  # fmt: skip
 _NEVER_NONE = ("after_all", "right_after_each", "seconds")
 
 
@@ -32,6 +33,8 @@ class Outcome:
         after_all: Means after all edits, nested as `summarize` returns them for `post`.
         right_after_each: Means of what was measured right after each edit, for methods that edit
             one by one.
+        by_commit: For edits that come in commits: after each commit the reliability (generated) of
+            each commit so far.
         capability: `tasks` and their `mean`, as `measure_capability` returns them.
         seconds: Seconds by phase.
         seconds_per_edit: What the comparison counts as the cost of an edit.
@@ -49,6 +52,7 @@ class Outcome:
     n_edits: int = 0
     after_all: dict[str, Any] = field(default_factory=dict)
     right_after_each: dict[str, Any] | None = None
+    by_commit: list[list[float]] = field(default_factory=list)
     capability: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     seconds_per_edit: float | None = None
@@ -123,9 +127,14 @@ class Comparison:
 def headline(outcome: Outcome) -> dict[str, float | None]:
     """Returns the figures of the outcome's row of the table; `None` where there is none.
 
-    Those of `accuracies` after all edits, `capability`, `seconds_per_edit` and `peak_memory_gib`.
+    Those of `accuracies` after all edits, `capability`, `seconds_per_edit` and `peak_memory_gib`;
+    of edits in commits the reliability of the first commit after the last one (`oldest_commit`),
+    and the mean of each right after it (`newest_commit`).
     """
+    commits = outcome.by_commit
     return accuracies(outcome.after_all) | {
+        "oldest_commit": commits[-1][0] if commits else None,
+        "newest_commit": fmean(row[-1] for row in commits) if commits else None,
         "capability": _number((outcome.capability or {}).get("mean")),
         "seconds_per_edit": _number(outcome.seconds_per_edit),
         "peak_memory_gib": _number(outcome.peak_memory_gib),

@@ -16,13 +16,11 @@ from ..easyedit.peers.yamls import (
     MethodUnavailableError,
     check_method,
     easyedit_folder,
-    known_method,
 )
 from ..errors import HyperParamsError, LocFTError, one_message
 from ..evaluation.metric_names import DEFAULT_METRICS, check_metrics
 from ..hparams import LocFTBFHyperParams
-from ..hparams_rules import ALG_NAMES
-from ..hparams_spellings import known_alg_name
+from ..ledger.binding import check_supported
 from ..modeling.loading import check_model_name, model_without_weights, resolve_device
 from ..modeling.places import match_parameters
 from ..training.rewordings.writers import check_writer
@@ -38,6 +36,7 @@ from .job import (
     model_hash,
     version_of,
 )
+from .ours import IN_LEDGER, OURS, known_name, own_hparams
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +47,14 @@ class Settings:
 
     Attributes:
         hparams: LocFT-BF's hyper-parameters; model, device and precision are everybody's.
-        methods: Names in EasyEdit's `ALG_DICT`, and LocFT-BF.
+        methods: Names in EasyEdit's `ALG_DICT`, and those of `OURS`.
         data: A data file.
         n: Edits; all of the file if `None`.
         output: Where everything goes.
         metrics: What is measured before and after all edits, as for `Evaluation`; right after each
             edit it is `PLAIN_METRICS`.
+        stream: Commits in which the edits come, and after each of which all so far are measured;
+            all at once if `None`.
         peers: The user's values for a method of EasyEdit, by its name.
         stats_dir: Where key covariances are kept from one comparison to the next.
         text: Folder of text files for key covariances; `None` samples text from the model.
@@ -73,6 +74,7 @@ class Settings:
     n: int | None
     output: Path
     metrics: Sequence[str] = DEFAULT_METRICS
+    stream: int | None = None
     peers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     stats_dir: str = "data/stats"
     text: str | None = None
@@ -86,8 +88,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Gives each method the name that it has here, whatever its case."""
-        self.methods = [_known(method) for method in self.methods]
-        self.peers = {_known(method): values for method, values in self.peers.items()}
+        self.methods = [known_name(method) for method in self.methods]
+        self.peers = {known_name(method): values for method, values in self.peers.items()}
 
 
 def planned(settings: Settings) -> tuple[dict[str, Job], dict[str, list[str]]]:
@@ -112,7 +114,8 @@ def planned(settings: Settings) -> tuple[dict[str, Job], dict[str, list[str]]]:
         resolve_device(one)
     name = check_model_name(h.model_name)
     model = str(Path(name).resolve()) if Path(name).is_dir() else name
-    plans = _peer_plans(settings, model, len(requests))
+    _check_stream(settings, len(requests))
+    plans = _peer_plans(settings, model, -(-len(requests) // (settings.stream or 1)))
     if settings.capability:
         from ..evaluation.capability.prepared_tasks import prepare_tasks  # an extra
 
@@ -168,11 +171,11 @@ def planned(settings: Settings) -> tuple[dict[str, Job], dict[str, list[str]]]:
             **text,
             covariance_modules=modules,
         )
+    common["stream"] = settings.stream
     for method in settings.methods:
         files = texts if method in needed else {}
-        if method in ALG_NAMES:
-            values = h.to_dict() | {"alg_name": method}
-            jobs[method] = Job(method, **common, hparams=values)
+        if method in OURS:
+            jobs[method] = Job(method, **common, hparams=own_hparams(method, h))
         else:
             given = dict(settings.peers.get(method, {}))
             if "hparams" in given:  # the process works in a folder of its own
@@ -187,12 +190,12 @@ def _check_methods(settings: Settings) -> None:
     methods = list(settings.methods)
     problems = []
     if not methods:
-        problems.append(f"`methods=[]` names none. Choose among {', '.join((*ALG_NAMES, *PEERS))}.")
+        problems.append(f"`methods=[]` names none. Choose among {', '.join((*OURS, *PEERS))}.")
     problems += [
         f"`methods` names {m} twice. Keep one."
         for m in sorted({m for m in methods if methods.count(m) > 1})
     ]
-    for m in (m for m in methods if m not in ALG_NAMES):
+    for m in (m for m in methods if m not in OURS):
         try:
             check_method(m)
         except LocFTError as error:
@@ -200,7 +203,7 @@ def _check_methods(settings: Settings) -> None:
     problems += [
         f"`peers.{m}` is for a method that is not compared. Add {m} to `methods`, or drop it."
         for m in settings.peers
-        if m not in methods or m in ALG_NAMES
+        if m not in methods or m in OURS
     ]
     if settings.devices is not None and not settings.devices:
         problems.append("`devices` is empty. Name at least one, or leave it out.")
@@ -223,16 +226,27 @@ def _check_methods(settings: Settings) -> None:
         raise HyperParamsError(one_message("The comparison cannot be made:", problems))
 
 
+def _check_stream(settings: Settings, n_edits: int) -> None:
+    stream = settings.stream
+    if stream is not None and not 1 <= stream <= n_edits:
+        raise HyperParamsError(
+            f"`stream={stream}`: the {n_edits} edits come in so many commits. Give a number from 1 "
+            f"to {n_edits}."
+        )
+    if any(str(method).endswith(IN_LEDGER) for method in settings.methods):
+        check_supported(settings.hparams)
+
+
 def _peer_plans(settings: Settings, model: str, n_edits: int) -> dict[str, PeerHparams]:
     """Returns what each of EasyEdit's methods will be run with, from a model without weights.
 
     Raises:
         LocFTError: A method's values cannot be used; all such problems in one error.
     """
-    methods = [method for method in settings.methods if method not in ALG_NAMES]
+    methods = [method for method in settings.methods if method not in OURS]
     h = settings.hparams
     empty = model_without_weights(model, trust_remote_code=h.trust_remote_code)
-    if {*ALG_NAMES} & {*settings.methods} and not h.chooses:
+    if {*OURS} & {*settings.methods} and not h.chooses:
         match_parameters(empty, h.layers, h.templates)
     plans, problems = {}, []
     for method in methods:
@@ -254,11 +268,6 @@ def _peer_plans(settings: Settings, model: str, n_edits: int) -> dict[str, PeerH
     if problems:
         raise HyperParamsError("\n".join(problems))
     return plans
-
-
-def _known(method: Any) -> Any:
-    name = known_alg_name(method)
-    return name if name in ALG_NAMES else known_method(name)
 
 
 def _absolute(path: str | None) -> str | None:

@@ -26,6 +26,7 @@ _NOT_ASKED = "-"
 _NO_FIGURE = "?"
 _RIGHT_AFTER = "right after"
 _MOST_ABREAST = 9  # figures that a terminal of 80 columns holds beside one another
+_OF_COMMITS = ("newest_commit", "oldest_commit")
 _COSTS = ("seconds_per_edit", "peak_memory_gib")
 
 
@@ -54,6 +55,8 @@ COLUMNS = (
     Column("locality", "locality", "loc.", "unchanged tokens on other prompts (teacher-forced)"),
     Column("rewrite_acc", "rewrite_acc", "rewr.", "right tokens of the target (teacher-forced)"),
     Column("rephrase_acc", "rephrase_acc", "reph.", "the same for reworded prompts"),
+    Column("newest_commit", "right after its commit", "new", "each commit's edits right after it"),
+    Column("oldest_commit", "first commit", "old", "the first commit's edits after the last one"),
     Column("capability", "capability", "cap.", "mean over the capability tasks"),
     Column("seconds_per_edit", "s per edit", "s/edit", "seconds of editing, divided by the edits"),
     Column("peak_memory_gib", "peak GiB", "GiB", "peak memory"),
@@ -224,7 +227,7 @@ def _legend(sheet: _Sheet) -> list[str]:
     if any(row and _NO_FIGURE in sheet.texts(row, _NO_FIGURE) for row in sheet.figures):
         signs += f"; {_NO_FIGURE}: asked for, but this method has no figure"
     lines = [signs + "."]
-    absent = [column.name for column in COLUMNS if column not in sheet.columns]
+    absent = [c.name for c in COLUMNS if c not in sheet.columns and c.key not in _OF_COMMITS]
     if absent:
         lines.append(f"Measured for no method: {', '.join(absent)}.")
     capabilities = [comparison.capability_before, *(o.capability for o in sheet.outcomes)]

@@ -27,11 +27,12 @@ from ..errors import LocFTError
 from ..evaluation.evaluation import Evaluation, finish_
 from ..evaluation.predictions import EvalConfig
 from ..evaluation.summary import summarize
-from ..hparams_rules import ALG_NAMES
 from ..modeling.loading import load_causal_lm
 from ..utils.memory import is_out_of_memory
+from .commits import commits_of
 from .edits import Edits, method_editor
 from .job import BEFORE, PACKAGES, STATISTICS, Job, JobFolder, Progress, model_id, version_of
+from .ours import OURS
 from .outcome import Outcome, checked
 
 
@@ -121,7 +122,7 @@ def _method(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
             reason = _one_line(error)
         else:
             reason = f"{type(error).__name__}: {_one_line(error)}"
-            if register().is_release and job.name not in ALG_NAMES:
+            if register().is_release and job.name not in OURS:
                 reason += " (in EasyEdit's release of 2023; its current source may do better)"
         outcome = Outcome(job.name, status="failed", reason=reason)
     return outcome.to_dict()
@@ -133,9 +134,10 @@ def _edited(job: Job, folder: JobFolder, progress: Progress) -> Outcome:
     before = folder.read(JobFolder(folder.path.parent / "before").result)["result"]["records"]
     easyedit = register()
     model, tokenizer = _load(job, progress)
-    editor = method_editor(job, model, tokenizer, len(requests), easyedit)
+    together = max(len(commit) for commit in commits_of(len(requests), job.stream or 1))
+    editor = method_editor(job, model, tokenizer, together, easyedit, folder.state)
     seconds = {"load": time.perf_counter() - start}
-    edits = Edits(editor, requests, model, tokenizer, _how(job), folder, progress)
+    edits = Edits(editor, requests, model, tokenizer, _how(job), folder, progress, job.stream)
     edits.make_()
     seconds |= {"edit": edits.seconds, "metrics right after each edit": edits.seconds_measuring}
     gc.collect()
@@ -159,6 +161,7 @@ def _edited(job: Job, folder: JobFolder, progress: Progress) -> Outcome:
         n_edits=edits.n_made,
         after_all=_means(after),
         right_after_each=_means(edits.right_after) if editor.one_by_one else None,
+        by_commit=edits.by_commit,
         capability=_capability(job, model, tokenizer, progress),
         seconds=seconds,
         seconds_per_edit=edits.seconds / edits.n_made,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +121,8 @@ def test_a_file_that_cannot_be_written(tmp_path):
 
 
 def test_headline():
-    assert headline(outcome()) == pytest.approx(
+    made = replace(outcome(), by_commit=[[0.9], [0.4, 0.7]])
+    assert headline(made) == pytest.approx(
         {
             "reliability": 0.7,
             "contains_target": 0.75,
@@ -131,6 +133,8 @@ def test_headline():
             "locality": 0.6,
             "rewrite_acc": 0.5,
             "rephrase_acc": 0.4,
+            "newest_commit": 0.8,
+            "oldest_commit": 0.4,
             "capability": 0.5,
             "seconds_per_edit": 3.0,
             "peak_memory_gib": 1.5,
@@ -140,7 +144,7 @@ def test_headline():
 
 def test_headline_of_nothing():
     figures = headline(Outcome("FT"))
-    assert len(figures) == 12
+    assert len(figures) == 14
     assert set(figures.values()) == {None}
 
 

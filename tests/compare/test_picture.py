@@ -11,6 +11,7 @@ import pytest
 
 from locft_easyedit.compare.outcome import Comparison, Outcome
 from locft_easyedit.compare.picture import comparison_figure, write_comparison_picture
+from locft_easyedit.compare.stream_picture import stream_figure, write_stream_picture
 from locft_easyedit.errors import OutputError
 
 NAMES = ("LocFT-BF", "FT", "ROME", "MEMIT", "AlphaEdit", "GRACE", "WISE", "EMMET")
@@ -224,3 +225,28 @@ def test_png(tmp_path):
     assert len(data) > 20_000
     with pytest.raises(OutputError, match="cannot be written"):
         write_comparison_picture(tmp_path / "none" / "comparison.png", comparison(row()))
+
+
+def test_what_is_drawn_of_commits(tmp_path):
+    made = comparison(
+        row("LocFT-BF", by_commit=[[1.0], [0.4, 1.0], [0.1, 0.7, 1.0]]),
+        row("$x_1$ [b]", by_commit=[[1.0], [1.0, 1.0], [1.0, 1.0, 1.0]]),
+        Outcome("ROME", status="failed", reason="no room"),
+        n=5,
+    )
+    figure = stream_figure(made)
+    figure.canvas.draw()
+    so_far, at_end = figure.axes
+    # Commits of 1, 2 and 2 edits.
+    assert so_far.lines[0].get_ydata() == pytest.approx([1.0, 2.4 / 3, 3.5 / 5])
+    assert list(at_end.lines[0].get_ydata()) == [0.1, 0.7, 1.0]
+    assert list(at_end.lines[0].get_xdata()) == [1, 2, 3]
+    assert [len(axes.lines) for axes in figure.axes] == [2, 2]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["LocFT-BF", "$x_1$ [b]"]
+    write_stream_picture(tmp_path / "stream.png", made)
+    assert (tmp_path / "stream.png").stat().st_size > 1000
+
+
+def test_a_stream_in_which_all_failed():
+    made = comparison(Outcome("ROME", status="failed", reason="no room"))
+    assert [len(axes.lines) for axes in stream_figure(made).axes] == [0, 0]

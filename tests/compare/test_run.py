@@ -16,11 +16,14 @@ from locft_easyedit.cli.compare import main
 from locft_easyedit.compare import edits as edits_module
 from locft_easyedit.compare import processes as processes_module
 from locft_easyedit.compare import run_comparison as run_module
+from locft_easyedit.compare import settings as settings_module
+from locft_easyedit.compare.commits import commits_of
 from locft_easyedit.compare.edits import Edits, MethodEditor
 from locft_easyedit.compare.job import BEFORE, STATISTICS, Job, JobFolder, Progress, folder_hash
 from locft_easyedit.compare.outcome import Outcome
 from locft_easyedit.compare.run_comparison import compare
 from locft_easyedit.compare.settings import Settings, planned
+from locft_easyedit.easyedit import register
 from locft_easyedit.errors import LocFTError, OutputError
 from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.utils.files import locked
@@ -86,6 +89,11 @@ def test_plan(settings):
         ({"text": "nowhere"}, "`text=nowhere` is no folder"),
         ({"data": "nowhere.json"}, "is not a file"),
         ({"n": 99}, "holds 12 edits"),
+        (
+            {"stream": 0},
+            "`stream=0`: the 4 edits come in so many commits. Give a number from 1 to 4",
+        ),
+        ({"stream": 5}, "`stream=5`"),
         ({"devices": []}, "`devices` is empty"),
         ({"devices": ["cpu", "cuda:0"]}, "`devices` names cpu and cuda: seconds and memory"),
         ({"devices": ["cpu", "gpu"]}, "`devices` names cpu and gpu"),
@@ -100,6 +108,36 @@ def test_bad_settings_are_refused_before_anything_runs(settings, monkeypatch, ch
     with pytest.raises(LocFTError, match=message):
         compare(wrong)
     assert not wrong.output.exists()
+
+
+def test_a_ledger_that_cannot_be_kept_is_refused_before_anything_runs(settings, monkeypatch):
+    monkeypatch.setattr(run_module, "run_process", None)
+    hparams = replace(settings().hparams, stream_frozen=True)
+    with pytest.raises(LocFTError, match="`stream_frozen=True`: the frozen layers must be"):
+        compare(settings(["LocFT-BF@ledger"], hparams=hparams, stream=2))
+
+
+def test_names_of_our_methods_whatever_their_case(settings):
+    jobs, _ = planned(settings(["locft-bf@LEDGER", "locft-bf+"], stream=2))
+    assert list(jobs) == [BEFORE, "LocFT-BF@ledger", "LocFT-BF+"]
+    assert jobs["LocFT-BF@ledger"].hparams["alg_name"] == "LocFT-BF"
+    assert jobs["LocFT-BF+"].hparams["alg_name"] == "LocFT-BF+"
+    assert jobs["LocFT-BF+"].stream == 2
+    assert jobs[BEFORE].stream is None  # the model before is the same
+
+
+def test_a_batch_method_takes_the_edits_of_a_commit(settings, monkeypatch):
+    seen = []
+    original = settings_module.peer_hparams
+
+    def peer_hparams(method, model, *, n_edits, **options):
+        seen.append(n_edits)
+        return original(method, model, n_edits=n_edits, **options)
+
+    monkeypatch.setattr(settings_module, "peer_hparams", peer_hparams)
+    planned(settings(["MEMIT"], n=5, stream=2))
+    planned(settings(["MEMIT"], n=5))
+    assert seen == [3, 5]
 
 
 def test_a_device_each_or_all_devices_for_one(settings):
@@ -349,7 +387,7 @@ class AddsToWeights:
         self.changed.add(self.name)
 
 
-def edits_of(tmp_path, model, name="FT", chunk=1, requests=None, **options):
+def edits_of(tmp_path, model, name="FT", chunk=1, requests=None, stream=None, **options):
     editor = AddsToWeights(model, **options)
     method = MethodEditor(name, editor, chunk, chunk == 1, {}, [], name == "ROME")
     folder = JobFolder(tmp_path)
@@ -361,7 +399,75 @@ def edits_of(tmp_path, model, name="FT", chunk=1, requests=None, **options):
         EvalConfig(packed=True),
         folder,
         Progress(folder),
+        stream,
     )
+
+
+def test_commits_are_as_equal_as_can_be():
+    assert commits_of(7, 3) == [range(2), range(2, 4), range(4, 7)]
+    assert commits_of(4, 1) == [range(4)]
+
+
+def test_a_stream_looks_back_after_each_commit(tmp_path, monkeypatch):
+    """Chunks end where a commit does; an interruption loses no look back."""
+    monkeypatch.setattr("locft_easyedit.compare.edits._CHECKPOINT_SECONDS", 0.0)
+    whole = edits_of(tmp_path / "whole", toy_model(), chunk=2, stream=2)
+    looked = []
+
+    def measure(label, which=None):
+        looked.append((label, len(whole.method.editor.calls), list(which)))
+        return [{"generated": {"reliability": float(i % 2 == 0)}} for i in which]
+
+    monkeypatch.setattr(whole._each, "measure", measure)
+    whole.make_()
+    assert [len(call) for call in whole.method.editor.calls] == [2, 2, 1]
+    assert looked == [
+        ("commits so far", 1, [0, 1]),
+        ("commits so far", 3, [0, 1, 2, 3, 4]),
+    ]
+    assert whole.by_commit == [[0.5], [0.5, 2 / 3]]
+
+    first = edits_of(tmp_path / "cut", toy_model(), chunk=2, stream=2, fail_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        first.make_()
+    assert len(first.by_commit) == 1
+    second = edits_of(tmp_path / "cut", toy_model(), chunk=2, stream=2)
+    second.make_()
+    assert len(second.method.editor.calls) == 1
+    assert [len(row) for row in second.by_commit] == [1, 2]
+    assert torch.equal(second.method.editor.weight, whole.method.editor.weight)
+
+
+def test_a_stream_without_the_subject_of_a_whole_commit(tmp_path):
+    requests = toy_requests(4)
+    for request in requests[:2]:
+        request["subject"] = "somebody else"
+    edits = edits_of(tmp_path, toy_model(), name="ROME", requests=requests, stream=2)
+    edits.make_()
+    assert len(edits.method.editor.calls) == 2
+    assert [len(row) for row in edits.by_commit] == [1, 2]
+
+
+def test_edits_in_a_ledger_and_without(tmp_path):
+    """In a ledger the first commit's facts are still there; without one the later ones win."""
+    job = Job("LocFT-BF@ledger", "", "", 8, "cpu", "float32", stream=4)
+    job.hparams = toy_hparams(model_name="toy", num_steps=40, batch_size=2, lr=1e-2).to_dict()
+    known = {}
+    for name in ("LocFT-BF@ledger", "LocFT-BF"):
+        model, tokenizer = toy_model(), toy_tokenizer()
+        job.name = name
+        state = tmp_path / name
+        for _ in range(2):  # what an interrupted run has left is in nobody's way
+            method = edits_module.method_editor(job, model, tokenizer, 2, register(), state)
+        folder = JobFolder(tmp_path / name)
+        edits = Edits(method, toy_requests(8), model, tokenizer, EvalConfig(packed=True), folder,
+                      Progress(folder), 4)  # fmt: skip
+        edits.make_()
+        known[name] = edits.by_commit
+    assert [len(row) for row in known["LocFT-BF"]] == [1, 2, 3, 4]
+    assert known["LocFT-BF@ledger"][-1] == [1.0] * 4
+    assert known["LocFT-BF"][-1][0] < 1.0
+    assert known["LocFT-BF"][-1][-1] == 1.0
 
 
 def test_edits_go_on_after_an_interruption(tmp_path, monkeypatch):
