@@ -45,7 +45,6 @@ RESULT = Path(__file__).resolve().parents[1] / "results" / "model_types.json"
 N_EDITS = 4
 # Why something cannot be had, where the model's own code is the reason.
 REASONS = {
-    "gpt_oss": "not packed: its code makes masks without `position_ids`",
     "prophetnet": "no prefix: it runs several streams of unlike positions",
     "xlm": "no prefix: its layers are no modules, their parts lie in lists",
     "zaya": "no prefix: experts are chosen by what the routers below have found",

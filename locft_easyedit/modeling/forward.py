@@ -6,12 +6,15 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..data.packing import Rows
+
+_given_masks: WeakSet[PreTrainedModel] = WeakSet()
 
 
 def run_layout(model: PreTrainedModel, rows: Rows, **inputs: torch.Tensor) -> Any:
@@ -23,12 +26,49 @@ def run_layout(model: PreTrainedModel, rows: Rows, **inputs: torch.Tensor) -> An
         **inputs: `input_ids`, [R, L], or `inputs_embeds`, [R, L, D].
     """
     first = first_position(model)
+    mask: Any = rows.attention_mask
+    if mask is None and model in _given_masks:
+        mask = packed_masks(model, rows.position_ids)
     return model(
         **inputs,
         position_ids=rows.position_ids + first if first else rows.position_ids,
-        attention_mask=rows.attention_mask,
+        attention_mask=mask,
         use_cache=False,
     )
+
+
+def give_masks(model: PreTrainedModel, given: bool = True) -> None:
+    """Lets `run_layout` give a model the masks of packed rows, or no longer.
+
+    For models whose own code makes masks without `position_ids`, and so takes a row for one text.
+    """
+    (_given_masks.add if given else _given_masks.discard)(model)
+
+
+def packed_masks(model: PreTrainedModel, position_ids: torch.Tensor) -> Any:
+    """Returns the masks of packed rows as transformers makes them; `None` if it does not here.
+
+    Args:
+        model: A causal language model.
+        position_ids: [R, L]: a text begins where they do not go on.
+
+    Returns:
+        A mask, [R, 1, L, L], or one for each type of layer that the configuration names.
+    """
+    try:
+        from transformers.masking_utils import create_masks_for_generate as masks_of
+    except ImportError:
+        return None
+    known = inspect.signature(masks_of).parameters
+    return masks_of(
+        config=model.config,
+        # Of these the shape and the type count alone.
+        inputs_embeds=torch.empty((*position_ids.shape, 0), dtype=model.dtype,
+                                  device=position_ids.device),
+        attention_mask=None,
+        position_ids=position_ids,
+        **{name: None for name in ("cache", "past_key_values", "cache_position") if name in known},
+    )  # fmt: skip
 
 
 def first_position(model: PreTrainedModel) -> int:

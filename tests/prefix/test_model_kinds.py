@@ -1,10 +1,15 @@
 """The frozen prefix of models whose layers are given, return or share more than hidden states."""
 
+import numpy as np
 import pytest
 from helpers.scripts import script_module
 from helpers.toys import REPOSITORY, toy_hparams
 
-from locft_easyedit.prefix.shortcuts import Probes
+from locft_easyedit.data.tokenization import TokenizedTexts
+from locft_easyedit.modeling import forward
+from locft_easyedit.modeling.forward import give_masks
+from locft_easyedit.prefix.frozen_prefix import Layout
+from locft_easyedit.prefix.shortcuts import Probes, can_pack
 from locft_easyedit.training.session import EditSession
 
 model_types = script_module(REPOSITORY / "benchmarks" / "checks" / "model_types.py")
@@ -48,6 +53,36 @@ def test_training_is_as_without_the_prefix(model_type):
     for name, new in without.new.items():
         change = new - without.original[name]
         assert float((with_prefix.new[name] - new).norm() / change.norm()) < TOLERANCE
+
+
+def test_a_model_that_takes_a_row_for_one_text_is_given_masks():
+    """GPT-OSS makes its masks without positions; texts here are longer than its window."""
+    trained = {}
+    for packing in (True, False):
+        with session_of("gpt_oss", health_check=False, packing=packing) as session:
+            texts = session.training_texts.texts
+            assert session.model.config.sliding_window < texts.lengths.max()
+            assert session.shortcuts.packed is packing
+            rows = Layout(texts, 64, packing).rows(session.model, np.arange(len(texts)))
+            assert (rows.attention_mask is None) is packing
+            trained[packing] = session.train_()
+    assert trained[True].step_losses == pytest.approx(trained[False].step_losses, rel=1e-4)
+    for name, new in trained[False].new.items():
+        change = new - trained[False].original[name]
+        assert float((trained[True].new[name] - new).norm() / change.norm()) < TOLERANCE
+
+
+def test_masks_are_given_only_where_they_make_packed_rows_right():
+    model = model_types.tiny_model("gpt_oss")
+    tokenizer = model_types.word_tokenizer(model_types.WORDS)
+    prompts = [request["prompt"] for request in model_types.random_requests(4, model_types.WORDS)]
+    texts = TokenizedTexts.from_lists([tokenizer(p)["input_ids"] for p in prompts], [1] * 4)
+    assert can_pack(model, texts)
+    give_masks(model, False)
+    assert Probes(model, texts)._error(Probes(model, texts)._runner(packed=True)) > 1e-3
+    recurrent = model_types.tiny_model("mamba")
+    assert not can_pack(recurrent, texts)
+    assert recurrent not in forward._given_masks
 
 
 def test_layers_on_a_disk_are_not_asked_for_more_than_states():
