@@ -28,7 +28,7 @@ from locft_easyedit.evaluation.generated import MAX_NEW_TOKENS, Generated
 from locft_easyedit.evaluation.greedy_decoder import GreedyDecoder
 from locft_easyedit.evaluation.predictions import EvalConfig
 from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.hparams_rules import CHAT
+from locft_easyedit.hparams_rules import ALG_NAME, ALG_NAMES, CHAT
 from locft_easyedit.ledger.ledger import Ledger
 from locft_easyedit.modeling.loading import load_causal_lm
 from locft_easyedit.utils.output import show, write_picture
@@ -40,12 +40,14 @@ HOW = EvalConfig(packed=True)
 
 def main():
     parser = parser_of(__doc__, "model", "template", "data", "device")
+    parser.add_argument("--alg-name", default=ALG_NAME, choices=ALG_NAMES)
     parser.add_argument("--layer", type=int, default=24)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch-size", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--n", type=int, default=200, help="facts")
+    parser.add_argument("--skip", type=int, default=0, help="records before the first of them")
     parser.add_argument("--commits", type=int, default=10)
     parser.add_argument("--take-out", type=int, default=10, help="facts to take out afterwards")
     parser.add_argument("--supersede", type=int, default=20, help="facts with other targets")
@@ -64,11 +66,13 @@ def measured(options):
     """All figures."""
     model, tokenizer = load_causal_lm(options.model, device=options.device, dtype=options.dtype)
     hparams = LocFTBFHyperParams(
-        layers=[options.layer], rewrite_module_tmp=options.template, lr=options.lr,
-        batch_size=options.batch_size, num_steps=options.epochs, seed=options.seed,
+        alg_name=options.alg_name, layers=[options.layer], rewrite_module_tmp=options.template,
+        lr=options.lr, batch_size=options.batch_size, num_steps=options.epochs, seed=options.seed,
         health_check=False,
     )  # fmt: skip
-    asked = Facts(model, tokenizer, read_requests(options.data, options.n))
+    asked = Facts(
+        model, tokenizer, read_requests(options.data, options.skip + options.n)[options.skip :]
+    )
     each = -(-options.n // options.commits)
     commits = [range(i, min(i + each, options.n)) for i in range(0, options.n, each)]
     base = asked.answers("base")
@@ -116,10 +120,10 @@ class Facts:
         for name, parameter in self.model.named_parameters():
             parameter.data.copy_(held[name])
 
-    def answers(self, label, which=None):
+    def answers(self, label, which=None, *, rephrases=True):
         """Generated metrics of some facts, all of them by default."""
         which = range(len(self.requests)) if which is None else which
-        keys = ("prompt", "target_new", "rephrase_prompt", "target_aliases")
+        keys = ["prompt", "target_new", "target_aliases"] + ["rephrase_prompt"] * rephrases
         records = [{k: self.requests[i][k] for k in keys if k in self.requests[i]} for i in which]
         return Generated(self.model, self.tokenizer, records, HOW).measure(label)
 
@@ -162,7 +166,7 @@ def commit(ledger, asked, commits, i):
     """One commit, and what of all facts so far is known after it."""
     added = ledger.add([asked.requests[j] for j in commits[i]], source=f"commit {i}")
     trained = added.event.said["trained"]
-    answers = asked.answers(f"commit {i + 1}", range(commits[i].stop))
+    answers = asked.answers(f"commit {i + 1}", range(commits[i].stop), rephrases=False)
     return {
         "facts": len(added.facts),
         "texts": trained["texts"],
@@ -262,7 +266,7 @@ def summary_table(found):
             number_text(one.get("kl")), number_text(one.get("texts"), ","),
             number_text(one.get("seconds"), ".0f"), number_text(oldest.get(name)),
         ]))  # fmt: skip
-    return terminal_table(columns, rows, title="Facts in commits")
+    return terminal_table(columns, rows, title="Facts in commits", whole_first=True)
 
 
 def undone_table(found):

@@ -14,12 +14,11 @@ from ..errors import LedgerError, one_message
 from ..hparams import LocFTBFHyperParams
 from ..modeling.places import Place, select_place
 from ..training.trained_weights import copies_of
-from ..utils.hashing import tensor_sha256
 from .binding import check_loaded, surroundings
 from .changes import Changes
 from .facts import Book
 from .log import Event
-from .states import Matrices, States, delta_of
+from .states import Matrices, State, States, delta_of, sha256_of
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -36,12 +35,8 @@ def chosen_place(hparams: LocFTBFHyperParams, place: Place) -> dict[str, Any]:
         "layers": list(hparams.layers),
         "rewrite_module_tmp": hparams.rewrite_module_tmp,
         "lr": hparams.lr,
-        "base": _hashes(place.parameters),
+        "base": sha256_of(place.parameters),
     }
-
-
-def _hashes(values: Mapping[str, Any]) -> dict[str, str]:
-    return {name: tensor_sha256(value) for name, value in values.items()}
 
 
 @dataclass(eq=False)
@@ -53,12 +48,14 @@ class BoundModel:
         states: The files of those that are kept.
         at: The event whose matrices the model has.
         events: The ledger's events.
+        moments_at: The event with whose moments the next training would begin, if any.
     """
 
     changes: Changes
     states: States
     at: int
     events: Sequence[Event]
+    moments_at: int | None = None
 
     @classmethod
     def of(
@@ -87,7 +84,7 @@ class BoundModel:
         """
         found = select_place(model, hparams.layers, hparams.templates)
         check_loaded(model, found.first_layer)
-        states, present = States(folder), _hashes(found.parameters)
+        states, present = States(folder), sha256_of(found.parameters)
         known = {0: dict(place["base"])} | {
             event.number: dict(event.said["state"]) for event in events if "state" in event.said
         }
@@ -124,8 +121,14 @@ class BoundModel:
         self.events = events
         last = events[-1].number
         if self.at != last:
-            self.changes.put_(self.values_at(last))
-            self.at = last
+            self.changes.put_(State(self.values_at(last)))
+            self.at, self.moments_at = last, None
+
+    def ready_to_train_(self) -> None:
+        """Lets the next training begin with the moments that the last event has left."""
+        if self.moments_at != self.at:
+            self.changes.trainer.moments = self._state_at(self.at).moments
+            self.moments_at = self.at
 
     def values_at(self, number: int) -> Matrices:
         """Returns the matrices after an event; the model is as before.
@@ -137,13 +140,33 @@ class BoundModel:
         if hashes == self._hashes_at(0):
             return dict(self.changes.base)
         found = self.states.load(number, hashes)
-        if found is not None:
-            return found
+        return self._made_anew(number).matrices if found is None else found
+
+    def _state_at(self, number: int) -> State:
+        """Returns what an event has left; the model is as before.
+
+        Raises:
+            LedgerError: As for `values_at`.
+        """
+        if number == 0:
+            return State(dict(self.changes.base))
+        matrices, moments = self._hashes_at(number), self.events[number].said.get("moments")
+        if matrices == self._hashes_at(0):
+            return State(dict(self.changes.base))
+        found = self.states.load(number, matrices)
+        if found is None:
+            return self._made_anew(number)
+        if moments is None:
+            return State(found)
+        held = self.states.load_moments(number, moments)
+        return self._made_anew(number) if held is None else State(found, held)
+
+    def _made_anew(self, number: int) -> State:
         start = max((n for n in self.states.kept() if n < number), default=0)
-        logger.info("The matrices after event %d are made anew, from event %d on.", number, start)
+        logger.info("What event %d has left is made anew, from event %d on.", number, start)
         before = self.changes.now
         try:
-            self.changes.put_(self.values_at(start))
+            self.changes.put_(self._state_at(start))
             for event in self.events[start + 1 : number + 1]:
                 problem = self._remade_(event)
                 if problem is not None:
@@ -160,7 +183,7 @@ class BoundModel:
         """Makes the matrices of every event anew from the base; returns what is not the same."""
         before, problems = self.changes.now, list[str]()
         try:
-            self.changes.put_(self.changes.base)
+            self.changes.put_(State(self.changes.base))
             for event in events[1:]:
                 problem = self._remade_(event)
                 if problem is not None:
@@ -175,7 +198,8 @@ class BoundModel:
         before = Book.of(self.events[: event.number])
         after = Book.of(self.events[: event.number + 1])
         self.changes.make_(event.kind, event.said, before, after)
-        if _hashes(self.changes.now) == self._hashes_at(event.number):
+        made, moments = self.changes.now, event.said.get("moments")
+        if made.hashes == self._hashes_at(event.number) and made.moments_hashes == moments:
             return None
         now = surroundings(self.model)
         moved = [
@@ -192,11 +216,10 @@ class BoundModel:
         place = next(e.said["place"] for e in self.events if e.said.get("place"))
         return dict(place["base"])
 
-    def _save(self, number: int, values: Matrices) -> None:
+    def _save(self, number: int, state: State) -> None:
         book = Book.of(self.events[: number + 1])
-        self.states.save(
-            number, delta_of(self.changes.base, values, self.model, self.hparams, book)
-        )
+        delta = delta_of(self.changes.base, state.matrices, self.model, self.hparams, book)
+        self.states.save(number, delta, state.moments)
 
     def keep_base(self) -> None:
         """Writes the base's matrices, unless they are there."""
@@ -213,7 +236,7 @@ class BoundModel:
             events: The ledger's events.
             book: The facts after them.
         """
-        self.at = events[-1].number
+        self.at = self.moments_at = events[-1].number
         self.events = events
         self.states.thin(events[-1].number)
         names = self.changes.trainer.files_of(book.groups)

@@ -19,7 +19,7 @@ from .facts import Book, Fact
 from .filters_file import FiltersFile
 from .log import ADD
 from .retraction import not_back, texts_to_return
-from .states import Matrices
+from .states import Matrices, State
 from .trainer import Trained, Trainer
 
 
@@ -43,13 +43,14 @@ class Changes:
             check_protectable(self.trainer.model, self.trainer.place.parameters)
 
     @property
-    def now(self) -> Matrices:
-        """Copies of the model's present matrices."""
-        return copies_of(self.trainer.place.parameters)
+    def now(self) -> State:
+        """Copies of the model's present matrices, and Adam's moments."""
+        return State(copies_of(self.trainer.place.parameters), self.trainer.moments)
 
-    def put_(self, values: Matrices) -> None:
-        """Puts matrices into the model."""
-        write_(self.trainer.place.parameters, values)
+    def put_(self, state: State) -> None:
+        """Puts matrices into the model; the next training begins with the moments."""
+        write_(self.trainer.place.parameters, state.matrices)
+        self.trainer.moments = state.moments
 
     def make_(
         self, kind: str, said: Mapping[str, Any], before: Book, after: Book
@@ -69,7 +70,7 @@ class Changes:
             LocFTError: The facts cannot be trained; to put back the matrices is up to the caller.
         """
         if not after.active:
-            self.put_(self.base)
+            self.put_(State(self.base))
             return Trained(), {}
         with self.trainer.ready():
             self._confine_(after)
@@ -117,7 +118,7 @@ class Changes:
         )
 
     def _anew_(self, groups: Sequence[Sequence[Fact]]) -> Trained:
-        self.put_(self.base)
+        self.put_(State(self.base))
         found = Trained()
         for i, group in enumerate(groups):
             found.add(self._added_(groups[: i + 1], [fact.number for fact in group]))

@@ -247,19 +247,21 @@ class Ledger:
         bound = self._ready(said.get("place"))
         number = len(self.log.events)
         after = Book.of([*self.log.events, Event(number, "", kind, said, "")])
+        bound.ready_to_train_()
         before = bound.changes.now
         try:
             trained, how = bound.changes.make_(kind, said, self.book, after)
             new = bound.changes.now
-            delta = delta_of(bound.changes.base, new, bound.model, bound.hparams, after)
+            delta = delta_of(bound.changes.base, new.matrices, bound.model, bound.hparams, after)
             bound.keep_base()
-            States(self.path).save(number, delta)
+            States(self.path).save(number, delta, new.moments)
             figures = {
                 "trained": trained.said(),
                 "how": how,
                 "surroundings": surroundings(bound.model),
                 "seconds": round(time.perf_counter() - start, 3),
                 "state": hashes_of(delta),
+                "moments": new.moments_hashes,
             }
             event = self.log.append(kind, said | figures)
         except BaseException:
@@ -294,6 +296,8 @@ class Ledger:
                     continue
                 if states.load(number, self._hashes(number)) is None:
                     problems.append(f"{states.path(number).name} is damaged.")
+                elif not states.moments_are_whole(self.log.events[number]):
+                    problems.append(f"{states.moments_path(number).name} is damaged or gone.")
                 else:
                     whole.append(number)
             bound = self._ready()

@@ -25,7 +25,7 @@ from ..utils.parsing import json_of, shown
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 LOG, COPY = "log.jsonl", "log.copy.jsonl"
 INIT, ADD, RETRACT = KINDS = ("init", "add", "retract")
 _HEAD = re.compile(rb'\{"hash":"([0-9a-f]{64})",')

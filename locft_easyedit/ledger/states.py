@@ -1,4 +1,4 @@
-"""The trained matrices after each event, as files: edits of the base model, few of them kept."""
+"""What is trained after each event, as files: edits of the base model, few of them kept."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from ..data.requests import EditSet, distinct_edits
@@ -16,13 +18,41 @@ from ..delta.delta import Delta
 from ..errors import DeltaError
 from ..hparams import LocFTBFHyperParams
 from ..training.result import EditResult
+from ..utils.files import output_errors, replacing
+from ..utils.hashing import tensor_sha256
 from .facts import Book
+from .log import Event
 
 logger = logging.getLogger(__name__)
 
 Matrices = dict[str, torch.Tensor]
 _NO_EDITS = EditSet([], 0, [])
+STEP = "step"
 _NAME = re.compile(r"state-(\d{6,})\.safetensors")
+
+
+@dataclass(frozen=True)
+class State:
+    """What an event leaves, and the next one begins with.
+
+    Attributes:
+        matrices: The trained matrices.
+        moments: Adam's second moment of what is trained, by name, and the steps behind it (`STEP`);
+            `None` where Adam begins anew: on the base model, and with `tuning: lora`.
+    """
+
+    matrices: Matrices
+    moments: Matrices | None = None
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The sha256 of each matrix."""
+        return sha256_of(self.matrices)
+
+    @property
+    def moments_hashes(self) -> dict[str, str] | None:
+        """The sha256 of each tensor of the moments, as the log has them."""
+        return None if self.moments is None else sha256_of(self.moments)
 
 
 @dataclass(frozen=True)
@@ -38,6 +68,10 @@ class States:
     def path(self, number: int) -> Path:
         """Returns where the matrices after an event lie, or would lie."""
         return self.folder / f"state-{number:06d}.safetensors"
+
+    def moments_path(self, number: int) -> Path:
+        """Returns where the moments after an event lie, or would lie."""
+        return self.folder / f"moments-{number:06d}.safetensors"
 
     def kept(self) -> list[int]:
         """Returns the events whose matrices are there, ascending."""
@@ -64,13 +98,41 @@ class States:
             return None
         return delta.new
 
-    def save(self, number: int, delta: Delta) -> None:
-        """Writes the matrices after an event; of what they replace, the base's file has a copy.
+    def load_moments(self, number: int, hashes: Mapping[str, str]) -> Matrices | None:
+        """Returns the moments after an event; `None`, with a warning, if they are damaged or gone.
+
+        Args:
+            number: The event.
+            hashes: Their sha256, as the log has them.
+        """
+        path = self.moments_path(number)
+        try:
+            found = load_file(path)
+        except (OSError, SafetensorError) as error:
+            logger.warning("%s is damaged or gone, and is made anew: %s", path, error)
+            return None
+        if sha256_of(found) != dict(hashes):
+            logger.warning("%s holds other moments than the log says; it is made anew.", path)
+            return None
+        return found
+
+    def moments_are_whole(self, event: Event) -> bool:
+        """Whether the moments after an event, if it has left any, are there and whole."""
+        hashes = event.said.get("moments")
+        return hashes is None or self.load_moments(event.number, hashes) is not None
+
+    def save(self, number: int, delta: Delta, moments: Matrices | None = None) -> None:
+        """Writes what an event leaves; of what it replaces, the base's file has a copy.
 
         Raises:
-            OutputError: They cannot be written.
+            OutputError: It cannot be written.
         """
         delta.save(self.path(number), originals=False)
+        if moments is not None:
+            path = self.moments_path(number)
+            with output_errors(path), replacing(path) as temporary:
+                save_file({name: value.cpu().contiguous() for name, value in moments.items()},
+                          temporary)  # fmt: skip
 
     def thin(self, last: int) -> None:
         """Removes what is not worth its room: about two copies for each doubling of the log stay.
@@ -82,6 +144,12 @@ class States:
             worth_it = number == 0 or last - number < 2 * (number & -number)
             if not worth_it or number > last:  # of a command that was killed before its event
                 self.path(number).unlink(missing_ok=True)
+                self.moments_path(number).unlink(missing_ok=True)
+
+
+def sha256_of(values: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Returns the sha256 of each tensor."""
+    return {name: tensor_sha256(value) for name, value in values.items()}
 
 
 def hashes_of(delta: Delta) -> dict[str, str]:

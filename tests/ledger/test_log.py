@@ -5,14 +5,14 @@ import json
 import pytest
 
 from locft_easyedit.errors import LedgerError
-from locft_easyedit.ledger.log import ADD, COPY, INIT, LOG, Log
+from locft_easyedit.ledger.log import ADD, COPY, FORMAT, INIT, LOG, Log
 
 
 @pytest.fixture
 def written(tmp_path):
     """A log of four events."""
     log = Log(tmp_path)
-    log.append(INIT, {"format": 1, "text": "ä\u2028"})
+    log.append(INIT, {"format": FORMAT, "text": "ä\u2028"})
     for i in range(3):
         log.append(ADD, {"facts": [i]})
     return log
@@ -88,8 +88,10 @@ def test_both_damaged_is_an_error(written, change):
 
 def test_a_newer_version_is_told(tmp_path):
     log = Log(tmp_path)
-    log.append(INIT, {"format": 2})
-    with pytest.raises(LedgerError, match="format 2; this version reads format 1"):
+    log.append(INIT, {"format": FORMAT + 1})
+    with pytest.raises(
+        LedgerError, match=rf"format {FORMAT + 1}; this version reads format {FORMAT}"
+    ):
         Log.read(tmp_path)
 
 
