@@ -2,9 +2,10 @@
 
     python benchmarks/remedies.py --data zsre_1k.json --layer 24 --n 100
 
-All edits are one mini-batch. The variants are those of generalization.py; their steps are
-interleaved, and ratios are to the published method's. Before a change is trained it is nothing: a
-variant whose loss is not that of the other variants with the same texts is said to be wrong.
+All edits are one mini-batch. The variants are those of generalization.py, and `LocFT-BF+` with the
+beginnings that texts have in common run for each of them; their steps are interleaved, and ratios
+are to the published method's. Before a change is trained it is nothing: a variant whose loss is not
+that of the other variants with the same texts is said to be wrong.
 Seconds are of one run on one machine: read the ratios.
 """
 
@@ -22,6 +23,7 @@ from locft_easyedit.modeling.loading import load_causal_lm
 from locft_easyedit.utils.output import show
 
 PLAIN = "published"
+UNSHARED = "LocFT-BF+, no beginning shared"
 # Of a loss near 9. Measured with SmolLM2: mostly the same, and at most 5e-3 apart in bfloat16.
 SAME_LOSS = {"float32": 1e-4, "bfloat16": 2e-2}
 
@@ -54,10 +56,12 @@ def measured(options):
     requests = read_requests(options.data, options.n)
     with ExitStack() as stack:
         made = {}
-        for name, changes in VARIANTS.items():
+        variants = {name: (changes, ()) for name, changes in VARIANTS.items()}
+        variants[UNSHARED] = (VARIANTS["LocFT-BF+"], ("shared",))
+        for name, (changes, without) in variants.items():
             hparams = one_step(options, options.layer, changes)
             hparams.preserve_dir = options.preserve_dir
-            made[name] = stack.enter_context(Ours(model, tokenizer, requests, hparams))
+            made[name] = stack.enter_context(Ours(model, tokenizer, requests, hparams, without))
         steps = {name: ours.step for name, ours in made.items()}
         median, losses = interleaved(steps, options.repeats, model.device)
     return [

@@ -102,7 +102,7 @@ class Ours:
         tokenizer: Its tokenizer.
         requests: The edits.
         hparams: See `one_step`.
-        without: Parts of a fast forward pass that are left out: `tail`, `head`.
+        without: Parts of a fast forward pass that are left out: `tail`, `head`, `shared`.
     """
 
     def __init__(self, model, tokenizer, requests, hparams, without=()):

@@ -140,7 +140,8 @@ class LocFTBFHyperParams(HyperParamsBase):
             (FSDP2), and gather a layer when it runs; `None` does so where these do not fit a
             device.
         quantize_frozen: Load what is not trained in `8bit` or `4bit` (bitsandbytes).
-        packing: Put several edits into one row instead of padding each.
+        packing: Put several edits into one row instead of padding each; beginnings that they have
+            in common run once, where that makes rows notably fewer.
         tuning: `full` trains the matrices themselves, as published; `lora` a low-rank change of
             each (LoRA, arXiv 2106.09685), which is added to it when training ends.
         lora_rank: Rank of that change.

@@ -24,7 +24,8 @@ class Rows:
             filler cells. Another number, because the last token of a sequence is never run.
         position_ids: Position of each token within its own sequence, [R, L].
         attention_mask: [R, L] of 0 and 1, or `None` for packed rows, which transformers masks
-            block by block where the positions start again.
+            block by block where the positions start again; of rows in which sequences share
+            beginnings [R, 1, L, L] bool (see `lay_out_shared`).
         scored: Cells (flat, in R * L) whose logits predict a target token, [S]. In rows of a
             fixed shape there are more, of which the first S count.
         label_index: Where the predicted tokens lie in the flat ids, [S].
@@ -92,7 +93,7 @@ def lay_out(
         n_scored = np.concatenate([n_scored, np.zeros(more, np.int64)])
     lengths = texts.input_lengths[indices]  # [B]
     starts = np.zeros(len(indices), np.int64) if first_position is None else first_position[indices]
-    bins = _first_fit(lengths, starts, row_tokens) if packed else [[i] for i in range(len(indices))]
+    bins = first_fit(lengths, starts, row_tokens) if packed else [[i] for i in range(len(indices))]
     row, column = np.zeros_like(lengths), np.zeros_like(lengths)
     for number, members in enumerate(bins):
         row[members] = number
@@ -101,7 +102,7 @@ def lay_out(
 
     cell_shape = (len(bins), n_columns)
     member = np.repeat(np.arange(len(indices)), lengths)  # of each real cell
-    within = _count_up(lengths)
+    within = count_up(lengths)
     first_cell = row * n_columns + column
     cells = first_cell[member] + within
     token_index = np.full(cell_shape, -1, np.int64)
@@ -117,7 +118,7 @@ def lay_out(
         positions = np.minimum(np.arange(n_columns), lengths[:, None] - 1) + starts[:, None]
     first_target = texts.target_start[indices]
     owner = np.repeat(np.arange(len(indices)), n_scored)
-    target = first_target[owner] + _count_up(n_scored)
+    target = first_target[owner] + count_up(n_scored)
     scored = first_cell[owner] + target - 1  # logits at one position predict the token at the next
     if shape is not None:
         more = max(0, len(indices) * shape.scored - len(scored))
@@ -136,13 +137,13 @@ def lay_out(
     )
 
 
-def _count_up(counts: np.ndarray) -> np.ndarray:
+def count_up(counts: np.ndarray) -> np.ndarray:
     """Returns 0, 1, ..., counts[0] - 1, 0, 1, ..., counts[1] - 1 and so on."""
     ends = np.cumsum(counts)
     return np.arange(int(counts.sum())) - np.repeat(ends - counts, counts)
 
 
-def _first_fit(lengths: np.ndarray, starts: np.ndarray, row_tokens: int) -> list[list[int]]:
+def first_fit(lengths: np.ndarray, starts: np.ndarray, row_tokens: int) -> list[list[int]]:
     """First-fit decreasing: returns the members of each row."""
     capacity = max(row_tokens, int(lengths.max()))
     rows: list[list[int]] = []

@@ -29,6 +29,9 @@ def run_layout(model: PreTrainedModel, rows: Rows, **inputs: torch.Tensor) -> An
     mask: Any = rows.attention_mask
     if mask is None and model in _given_masks:
         mask = packed_masks(model, rows.position_ids)
+    elif mask is not None and mask.dtype == torch.bool:  # eager attention adds it
+        nothing = torch.zeros((), dtype=model.dtype, device=mask.device)
+        mask = nothing.masked_fill(~mask, torch.finfo(model.dtype).min)
     return model(
         **inputs,
         position_ids=rows.position_ids + first if first else rows.position_ids,

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from ..data.batching import fixed_batches, in_batches, length_sorted_batches
 from ..data.packing import Rows, lay_out
+from ..data.sharing import lay_out_shared
 from ..data.tokenization import TokenizedTexts
 from ..modeling.devices import input_device, row_length
 from ..modeling.forward import run_layout
@@ -29,6 +30,8 @@ from .state_file import StateFile
 from .store import Budget, StateStore
 
 logger = logging.getLogger(__name__)
+
+_FEWER = 0.95  # of the cells: a mask of one's own is to pay
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +44,9 @@ class Layout:
         packed: Whether rows hold several sequences.
         first_position: Position of each sequence's first token, [N]; `None` for 0.
         fixed: Whether rows have fixed shapes.
+        shared: Whether beginnings that texts of a packed row have in common are there once, where
+            that makes rows notably fewer. Such rows can be run, but not recorded: not every token
+            of each text is in them.
     """
 
     texts: TokenizedTexts
@@ -48,6 +54,7 @@ class Layout:
     packed: bool
     first_position: np.ndarray | None = None
     fixed: bool = False
+    shared: bool = False
 
     @property
     def n_tokens(self) -> int:
@@ -56,14 +63,20 @@ class Layout:
 
     def rows(self, model: PreTrainedModel, batch: np.ndarray) -> Rows:
         """Returns the rows, on the host, in which a model runs the sequences `batch`, [B]."""
-        return lay_out(
+        row_tokens = row_length(model, self.row_tokens)
+        rows = lay_out(
             self.texts,
             batch,
-            row_tokens=row_length(model, self.row_tokens),
+            row_tokens=row_tokens,
             packed=self.packed,
             first_position=self.first_position,
             fixed=self.fixed,
         )
+        if self.shared:
+            fewer = lay_out_shared(self.texts, batch, row_tokens=row_tokens)
+            if fewer.token_index.numel() <= _FEWER * rows.token_index.numel():
+                return fewer
+        return rows
 
     def batches(self, batch_size: int, only: np.ndarray | None = None) -> list[np.ndarray]:
         """Returns the sequences, or those of `only`, in batches, those of most cells first.

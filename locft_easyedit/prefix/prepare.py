@@ -86,6 +86,7 @@ def prepare_runner(
         prefix=prefix,
         tail=shortcuts.tail,
         head=shortcuts.head,
+        shared=shortcuts.shared,
     )
 
 

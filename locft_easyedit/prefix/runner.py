@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -64,6 +64,7 @@ class TextRunner:
         tail: Lets the end of the model run at scored positions alone; `None` runs it everywhere.
         head: The output head, for losses in chunks; `None` takes the model's own logits.
         fixed: Whether rows have fixed shapes, in which a text's logits depend on no other text.
+        shared: Whether beginnings that texts of a packed row have in common run once.
     """
 
     def __init__(
@@ -78,10 +79,12 @@ class TextRunner:
         tail: Tail | None = None,
         head: Head | None = None,
         fixed: bool = False,
+        shared: bool = False,
     ) -> None:
         self.model = model
         self.texts = texts
         self.layout = Layout(texts, row_tokens, packed, first_position, fixed)
+        self.shared = shared and packed
         self.packed = packed
         self.prefix = prefix
         self.tail = tail
@@ -138,7 +141,9 @@ class TextRunner:
 
     def prepare(self, batch: np.ndarray) -> Prepared:
         """Lays a batch out and fetches its states; touches nothing that a running step uses."""
-        on_host = self.layout.rows(self.model, batch)
+        recorded = self.prefix is not None and not self.replays
+        shared = self.shared and not recorded and not self._above_attention
+        on_host = replace(self.layout, shared=shared).rows(self.model, batch)
         replayed = self.prefix if self.replays else None
         states = None if replayed is None else replayed.store.get_rows(on_host)
         return Prepared(batch, on_host.to(self.device), on_host, states)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,7 @@ class Shortcuts:
         tail: The end of the model, at scored positions alone; `None` runs it everywhere.
         head: The output head, for losses in chunks; `None` takes the model's own logits.
         packed_anywhere: Rows hold several texts whose positions do not begin at 0, too.
+        shared: Beginnings that texts of a packed row have in common run once.
     """
 
     packed: bool
@@ -73,6 +75,7 @@ class Shortcuts:
     tail: Tail | None = None
     head: Head | None = None
     packed_anywhere: bool = False
+    shared: bool = False
 
     @property
     def from_layer(self) -> bool:
@@ -127,7 +130,8 @@ def find_shortcuts(
                 type(model).__name__,
                 why_not,
             )
-    return Shortcuts(packed, cuts, tail, head, packed and probes.packing_anywhere())
+    anywhere, shared = packed and probes.packing_anywhere(), packed and probes.sharing()
+    return Shortcuts(packed, cuts, tail, head, anywhere, shared)
 
 
 class Probes:
@@ -194,6 +198,37 @@ class Probes:
         error = self._error(self._runner(packed=True, first_position=starts), expected)
         if error > self.tolerance:
             logger.debug("Texts that begin at other positions are not packed: %.1e off.", error)
+        return error <= self.tolerance
+
+    def sharing(self) -> bool:
+        """Returns whether texts may share the beginning that they have in common in a row.
+
+        Tried on texts that begin like the longest one and go on like others: two branches and more,
+        a text within another, and one of its own.
+        """
+        longest = self.texts.ids[self.texts.offsets[-2] :].tolist()
+        half = max(len(longest) // 2, 1)
+        others = [self.texts.ids[a:b].tolist() for a, b in pairwise(self.texts.offsets.tolist())]
+        branches = [longest[:half] + other[-half:] for other in others[:-1]]
+        sequences = [longest, *branches, longest[: half + 1], others[0]]
+        texts = TokenizedTexts.from_lists(
+            sequences, [max(len(sequence) - half, 1) for sequence in sequences]
+        )
+        every = np.arange(len(texts))
+        runners = [
+            TextRunner(self.model, texts, row_tokens=len(longest), packed=shared, prefix=None,
+                       shared=shared)
+            for shared in (False, True)
+        ]  # fmt: skip
+        try:
+            with torch.no_grad():
+                expected, found = (runner.logits(every)[0].float() for runner in runners)
+        except REFUSALS as failure:
+            logger.debug("Beginnings that texts share run for each: %s.", failure)
+            return False
+        error = relative_error(found, expected)
+        if error > self.tolerance:
+            logger.debug("Beginnings that texts share run for each: %.1e off.", error)
         return error <= self.tolerance
 
     def tail(self, place: Place, packed: bool) -> Tail | None:
