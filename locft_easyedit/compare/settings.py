@@ -12,6 +12,7 @@ from ..data.readers import read_requests
 from ..data.requests import distinct_edits
 from ..easyedit.peers.peer_editor import commit_of
 from ..easyedit.peers.peer_hparams import PEERS, PeerHparams, peer_hparams
+from ..easyedit.peers.published import ALIASES
 from ..easyedit.peers.yamls import (
     MethodUnavailableError,
     check_method,
@@ -192,7 +193,7 @@ def _check_methods(settings: Settings) -> None:
     if not methods:
         problems.append(f"`methods=[]` names none. Choose among {', '.join((*OURS, *PEERS))}.")
     problems += [
-        f"`methods` names {m} twice. Keep one."
+        f"`methods` names {m} twice{_also_called(m)}. Keep one."
         for m in sorted({m for m in methods if methods.count(m) > 1})
     ]
     for m in (m for m in methods if m not in OURS):
@@ -224,6 +225,11 @@ def _check_methods(settings: Settings) -> None:
         problems.append(f"`text={settings.text}` is no folder. Give one with *.txt files.")
     if problems:
         raise HyperParamsError(one_message("The comparison cannot be made:", problems))
+
+
+def _also_called(method: str) -> str:
+    names = [alias for alias, name in ALIASES.items() if name == method]
+    return f" ({', '.join(names)} is the same)" if names else ""
 
 
 def _check_stream(settings: Settings, n_edits: int) -> None:

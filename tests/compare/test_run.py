@@ -82,6 +82,7 @@ def test_plan(settings):
     [
         ({"methods": []}, r"`methods=\[\]` names none"),
         ({"methods": ["FT", "FT"]}, "names FT twice"),
+        ({"methods": ["FT", "ft-m"]}, r"names FT twice \(FT-M is the same\)"),
         ({"methods": ["ROMEE"]}, r"no method `ROMEE`. Did you mean `ROME`\?"),
         ({"peers": {"ROME": {"v_lr": 1}}}, "for a method that is not compared"),
         ({"peers": {"FT": {"learning_rate": 1}}}, "`learning_rate` is not a key of FT"),
