@@ -258,18 +258,33 @@ def test_a_parameter_outside_the_layers_is_trained_without_a_prefix(caplog):
 
 
 def test_a_model_that_ignores_positions_is_padded(caplog):
-    """Without position ids transformers cannot know where a packed sequence begins."""
+    """Without position ids transformers cannot know where a packed sequence begins.
+
+    Nor can it with a mask that it is not given: the model takes those of padded rows alone.
+    """
     model = toy_model("llama")
     forward = model.model.forward
 
-    def without_positions(*args, position_ids=None, **kwargs):
-        return forward(*args, **kwargs)
+    def without_positions(*args, position_ids=None, attention_mask=None, **kwargs):
+        if attention_mask is not None and attention_mask.dim() != 2:
+            attention_mask = None
+        return forward(*args, attention_mask=attention_mask, **kwargs)
 
     model.model.forward = without_positions
     result = losses_of(model)
     assert not result.packed
     assert result.frozen_prefix
     assert "Packed rows change the logits" in warnings_of(caplog)[0]
+    assert result.step_losses == pytest.approx(losses_of(toy_model("llama")).step_losses, abs=1e-5)
+
+
+def test_a_model_that_ignores_positions_is_packed_with_masks_that_it_is_given():
+    """Rotary positions are relative: with the masks of its texts a row is right without them."""
+    model = toy_model("llama")
+    forward = model.model.forward
+    model.model.forward = lambda *args, position_ids=None, **given: forward(*args, **given)
+    result = losses_of(model)
+    assert result.packed
     assert result.step_losses == pytest.approx(losses_of(toy_model("llama")).step_losses, abs=1e-5)
 
 
