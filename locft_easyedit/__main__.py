@@ -102,7 +102,10 @@ def _run(command: str, rest: Sequence[str]) -> int:
         main_of: Callable[[Sequence[str]], int] = importlib.import_module(
             _APPLICATIONS[command], __package__
         ).main
-        return main_of(rest)
+        from tqdm.contrib.logging import logging_redirect_tqdm
+
+        with logging_redirect_tqdm():  # a line of the log does not land on a bar
+            return main_of(rest)
     if not rest:
         raise LocFTError("`locft run` needs the path of a script. See locft run --help.")
     from .easyedit.script import run_script

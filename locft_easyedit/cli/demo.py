@@ -47,7 +47,6 @@ NAME = "SmolLM2-135M-Instruct"
 def main(arguments: Sequence[str]) -> int:
     """Runs the demo; returns the exit status."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     watch = Stopwatch()
     methods = [options.method] if options.method else [ALG_NAME, PLUS_NAME]
     settings = {

@@ -141,6 +141,10 @@ def method_editor(
     if tokenizer.unk_token is None:
         tokenizer.unk_token = tokenizer.eos_token  # the release's FT masks with it
     end = ending(tokenizer) if job.append_eos else ""
+    if job.append_eos and not end:
+        notes.append(
+            "Its targets do not end: the tokenizer has no special token besides EOS to pad with"
+        )
     if not end:
         tokenizer.pad_token = tokenizer.eos_token  # as EasyEdit's editor sets both
     tokenizer.padding_side = padding_side(job.name)

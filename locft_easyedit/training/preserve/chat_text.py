@@ -6,6 +6,8 @@ of the kind that it was trained to answer (Magpie, arXiv 2406.08464).
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +57,20 @@ def chat_text(
     begun = ids_of(tokenizer, [before + word for word in _BEGINNINGS], special_tokens=False)
     # What decoding makes of the template, special tokens left out.
     head = str(tokenizer.decode(begun[0], skip_special_tokens=True))
-    questions = TextSampler(
-        model,
-        tokenizer,
-        [TextKind("chat questions", begun, _BATCH, _QUESTION_TOKENS)],
-        cache=cache,
-        seed=seed,
-        cache_errors=cache_errors,
-    )
     found: dict[str, list[int]] = {}
-    with progress_bar(desc="sampling chats", total=n_tokens, unit="token", show=progress) as bar:
+    passes = count(1)
+    with progress_bar(
+        desc="sampling chats, once per model", total=n_tokens, unit="token", show=progress
+    ) as bar:
+
+        def step() -> None:  # a round takes many forward passes: it moves with each
+            bar.set_postfix_str(f"pass {next(passes)}")
+
+        sampled = partial(
+            TextSampler, model, tokenizer, cache=cache, seed=seed, cache_errors=cache_errors,
+            on_step=step if progress else None,
+        )  # fmt: skip
+        questions = sampled([TextKind("chat questions", begun, _BATCH, _QUESTION_TOKENS)])
         for number in range(_MOST_ROUNDS):
             [texts] = questions.round(number).values()
             asked = [text.removeprefix(head).strip().split("\n")[0].strip() for text in texts]
@@ -78,10 +84,7 @@ def chat_text(
                     len(rendered),
                     _ANSWER_TOKENS,
                 )
-                answers = TextSampler(
-                    model, tokenizer, [kind], cache=cache, seed=seed, cache_errors=cache_errors
-                )
-                [whole] = answers.round(0).values()
+                [whole] = sampled([kind]).round(0).values()
                 alone = tokenizer.batch_decode(list(kind.beginnings), skip_special_tokens=True)
                 complete = [
                     text + answered.removeprefix(own)

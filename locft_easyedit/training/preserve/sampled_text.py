@@ -103,7 +103,10 @@ def sampled_text(
     of_a_round, rounds = sum(kind.n_tokens for kind in kinds), -(-expected // _BATCH)
     # It moves with every forward pass: a round takes minutes.
     bar = progress_bar(
-        desc="sampling text", total=rounds * of_a_round, unit="token a text", show=progress
+        desc="sampling text, once per model",
+        total=rounds * of_a_round,
+        unit="token a text",
+        show=progress,
     )
     pace = _Pace(bar, cache)
     sampler = TextSampler(
