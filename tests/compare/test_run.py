@@ -449,6 +449,26 @@ def test_a_stream_without_the_subject_of_a_whole_commit(tmp_path):
     assert [len(row) for row in edits.by_commit] == [1, 2]
 
 
+@pytest.mark.parametrize("append_eos", [True, False])
+def test_easyedits_methods_get_targets_that_end(append_eos):
+    job = Job("FT", "", "", 2, "cpu", "float32", append_eos=append_eos)
+    tokenizer = toy_tokenizer()
+    method = edits_module.method_editor(job, toy_model(), tokenizer, 2, register())
+    assert method.end == (tokenizer.eos_token if append_eos else "")
+    assert not [note for note in method.notes if "do not end" in note]
+
+
+def test_targets_that_cannot_end_are_told():
+    tokenizer = toy_tokenizer()
+    for name in ("pad_token", "bos_token", "unk_token"):
+        setattr(tokenizer, name, tokenizer.eos_token)
+    assert set(tokenizer.all_special_tokens) == {tokenizer.eos_token}
+    job = Job("FT", "", "", 2, "cpu", "float32")
+    method = edits_module.method_editor(job, toy_model(), tokenizer, 2, register())
+    assert method.end == ""
+    assert [note for note in method.notes if "Its targets do not end" in note]
+
+
 def test_edits_in_a_ledger_and_without(tmp_path):
     """In a ledger the first commit's facts are still there; without one the later ones win."""
     job = Job("LocFT-BF@ledger", "", "", 8, "cpu", "float32", stream=4)
