@@ -208,6 +208,7 @@ class Trainer:
             prefix=prefix,
             tail=self._shortcuts.tail,
             head=self._shortcuts.head,
+            shared=self._shortcuts.shared,
         )
 
     def _group(self, facts: Sequence[Fact]) -> Group:
