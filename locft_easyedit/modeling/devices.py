@@ -39,14 +39,19 @@ def sent_to(hidden: torch.Tensor, module: nn.Module) -> torch.Tensor:
     return hidden if device is None else hidden.to(device)
 
 
+def one_long_row(model: PreTrainedModel) -> bool:
+    """Returns whether packed texts should be in one row: FlashAttention tells them apart in it."""
+    implementation = getattr(model.config, "_attn_implementation", None) or ""
+    return str(implementation).startswith("flash_attention")
+
+
 def row_length(model: PreTrainedModel, row_tokens: int) -> int:
     """Returns how long packed rows should be for the model's attention.
 
     FlashAttention takes sequences of different lengths without a mask, and transformers tells them
     apart in a single row only; every other kernel pays for the square of a row.
     """
-    implementation = getattr(model.config, "_attn_implementation", None) or ""
-    return 2**31 if str(implementation).startswith("flash_attention") else row_tokens
+    return 2**31 if one_long_row(model) else row_tokens
 
 
 def context_length(model: PreTrainedModel) -> int | None:

@@ -24,7 +24,7 @@ from ..data.tokenization import TokenizedTexts
 from ..errors import ModelError
 from ..hparams import LocFTBFHyperParams
 from ..modeling.cross_entropy import Head
-from ..modeling.devices import input_device
+from ..modeling.devices import input_device, one_long_row
 from ..modeling.forward import give_masks, mean_by_owner
 from ..modeling.fsdp import lockstep
 from ..modeling.last_layer import Tail, find_tail
@@ -206,6 +206,8 @@ class Probes:
         Tried on texts that begin like the longest one and go on like others: two branches and more,
         a text within another, and one of its own.
         """
+        if one_long_row(self.model):  # FlashAttention takes no mask of one's own
+            return False
         longest = self.texts.ids[self.texts.offsets[-2] :].tolist()
         half = max(len(longest) // 2, 1)
         others = [self.texts.ids[a:b].tolist() for a, b in pairwise(self.texts.offsets.tolist())]

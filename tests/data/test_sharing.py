@@ -116,3 +116,10 @@ def test_a_model_that_does_not_take_such_masks():
 
     blind.forward = refuses
     assert not Probes(blind, texts).sharing()
+
+
+def test_flash_attention_is_not_asked_for_masks():
+    model, texts = toy_model(), random_texts(0)
+    probes = Probes(model, texts)
+    model.config._attn_implementation = "flash_attention_2"
+    assert not probes.sharing()
