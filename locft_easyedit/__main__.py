@@ -26,7 +26,7 @@ Usage:
   locft ledger init|add|retract|show|...        facts that come and go: a log, and its model
   locft capability MODEL ...                    what else the model can do (lm-evaluation-harness)
   locft run SCRIPT ...                          run one of EasyEdit's scripts with LocFT-BF
-  locft demo [OPTION ...]                       edit 100 facts into SmolLM2-135M on this machine
+  locft demo [OPTION ...]                       edit 50 facts into SmolLM2-135M on this machine
 
 Several GPUs: `accelerate launch --multi_gpu -m locft_easyedit COMMAND ...`, or torchrun.
 `locft COMMAND --help` says more, `locft --version` which release this is. A mistake is told in one

@@ -30,10 +30,12 @@ if TYPE_CHECKING:
 _PANELS = (
     ("reliability", "rewrite_acc"),
     ("generalization", "rephrase_acc"),
+    ("chat_reliability",),
     ("portability",),
     ("locality",),
     ("capability",),
 )
+_TITLES = {"chat_reliability": "in chat"}
 _LONGEST_NAME = 22
 _SMALLEST_COST = 1e-4  # seconds: a logarithm needs more than nothing
 _DASHES: dict[str, Any] = {"color": GREY, "linestyle": (0, (3, 2)), "linewidth": 1.2}
@@ -88,7 +90,7 @@ def _draw_accuracy(
     axes: Axes, key: str, outcomes: Sequence[Outcome], rows: Sequence[Figures]
 ) -> None:
     """Draws one accuracy of all methods, one row each."""
-    axes.set_title(f"{key} ↑", fontsize=11)
+    axes.set_title(f"{_TITLES.get(key, key)} ↑", fontsize=11)
     axes.set(xlim=(-0.14, 1.14), ylim=(len(rows) - 0.4, -0.6), yticks=range(len(rows)))
     axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     axes.grid(color=PALE, linewidth=0.8)
