@@ -36,7 +36,7 @@ from ..training.preserve.filters import Filters, adam_of
 from ..training.progress import LossNotFiniteError, Progress
 from ..training.reparametrization import Reparametrization
 from ..training.step import TrainingStep
-from ..training.trained_weights import TrainedWeights
+from ..training.trained_weights import TrainedWeights, copies_of, write_
 from ..utils.hashing import arrays_sha256, json_sha256
 from ..utils.progress import progress_bar
 from .facts import Fact
@@ -52,7 +52,8 @@ _NO_TEXTS = TokenizedTexts.from_lists([], [])
 # Rounds in which what a check has found lost is trained again.
 MOST_REPAIRS = 10
 # Of the rate: few facts are behind a repair's gradients, and Adam takes steps of one size whatever
-# they are. Chosen on the first 200 records of ZsRE. After every two rounds it is twice as much.
+# they are. Chosen on the first 200 records of ZsRE. What is taken out may need more: there it is
+# twice as much after every two rounds. Where facts are added, that would lose others.
 _REPAIR_RATE = 0.25
 
 
@@ -318,6 +319,8 @@ class Trainer:
     ) -> Trained:
         """Trains `new` beside others, in place, and what checks find not to be right again.
 
+        Where all rounds do not suffice, that with the fewest wrong ones counts.
+
         Args:
             numbered: The texts of all edits.
             runner: What runs them.
@@ -330,11 +333,20 @@ class Trainer:
         found, before = Trained(), runner.n_trained
         found.epochs = self._fit_(runner, numbered.variants, new, pool)
         wrong = not_right()
+        best, fewest = copies_of(self.place.parameters), wrong
         while len(wrong) and found.repairs < MOST_REPAIRS:
             found.repairs += 1
             rest = np.setdiff1d(everything, wrong)
-            found.epochs += self._fit_(runner, numbered.variants, wrong, rest, found.repairs)
+            rate = _REPAIR_RATE * (2 ** ((found.repairs - 1) // 2) if more else 1)
+            found.epochs += self._fit_(
+                runner, numbered.variants, wrong, rest, found.repairs, min(1.0, rate)
+            )
             wrong = not_right()
+            if len(wrong) < len(fewest):
+                best, fewest = copies_of(self.place.parameters), wrong
+        if len(fewest) < len(wrong):
+            write_(self.place.parameters, best)
+            wrong = fewest
         found.texts = runner.n_trained - before
         number_of = {edit: number for number, edit in numbered.edit_of.items()} | dict(more or {})
         found.lost = sorted({number_of[edit] for edit in wrong.tolist()})
@@ -362,6 +374,7 @@ class Trainer:
         new: np.ndarray,
         pool: np.ndarray,
         repair: int = 0,
+        rate: float = 1.0,
     ) -> int:
         """Trains `new` beside others, in place; returns the epochs that it took.
 
@@ -371,6 +384,7 @@ class Trainer:
             new: Edits to train, [N].
             pool: Edits that are replayed beside them.
             repair: Which round of repair this is; 0 for none.
+            rate: What the learning rate is multiplied by.
 
         Raises:
             NonFiniteLossError: Training diverged; to restore the weights is up to the caller.
@@ -380,7 +394,7 @@ class Trainer:
             # A mean below the thresholds may hide what is still wrong: they are lowered each time.
             h = replace(
                 h,
-                lr=h.lr * min(1.0, _REPAIR_RATE * 2 ** ((repair - 1) // 2)),
+                lr=h.lr * rate,
                 batch_loss_threshold=h.batch_loss_threshold * 10.0**-repair,
                 epoch_loss_threshold=h.epoch_loss_threshold * 10.0**-repair,
             )

@@ -4,12 +4,12 @@ import shutil
 
 import pytest
 import torch
-from helpers.ledgers import filled_ledger, matrix, new_ledger, opened
+from helpers.ledgers import NAME, filled_ledger, matrix, new_ledger, opened
 from helpers.toys import toy_requests
 
 from locft_easyedit.ledger.moments import begin_with_, moments_of
 from locft_easyedit.ledger.states import STEP, States
-from locft_easyedit.ledger.trainer import Trainer
+from locft_easyedit.ledger.trainer import MOST_REPAIRS, Trainer
 from locft_easyedit.training.step import TrainingStep
 
 REQUESTS = toy_requests(9)
@@ -113,12 +113,12 @@ def interrupted(*_, **__):
 
 
 def test_repairs_are_gentle_and_leave_none(tmp_path, monkeypatch):
-    """A fact that a check finds lost is trained at a lower rate, then at a higher one."""
+    """A fact that a check finds lost is trained at a lower rate."""
     rates, after = [], []
     fit = Trainer._fit_
 
-    def noted(self, runner, variants, new, pool, repair=0):
-        found = fit(self, runner, variants, new, pool, repair)
+    def noted(self, *args):
+        found = fit(self, *args)
         after.append(self.moments)
         return found
 
@@ -136,8 +136,25 @@ def test_repairs_are_gentle_and_leave_none(tmp_path, monkeypatch):
     ledger = new_ledger(tmp_path)
     ledger.add(REQUESTS[:3])
     lr = ledger.hparams.lr
-    assert rates == pytest.approx([lr, lr / 4, lr / 4, lr / 2, lr / 2, lr])
+    assert rates == pytest.approx([lr] + [lr / 4] * 5)
     assert all(moments is after[0] for moments in after)
+
+
+def test_the_round_with_the_fewest_lost_facts_counts(tmp_path, monkeypatch):
+    counts = [[1, 2], [1], [1, 2, 3], *[[1, 2, 3]] * 20]
+    lost, seen = iter(counts), []
+
+    def pretended(self, numbered, *_, **__):
+        seen.append(self.place.parameters[NAME].detach().clone())
+        return numbered.edits(next(lost))
+
+    monkeypatch.setattr(Trainer, "lost", pretended)
+    ledger = new_ledger(tmp_path)
+    added = ledger.add(REQUESTS[:3])
+    assert len(seen) == 1 + MOST_REPAIRS
+    assert added.lost == [1]
+    assert torch.equal(matrix(ledger.model), seen[1])
+    assert not torch.equal(seen[1], seen[-1])
 
 
 def test_a_low_rank_change_begins_anew(tmp_path):
