@@ -296,7 +296,7 @@ def commits_table(found):
 
 def picture(found, model):
     """The figure: how much of each commit is known after every later one."""
-    figure = new_figure(7.5, 4.6, [f"{model}: facts by the age of their commit"])
+    figure = new_figure(10, 4.6, [f"{model}: facts by the age of their commit"])
     axes = figure.subplots()
     open_axes(axes)
     axes.set(xlabel="commits so far", ylabel="reliability, %")
@@ -310,7 +310,7 @@ def picture(found, model):
     colour, marker = look(len(shown))
     axes.plot(range(1, n + 1), [100 * value for value in found["naive"]["by commit"]],
               color=colour, marker=marker, linestyle=":", markersize=5,
-              label="without a ledger: each commit at the end")  # fmt: skip
+              label="without, at the end")  # fmt: skip
     axes.set(ylim=(0, 103), xticks=range(1, n + 1, -(-n // 20)))
     handles, _ = axes.get_legend_handles_labels()
     legend_below(figure, handles)
