@@ -39,7 +39,8 @@ def test_a_row_for_each_variant_and_the_same_loss_for_the_same_texts(remedies, c
     remedies.main()
     with open("found.json", encoding="utf-8") as file:
         rows = {row["variant"]: row for row in json.load(file)["figures"]}
-    assert list(rows) == list(VARIANTS)
+    assert list(rows) == [*VARIANTS, remedies.UNSHARED]
+    assert rows[remedies.UNSHARED]["loss"] == pytest.approx(rows["both"]["loss"], abs=1e-4)
     shown = capsys.readouterr().out
     assert all(name in shown for name in VARIANTS)
     assert rows["published"]["texts"] == rows["confined"]["texts"] == 6
