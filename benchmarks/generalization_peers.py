@@ -69,7 +69,7 @@ def run(method, values, edits, measured, stats_dir):
         try:
             torch.manual_seed(SEED)
             for chunk in tqdm(list(in_chunks(asks, editor.chunk)), desc=method, unit="call"):
-                editor.editor.edit_([ended(edit, editor.end) for edit in chunk])
+                editor.editor.edit_([editor.ended(edit) for edit in chunk])
         finally:
             os.chdir(before)
     seconds = time.perf_counter() - start
@@ -92,11 +92,6 @@ def covariances(method, model, tokenizer, path, stats_dir, hparams):
     write_key_covariances(model, tokenizer, corpus, plan.covariance_modules, stats_dir=stats_dir,
                           model_id=model_id(path))  # fmt: skip
     return {"name": stats_name(corpus, model), "n_samples": len(corpus.texts)}
-
-
-def ended(edit, end):
-    """The edit with a target that ends, as ours trains it."""
-    return {**edit, "target_new": f"{edit['target_new']}{end}"}
 
 
 def is_asked(edit):

@@ -20,6 +20,7 @@ import numpy as np
 from shared import parser_of, write_figures
 
 from locft_easyedit.api import edit_model
+from locft_easyedit.compare.commits import commits_of
 from locft_easyedit.data.forms import Forms
 from locft_easyedit.data.readers import read_requests
 from locft_easyedit.evaluation.answers import normalize_answer
@@ -73,8 +74,7 @@ def measured(options):
     asked = Facts(
         model, tokenizer, read_requests(options.data, options.skip + options.n)[options.skip :]
     )
-    each = -(-options.n // options.commits)
-    commits = [range(i, min(i + each, options.n)) for i in range(0, options.n, each)]
+    commits = commits_of(options.n, options.commits)
     base = asked.answers("base")
     found = {"base": asked.figures(base), "naive": naive(asked, hparams, commits, base)}
     with asked.undone():

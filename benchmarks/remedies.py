@@ -2,8 +2,8 @@
 
     python benchmarks/remedies.py --data zsre_1k.json --layer 24 --n 100
 
-All edits are one mini-batch. The variants are those of generalization.py, and `LocFT-BF+` with the
-beginnings that texts have in common run for each of them; their steps are interleaved, and ratios
+All edits are one mini-batch. The variants are those of generalization.py, and the last of them
+with the beginnings that texts have in common run for each; their steps are interleaved, and ratios
 are to the published method's. Before a change is trained it is nothing: a variant whose loss is not
 that of the other variants with the same texts is said to be wrong.
 Seconds are of one run on one machine: read the ratios.

@@ -38,7 +38,7 @@ from locft_easyedit.evaluation.decoding import can_batch_cache
 from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.modeling.places import find_locations
 from locft_easyedit.plan.reader import ModelReader
-from locft_easyedit.prefix.shortcuts import Probes
+from locft_easyedit.prefix.probes import Probes
 from locft_easyedit.training.session import EditSession
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "model_types.json"

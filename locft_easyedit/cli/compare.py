@@ -63,15 +63,17 @@ def run_compare(hparams: LocFTBFHyperParams, command: dict[str, Any], output: Pa
     """
     values = {key: value for key, value in command.items() if key != "output"}
     comparison = compare(Settings(hparams, output=output, **values))
-    paths = {kind: output / f"comparison.{kind}" for kind in ("json", "md", "png")}
-    write_dataclass(paths["json"], comparison)
-    with output_errors(paths["md"]):
-        write_atomically(paths["md"], comparison_markdown(comparison).encode())
-    write_comparison_picture(paths["png"], comparison)
-    what_is_written = dict(zip(("figures", "table", "picture"), paths.values(), strict=True))
+    paths = {
+        what: output / f"comparison.{kind}"
+        for what, kind in (("figures", "json"), ("table", "md"), ("picture", "png"))
+    }
+    write_dataclass(paths["figures"], comparison)
+    with output_errors(paths["table"]):
+        write_atomically(paths["table"], comparison_markdown(comparison).encode())
+    write_comparison_picture(paths["picture"], comparison)
     if command.get("stream") is not None:
-        what_is_written["picture of the commits"] = output / "stream.png"
-        write_stream_picture(output / "stream.png", comparison)
+        paths["picture of the commits"] = output / "stream.png"
+        write_stream_picture(paths["picture of the commits"], comparison)
     show(comparison_table(comparison))
-    for what, path in what_is_written.items():
+    for what, path in paths.items():
         sys.stdout.write(f"{what}: {path}\n")

@@ -85,6 +85,10 @@ class MethodEditor:
     needs_subject: bool
     end: str = ""
 
+    def ended(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns a request with a target that ends, if this method's targets do."""
+        return {**request, "target_new": f"{request['target_new']}{self.end}"}
+
 
 def method_editor(
     job: Job,
@@ -242,7 +246,7 @@ class Edits:
         self.how = how
         self._each: Evaluation | None = None
         self._stream = stream is not None
-        self._commits = commits_of(len(requests), stream or 1)
+        self._commits = commits_of(len(requests), stream)
         if method.one_by_one or self._stream:
             parts = ("prompt", "target_new", "rephrase_prompt", "target_aliases")
             own = [{key: r[key] for key in parts if key in r} for r in requests]
@@ -308,12 +312,8 @@ class Edits:
         itself; EasyEdit's methods train the text that they are given. WISE keeps an unrelated text
         as it is for each edit, which EasyEdit's scripts take from a data set's training part.
         """
-        request = self.requests[i]
-        return {
-            "loc_prompt": CONTEXTS[i % len(CONTEXTS)],
-            **request,
-            "target_new": f"{request['target_new']}{self.method.end}",
-        }
+        unrelated = {"loc_prompt": CONTEXTS[i % len(CONTEXTS)]}
+        return unrelated | self.method.ended(self.requests[i])
 
     def _save(self, done: int) -> None:
         """Saves what was edited so far, whole or not at all.

@@ -26,6 +26,7 @@ from ..modeling.loading import check_model_name, model_without_weights, resolve_
 from ..modeling.places import match_parameters
 from ..training.rewordings.writers import check_writer
 from ..utils.output import prepare_folder
+from .commits import commits_of
 from .job import (
     BEFORE,
     PACKAGES,
@@ -116,7 +117,8 @@ def planned(settings: Settings) -> tuple[dict[str, Job], dict[str, list[str]]]:
     name = check_model_name(h.model_name)
     model = str(Path(name).resolve()) if Path(name).is_dir() else name
     _check_stream(settings, len(requests))
-    plans = _peer_plans(settings, model, -(-len(requests) // (settings.stream or 1)))
+    together = max(len(commit) for commit in commits_of(len(requests), settings.stream))
+    plans = _peer_plans(settings, model, together)
     if settings.capability:
         from ..evaluation.capability.prepared_tasks import prepare_tasks  # an extra
 

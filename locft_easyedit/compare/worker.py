@@ -134,7 +134,7 @@ def _edited(job: Job, folder: JobFolder, progress: Progress) -> Outcome:
     before = folder.read(JobFolder(folder.path.parent / "before").result)["result"]["records"]
     easyedit = register()
     model, tokenizer = _load(job, progress)
-    together = max(len(commit) for commit in commits_of(len(requests), job.stream or 1))
+    together = max(len(commit) for commit in commits_of(len(requests), job.stream))
     editor = method_editor(job, model, tokenizer, together, easyedit, folder.state)
     seconds = {"load": time.perf_counter() - start}
     edits = Edits(editor, requests, model, tokenizer, _how(job), folder, progress, job.stream)

@@ -7,6 +7,7 @@ and gradients are the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,8 +37,12 @@ class _Tree:
 
 
 def lay_out_shared(
-    texts: TokenizedTexts, indices: Sequence[int] | np.ndarray, *, row_tokens: int
-) -> Rows:
+    texts: TokenizedTexts,
+    indices: Sequence[int] | np.ndarray,
+    *,
+    row_tokens: int,
+    at_most: float = math.inf,
+) -> Rows | None:
     """Lays out the sequences `indices` of `texts` in rows, each without its last token.
 
     As `lay_out` in packed rows; but cells of beginnings that sequences of a row have in common are
@@ -48,6 +53,7 @@ def lay_out_shared(
         indices: The batch, B indices into `texts`.
         row_tokens: Rows hold at most twice as many tokens, in which more beginnings meet, or one
             longer sequence.
+        at_most: Cells of all rows, fillers included; `None` is returned where they would be more.
     """
     indices = np.asarray(indices, np.int64)
     lengths = texts.input_lengths[indices]  # [B]
@@ -56,6 +62,8 @@ def lay_out_shared(
     sizes = np.array([tree.size for tree in trees], np.int64)
     rows = first_fit(sizes, np.zeros_like(sizes), capacity)
     n_columns = max(int(sizes[row].sum()) for row in rows)
+    if len(rows) * n_columns > at_most:
+        return None
 
     shape = (len(rows), n_columns)
     token_index, state_index = np.full(shape, -1, np.int64), np.full(shape, -1, np.int64)

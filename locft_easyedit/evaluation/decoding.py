@@ -21,8 +21,8 @@ from ..modeling.forward import run_next
 from ..modeling.modes import evaluation_mode
 from ..modeling.sampling import padded_left
 from ..modeling.suitability import generation_ends
+from ..prefix.probes import MOST_TOLERATED, REFUSALS, TOLERANCE, relative_error
 from ..prefix.runner import TextRunner
-from ..prefix.shortcuts import MOST_TOLERATED, REFUSALS, TOLERANCE, relative_error
 from .answers import STOPS
 from .predictions import (
     in_fixed_shapes,

@@ -136,27 +136,25 @@ class BoundModel:
         Raises:
             LedgerError: They are not kept, and cannot be made again to the bit here.
         """
-        hashes = self._hashes_at(number)
-        if hashes == self._hashes_at(0):
-            return dict(self.changes.base)
-        found = self.states.load(number, hashes)
-        return self._made_anew(number).matrices if found is None else found
+        return self._state_at(number, matrices_alone=True).matrices
 
-    def _state_at(self, number: int) -> State:
+    def _state_at(self, number: int, *, matrices_alone: bool = False) -> State:
         """Returns what an event has left; the model is as before.
+
+        Args:
+            number: The event.
+            matrices_alone: Moments are not needed, and may be damaged or gone.
 
         Raises:
             LedgerError: As for `values_at`.
         """
-        if number == 0:
+        if number == 0 or self._hashes_at(number) == self._hashes_at(0):
             return State(dict(self.changes.base))
-        matrices, moments = self._hashes_at(number), self.events[number].said.get("moments")
-        if matrices == self._hashes_at(0):
-            return State(dict(self.changes.base))
-        found = self.states.load(number, matrices)
+        found = self.states.load(number, self._hashes_at(number))
         if found is None:
             return self._made_anew(number)
-        if moments is None:
+        moments = self.events[number].said.get("moments")
+        if moments is None or matrices_alone:
             return State(found)
         held = self.states.load_moments(number, moments)
         return self._made_anew(number) if held is None else State(found, held)

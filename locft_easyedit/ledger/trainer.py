@@ -332,8 +332,8 @@ class Trainer:
         everything = np.union1d(new, pool)
         found, before = Trained(), runner.n_trained
         found.epochs = self._fit_(runner, numbered.variants, new, pool)
-        wrong = not_right()
-        best, fewest = copies_of(self.place.parameters), wrong
+        wrong = fewest = not_right()
+        best = copies_of(self.place.parameters) if len(wrong) else {}
         while len(wrong) and found.repairs < MOST_REPAIRS:
             found.repairs += 1
             rest = np.setdiff1d(everything, wrong)

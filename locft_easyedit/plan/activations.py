@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..prefix.shortcuts import REFUSALS
+from ..prefix.probes import REFUSALS
 
 
 @dataclass(frozen=True)

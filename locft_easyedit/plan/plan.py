@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import HyperParamsError, LocFTError, ModelError, one_message
 from ..hparams import LocFTBFHyperParams, torch_dtype
-from ..prefix.shortcuts import REFUSALS
+from ..prefix.probes import REFUSALS
 from .cost import Phase, StepCost, phases, step_cost, step_flop
 from .fitting import Candidate, candidates
 from .memory_parts import PLACES, peak

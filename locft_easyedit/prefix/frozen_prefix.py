@@ -72,11 +72,11 @@ class Layout:
             first_position=self.first_position,
             fixed=self.fixed,
         )
-        if self.shared:
-            fewer = lay_out_shared(self.texts, batch, row_tokens=row_tokens)
-            if fewer.token_index.numel() <= _FEWER * rows.token_index.numel():
-                return fewer
-        return rows
+        if not self.shared:
+            return rows
+        at_most = _FEWER * rows.token_index.numel()
+        fewer = lay_out_shared(self.texts, batch, row_tokens=row_tokens, at_most=at_most)
+        return rows if fewer is None else fewer
 
     def batches(self, batch_size: int, only: np.ndarray | None = None) -> list[np.ndarray]:
         """Returns the sequences, or those of `only`, in batches, those of most cells first.

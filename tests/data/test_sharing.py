@@ -9,8 +9,8 @@ from locft_easyedit.data.sharing import lay_out_shared
 from locft_easyedit.data.tokenization import TokenizedTexts
 from locft_easyedit.prefix import frozen_prefix
 from locft_easyedit.prefix.frozen_prefix import Layout
+from locft_easyedit.prefix.probes import Probes
 from locft_easyedit.prefix.runner import TextRunner
-from locft_easyedit.prefix.shortcuts import Probes
 
 
 def random_texts(seed, n=12):

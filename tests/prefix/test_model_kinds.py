@@ -9,7 +9,8 @@ from locft_easyedit.data.tokenization import TokenizedTexts
 from locft_easyedit.modeling import forward
 from locft_easyedit.modeling.forward import give_masks
 from locft_easyedit.prefix.frozen_prefix import Layout
-from locft_easyedit.prefix.shortcuts import Probes, can_pack
+from locft_easyedit.prefix.probes import Probes
+from locft_easyedit.prefix.shortcuts import can_pack
 from locft_easyedit.training.session import EditSession
 
 model_types = script_module(REPOSITORY / "benchmarks" / "checks" / "model_types.py")
