@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
     sys.stdout.write(f"EasyEdit: {kind}, from {easyedit.home}\n")
     if PLUS_NAME in methods:
         sys.stdout.write(
-            f"{PLUS_NAME} first samples text from the model, once: a few minutes on two cores.\n"
+            f"{PLUS_NAME} first samples text from the model, once: most of the demo's time.\n"
         )
     watch.lap("importing EasyEdit")
 
