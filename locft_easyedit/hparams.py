@@ -17,8 +17,11 @@ from .hparams_rules import (
     ALG_NAME,
     ALG_NAMES,
     AUTO,
+    BREADTH_FIRST,
     CHAT,
+    CONSTANT,
     CONTEXT,
+    EDIT,
     NEIGHBOURS,
     OR_AUTO,
     PLAIN,
@@ -104,8 +107,15 @@ class LocFTBFHyperParams(HyperParamsBase):
             parameter, a module (all its parameters), or a list of them. `auto`, together with
             `layers: auto`, chooses that as well.
         lr: Learning rate of Adam; `auto`, together with `layers: auto`, chooses that as well.
-        num_steps: Passes over all edits at most (epochs).
+        num_steps: Passes over all edits at most (epochs); depth-first, steps on each mini-batch.
+        pipeline: `breadth_first`, as published: epochs over all edits, shuffled. `depth_first`, as
+            editors before it, for comparison: one mini-batch after another, in the order given,
+            each until its loss is below `batch_loss_threshold`, with an optimizer of its own.
         batch_size: Edits in a mini-batch. It never limits how many edits are trained together.
+        loss_average: Of which a mini-batch's loss is the mean: of its `edit`s, each the mean of its
+            target's tokens, as published; or of the `token`s of all its targets.
+        lr_schedule: `constant`, as published, or `cosine`: a linear rise over the first tenth of
+            all steps, then half a cosine down to 0.
         weight_decay: Adam's L2 penalty.
         max_length: Read by EasyEdit's own evaluators only; nothing is ever truncated here.
         model_parallel: Spread the model's layers over the visible GPUs of this machine; `device`
@@ -189,7 +199,10 @@ class LocFTBFHyperParams(HyperParamsBase):
     rewrite_module_tmp: Any
     lr: Any
     num_steps: int = 25
+    pipeline: str = BREADTH_FIRST
     batch_size: int = 100
+    loss_average: str = EDIT
+    lr_schedule: str = CONSTANT
     weight_decay: float = 0.0
     max_length: int = 40
     model_parallel: bool = False

@@ -24,6 +24,9 @@ ON_CONFLICT = ("train", "error", "last")
 CUTS = ("matrix", "mlp", "layer")
 QUANTIZED = ("8bit", "4bit")
 TUNING = ("full", "lora")
+BREADTH_FIRST, DEPTH_FIRST = PIPELINES = ("breadth_first", "depth_first")
+EDIT, TOKEN = LOSS_AVERAGES = ("edit", "token")
+CONSTANT, COSINE = LR_SCHEDULES = ("constant", "cosine")
 EVALUATION_TYPES = ("LLM-judge", "generate-text")
 _COUNTS = (
     "num_steps",
@@ -116,7 +119,16 @@ def rules(values: Mapping[str, Any]) -> list[Rule]:
         ),
         ("weight_decay", lambda v: math.isfinite(v) and v >= 0, "must be 0 or more"),
         ("num_steps", lambda v: v >= 1, at_least_one),
+        ("pipeline", lambda v: v in PIPELINES, f"must be one of {', '.join(PIPELINES)}"),
         ("batch_size", lambda v: v >= 1, at_least_one),
+        ("loss_average", lambda v: v in LOSS_AVERAGES, f"must be {EDIT} or {TOKEN}"),
+        ("lr_schedule", lambda v: v in LR_SCHEDULES, f"must be {CONSTANT} or {COSINE}"),
+        (
+            "lr_schedule",
+            lambda v: v == CONSTANT or values.get("pipeline") != DEPTH_FIRST,
+            f"does not go with `pipeline={DEPTH_FIRST}`, which ends each edit at its threshold; "
+            "keep one of them",
+        ),
         ("eval_batch_size", lambda v: v >= 1, at_least_one),
         ("max_length", lambda v: v >= 1, at_least_one),
         ("row_tokens", lambda v: v >= 1, at_least_one),

@@ -46,6 +46,11 @@ class TokenizedTexts:
         return np.maximum(self.lengths - 1, 1)
 
     @cached_property
+    def target_lengths(self) -> np.ndarray:
+        """Tokens of each target, with its end, [N]."""
+        return self.lengths - self.target_start
+
+    @cached_property
     def input_offsets(self) -> np.ndarray:
         """Where each sequence begins among all tokens that are read, [N + 1]."""
         return np.concatenate([[0], np.cumsum(self.input_lengths)])

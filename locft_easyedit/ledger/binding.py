@@ -15,6 +15,7 @@ from ..delta.metadata import frozen_samples
 from ..distributed.world import get_world
 from ..errors import HyperParamsError, LedgerError, one_message
 from ..hparams import LocFTBFHyperParams
+from ..hparams_rules import BREADTH_FIRST, DEPTH_FIRST
 from ..modeling.devices import input_device
 from ..modeling.fsdp import sharded_layers
 from ..prefix.streaming import stream_of
@@ -77,6 +78,8 @@ def check_supported(hparams: LocFTBFHyperParams) -> None:
         problems.append("it is kept by one process. Start the command without a launcher.")
     if hparams.stream_frozen:
         problems.append("`stream_frozen=True`: the frozen layers must be in memory. Set it false.")
+    if hparams.pipeline == DEPTH_FIRST:
+        problems.append(f"`pipeline={DEPTH_FIRST}`: facts are trained {BREADTH_FIRST}. Set that.")
     if hparams.shard_frozen:
         problems.append("`shard_frozen=True` is for several processes. Set it false.")
     _refuse(problems)

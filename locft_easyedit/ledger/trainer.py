@@ -407,7 +407,10 @@ class Trainer:
             adam = adam_of(len(new), h) if self.filters.damps else None
         weights = TrainedWeights(parameters) if change is None else change.weights
         share = Partition.of_rank(SINGLE_PROCESS, runner.texts.input_lengths)
-        step = TrainingStep(runner, weights, h, share, texts_per_edit=texts.most, adam=adam)
+        step = TrainingStep(
+            runner, weights, h, share,
+            texts_per_edit=texts.most, adam=adam, target_tokens=runner.texts.target_lengths,
+        )  # fmt: skip
         if lasting and self.moments is not None:
             begin_with_(step.optimizer, weights.named_masters(), self.moments)
         done = Progress.start(h.seed, step.micro_batch.size)

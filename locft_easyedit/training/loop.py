@@ -1,21 +1,41 @@
-"""The breadth-first training loop of LocFT-BF ("Fine-tuning Done Right in Model Editing").
+"""The training loop of LocFT-BF ("Fine-tuning Done Right in Model Editing"), and what it replaces.
 
 Ordinary training, restored to model editing: epochs over all edits, shuffled, in mini-batches,
 with Adam on the trained matrices alone (arXiv 2509.22072, section 4). A mini-batch whose loss is
 below a threshold makes no update, and an epoch whose mean loss is below another ends the training.
+
+The paper compares this breadth-first loop with the depth-first one of editors before it, which
+trains one edit until it is learned, then the next, and so forgets the first ones (section 3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import math
+from collections.abc import Callable, Generator
 
 import numpy as np
 import torch
 
 from ..data.training_texts import Variants
 from ..hparams import LocFTBFHyperParams
+from ..hparams_rules import CONSTANT, DEPTH_FIRST
 from .progress import Progress
 from .step import TrainingStep
+
+_WARM_UP = 0.1  # of all steps
+
+
+def train(
+    step: TrainingStep,
+    edits: np.ndarray,
+    hparams: LocFTBFHyperParams,
+    done: Progress,
+    variants: Variants,
+) -> Generator[Progress, None, None]:
+    """Trains by `pipeline`; arguments and errors are those of `train_breadth_first`."""
+    depth_first = hparams.pipeline == DEPTH_FIRST
+    loop = train_depth_first if depth_first else train_breadth_first
+    return loop(step, edits, hparams, done, variants)
 
 
 def train_breadth_first(
@@ -30,7 +50,7 @@ def train_breadth_first(
     Args:
         step: Makes a step on a mini-batch of texts.
         edits: Indices of the edits, [N].
-        hparams: Epochs (`num_steps`), `batch_size` and `epoch_loss_threshold`.
+        hparams: Epochs (`num_steps`), `batch_size`, `lr_schedule` and `epoch_loss_threshold`.
         done: How far training has come; brought up to date in place.
         variants: Which texts stand for an edit in an epoch.
 
@@ -38,11 +58,13 @@ def train_breadth_first(
         NonFiniteLossError: A loss or a weight became NaN or infinite. Restoring the weights is up
             to the caller, who holds the originals.
     """
+    n_batches = math.ceil(len(edits) / hparams.batch_size)
+    rate = rates(hparams.lr_schedule, hparams.num_steps * n_batches)
     while done.epoch < hparams.num_steps and not done.converged:
         batches, next_shuffling = shuffled_batches(edits, hparams.batch_size, done.shuffling)
         texts = [variants.texts(batch, done.epoch) for batch in batches[done.step :]]
-        for batch in step.prefetched(texts):
-            done.add(step.take_(batch), step.micro_batch.size)
+        for number, batch in enumerate(step.prefetched(texts), done.epoch * n_batches + done.step):
+            done.add(step.take_(batch, rate(number)), step.micro_batch.size)
             if step.host_may_sync:
                 done.settle()
             yield done
@@ -51,6 +73,59 @@ def train_breadth_first(
         done.converged = done.losses[-1] < hparams.epoch_loss_threshold
     step.finish_()
     done.finished = True
+
+
+def train_depth_first(
+    step: TrainingStep,
+    edits: np.ndarray,
+    hparams: LocFTBFHyperParams,
+    done: Progress,
+    variants: Variants,
+) -> Generator[Progress, None, None]:
+    """Trains one mini-batch after another, each until its loss is below the threshold.
+
+    In the order given, with Adam beginning anew for each, as EasyEdit's `FT` does in sequential
+    editing. Arguments and errors are those of `train_breadth_first`; of `hparams` `num_steps` (of
+    each mini-batch at most), `batch_size` and `batch_loss_threshold` count.
+    """
+    batches = _in_batches(edits, hparams.batch_size)
+    while done.epoch < len(batches):
+        batch = batches[done.epoch]
+        if done.step == 0:
+            step.begin_again_()
+        while done.step < hparams.num_steps and not (
+            done.step and done.step_losses[-1] < hparams.batch_loss_threshold
+        ):
+            for one in step.prefetched([variants.texts(batch, done.step)]):
+                done.add(step.take_(one), step.micro_batch.size)
+            with step.share.world.warning_of_waits("a mini-batch's loss"):
+                done.settle()
+            yield done
+        done.end_epoch([len(batch)], done.shuffling)
+    done.converged = max(done.losses) < hparams.batch_loss_threshold
+    step.finish_()
+    done.finished = True
+
+
+def rates(schedule: str, n_steps: int) -> Callable[[int], float]:
+    """Returns what the learning rate is multiplied by in each of `n_steps` steps, from 0."""
+    if schedule == CONSTANT:
+        return lambda _: 1.0
+    rise = max(1, round(_WARM_UP * n_steps))
+
+    def cosine(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        return (1 + math.cos(math.pi * (step - rise) / (n_steps - rise))) / 2
+
+    return cosine
+
+
+def batch_of(edits: np.ndarray, hparams: LocFTBFHyperParams, done: Progress) -> np.ndarray:
+    """Returns the edits of the mini-batch that comes next."""
+    if hparams.pipeline == DEPTH_FIRST:
+        return _in_batches(edits, hparams.batch_size)[done.epoch]
+    return shuffled_batches(edits, hparams.batch_size, done.shuffling)[0][done.step]
 
 
 def shuffled_batches(
@@ -66,5 +141,8 @@ def shuffled_batches(
     generator = torch.Generator()
     generator.set_state(shuffling)
     order = edits[torch.randperm(len(edits), generator=generator).numpy()]
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    return batches, generator.get_state()
+    return _in_batches(order, batch_size), generator.get_state()
+
+
+def _in_batches(edits: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    return [edits[start : start + batch_size] for start in range(0, len(edits), batch_size)]

@@ -37,12 +37,14 @@ class Progress:
 
     Attributes:
         shuffling: State of the shuffling's random generator when the present epoch began, uint8.
-        epoch: Epochs that are done.
-        step: Mini-batches of the present epoch that are done.
-        losses: Mean loss of each epoch, over all edits.
-        step_losses: Loss of each mini-batch, in order.
+        epoch: Epochs that are done; of a depth-first training, mini-batches.
+        step: Mini-batches of the present epoch that are done; depth-first, steps on the present
+            mini-batch.
+        losses: Mean loss of each epoch, over all edits; depth-first, the last of each mini-batch.
+        step_losses: Loss of each step, in order.
         n_updates: Mini-batches that made an update.
-        converged: Whether the last epoch's loss was below the threshold.
+        converged: Whether the last epoch's loss, or depth-first each mini-batch's, was below the
+            threshold.
         finished: Whether training is over.
         micro_batch_size: Texts that one forward pass takes.
         seconds: What training has taken, in all its parts.

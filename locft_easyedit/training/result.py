@@ -24,8 +24,8 @@ class EditResult:
     """What an edit did to a model.
 
     Attributes:
-        losses: Mean loss of each epoch.
-        step_losses: Loss of each mini-batch.
+        losses: Mean loss of each epoch; depth-first, the last loss of each mini-batch.
+        step_losses: Loss of each step.
         original: The trained parameters' values before, by name.
         new: Their values after.
         timings: Seconds by phase: `prepare` (checks and tokens), `preserve` (what is to be kept is

@@ -19,6 +19,7 @@ from ..data.training_texts import TrainingTexts, subjects_of
 from ..distributed.world import SINGLE_PROCESS, Partition, World, get_world
 from ..errors import HyperParamsError, NonFiniteLossError
 from ..hparams import LocFTBFHyperParams
+from ..hparams_rules import DEPTH_FIRST
 from ..modeling.devices import context_length
 from ..modeling.fsdp import lockstep
 from ..modeling.modes import only_trainable, own_precision, with_gradients
@@ -41,7 +42,7 @@ from ..utils.timing import timed
 from .checkpoints import Checkpoints, agreed_checkpoints
 from .edit_runner import EditRunner
 from .health import HealthCheck
-from .loop import shuffled_batches, train_breadth_first
+from .loop import batch_of, train
 from .lora import low_rank_of
 from .preserve.protection import Protection, check_protectable, check_resident
 from .preserve.sources import Source, read_sources
@@ -389,12 +390,17 @@ class EditSession:
             self._share,
             texts_per_edit=variants.most,
             adam=None if protection is None else protection.adam(len(indices), h),
+            target_tokens=self._texts.target_lengths,
         )
         n_batches = math.ceil(len(indices) / h.batch_size)
+        depth_first = h.pipeline == DEPTH_FIRST
+        # Breadth-first, rounds are epochs; depth-first, the steps on a mini-batch, which may end.
+        of_a_round = h.num_steps if depth_first else n_batches
         done = Progress.start(h.seed, step.micro_batch.size)
         if checkpoints is not None:
             checkpoints.check_room(weights)
-            done = checkpoints.resume_(weights, step.optimizer, n_batches) or done
+            in_epoch = None if depth_first else n_batches
+            done = checkpoints.resume_(weights, step.optimizer, in_epoch) or done
             step.micro_batch.size = done.micro_batch_size
         with ExitStack() as stack:
             stack.enter_context(self._timed("train"))
@@ -405,19 +411,17 @@ class EditSession:
             bar = stack.enter_context(
                 progress_bar(
                     total=h.num_steps * n_batches,
-                    initial=done.epoch * n_batches + done.step,
-                    desc="breadth-first",
+                    initial=done.epoch * of_a_round + done.step,
+                    desc=h.pipeline.replace("_", "-"),
                     unit="step",
                     show=progress,
                 )
             )
             # Closed also where the training ends early: its prefetching thread ends with it.
-            steps = stack.enter_context(
-                closing(train_breadth_first(step, indices, h, done, variants))
-            )
+            steps = stack.enter_context(closing(train(step, indices, h, done, variants)))
             try:
                 for _ in steps:
-                    bar.update()
+                    bar.update(max(1, done.epoch * of_a_round + done.step - bar.n))
                     _show_loss(bar, done)
                     if checkpoints is not None and checkpoints.due():
                         with self.world.warning_of_waits("the losses so far"):
@@ -432,8 +436,7 @@ class EditSession:
 
     def _explained(self, error: Exception, indices: np.ndarray, done: Progress) -> str:
         """Returns what an error of a mini-batch says, and of which requests."""
-        batches, _ = shuffled_batches(indices, self.hparams.batch_size, done.shuffling)
-        batch = batches[done.step]
+        batch = batch_of(indices, self.hparams, done)
         shown = "; ".join(self._describe(int(i)) for i in batch[:3])
         more = f"; and {len(batch) - 3} more" if len(batch) > 3 else ""
         return (

@@ -15,6 +15,7 @@ import torch
 from ..distributed.world import Partition
 from ..errors import NonFiniteLossError
 from ..hparams import LocFTBFHyperParams
+from ..hparams_rules import TOKEN
 from ..modeling.fsdp import lockstep
 from ..prefix.prefetch import prefetch
 from ..prefix.runner import Prepared, TextRunner
@@ -31,7 +32,7 @@ class MiniBatch:
 
     Attributes:
         own: The texts of this process's share, [b].
-        n_texts: Texts of the whole mini-batch.
+        total: What the sum of the whole mini-batch's weighted losses is divided by.
         parts: The share in micro-batches, on the device; `None` before they are prepared, and
             where they had to go. Nothing else may hold them: they are most of what memory that has
             run out can get back.
@@ -39,7 +40,7 @@ class MiniBatch:
     """
 
     own: np.ndarray
-    n_texts: int
+    total: float
     parts: list[Prepared] | None = None
     ran_out: bool = False
 
@@ -60,6 +61,8 @@ class TrainingStep:
         share: Which texts this process runs.
         texts_per_edit: Texts that stand for an edit in an epoch, at most.
         adam: What Adam is given beside the rate; by default PyTorch's values, and `weight_decay`.
+        target_tokens: How many tokens each target has, of all texts, [T]: with `loss_average:
+            token` a text weighs as much.
 
     Attributes:
         optimizer: Adam on the float32 masters.
@@ -77,8 +80,12 @@ class TrainingStep:
         *,
         texts_per_edit: int = 1,
         adam: Mapping[str, Any] | None = None,
+        target_tokens: np.ndarray | None = None,
     ) -> None:
         self.runner = runner
+        by_token = hparams.loss_average == TOKEN
+        assert not by_token or target_tokens is not None
+        self._weights = target_tokens if by_token else None
         self.share = share
         self.weights = weights
         self.threshold = hparams.batch_loss_threshold
@@ -115,7 +122,8 @@ class TrainingStep:
         Without it where memory runs out: the step before has to end first. Changes nothing that a
         running step uses.
         """
-        batch = MiniBatch(self.share.positions_of(texts), len(texts))
+        total = len(texts) if self._weights is None else float(self._weights[texts].sum())
+        batch = MiniBatch(self.share.positions_of(texts), total)
         try:
             batch.parts = self._divided(batch.own)
         except Exception as error:
@@ -128,8 +136,19 @@ class TrainingStep:
         lengths = self.runner.texts.input_lengths[texts]
         return [self.runner.prepare(part) for part in self.micro_batch.split(texts, lengths)]
 
-    def take_(self, batch: MiniBatch) -> Outcome:
-        """Makes one step on a mini-batch, in place, and lets go of what is prepared of it."""
+    def begin_again_(self) -> None:
+        """Lets Adam forget what it has seen."""
+        self.optimizer.state.clear()
+
+    def take_(self, batch: MiniBatch, rate: float = 1.0) -> Outcome:
+        """Makes one step on a mini-batch, in place, and lets go of what is prepared of it.
+
+        Args:
+            batch: The mini-batch.
+            rate: What the learning rate is multiplied by.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * rate
         # Ranks with less to run wait for those with more, or that run theirs again in parts.
         with lockstep(self.runner.model):
             loss, known_below = self._own_gradients_(batch)
@@ -185,7 +204,7 @@ class TrainingStep:
             try:
                 if batch.parts is None:
                     batch.parts = self._divided(batch.own)
-                return self._summed_(batch.parts, batch.n_texts)
+                return self._summed_(batch.parts, batch.total)
             except Exception as error:
                 if not is_out_of_memory(error) or not self.micro_batch.halve(len(batch.own)):
                     raise
@@ -193,21 +212,28 @@ class TrainingStep:
             batch.parts = None
             torch.cuda.empty_cache()
 
-    def _summed_(self, parts: list[Prepared], n_texts: int) -> tuple[torch.Tensor, bool]:
+    def _summed_(self, parts: list[Prepared], total: float) -> tuple[torch.Tensor, bool]:
         losses = []
         # Then what follows a loss below the threshold is saved.
         known_at_once = (
             self.host_may_sync and len(parts) == 1 and not self.share.world.is_distributed
         )
         for part in parts:
-            loss = self.runner.edit_losses(part).sum() / n_texts
+            loss = self._weighted(self.runner.edit_losses(part), part).sum() / total
             if known_at_once and not loss >= self.threshold:
                 return loss.detach(), True  # NaN as well
             (loss * self.weights.loss_scale).backward()
             self.weights.collect_gradients_()
             losses.append(loss.detach())
-        total = torch.stack(losses).sum() if losses else torch.zeros((), device=self.runner.device)
-        return total, False
+        loss = torch.stack(losses).sum() if losses else torch.zeros((), device=self.runner.device)
+        return loss, False
+
+    def _weighted(self, losses: torch.Tensor, part: Prepared) -> torch.Tensor:
+        """Returns the losses of a part's texts, [B], each times what it weighs."""
+        if self._weights is None:
+            return losses
+        weights = self._weights[self.share.own[part.batch]]
+        return losses * torch.from_numpy(weights).to(losses)
 
 
 class MicroBatch:

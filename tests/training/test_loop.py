@@ -5,12 +5,14 @@ import json
 
 import pytest
 import torch
-from helpers.reference import naive_locft_bf
+from helpers.reference import naive_depth_first, naive_locft_bf
 from helpers.toys import DOWN_PROJECTION, TOY_KINDS, toy_model, toy_requests, toy_tokenizer
+from transformers import get_cosine_schedule_with_warmup
 
 from locft_easyedit.api import edit_model
 from locft_easyedit.data.requests import make_requests
 from locft_easyedit.hparams import LocFTBFHyperParams
+from locft_easyedit.training.loop import rates
 from locft_easyedit.training.session import EditSession
 
 # Measured over 20 steps: losses differ by 9.5e-7 at most on the toys, and the trained change by
@@ -90,6 +92,9 @@ def test_losses_and_weights_are_those_of_the_reference(kind):
         {"epoch_loss_threshold": 6.0},  # reached before the last epoch
         {"batch_size": 100},
         {"batch_size": 1},
+        {"loss_average": "token"},
+        {"loss_average": "token", "micro_batch_size": 3},
+        {"lr_schedule": "cosine", "num_steps": 6},
     ],
     ids=str,
 )
@@ -101,6 +106,41 @@ def test_every_setting_agrees_with_the_reference(changes):
     if "epoch_loss_threshold" in changes:
         assert result.converged
         assert len(result.losses) < h.num_steps
+
+
+@pytest.mark.parametrize("changes", [{}, {"batch_size": 1}, {"loss_average": "token"}], ids=str)
+def test_depth_first_is_one_mini_batch_after_another(changes):
+    h = hparams_for(
+        DOWN_PROJECTION["llama"],
+        **{"pipeline": "depth_first", "num_steps": 8, "batch_loss_threshold": 5.85} | changes,
+    )
+    model, tokenizer, requests = toy_model("llama"), toy_tokenizer(), toy_requests(10)
+    reference = copy.deepcopy(model)
+    result = edit_model(model, tokenizer, requests, h, progress=False)
+    parameters = dict(reference.named_parameters())
+    losses = naive_depth_first(
+        reference, tokenizer, requests, [parameters[name] for name in result.new], h
+    )
+    # One that is learned early ends early, and not all are.
+    assert len(requests) / h.batch_size < len(losses) < 8 * -(-len(requests) // h.batch_size)
+    assert result.step_losses == pytest.approx(losses, abs=LOSS_TOLERANCE)
+    for name, value in result.new.items():
+        change = parameters[name].detach() - result.original[name]
+        assert (value - parameters[name]).norm() <= CHANGE_TOLERANCE * change.norm()
+
+
+def test_the_cosine_schedule_is_the_usual_one():
+    adam = torch.optim.Adam([torch.zeros(1)], lr=1.0)
+    usual = get_cosine_schedule_with_warmup(adam, 4, 40)
+    rate = rates("cosine", 40)
+    expected = []
+    for _ in range(40):
+        expected.append(usual.get_last_lr()[0])
+        adam.step()
+        usual.step()
+    assert [rate(step) for step in range(4, 40)] == pytest.approx(expected[4:])
+    # The usual one begins with a step of 0, which trains nothing.
+    assert [rate(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
 
 
 def test_a_pad_token_that_is_also_eos_changes_nothing():
