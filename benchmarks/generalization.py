@@ -28,7 +28,7 @@ from pathlib import Path
 
 import generalization_peers as peers  # beside this file, as is what makes a run
 import generalization_report as report
-from generalization_bench import Bench
+from generalization_bench import MEASURED, WRAPPERS, Bench
 from tqdm import tqdm
 
 from locft_easyedit.compare.job import PACKAGES, file_hash, model_id, version_of
@@ -79,6 +79,9 @@ def arguments():
     parser.add_argument("--half", default="report", help="report or choose")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME:KEY=VALUE",
                         help="a variant more; several keys have commas between them")  # fmt: skip
+    parser.add_argument("--measure", nargs="*", default=[WRAPPERS], choices=MEASURED,
+                        help="what costs time and is not measured for nothing: answers in wrappers "
+                        "and in chat, and a few tasks (wrappers)")  # fmt: skip
     parser.add_argument("--stats-dir", default="data/stats", help="key covariances, as EasyEdit's")
     parser.add_argument("--output", required=True, help="folder for runs, tables and the picture")
     parser.add_argument("--draw-only", action="store_true", help="of the runs that are there")
@@ -224,8 +227,13 @@ def sample(requests, data, n, seed, half):
     return [requests[i] for i in drawn], measured
 
 
-def make_runs(options):
-    """Makes the runs that are not there yet, one line each."""
+def make_runs(options, found=Bench.run):
+    """Makes the runs that are not there yet, one line each.
+
+    Args:
+        options: What `arguments` returns.
+        found: What a run's line says of it, of a `Bench` and hyper-parameters.
+    """
     plan = planned(options)
     folder = prepare_folder(options.output)
     report.drop_torn_line_(folder)
@@ -243,16 +251,18 @@ def make_runs(options):
         edits, measured = sample(plan.files[data], data, n, seed, options.half)
         if variant in peers.METHODS:
             values = plan.base | {"seed": seed}
-            found = peers.run_apart(variant, values, edits, measured, options.stats_dir)
-            report.append(folder, {**plan.line(*run), "versions": versions, **found})
+            figures = peers.run_apart(variant, values, edits, measured, options.stats_dir)
+            report.append(folder, {**plan.line(*run), "versions": versions, **figures})
             continue
         hparams = plan.hparams(variant, seed)
         if model is None:
             model, tokenizer = load_model(hparams)
             own = {"dtype": str(model.dtype), "device": str(model.device)}
         if of != run[:3]:
-            bench, of = Bench(model, tokenizer, edits, measured, hparams), run[:3]
-        report.append(folder, {**plan.line(*run), "versions": versions | own, **bench.run(hparams)})
+            bench = Bench(model, tokenizer, edits, measured, hparams, options.measure)
+            of = run[:3]
+        figures = found(bench, hparams)
+        report.append(folder, {**plan.line(*run), "versions": versions | own, **figures})
 
 
 def is_there(folder, plan, run):

@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
+from contextlib import contextmanager
 
 import numpy as np
 
 from locft_easyedit.api import edit_model
 from locft_easyedit.data.tokenization import Asked
 from locft_easyedit.errors import NonFiniteLossError
+from locft_easyedit.evaluation.capability.harness import measure_prepared
+from locft_easyedit.evaluation.capability.prepared_tasks import prepare_tasks
 from locft_easyedit.evaluation.divergence import BeforeEdit, Divergence
 from locft_easyedit.evaluation.evaluation import Evaluation, PairedMetrics
 from locft_easyedit.evaluation.predictions import EvalConfig
@@ -15,6 +18,8 @@ from locft_easyedit.evaluation.summary import summarize
 from locft_easyedit.evaluation.wrappers import CHAT, wrappers_for
 
 CHATS = (CHAT, "chat_system", "chat_later")
+WRAPPERS, CAPABILITY = MEASURED = ("wrappers", "capability")
+TASKS = ("locft_basics", "locft_copying")
 
 
 class Bench:
@@ -26,9 +31,13 @@ class Bench:
         edits: The requests.
         measured: Those of them that metrics are taken on.
         hparams: How prompts are run.
+        more: What is measured besides, of `MEASURED`.
+
+    Attributes:
+        answers: What was found of the generated answers at last, by record.
     """
 
-    def __init__(self, model, tokenizer, edits, measured, hparams):
+    def __init__(self, model, tokenizer, edits, measured, hparams, more=(WRAPPERS,)):
         self.model, self.tokenizer = model, tokenizer
         self.edits, self.measured = edits, measured
         how = EvalConfig(hparams.eval_batch_size, hparams.row_tokens, progress=True)
@@ -41,21 +50,23 @@ class Bench:
             model, tokenizer, asked, how, metrics=["generated"], before=none
         )
         # Before an edit nothing holds in a wrapper, and long answers take long.
-        self.in_wrappers = Evaluation(model, tokenizer, asked, how, metrics=["wrapped"])
+        self.in_wrappers = (
+            Evaluation(model, tokenizer, asked, how, metrics=["wrapped"])
+            if WRAPPERS in more
+            else None
+        )
+        self.tasks = prepare_tasks(TASKS, progress=False) if CAPABILITY in more else None
         self.moved = Moved(model, tokenizer, measured, how)
         self.before = self.by_token.measure("before")
-        self.figures_before = self.shares("before", self.before)
+        self.figures_before = self.shares("before", self.before) | self.capability()
 
     def run(self, hparams):
         """Makes the edits with our method, measures, and takes them back."""
         try:
-            result = edit_model(self.model, self.tokenizer, self.edits, hparams)
+            with self.edited(hparams, self.edits) as result:
+                figures = self.after()
         except NonFiniteLossError as error:
             return self.line({}, diverged=str(error))
-        try:
-            figures = self.after()
-        finally:
-            result.restore_(self.model)
         if result.health is not None and result.health.perplexity_ratio is not None:
             figures["ppl_ratio"] = result.health.perplexity_ratio
         figures |= {"epochs": len(result.losses), "seconds": sum(result.timings.values())}
@@ -64,12 +75,29 @@ class Bench:
         return self.line(figures, trained=result.n_trained, seconds=result.timings,
                          updates=result.n_updates, converged=result.converged)  # fmt: skip
 
+    @contextmanager
+    def edited(self, hparams, edits):
+        """Context manager in which edits are in the model; afterwards they are taken back."""
+        result = edit_model(self.model, self.tokenizer, edits, hparams)
+        try:
+            yield result
+        finally:
+            result.restore_(self.model)
+
     def after(self):
         """The figures of the model as it is now."""
         figures = self.shares("after", self.by_token.measure("after"))
-        wrapped = summarize([{"post": one} for one in self.in_wrappers.measure("after")])
-        figures |= wrapped_shares(wrapped["post"].get("wrapped", {}))
-        return figures | self.moved.measure()
+        if self.in_wrappers is not None:
+            wrapped = summarize([{"post": one} for one in self.in_wrappers.measure("after")])
+            figures |= wrapped_shares(wrapped["post"].get("wrapped", {}))
+        return figures | self.capability() | self.moved.measure()
+
+    def capability(self):
+        """The share of a few tasks' questions that the model as it is now gets right."""
+        if self.tasks is None:
+            return {}
+        mean = measure_prepared(self.model, self.tokenizer, self.tasks, progress=False)["mean"]
+        return {} if mean is None else {"capability": mean}
 
     def line(self, figures, diverged=None, **more):
         """What a run's line says: its figures, as far as they are numbers, and `more`."""
@@ -82,8 +110,8 @@ class Bench:
 
     def shares(self, when, by_token):
         """The figures between 0 and 1, with those by token measured already."""
-        posts = [{"post": one} for one in self.by_answer.measure(when)]
-        answers = summarize(posts)["post"]
+        self.answers = [{"post": one} for one in self.by_answer.measure(when)]
+        answers = summarize(self.answers)["post"]
         tokens = summarize(PairedMetrics(self.measured, self.before, by_token))["post"]
         shares = {key: tokens[key] for key in ("rewrite_acc", "rephrase_acc") if key in tokens}
         for key in ("reliability", "generalization"):

@@ -25,6 +25,7 @@ COLUMNS = (
     ("generalization", "generalization %", 100, 1),
     ("portability", "portability %", 100, 1),
     ("locality", "locality %", 100, 1),
+    ("capability", "capability %", 100, 1),
     ("wrappers", "in wrappers %", 100, 1),
     ("chat", "chat %", 100, 1),
     ("chat_system", "chat, system prompt %", 100, 1),

@@ -1,0 +1,69 @@
+"""Random text before the prompt: five texts an edit that the model begins, trained beside it.
+
+    python benchmarks/paper/prefixes.py --data counterfact.json --output prefixes
+
+The prefixes are sentences that the model itself writes after a BOS, sampled once; each edit gets
+five of them before its prompt, as `rewordings` (table 7).
+"""
+
+import json
+import random
+from pathlib import Path
+
+from study import Study, by_file, changes, loaded, percent, verdict
+
+from locft_easyedit.data.readers import read_requests
+from locft_easyedit.modeling.sampling import TextKind, TextSampler, first_token
+from locft_easyedit.utils.files import output_errors, write_atomically
+
+EACH, N_TEXTS, N_TOKENS = 5, 128, 10
+
+
+def with_prefixes(options, folder):
+    """Writes each file with five prefixes an edit, beside the file itself; returns the paths."""
+    model, tokenizer = loaded(options)
+    kind = TextKind("prefix", [[first_token(tokenizer)]], N_TEXTS, N_TOKENS)
+    sampled = TextSampler(model, tokenizer, [kind], cache=folder).round(0)["prefix"]
+    # A text is a beginning; its end makes a sentence of it, as in ROME's context templates.
+    texts = sorted({" ".join(text.split()).rstrip(".") for text in sampled} - {""})
+    paths = []
+    for path in options.data:
+        requests, draw = read_requests(path), random.Random(0)
+        for request in requests:
+            request["rewordings"] = [
+                f"{text}. {request['prompt']}" for text in draw.sample(texts, EACH)
+            ]
+        new = folder / f"{Path(path).stem}_prefixes.json"
+        with output_errors(new):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(new, json.dumps(requests, ensure_ascii=False).encode())
+        paths += [path, str(new)]
+    return paths
+
+
+def claim(rows):
+    files, said = dict(by_file(rows)), []
+    for name in files:
+        prefixed = files.get(f"{name}_prefixes")
+        if prefixed:
+            before, after = files[name][0], prefixed[0]
+            points = percent(after, "generalization") - percent(before, "generalization")
+            said.append(f"{name}: {changes(before, after)}. {verdict(points > 0)}.")
+    return said
+
+
+STUDY = Study(
+    doc=__doc__,
+    title="five random prefixes an edit",
+    paper="five random prefixes an edit take generalization on CounterFact from 33 to 51 %, 40 to "
+    "50 % and 12 to 45 % in three models (table 7).",
+    variants={"as": f"forms_per_epoch={EACH}"},
+    axis="",
+    x=lambda row: row["data"].removesuffix(".json"),
+    series=lambda _: "published training",
+    claim=claim,
+    made=with_prefixes,
+)
+
+if __name__ == "__main__":
+    STUDY.main()
