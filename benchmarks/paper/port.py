@@ -69,8 +69,8 @@ def claim(rows):
 STUDY = Study(
     doc=__doc__,
     title="what the port does otherwise",
-    paper="at equal reliability the port generalizes better: CounterFact 33 to 72 % and 12 to 42 %, "
-    "WikiBigEdit 74 to 88 % and 53 to 83 % in two models (table 8).",
+    paper="at equal reliability the port generalizes better: CounterFact 33 to 72 % and 12 to "
+    "42 %, WikiBigEdit 74 to 88 % and 53 to 83 % in two models (table 8).",
     variants=VARIANTS,
     axis="",
     x=lambda row: row["variant"],

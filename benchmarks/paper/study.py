@@ -30,7 +30,7 @@ from locft_easyedit.utils.plotting import (  # noqa: E402
     plain_log_ticks,
 )
 
-HPARAMS = BENCHMARKS.parent / "hparams" / "LocFT-BF" / "smollm2-135m.yaml"
+HPARAMS = BENCHMARKS / "generalization.yaml"
 # Key -> how a picture's axis calls it.
 FIGURES = {
     "reliability": "reliability, % ↑",
@@ -98,7 +98,7 @@ class Study:
         parser = argparse.ArgumentParser(description=self.doc.split("\n")[0])
         parser.add_argument("--model", help="folder (that of the hparams)")
         parser.add_argument("--hparams", default=str(HPARAMS),
-                            help="YAML with what all runs have in common (SmolLM2's)")  # fmt: skip
+                            help="YAML with what all runs have in common")  # fmt: skip
         parser.add_argument("--data", nargs="+", default=[], help="files with edits")
         parser.add_argument("--n", type=int, nargs="+", default=list(self.n), help="edits together")
         parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
