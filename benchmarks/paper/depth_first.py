@@ -20,10 +20,11 @@ from locft_easyedit.utils.plotting import legend_below, look, new_figure, open_a
 
 N_SHARDS = 5
 EPOCHS = (1, 2, 4, 8)  # of breadth-first trainings that are looked at, before the whole one
-KINDS = {"FT-M": "", "LoRA": "tuning=lora"}
+# Rates at which one epoch after the other learns nearly all, tried on edits of the other half.
+KINDS = {"FT-M": "lr=1e-3", "LoRA": "tuning=lora,lr=1e-2"}
 PIPELINES = ("depth_first", "breadth_first")
 VARIANTS = {
-    f"{kind}_{pipeline}": ",".join(filter(None, [how, f"pipeline={pipeline},batch_size=1"]))
+    f"{kind}_{pipeline}": f"{how},pipeline={pipeline},batch_size=1"
     for kind, how in KINDS.items()
     for pipeline in PIPELINES
 }

@@ -19,7 +19,7 @@ from locft_easyedit.utils.files import output_errors, write_atomically
 
 IN_CHAT = "_in_chat"
 VARIANTS = {
-    "published": "loss_average=edit",
+    "edit": "loss_average=edit",
     "token": "loss_average=token",
     "cosine": "lr_schedule=cosine",
     "token_cosine": "loss_average=token,lr_schedule=cosine",
@@ -55,13 +55,13 @@ def claim(rows):
     for name, plain in files.items():
         in_chat = {row["variant"]: row for row in files.get(f"{name}{IN_CHAT}", [])}
         of = {row["variant"]: row for row in plain}
-        if name.endswith(IN_CHAT) or "published" not in of:
+        if name.endswith(IN_CHAT) or "edit" not in of:
             continue
-        others = {key: row for key, row in of.items() if key != "published"}
+        others = {key: row for key, row in of.items() if key != "edit"}
         others |= {f"chat, {key}": row for key, row in in_chat.items()}
         for what, row in others.items():
-            more = percent(row, "generalization") - percent(of["published"], "generalization")
-            said.append(f"{name}, published to {what}: {changes(of['published'], row)}. "
+            more = percent(row, "generalization") - percent(of["edit"], "generalization")
+            said.append(f"{name}, published to {what}: {changes(of['edit'], row)}. "
                         f"{verdict(more > POINTS)}.")  # fmt: skip
     return said
 

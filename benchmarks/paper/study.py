@@ -16,7 +16,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import generalization  # noqa: E402
 import generalization_report as report  # noqa: E402
-from generalization_bench import CAPABILITY, Bench  # noqa: E402
+from generalization_bench import CAPABILITY  # noqa: E402
 
 from locft_easyedit.errors import DataError, LocFTError  # noqa: E402
 from locft_easyedit.hparams import LocFTBFHyperParams, read_mapping  # noqa: E402
@@ -78,7 +78,7 @@ class Study:
     n: tuple[int, ...] = (100,)
     measure: tuple[str, ...] = (CAPABILITY,)
     made: Callable | None = None
-    found: Callable = Bench.run
+    found: Callable = lambda bench, hparams: bench.run(hparams)
     log_x: bool = False
 
     def main(self):
@@ -112,7 +112,7 @@ class Study:
         options = parser.parse_args()
         names = options.only or list(self.variants)
         changes = {name: self.variants[name] for name in names}
-        options.set = [f"{name}:{','.join(filter(None, [options.all, changes[name]]))}"
+        options.set = [f"{name}:{','.join(filter(None, [changes[name], options.all]))}"
                        for name in names]  # fmt: skip
         options.variants, options.measure = [], list(self.measure)
         options.stats_dir = "data/stats"

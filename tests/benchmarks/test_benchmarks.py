@@ -16,7 +16,7 @@ FOLDER = REPOSITORY / "benchmarks"
 PARTS = {
     "shared", "random_inputs", "generalization_bench", "generalization_peers",
     "generalization_picture", "generalization_report", "gpu_kernels",
-    "tiny_models",
+    "tiny_models", "study",
 }  # fmt: skip
 SCRIPTS = sorted(path for path in FOLDER.glob("**/*.py") if path.stem not in PARTS)
 
