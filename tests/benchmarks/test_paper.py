@@ -89,6 +89,27 @@ def test_more_edits_as_published(study):
     assert "from 2 to 6 edits" in said()[0]
 
 
+def test_places_are_told_by_module_and_layer(study):
+    study("places", "--n", 3, "--only", "down_1", "mlp_1", "--all", "lr=5e-2,num_steps=20")
+    down, mlp = lines()
+    assert down["changes"]["layers"] == mlp["changes"]["layers"] == [1]
+    assert mlp["figures"]["kl"] != down["figures"]["kl"]
+    [sentence] = said()
+    n_learned = sum(line["figures"]["reliability"] >= 0.9 for line in lines())
+    assert f"{n_learned} of 2 places" in sentence
+    assert "in layer 1" in sentence
+
+
+def test_methods_is_a_comparison(toy_folder, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(FOLDER)
+    given = ["--config-name", "toy.yaml", "data=edits.json", "n=2", "methods=[LocFT-BF]"]
+    monkeypatch.setattr(sys, "argv", ["methods.py", *given, "output=out"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(FOLDER / "methods.py"), run_name="__main__")
+    assert end.value.code == 0
+    assert "locft_basics" in capsys.readouterr().out
+
+
 def test_each_edit_gets_five_prefixes_of_the_models_own(study):
     study("prefixes", "--n", 4)
     plain, prefixed = lines()
