@@ -18,6 +18,7 @@ from .binding import check_loaded, surroundings
 from .changes import Changes
 from .facts import Book
 from .log import Event
+from .recorded_facts import RecordedFacts
 from .states import Matrices, State, States, delta_of, sha256_of
 from .trainer import Trainer
 
@@ -103,7 +104,7 @@ class BoundModel:
                 "base. Give the base model: its matrices are written there again."
             )
         on_device = {name: base[name].to(p.device) for name, p in found.parameters.items()}
-        trainer = Trainer(model, tokenizer, hparams, found, folder, progress)
+        trainer = Trainer(RecordedFacts(model, tokenizer, hparams, found, folder, progress))
         return cls(Changes(trainer, on_device), states, at, events)
 
     @property
@@ -237,7 +238,7 @@ class BoundModel:
         self.at = self.moments_at = events[-1].number
         self.events = events
         self.states.thin(events[-1].number)
-        names = self.changes.trainer.files_of(book.groups)
+        names = self.changes.trainer.facts.files_of(book.groups)
         if names is None:
             return
         for path in self.states.folder.glob("prefix-*.safetensors"):

@@ -81,7 +81,7 @@ class Changes:
             else:
                 found = self._returned_(before, after, said["facts"])
         filters = self.trainer.filters
-        how = self.trainer.how_it_runs()
+        how = self.trainer.facts.how_it_runs()
         if filters is not None:
             how["filters"] = json_sha256([[n, tensor_sha256(s)] for n, s in filters.of.items()])
         return found, how
@@ -91,7 +91,7 @@ class Changes:
         if not book.active:
             return []
         with self.trainer.ready():
-            numbered, runner = self.trainer.numbered(_groups(book))
+            numbered, runner = self.trainer.facts.numbered(_groups(book))
             numbers = [fact.number for fact in book.active]
             wrong = set(
                 self.trainer.lost(
@@ -106,7 +106,7 @@ class Changes:
 
     def _added_(self, groups: Sequence[Sequence[Fact]], new: Sequence[int]) -> Trained:
         trainer = self.trainer
-        numbered, runner = trainer.numbered(groups)
+        numbered, runner = trainer.facts.numbered(groups)
         active = numbered.edits([f.number for group in groups for f in group if f.active])
         edits = numbered.edits(new)
         return trainer.settle_(
@@ -127,7 +127,7 @@ class Changes:
     def _returned_(self, before: Book, after: Book, gone: Sequence[int]) -> Trained:
         trainer, h = self.trainer, self.trainer.hparams
         # As they were trained: in the texts of their groups.
-        numbered, _ = trainer.numbered(_groups(before))
+        numbered, _ = trainer.facts.numbered(_groups(before))
         edits = numbered.edits(gone)
         first = numbered.variants.first
         texts = np.concatenate([np.arange(first[e], first[e + 1]) for e in edits])
@@ -136,14 +136,14 @@ class Changes:
         with self.in_base():
             back = texts_to_return(
                 trainer.model,
-                trainer.tokenizer,
+                trainer.facts.tokenizer,
                 numbered.texts.subset(texts),
                 checked.tolist(),
                 batch_size=h.eval_batch_size,
                 max_positions=context_length(trainer.model),
-                progress=trainer.progress,
+                progress=trainer.facts.progress,
             )
-            numbered, runner = trainer.numbered(_groups(after), back.texts)
+            numbered, runner = trainer.facts.numbered(_groups(after), back.texts)
             first_text = len(numbered.texts) - len(back.texts)
             runner.remember_base_(first_text, h.eval_batch_size)
         n_edits = len(numbered.variants.first) - 1
@@ -164,21 +164,21 @@ class Changes:
         if not self.sources:
             return
         facts = [book.facts[number] for number in book.first]
-        texts = trainer.tokenized(facts)
-        file = FiltersFile.of(trainer.folder, texts, self.sources, trainer.hparams)
+        texts = trainer.facts.tokenized(facts)
+        file = FiltersFile.of(trainer.facts.folder, texts, self.sources, trainer.hparams)
         filters = file.load(trainer.place.parameters)
         if filters is None:
             with self.in_base():
                 filters = Protection.measured(
                     trainer.model,
-                    trainer.tokenizer,
+                    trainer.facts.tokenizer,
                     trainer.place,
                     self.sources,
                     texts,
                     trainer.hparams,
                     world=SINGLE_PROCESS,
                     timings={},
-                    progress=trainer.progress,
+                    progress=trainer.facts.progress,
                 ).filters
             file.save(filters)
         trainer.filters = filters

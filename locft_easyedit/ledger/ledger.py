@@ -425,4 +425,4 @@ class Ledger:
     def close(self) -> None:
         """Gives back what recorded states take in memory; the model keeps its matrices."""
         if self._bound is not None:
-            self._bound.changes.trainer.close()
+            self._bound.changes.trainer.facts.close()

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from locft_easyedit.data.tokenization import TokenizedTexts
 from locft_easyedit.ledger.facts import Fact
+from locft_easyedit.ledger.recorded_facts import RecordedFacts
 from locft_easyedit.ledger.trainer import Trainer
 from locft_easyedit.modeling.places import select_place
 
@@ -27,7 +28,8 @@ def facts(n):
 
 def trainer_of(model, folder, **changes):
     h = ledger_hparams(**changes)
-    return Trainer(model, toy_tokenizer(), h, select_place(model, h.layers, h.templates), folder)
+    place = select_place(model, h.layers, h.templates)
+    return Trainer(RecordedFacts(model, toy_tokenizer(), h, place, folder))
 
 
 def naive(model, sequence, start):
@@ -43,7 +45,7 @@ def test_losses(tmp_path, kind, head):
     trainer = trainer_of(model, tmp_path, prefix_cut=kind)
     more = TokenizedTexts.from_lists(SEQUENCES, STARTS)
     with trainer.ready():
-        numbered, runner = trainer.numbered([facts(1), facts(2)[1:]], more)
+        numbered, runner = trainer.facts.numbered([facts(1), facts(2)[1:]], more)
         if not head:
             runner.head = None
         first = len(numbered.texts) - len(more)
@@ -87,7 +89,7 @@ def test_the_gradient_of_a_divergence(tmp_path):
     trainer = trainer_of(model, tmp_path)
     with trainer.ready():
         more = TokenizedTexts.from_lists(SEQUENCES[:1], STARTS[:1])
-        numbered, runner = trainer.numbered([facts(1)], more)
+        numbered, runner = trainer.facts.numbered([facts(1)], more)
         first = len(numbered.texts) - 1
         runner.remember_base_(first, 2)
         weight = model.model.layers[2].mlp.down_proj.weight
@@ -109,7 +111,7 @@ def test_wrong_counts_near_ties_as_it_is_told(tmp_path):
     model = wide_model()
     trainer = trainer_of(model, tmp_path)
     with trainer.ready():
-        numbered, runner = trainer.numbered([facts(2)])
+        numbered, runner = trainer.facts.numbered([facts(2)])
         texts = np.arange(2)
         assert runner.wrong(texts, 2, clearly=False).tolist() == [0, 1]
         with torch.no_grad():
