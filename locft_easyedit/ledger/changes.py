@@ -83,7 +83,9 @@ class Changes:
         filters = self.trainer.filters
         how = self.trainer.facts.how_it_runs()
         if filters is not None:
-            how["filters"] = json_sha256([[n, tensor_sha256(s)] for n, s in filters.of.items()])
+            how["filters"] = json_sha256(
+                [[n, tensor_sha256(s)] for n, s in filters.tensors().items()]
+            )
         return found, how
 
     def lost(self, book: Book, *, clearly: bool = False) -> list[int]:

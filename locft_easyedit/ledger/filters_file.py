@@ -74,10 +74,14 @@ class FiltersFile:
         try:
             with safe_open(self.path, framework="pt") as file:
                 said = json.loads(file.metadata()[_SAID])
-                of = {name: file.get_tensor(name) for name in parameters}
-            if {name: tensor_sha256(s) for name, s in of.items()} != said["sha256"]:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if {name: tensor_sha256(s) for name, s in tensors.items()} != said["sha256"]:
                 raise ValueError("its hashes differ")
-            return Filters(of, said["summary"], said["digest"], bool(said["damps"]))
+            missing = parameters.keys() - tensors.keys()
+            if missing:
+                raise ValueError(f"it lacks {sorted(missing)[0]}")
+            more = {"summary": said["summary"], "digest": said["digest"]}
+            return Filters.of_tensors(tensors, damps=bool(said["damps"]), **more)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("%s is damaged (%s); it is measured again.", self.path, error)
             return None
@@ -88,12 +92,12 @@ class FiltersFile:
         Raises:
             OutputError: They cannot be written.
         """
-        of = {name: s.detach().cpu().contiguous() for name, s in filters.of.items()}
+        tensors = {name: s.detach().cpu().contiguous() for name, s in filters.tensors().items()}
         said = {
-            "sha256": {name: tensor_sha256(s) for name, s in of.items()},
+            "sha256": {name: tensor_sha256(s) for name, s in tensors.items()},
             "summary": filters.summary,
             "digest": filters.digest,
             "damps": filters.damps,
         }
         with output_errors(self.path), replacing(self.path) as temporary:
-            save_file(of, temporary, metadata={_SAID: json.dumps(said, default=str)})
+            save_file(tensors, temporary, metadata={_SAID: json.dumps(said, default=str)})

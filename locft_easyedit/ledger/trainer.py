@@ -202,7 +202,7 @@ class Trainer:
         lasting = change is None  # a low-rank change is another one at each training
         adam = None
         if self.filters is not None:
-            change = ConfinedChange(self.model, parameters, self.filters.of)
+            change = ConfinedChange(self.model, parameters, self.filters.of, self.filters.outputs)
             adam = adam_of(len(new), h) if self.filters.damps else None
         weights = TrainedWeights(parameters) if change is None else change.weights
         share = Partition.of_rank(SINGLE_PROCESS, runner.texts.input_lengths)

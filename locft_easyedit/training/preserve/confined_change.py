@@ -1,9 +1,9 @@
 """A change of the trained matrices that is confined to directions which ordinary text hardly uses.
 
-A matrix W [out, in] becomes W + A S while training runs: A [out, in] is all that is trained, and
-S [in, in] is a fixed filter of the matrix's inputs (see `spectral`). A step costs what it costs
-without: where the frozen prefix ends at the matrix, W x and S x are constants of the training, and
-recorded once. Then A S is added to W.
+A matrix W [out, in] becomes W + T A S while training runs: A [out, in] is all that is trained, and
+S [in, in] and T [out, out] are fixed filters of the matrix's inputs and outputs (see
+`spectral_filter`). A step costs what it costs without: where the frozen prefix ends at the matrix,
+W x and S x are constants of the training, and recorded once. Then T A S is added to W.
 
 The sum is rounded once to the model's precision. In float32 an input that S takes to 0 gives the
 same output as before up to that rounding; in a half precision the rounding of W itself moves it.
@@ -33,6 +33,7 @@ class ConfinedChange(Reparametrization):
         model: The model.
         parameters: The weights of the place's linear layers, by name (see `check_confinable`).
         filters: S of each, [in, in] float32.
+        outputs: T of each, [out, out] float32; without one it is the identity.
 
     Attributes:
         weights: What is trained: `NAME.confined` for each parameter NAME.
@@ -45,6 +46,7 @@ class ConfinedChange(Reparametrization):
         model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
         filters: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         super().__init__(model, parameters)
         self._model = model
@@ -52,6 +54,9 @@ class ConfinedChange(Reparametrization):
         self._filters = {name: s.to(parameters[name].device) for name, s in filters.items()}
         # A copy in the model's precision runs; the exact one is what is merged.
         self._running = {n: s.to(parameters[n].dtype) for n, s in self._filters.items()}
+        outputs = outputs or {}
+        self._outputs = {name: t.to(parameters[name].device) for name, t in outputs.items()}
+        self._running_outputs = {n: t.to(parameters[n].dtype) for n, t in self._outputs.items()}
         # Tensors made in inference mode could not be trained, whatever mode the caller is in.
         with torch.inference_mode(False):
             self._a = {
@@ -68,12 +73,12 @@ class ConfinedChange(Reparametrization):
         name = next((n for n, module in self.modules.items() if module is cut.block), None)
         if cut.kind != "matrix" or cut.after or name is None:
             return cut
-        running, a = self._running[name], self._a[name]
+        running = self._running[name]
         content = [checksum(self._filters[name]), checksum(self.original[name])]
         fold = Fold(
             constant=self._forwards[name],
             inner=lambda x: F.linear(x, running),
-            trained=lambda x: F.linear(x, a),
+            trained=lambda x: self._trained(name, x),
             digest=json_sha256(content),
         )
         return replace(cut, fold=fold)
@@ -84,22 +89,27 @@ class ConfinedChange(Reparametrization):
 
     def on_top(self) -> ConfinedChange:
         """Returns a change with the same filters, of the model's present values."""
-        return ConfinedChange(self._model, self.parameters, self._filters)
+        return ConfinedChange(self._model, self.parameters, self._filters, self._outputs)
 
     def forward_of(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Returns what the module of a parameter computes with A S."""
-        before, running, a = self._forwards[name], self._running[name], self._a[name]
+        """Returns what the module of a parameter computes with T A S."""
+        before, running = self._forwards[name], self._running[name]
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             output: torch.Tensor = before(x)
-            return output + F.linear(F.linear(x, running), a)
+            return output + self._trained(name, F.linear(x, running))
 
         return forward
 
+    def _trained(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Returns T A x, [..., out]."""
+        y, t = F.linear(x, self._a[name]), self._running_outputs.get(name)
+        return y if t is None else F.linear(y, t)
+
     def add_(self, name: str, matrix: torch.Tensor) -> None:
-        """Adds A S to `matrix`, [out, in] float32, in place."""
-        a = self.weights.named_masters()[f"{name}.confined"]
-        matrix.addmm_(a, self._filters[name])
+        """Adds T A S to `matrix`, [out, in] float32, in place."""
+        a, t = self.weights.named_masters()[f"{name}.confined"], self._outputs.get(name)
+        matrix.addmm_(a if t is None else t @ a, self._filters[name])
 
     def reset_(self) -> None:
         """Forgets what was trained."""

@@ -19,12 +19,14 @@ from ...data.training_texts import TrainingTexts
 from ...errors import PreserveError
 from ...hparams import LocFTBFHyperParams
 from ...hparams_rules import NEIGHBOURS, SAMPLED
-from ...modeling.places import Place
+from ...modeling.places import Place, sides
 from ...utils.hashing import json_sha256
 from ...utils.progress import progress_bar
 from .input_moments import check_finite, end_moments, input_width, keys_of
 from .neighbours import neighbours_of
+from .output_gradients import gradient_moments
 from .source_statistics import (
+    Moments,
     answered_ids,
     asked_moments,
     chat_moments,
@@ -34,7 +36,7 @@ from .source_statistics import (
     text_moments,
 )
 from .sources import PROMPTS, TEXT, Source
-from .spectral_filter import basis_of, mixed, spectral_filter
+from .spectral_filter import basis_of, mixed, output_filter, spectral_filter
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,10 @@ logger = logging.getLogger(__name__)
 _WEIGHTS = {"asked": 1.0, "neighbours": 0.75, "context": 0.25}
 _NEIGHBOURS_EACH = 8  # of an edit
 _PER_DIRECTION = 2  # prompts per direction of the matrix's inputs suffice
+_OUTPUTS = "outputs."
+# Tokens of a text, and ends of prompts, that gradients are taken of, for each output of the matrix:
+# a pass through the upper layers and back costs several times what one to the matrix does.
+_GRADIENT_TOKENS, _GRADIENT_ENDS = 8, 2
 EDITS_AT_ONCE = 64  # edits whose keys are held together
 # Adam's L2 penalty on A, and so on what D = A S does where much is carried: what does nothing for
 # the edits goes. Losses are averaged over edits and so is this: a fact costs what it does alone.
@@ -57,6 +63,7 @@ class Filters:
 
     Attributes:
         of: S of each trained matrix, by the parameter's name, [in, in] float32.
+        outputs: T of each, [out, out] float32; empty where no text is preserved.
         summary: Figures for JSON.
         digest: Hash of the text that was measured: what the model has sampled is not known before.
         damps: Whether anything is damped, and not only kept exactly.
@@ -66,6 +73,19 @@ class Filters:
     summary: dict[str, Any]
     digest: str = ""
     damps: bool = True
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Returns all filters, those of outputs under `outputs.NAME`."""
+        return self.of | {_OUTPUTS + name: t for name, t in self.outputs.items()}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, torch.Tensor], **more: Any) -> Filters:
+        """Returns the filters of what `tensors` gives; `more` are the other attributes."""
+        outputs = {name: t for name, t in tensors.items() if name.startswith(_OUTPUTS)}
+        of = {name: s for name, s in tensors.items() if name not in outputs}
+        short = {name.removeprefix(_OUTPUTS): t for name, t in outputs.items()}
+        return cls(of=of, outputs=short, **more)
 
 
 def filters_for(
@@ -107,8 +127,13 @@ def filters_for(
     if measured.moments:
         measured.add_context(texts)
     of = {name: measured.filter(module, name) for module, name in names.items()}
+    outputs = {
+        names[module]: output_filter(moment.to(measured.device(module)))
+        for module, moment in measured.gradients.items()
+    }
     summary = {"strength": hparams.preserve_strength, "sources": measured.figures}
-    return Filters(of, summary, json_sha256(measured.digests), bool(measured.moments))
+    digest = json_sha256(measured.digests)
+    return Filters(of, summary, digest, bool(measured.moments), outputs)
 
 
 @dataclass
@@ -129,6 +154,7 @@ class _Measured:
     digests: list[str] = field(default_factory=list)
     # Sums of k k^T over what leads up to the ends of prompts, once there are neighbours.
     context: dict[str, torch.Tensor] | None = None
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)  # sums, each of trace 1
 
     @property
     def _most_prompts(self) -> int:
@@ -154,7 +180,7 @@ class _Measured:
             n_tokens = len(next(iter(found[-1].values())))
             self._note(source, prompts=len(source.texts), tokens=n_tokens)
         for module in self.modules if found else ():
-            keys = torch.cat([own[module] for own in found]).to(self._device(module))
+            keys = torch.cat([own[module] for own in found]).to(self.device(module))
             # The matrices' device has other uses for the room.
             self.kept[module] = basis_of(keys, names[module]).cpu()
 
@@ -165,6 +191,7 @@ class _Measured:
         }
         found = text_moments(self.model, self.tokenizer, self.modules, source, **where)
         self._add(source.name, found.second, 1 / n_texts)
+        self._add_gradients(found, 1 / n_texts)
         self.with_first.add(source.name)
         self.digests.append(found.digest)
         self._note(source, tokens=found.n_tokens)
@@ -174,14 +201,38 @@ class _Measured:
                     self.model, self.tokenizer, self.modules, self.forms.chat, **where
                 )
                 self._add("chat", chat.second, 1 / n_texts)
+                self._add_gradients(chat, 1 / n_texts)
                 self.with_first.add("chat")
                 self.digests.append(chat.digest)
                 self._note(source, chat_tokens=chat.n_tokens)
             asked = asked_moments(self.model, self.tokenizer, self.modules, self.forms, **where)
             if asked is not None:
                 self._add("asked", asked.second, _WEIGHTS["asked"])
+                self._add_gradients(asked, _WEIGHTS["asked"], ends_only=True)
                 self.digests.append(asked.digest)
                 self._note(source, prompts=asked.n_tokens)
+
+    def _add_gradients(self, of: Moments, weight: float, *, ends_only: bool = False) -> None:
+        """Adds how much each direction of the outputs matters on some of the text of `of`."""
+        most = max(sides(self.model.get_submodule(module))[0] for module in self.modules)
+        most *= _GRADIENT_ENDS if ends_only else _GRADIENT_TOKENS
+        sequences = [sequence for part in of.parts for sequence in part]
+        random.Random(self.hparams.seed).shuffle(sequences)
+        counts = np.ones(len(sequences)) if ends_only else np.array([*map(len, sequences)])
+        n_texts = int(np.searchsorted(np.cumsum(counts), most)) + 1
+        moments = gradient_moments(
+            self.model,
+            self.modules,
+            sequences[:n_texts],
+            ends_only=ends_only,
+            cache=cache_folder(self.hparams.preserve_dir),
+            description="gradients of the outputs",
+            progress=self.progress,
+        )
+        for module, moment in moments.items():
+            # Where nothing above depends on an output, every direction is as good.
+            share = weight * moment / moment.trace().clamp(min=torch.finfo(torch.float32).tiny)
+            self.gradients[module] = self.gradients.get(module, 0) + share
 
     def add_neighbours(self, source: Source, texts: TrainingTexts) -> None:
         near = neighbours_of(
@@ -245,7 +296,7 @@ class _Measured:
 
     def filter(self, module: str, name: str) -> torch.Tensor:
         """Returns S of one matrix, where the matrix is."""
-        device, width = self._device(module), input_width(self.model.get_submodule(module))
+        device, width = self.device(module), input_width(self.model.get_submodule(module))
         here = {s: second[module].to(device) for s, second in self.moments.items()}
         kept = self.kept.get(module)
         if not here and kept is None:
@@ -258,7 +309,8 @@ class _Measured:
             name=name,
         )
 
-    def _device(self, module: str) -> torch.device:
+    def device(self, module: str) -> torch.device:
+        """Returns where a module's weight is."""
         weight = self.model.get_submodule(module).weight
         assert isinstance(weight, torch.Tensor)
         return weight.device

@@ -56,15 +56,15 @@ def check_modules(model: nn.Module, modules: Sequence[str], title: str) -> None:
         raise ModelError(one_message(title, wrong))
 
 
-def check_finite(numbers: torch.Tensor, module: str) -> None:
-    """Checks what was computed from the inputs of `module`.
+def check_finite(numbers: torch.Tensor, module: str, what: str = "inputs") -> None:
+    """Checks what was computed from the inputs of `module`, or from something else of it.
 
     Raises:
         ModelError: There is a NaN or an infinite number.
     """
     if not torch.isfinite(numbers).all():
         raise ModelError(
-            f"The inputs of `{module}` hold a NaN or an infinite number. Load the model in another "
+            f"The {what} of `{module}` hold a NaN or an infinite number. Load the model in another "
             "precision."
         )
 

@@ -71,8 +71,8 @@ class Protection:
                 model, tokenizer, place, sources, texts, hparams, progress=progress
             )
         # Unlike GPUs may have rounded differently.
-        world.broadcast_(filters.of.values())
-        return cls(filters, ConfinedChange(model, place.parameters, filters.of))
+        world.broadcast_(filters.tensors().values())
+        return cls(filters, ConfinedChange(model, place.parameters, filters.of, filters.outputs))
 
     def folded(self, shortcuts: Shortcuts) -> Shortcuts:
         """Returns the shortcuts with the change's constants in what a prefix records."""

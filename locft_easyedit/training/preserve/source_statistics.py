@@ -51,11 +51,13 @@ class Moments:
         second: By module, the mean of k k^T over tokens, [D, D] float32 on the host.
         n_tokens: Over how many tokens.
         digest: Hash of the tokens.
+        parts: The token sequences, of each kind of text.
     """
 
     second: dict[str, torch.Tensor]
     n_tokens: int
     digest: str
+    parts: Sequence[list[list[int]]] = ()
 
 
 def text_moments(
@@ -267,7 +269,7 @@ def _kept(
             second[module] = mean
             if cache is not None:
                 write_moments(cache, module, mean, origin)
-    return Moments({module: second[module] for module in widths}, n_tokens, origin.text)
+    return Moments({module: second[module] for module in widths}, n_tokens, origin.text, parts)
 
 
 def moments_of(

@@ -1,4 +1,4 @@
-"""The filter S: how much of each direction of a matrix's inputs a change may answer to.
+"""The filters S and T: how much of each direction of a matrix's inputs and outputs a change uses.
 
 With C = mean of k k^T over the inputs k of a matrix on what is to be preserved, a change D of the
 matrix moves its outputs there by tr(D C D^T) in the mean square. D = A S with
@@ -9,6 +9,10 @@ scaled to rows of one norm in the mean, damps directions by how much of C they c
 change of the same size in A costs the preserved texts about the same in every direction; a larger p
 leaves the busy ones to the edits that need them. Inputs that must not be touched at all are
 projected out besides (the null space of AlphaEdit, arXiv 2410.02355, holds for these exactly).
+
+With G, how much each direction of the outputs matters there (see `output_gradients`), the change
+moves the model's distributions by tr(D C D^T G) / 2 in the mean. D = T A S, with T made of G as S
+is of C, but with a power of its own, damps what matters on either side.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _FLOOR = 0.6  # alpha: what a direction may carry, of the mean, before it is damped much
 _POWER = 0.75  # p
+_OUTPUT_FLOOR, _OUTPUT_POWER = 1.0, 0.25  # the same of T
 # Adam's steps in A are steps in A S for the matrix. What is left to a damped change has to go
 # further to the same end: so a rate that suits the matrix itself suits A.
 _REACH = 4.0
@@ -101,15 +106,33 @@ def spectral_filter(
                 f"What enters {name} on the text to be preserved is not finite. Load the model in "
                 "another precision."
             )
-        carried, directions = _decomposed(moment)
-        carried = carried.clamp(min=0)
-        usual = carried.mean().clamp(min=torch.finfo(torch.float32).tiny) if mean is None else mean
-        damped = (1 + carried * (strength / (_FLOOR * usual))) ** -_POWER
-        # A row's norm stays 1 in the mean, whatever the strength: so does the size of a step.
-        s = (directions * (damped / damped.square().mean().sqrt())) @ directions.T
+        s = _damping(moment, _FLOOR / strength, _POWER, mean)
     if kept is not None:
         s = s - (s @ kept) @ kept.T
     return (s if moment is None else _REACH * s).float()
+
+
+def output_filter(moment: torch.Tensor) -> torch.Tensor:
+    """Returns T, [out, out] float32.
+
+    Args:
+        moment: G, [out, out], finite.
+    """
+    return _damping(moment, _OUTPUT_FLOOR, _OUTPUT_POWER).float()
+
+
+def _damping(
+    moment: torch.Tensor, floor: float, power: float, mean: float | None = None
+) -> torch.Tensor:
+    """Returns (I + moment / (floor mean))^(-power), scaled, float64.
+
+    A row's norm is 1 in the mean, whatever floor and power: so is the size of a step.
+    """
+    carried, directions = _decomposed(moment)
+    carried = carried.clamp(min=0)
+    usual = carried.mean().clamp(min=torch.finfo(torch.float32).tiny) if mean is None else mean
+    damped = (1 + carried / (floor * usual)) ** -power
+    return (directions * (damped / damped.square().mean().sqrt())) @ directions.T
 
 
 def _decomposed(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

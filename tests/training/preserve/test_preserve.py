@@ -50,13 +50,13 @@ def confined_hparams(kind="llama", **changes):
     return toy_hparams(**(values | changes))
 
 
-def random_filters(model, hparams, seed=0):
+def random_filters(model, hparams, seed=0, *, outputs=False):
     """Returns a filter for each matrix that is neither symmetric nor the identity."""
     place = select_place(model, hparams.layers, hparams.templates)
     found, draw = {}, torch.Generator().manual_seed(seed)
     for name, p in place.parameters.items():
         conv = isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
-        n = p.shape[0 if conv else 1]
+        n = p.shape[int(conv) if outputs else 1 - int(conv)]
         found[name] = torch.eye(n) + 0.3 * torch.randn(n, n, generator=draw)
     return found
 
@@ -65,35 +65,39 @@ def random_filters(model, hparams, seed=0):
 def with_filters(monkeypatch):
     """Lets an edit find given filters, whatever `preserve` says."""
 
-    def use(filters):
+    def use(filters, outputs=None):
         monkeypatch.setattr(
             locft_easyedit.training.preserve.protection,
             "filters_for",
-            lambda *_, **__: Filters(filters, {"given": 1}),
+            lambda *_, **__: Filters(filters, {"given": 1}, outputs=outputs or {}),
         )
 
     return use
 
 
 class _Sum(nn.Module):
-    def __init__(self, a, s, transposed):
+    def __init__(self, a, s, t, transposed):
         super().__init__()
-        self.a, self.s, self.transposed = nn.Parameter(a), s, transposed
+        self.a, self.s, self.t, self.transposed = nn.Parameter(a), s, t, transposed
+
+    def change(self):
+        change = self.t @ self.a @ self.s
+        return change.T if self.transposed else change
 
     def forward(self, weight):
-        change = self.a @ self.s
-        return weight + (change.T if self.transposed else change)
+        return weight + self.change()
 
 
-def reference_change(model, requests, hparams, filters):
-    """Trains A of W + A S naively in a copy; returns what was added, and the step losses."""
+def reference_change(model, requests, hparams, filters, outputs):
+    """Trains A of W + T A S naively in a copy; returns what was added, and the step losses."""
     plain = copy.deepcopy(model).eval()
     sums = {}
     for name, s in filters.items():
         module = plain.get_submodule(name.rpartition(".")[0])
         conv = isinstance(module, Conv1D)
         n_out = module.weight.shape[1 if conv else 0]
-        sums[name] = _Sum(torch.zeros(n_out, s.shape[0]), s, conv)
+        t = outputs.get(name, torch.eye(n_out))
+        sums[name] = _Sum(torch.zeros(n_out, s.shape[0]), s, t, conv)
         parametrize.register_parametrization(module, "weight", sums[name])
     losses, _ = naive_locft_bf(
         plain,
@@ -103,20 +107,19 @@ def reference_change(model, requests, hparams, filters):
         hparams,
         **adam_of(len(requests), hparams),
     )
-    return {
-        name: (one.a @ one.s).T.detach() if one.transposed else (one.a @ one.s).detach()
-        for name, one in sums.items()
-    }, losses
+    return {name: one.change().detach() for name, one in sums.items()}, losses
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("cut", ["matrix", "layer", None])
-def test_a_confined_change_is_that_of_plain_code(kind, cut, with_filters):
+@pytest.mark.parametrize("both_sides", [True, False])
+def test_a_confined_change_is_that_of_plain_code(kind, cut, both_sides, with_filters):
     hparams = confined_hparams(kind, **({"prefix_cut": cut} if cut else {"frozen_prefix": False}))
     model, requests = toy_model(kind), toy_requests(18)
     filters = random_filters(model, hparams)
-    expected, losses = reference_change(model, requests, hparams, filters)
-    with_filters(filters)
+    outputs = random_filters(model, hparams, seed=1, outputs=True) if both_sides else {}
+    expected, losses = reference_change(model, requests, hparams, filters, outputs)
+    with_filters(filters, outputs)
     result = edit_model(model, toy_tokenizer(), requests, hparams, progress=False)
     assert result.step_losses == pytest.approx(losses, rel=1e-4)
     for name, change in expected.items():
@@ -141,7 +144,7 @@ def test_a_second_training_goes_on_from_the_first_ones_weights(with_filters):
     with_filters(filters)
     with EditSession(model, toy_tokenizer(), requests, hparams, progress=False) as session:
         first = session.train_()
-        expected, _ = reference_change(model, requests, hparams, filters)
+        expected, _ = reference_change(model, requests, hparams, filters, {})
         second = session.train_()
         [name] = expected
         found = second.new[name] - first.new[name]
