@@ -2,8 +2,9 @@
 
 Before a confined change is trained it is measured what to preserve. Second moments of what enters
 each matrix are summed where the matrix is, and kept on the host in float32, a square of the input's
-width for each source. Then one matrix after the other gets its filter, from an eigendecomposition
-in float64 where the matrix is.
+width for each source. Gradients of its outputs over a part of the text make one of the output's
+width. Then one matrix after the other gets its filters, from eigendecompositions in float64 where
+the matrix is.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from ..hparams_rules import NEIGHBOURS, SAMPLED
 from ..training.preserve.filters import EDITS_AT_ONCE
 from ..training.preserve.input_moments import BATCH_TOKENS, WIDEST_FLOAT64
+from ..training.preserve.output_gradients import GRADIENT_BATCH_TOKENS
 from ..training.preserve.sources import PROMPTS
 from .memory_parts import AFTER, LATER, Part
 from .setting import Run
@@ -30,12 +32,13 @@ def change_parts(run: Run) -> list[Part]:
         return []
     sizes = {
         "filters of inputs": 4 * confined.squares,
+        "filters of outputs": 4 * confined.output_squares,
         "the change's matrices": size * n,
         "their values at the beginning": size * n,
         "original values": size * n,
     }
     if size < 4:  # in float32 the filter is what runs, and a matrix its own master
-        sizes["filters as they run"] = size * confined.squares
+        sizes["filters as they run"] = size * (confined.squares + confined.output_squares)
         sizes["float32 masters"] = 4 * n
     return [Part(name, run.machine.device, n_bytes, LATER) for name, n_bytes in sizes.items()]
 
@@ -72,12 +75,12 @@ def training_parts(run: Run) -> list[Part]:
     return parts
 
 
-def preparing_parts(run: Run, widest: float) -> list[Part]:
+def preparing_parts(run: Run, widest: float, n_above: int) -> list[Part]:
     """Returns what preparing a confined change takes beyond what then stays of it.
 
     The prefix is recorded afterwards. Sampling, and keys of prompts that are kept exactly, are not
     in it: how many these are is known when they are there. `widest` is what autograd would keep of
-    a layer, in bytes a token.
+    a layer, in bytes a token; `n_above` layers are run back for gradients of the outputs.
     """
     confined = run.shapes.confined
     if confined is None:
@@ -86,6 +89,11 @@ def preparing_parts(run: Run, widest: float) -> list[Part]:
     measured = _measured(confined, run.work)
     n_moments, largest = len(measured), 4 * confined.largest_square
     summing = _summing(confined, widest, run.setting.itemsize) if measured else 0.0
+    if confined.output_squares:
+        # Logits in the model's precision, and three times in float32: with their gradients.
+        a_token = n_above * widest + run.shapes.vocab * (12 + run.setting.itemsize)
+        differentiating = GRADIENT_BATCH_TOKENS * a_token + 8 * confined.output_squares
+        summing = max(summing, differentiating)
     # The filter of the largest matrix, with those of the others.
     filtering = (4 + _DECOMPOSED if measured else _PROJECTED) * confined.largest_square
     filtering += 4 * confined.squares - largest

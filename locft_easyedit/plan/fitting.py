@@ -139,7 +139,11 @@ def _fit(run: Run, saved: Sequence[LayerActivations]) -> Candidate:
     shapes, setting, work, machine = run.shapes, run.setting, run.work, run.machine
     standing = [*standing_parts(run), *change_parts(run)]
     widest = max(one.total for one in saved)
-    working = [*training_parts(run), *preparing_parts(run, widest), *working_parts(run, saved)]
+    working = [
+        *training_parts(run),
+        *preparing_parts(run, widest, len(saved)),
+        *working_parts(run, saved),
+    ]
     parts = standing + working
     budgets = _budgets(standing, parts, machine)
     # Of a node: its GPUs' states lie on as many GPUs as it has processes.

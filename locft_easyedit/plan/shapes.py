@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..hparams_rules import SAMPLED
+from ..training.preserve.sources import TEXT
+
 
 @dataclass(frozen=True)
 class LoraShapes:
@@ -31,13 +34,14 @@ class LoraShapes:
 
 @dataclass(frozen=True)
 class ConfinedShapes:
-    """A confined change A S of the trained matrices, counted in numbers.
+    """A confined change T A S of the trained matrices, counted in numbers.
 
     Attributes:
         preserve: What is preserved, as it is named.
         kinds: What kind of source each is.
         inputs: Width of what each matrix is given, by its parameter's name: S is a square of it.
-        sizes: Numbers of each matrix, and so of A.
+        sizes: Numbers of each matrix, and so of A; their quotient is the width of its outputs, of
+            which T is a square where text is preserved.
         folds: Whether a prefix that ends at the matrix holds what does not change: W x and S x.
     """
 
@@ -53,12 +57,22 @@ class ConfinedShapes:
         return sum(width**2 for width in self.inputs.values())
 
     @property
+    def output_squares(self) -> int:
+        """Numbers of all T."""
+        if not {SAMPLED, TEXT} & {*self.kinds}:
+            return 0
+        return sum((self.sizes[name] // width) ** 2 for name, width in self.inputs.items())
+
+    @property
     def largest_square(self) -> int:
         """Numbers of the largest S."""
         return max(self.inputs.values()) ** 2
 
     def of(self, names: Iterable[str]) -> int:
-        """Returns the numbers of A and S for some of the matrices."""
+        """Returns the numbers of A and S for some of the matrices.
+
+        T, a square of the narrow side, is below a hundredth of what a token is multiplied with.
+        """
         return sum(self.sizes[name] + self.inputs[name] ** 2 for name in names)
 
 

@@ -39,6 +39,7 @@ from locft_easyedit.plan.workload import Workload
 from locft_easyedit.training.session import EditSession
 
 WIDTH = 14336  # of Llama-3-8B's down-projection's inputs
+OUT = 4096  # and of its outputs
 RUN, IN_FORM = 14.6, 14.6 + 25.0  # tokens that run of an edit, and of it in another form
 FORMS = ["chat", "question_answer", "context"]
 N_FORMS = 7  # texts in these forms beside the plain prompt
@@ -225,11 +226,12 @@ def test_memory_of_a_confined_change_by_hand(dtype):
     when = {p.name: p.phases for p in plan.chosen.parts if p.place == "gpu"}
     n = TRAINED
     assert gpu["filters of inputs"] == 4 * WIDTH**2
+    assert gpu["filters of outputs"] == 4 * OUT**2
     assert gpu["the change's matrices"] == gpu["their values at the beginning"] == size * n
     assert gpu["original values"] == gpu["gradients"] == size * n
     assert gpu["Adam's moments"] == 8 * n
     if size == 2:
-        assert gpu["filters as they run"] == 2 * WIDTH**2
+        assert gpu["filters as they run"] == 2 * (WIDTH**2 + OUT**2)
         assert gpu["float32 masters"] == gpu["float32 gradients"] == 4 * n
         assert gpu["a matrix in float32, to add the change to"] == 4 * n
         assert when["float32 masters"] == ("prefix", "train", "evaluate")
@@ -255,7 +257,8 @@ def test_memory_of_preparing_by_hand():
 
     NAME = "measuring what is preserved"
     a = TRAINED / WIDTH**2  # of W's numbers in those of S
-    stays = 4 + 2 + 10 * a
+    b = OUT**2 / WIDTH**2
+    stays = 4 + 2 + 10 * a + 6 * b
     plan = plus(n=1000)
     # Five moments where the matrix is (sampled text, chats, the prompts in the text, neighbours and
     # what leads up to ends), their sum, and 48 bytes a number of the decomposition.
@@ -279,10 +282,10 @@ def test_memory_of_preparing_by_hand():
     assert preparing(near, "host") == pytest.approx(2 * 4 + 4 + keys)
     # Prompts that are kept exactly have no moments.
     exact = confined(preserve=["folder/a.jsonl"])
-    assert preparing(exact, "gpu") == pytest.approx(24 - stays)
+    assert preparing(exact, "gpu") == pytest.approx(24 - (stays - 6 * b))
     assert preparing(exact, "host") == 0
     on_cpu = confined(machine=CPU, preserve=["sampled", "neighbours"], dtype="float32")
-    assert preparing(on_cpu, "host") == pytest.approx(4 * 4 + 4 + 48 - (4 + 12 * a))
+    assert preparing(on_cpu, "host") == pytest.approx(4 * 4 + 4 + 48 - (4 + 12 * a + 4 * b))
 
 
 def test_sums_of_narrow_matrices_are_in_float64():
@@ -291,10 +294,13 @@ def test_sums_of_narrow_matrices_are_in_float64():
     width, n = 1536, 1536 * 576
     [part] = [p for p in plan.chosen.parts if p.name == "measuring what is preserved"]
     [passing] = {p.bytes for p in plan.chosen.parts if p.name == "activations without gradients"}
-    batch = 4096 * (passing / plan.work.cells(64 * plan.work.run_tokens) + 4 * width)
+    a_layer = passing / plan.work.cells(64 * plan.work.run_tokens)
     # Three moments are held when the last two are summed up, and a product is added.
-    sums = 3 * 4 * width**2 + 2 * 8 * width**2 + 4 * width**2
-    expected = sums + batch - (4 * width**2 + 12 * n)
+    batch = 2 * 8 * width**2 + 4 * width**2 + 4096 * (a_layer + 4 * width)
+    # More is taken by what is run back through ten layers, from logits and what is made of them.
+    back = 512 * (10 * a_layer + 49152 * (12 + 4)) + 8 * 576**2
+    assert back > batch
+    expected = 3 * 4 * width**2 + back - (4 * width**2 + 12 * n + 4 * 576**2)
     assert part.bytes == pytest.approx(expected)
 
 

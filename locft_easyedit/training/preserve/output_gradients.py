@@ -28,7 +28,7 @@ from .input_moments import add_moment_, check_finite
 from .moment_cache import Origin, read_moments, write_moments
 
 # Of a pass, padding included: its logits are held, and what autograd keeps of the upper layers.
-_BATCH_TOKENS = 1024
+GRADIENT_BATCH_TOKENS = 512
 # Of what is differentiated, in float16: gradients below 6e-8 are nothing there.
 _LOSS_SCALE = 256.0
 
@@ -73,7 +73,7 @@ def gradient_moments(
         bar = progress_bar(total=len(order), desc=description, unit="text", show=progress)
         with bar, evaluation_mode(model), seeded(model, seed):
             while order:
-                size = max(1, _BATCH_TOKENS // len(order[0]))
+                size = max(1, GRADIENT_BATCH_TOKENS // len(order[0]))
                 batch, order = order[:size], order[size:]
                 for module, gradients in _gradients(model, missing, batch, ends_only).items():
                     add_moment_(sums, module, gradients)
