@@ -192,7 +192,7 @@ def prefix_flop(shapes: ModelShapes, work: Workload, cut: str) -> float:
     flop = sum(_forward(one, shapes, work) for one in shapes.layers[: shapes.first_layer])
     if cut != "layer":
         flop += _forward(shapes.first, shapes, work) - 2 * shapes.above_cut[cut]
-    # Of W x + A S x a folded change leaves only the product with A to training.
+    # Of W x + T A S x a folded change leaves the products with A and, small, T to training.
     return flop + 2 * shapes.first.confined * shapes.folds(cut)
 
 
