@@ -233,6 +233,7 @@ class _Measured:
             # Where nothing above depends on an output, every direction is as good.
             share = weight * moment / moment.trace().clamp(min=torch.finfo(torch.float32).tiny)
             self.gradients[module] = self.gradients.get(module, 0) + share
+        self.digests.append(json_sha256(["gradients", ends_only, sequences[:n_texts]]))
 
     def add_neighbours(self, source: Source, texts: TrainingTexts) -> None:
         near = neighbours_of(
