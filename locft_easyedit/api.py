@@ -28,6 +28,7 @@ from .evaluation.records import CompactRecords
 from .evaluation.report import write_loss_curve
 from .evaluation.summary import summarize
 from .hparams import LocFTBFHyperParams
+from .hparams_rules import DEPTH_FIRST
 from .locate.auto import choose_once
 from .modeling.devices import context_length
 from .modeling.fsdp import sharded_layers
@@ -302,7 +303,8 @@ def write_run(
     )
     write_json(written["hyper-parameters"], hparams.to_dict())
     written["loss curve"] = path / "loss.png"
-    write_loss_curve(written["loss curve"], run.result.losses, hparams.epoch_loss_threshold)
+    threshold = 0.0 if hparams.pipeline == DEPTH_FIRST else hparams.epoch_loss_threshold
+    write_loss_curve(written["loss curve"], run.result.losses, threshold)
     if save == "matrices":
         written["edit"] = path / "edit.safetensors"
         Delta.from_result(run.result, model, hparams, metrics=summary).save(written["edit"])

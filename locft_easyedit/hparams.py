@@ -113,7 +113,8 @@ class LocFTBFHyperParams(HyperParamsBase):
             each until its loss is below `batch_loss_threshold`, with an optimizer of its own.
         batch_size: Edits in a mini-batch. It never limits how many edits are trained together.
         loss_average: Of which a mini-batch's loss is the mean: of its `edit`s, each the mean of its
-            target's tokens, as published; or of the `token`s of all its targets.
+            target's tokens, as published; or of the `token`s of all its targets. An epoch's loss is
+            the mean of its mini-batches', by their edits, in both cases.
         lr_schedule: `constant`, as published, or `cosine`: a linear rise over the first tenth of
             all steps, then half a cosine down to 0.
         weight_decay: Adam's L2 penalty.
@@ -127,7 +128,8 @@ class LocFTBFHyperParams(HyperParamsBase):
         seed: Seed of the shuffling, of forms and of neighbours.
         append_eos: Train an end-of-sequence token after each target.
         batch_loss_threshold: A mini-batch whose loss is below this makes no update.
-        epoch_loss_threshold: Training stops after an epoch whose mean loss is below this.
+        epoch_loss_threshold: Training stops after an epoch whose mean loss is below this;
+            depth-first nothing looks at it.
         on_conflict: Edits with one prompt and different targets: `train` all of them as
             published, stop with an `error`, or keep the `last`.
         eval_batch_size: Prompts evaluated together; in half precision as many as a fixed shape has.

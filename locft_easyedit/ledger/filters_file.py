@@ -74,7 +74,9 @@ class FiltersFile:
         try:
             with safe_open(self.path, framework="pt") as file:
                 said = json.loads(file.metadata()[_SAID])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                order = Filters.names_of(parameters)
+                kept = {*file.keys()}
+                tensors = {name: file.get_tensor(name) for name in order if name in kept}
             if {name: tensor_sha256(s) for name, s in tensors.items()} != said["sha256"]:
                 raise ValueError("its hashes differ")
             missing = parameters.keys() - tensors.keys()

@@ -92,11 +92,16 @@ def preparing_parts(run: Run, widest: float, n_above: int) -> list[Part]:
     if confined.output_squares:
         # Logits in the model's precision, and three times in float32: with their gradients.
         a_token = n_above * widest + run.shapes.vocab * (12 + run.setting.itemsize)
-        differentiating = GRADIENT_BATCH_TOKENS * a_token + 8 * confined.output_squares
+        # Sums in float64, and a product.
+        differentiating = GRADIENT_BATCH_TOKENS * a_token + 12 * confined.output_squares
         summing = max(summing, differentiating)
     # The filter of the largest matrix, with those of the others.
     filtering = (4 + _DECOMPOSED if measured else _PROJECTED) * confined.largest_square
     filtering += 4 * confined.squares - largest
+    if confined.outputs:
+        standing = 4 * (confined.squares + confined.output_squares)
+        largest_output = max(confined.outputs.values()) ** 2
+        filtering = max(filtering, standing + (4 + _DECOMPOSED) * largest_output)
     on_host = _statistics(confined, measured, run.work)
     if device == "host":
         # The last source's sums come on top of all that was measured before.

@@ -192,7 +192,7 @@ def prefix_flop(shapes: ModelShapes, work: Workload, cut: str) -> float:
     flop = sum(_forward(one, shapes, work) for one in shapes.layers[: shapes.first_layer])
     if cut != "layer":
         flop += _forward(shapes.first, shapes, work) - 2 * shapes.above_cut[cut]
-    # Of W x + T A S x a folded change leaves the products with A and, small, T to training.
+    # Of W x + T A S x a folded change leaves the products with A and T to training.
     return flop + 2 * shapes.first.confined * shapes.folds(cut)
 
 
@@ -201,19 +201,22 @@ def step_flop(run: Run) -> float:
 
     A weight above the cut costs 2 operations a token forward and 2 backward to the activations;
     a trained one 2 more for its gradient. Nothing goes back beyond the first trained matrix. So do
-    A and S of a confined change, unless the prefix holds what they make constant.
+    A and S of a confined change, unless the prefix holds what they make constant. T costs what a
+    weight does.
     """
     shapes, work, cut = run.shapes, run.work, run.setting.cut
     weights = shapes.above_cut[cut]
     backward = 0 if cut == "matrix" else weights
     token = 2.0 * (weights + backward + shapes.first.trained_matmul)
+    token += 2.0 * 2 * shapes.first.output_filters
     token += 2.0 * shapes.first.confined * (not run.folds)
     if cut == "layer":
         token += 3 * _scores(shapes, work)
     elif not shapes.above:  # in the last layer scored positions alone run
         token *= work.step_scored
     for one in shapes.above:
-        token += 2.0 * (2 * one.matmul + one.trained_matmul + 2 * one.confined)
+        filters = one.confined + one.output_filters
+        token += 2.0 * (2 * one.matmul + one.trained_matmul + 2 * filters)
         token += 3 * _scores(shapes, work)
     if shapes.above:
         token -= 2.0 * 2 * shapes.above[-1].late * (1 - work.step_scored)
@@ -245,8 +248,8 @@ def weight_bytes(run: Run) -> float:
     shapes, setting, work = run.shapes, run.setting, run.work
     once = shapes.above_cut[setting.cut] * (1 if setting.cut == "matrix" else 2)
     # Folded, a confined change is read as A in place of the matrix.
-    once += shapes.first.confined * (not run.folds)
-    above = sum(one.parameters + one.confined for one in shapes.above)
+    once += shapes.first.confined * (not run.folds) + 2 * shapes.first.output_filters
+    above = sum(one.parameters + one.confined + one.output_filters for one in shapes.above)
     scored = min(setting.micro_batch_size, work.n) * work.texts * work.targets
     # Logits are made in chunks, and each reads the head.
     chunks = math.ceil(scored * shapes.vocab / LOGITS_AT_ONCE)

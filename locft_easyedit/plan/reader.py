@@ -237,6 +237,7 @@ class ModelReader:
             trained=_count(trained.values()),
             trained_matmul=3 * self.lora.of(trained.values()) if self.lora else matmul,
             confined=self.confined.of(trained) if self.confined else 0,
+            output_filters=self.confined.outputs_of(trained) if self.confined else 0,
         )
 
     def _matmul(self, parameters: Iterable[torch.Tensor]) -> int:

@@ -40,8 +40,8 @@ class ConfinedShapes:
         preserve: What is preserved, as it is named.
         kinds: What kind of source each is.
         inputs: Width of what each matrix is given, by its parameter's name: S is a square of it.
-        sizes: Numbers of each matrix, and so of A; their quotient is the width of its outputs, of
-            which T is a square where text is preserved.
+        sizes: Numbers of each matrix, and so of A; divided by the width of the inputs that is the
+            width of the outputs, of which T is a square where text is preserved.
         folds: Whether a prefix that ends at the matrix holds what does not change: W x and S x.
     """
 
@@ -57,11 +57,16 @@ class ConfinedShapes:
         return sum(width**2 for width in self.inputs.values())
 
     @property
+    def outputs(self) -> dict[str, int]:
+        """Width of what each matrix gives that has a T, by its parameter's name."""
+        if not {SAMPLED, TEXT} & {*self.kinds}:
+            return {}
+        return {name: self.sizes[name] // width for name, width in self.inputs.items()}
+
+    @property
     def output_squares(self) -> int:
         """Numbers of all T."""
-        if not {SAMPLED, TEXT} & {*self.kinds}:
-            return 0
-        return sum((self.sizes[name] // width) ** 2 for name, width in self.inputs.items())
+        return sum(width**2 for width in self.outputs.values())
 
     @property
     def largest_square(self) -> int:
@@ -69,11 +74,12 @@ class ConfinedShapes:
         return max(self.inputs.values()) ** 2
 
     def of(self, names: Iterable[str]) -> int:
-        """Returns the numbers of A and S for some of the matrices.
-
-        T, a square of the narrow side, is below a hundredth of what a token is multiplied with.
-        """
+        """Returns the numbers of A and S for some of the matrices."""
         return sum(self.sizes[name] + self.inputs[name] ** 2 for name in names)
+
+    def outputs_of(self, names: Iterable[str]) -> int:
+        """Returns the numbers of T for some of the matrices."""
+        return sum(self.outputs[name] ** 2 for name in names if name in self.outputs)
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,7 @@ class LayerShape:
         trained_matmul: Those of them that are matrices. With LoRA three times A and B, which are
             multiplied with forward, backward and for their gradients.
         confined: A and S of its trained matrices, where their change is confined.
+        output_filters: T of these.
     """
 
     parameters: int
@@ -97,6 +104,7 @@ class LayerShape:
     trained: int
     trained_matmul: int
     confined: int = 0
+    output_filters: int = 0
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ class Checkpoints:
         Args:
             weights: What is trained.
             optimizer: Its optimizer; `None` if training is over.
-            n_batches: Mini-batches an epoch.
+            n_batches: Mini-batches an epoch; `None` where training is over, or depth-first.
 
         Raises:
             CheckpointError: It lacks a matrix, or one has another shape; nothing was changed.
@@ -141,17 +141,13 @@ class Checkpoints:
                 write_(state, {moment: tensors[f"{moment}.{name}"] for moment in _MOMENTS})
             self.world.broadcast_(state.values())
             optimizer.state[master] = state
+        progress.depth_first = optimizer is not None and n_batches is None
         self._before = progress.seconds
         self.saved = None  # its tensors have done their work
         if progress.finished:
             logger.info("%s: training was finished; its weights are taken.", self.path)
         else:
-            logger.info(
-                "%s: training goes on in epoch %d, after %d of its mini-batches.",
-                self.path,
-                progress.epoch + 1,
-                progress.step,
-            )
+            logger.info("%s: training goes on %s.", self.path, progress.so_far())
         return dataclasses.replace(progress)
 
     def _checked(self, masters: Mapping[str, torch.Tensor], n_batches: int | None) -> list[str]:
@@ -270,7 +266,7 @@ class Checkpoints:
         """
         if self._asked is None:
             return
-        where = f"in epoch {progress.epoch + 1}, after {progress.step} of its mini-batches"
+        where = progress.so_far()
         kept = f"{self.path} has what was trained; the same edit goes on there."
         if not written:
             kept = f"{self.path} could not be written; an earlier one may be there."

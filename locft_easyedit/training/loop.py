@@ -11,7 +11,7 @@ trains one edit until it is learned, then the next, and so forgets the first one
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
 import torch
@@ -103,8 +103,29 @@ def train_depth_first(
             yield done
         done.end_epoch([len(batch)], done.shuffling)
     done.converged = max(done.losses) < hparams.batch_loss_threshold
+    done.losses = _losses_by_step(done.step_losses, [len(batch) for batch in batches], hparams)
+    done.epoch = len(done.losses)
     step.finish_()
     done.finished = True
+
+
+def _losses_by_step(
+    losses: Sequence[float], sizes: Sequence[int], hparams: LocFTBFHyperParams
+) -> list[float]:
+    """Returns the mean loss over all edits after each step on their mini-batch.
+
+    A mini-batch that has ended counts with its last loss: so this compares with epochs.
+    """
+    curves: list[list[float]] = []
+    for loss in losses:
+        ended = not curves or len(curves[-1]) == hparams.num_steps
+        if ended or curves[-1][-1] < hparams.batch_loss_threshold:
+            curves.append([])
+        curves[-1].append(loss)
+    return [
+        float(np.average([curve[min(k, len(curve) - 1)] for curve in curves], weights=sizes))
+        for k in range(max(map(len, curves)))
+    ]
 
 
 def rates(schedule: str, n_steps: int) -> Callable[[int], float]:

@@ -40,7 +40,8 @@ class Progress:
         epoch: Epochs that are done; of a depth-first training, mini-batches.
         step: Mini-batches of the present epoch that are done; depth-first, steps on the present
             mini-batch.
-        losses: Mean loss of each epoch, over all edits; depth-first, the last of each mini-batch.
+        losses: Mean loss of each epoch, over all edits; depth-first, the last one of each
+            mini-batch as long as training goes on, and then the mean after each step (see `loop`).
         step_losses: Loss of each step, in order.
         n_updates: Mini-batches that made an update.
         converged: Whether the last epoch's loss, or depth-first each mini-batch's, was below the
@@ -48,6 +49,7 @@ class Progress:
         finished: Whether training is over.
         micro_batch_size: Texts that one forward pass takes.
         seconds: What training has taken, in all its parts.
+        depth_first: Whether mini-batches are trained one after the other.
         unsettled: What steps did, as long as it is on the device alone; `step`, `step_losses` and
             `n_updates` are without them.
     """
@@ -62,6 +64,7 @@ class Progress:
     finished: bool = False
     micro_batch_size: int = 0
     seconds: float = 0.0
+    depth_first: bool = False
     unsettled: list[Outcome] = field(default_factory=list, repr=False)
 
     @classmethod
@@ -96,12 +99,22 @@ class Progress:
                 what = f"The gradient of a loss of {loss:.4g} became infinite or NaN"
                 if not math.isfinite(loss):
                     what = f"The loss became {loss}"
-                raise LossNotFiniteError(
-                    f"{what} in epoch {self.epoch + 1}, mini-batch {self.step + 1}"
-                )
+                raise LossNotFiniteError(f"{what} {self.where()}")
             self.step_losses.append(loss)
             self.n_updates += updated
             self.step += 1
+
+    def where(self) -> str:
+        """Returns which step comes next, as the end of a sentence."""
+        if self.depth_first:
+            return f"in mini-batch {self.epoch + 1}, step {self.step + 1}"
+        return f"in epoch {self.epoch + 1}, mini-batch {self.step + 1}"
+
+    def so_far(self) -> str:
+        """Returns how much has been trained, as the end of a sentence."""
+        if self.depth_first:
+            return f"in mini-batch {self.epoch + 1}, after {self.step} of its steps"
+        return f"in epoch {self.epoch + 1}, after {self.step} of its mini-batches"
 
     def end_epoch(self, sizes: Sequence[int], shuffling: torch.Tensor) -> None:
         """Begins the next epoch.

@@ -24,7 +24,7 @@ class EditResult:
     """What an edit did to a model.
 
     Attributes:
-        losses: Mean loss of each epoch; depth-first, the last loss of each mini-batch.
+        losses: Mean loss of each epoch; depth-first, over all mini-batches after each step on them.
         step_losses: Loss of each step.
         original: The trained parameters' values before, by name.
         new: Their values after.

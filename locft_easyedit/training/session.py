@@ -402,6 +402,7 @@ class EditSession:
             in_epoch = None if depth_first else n_batches
             done = checkpoints.resume_(weights, step.optimizer, in_epoch) or done
             step.micro_batch.size = done.micro_batch_size
+        done.depth_first = depth_first
         with ExitStack() as stack:
             stack.enter_context(self._timed("train"))
             stack.enter_context(runner.running())
@@ -454,4 +455,5 @@ class EditSession:
 
 def _show_loss(bar: tqdm, done: Progress) -> None:
     if done.losses:
-        bar.set_postfix(epoch=done.epoch, loss=f"{done.losses[-1]:.4f}", refresh=False)
+        name = "mini_batch" if done.depth_first else "epoch"
+        bar.set_postfix({name: done.epoch}, loss=f"{done.losses[-1]:.4f}", refresh=False)

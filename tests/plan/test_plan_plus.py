@@ -288,6 +288,16 @@ def test_memory_of_preparing_by_hand():
     assert preparing(on_cpu, "host") == pytest.approx(4 * 4 + 4 + 48 - (4 + 12 * a + 4 * b))
 
 
+def test_outputs_that_are_wider_than_inputs_take_the_decomposition():
+    up = {"rewrite_module_tmp": "model.layers.{}.mlp.up_proj.weight", "preserve": ["sampled"]}
+    plan = confined(n=1000, **up)
+    [part] = [p for p in plan.chosen.parts if (p.name, p.place) == ("measuring what is preserved",
+                                                                    "gpu")]  # fmt: skip
+    s, t, n = OUT**2, WIDTH**2, TRAINED  # the matrix is that of the down-projection, transposed
+    stays = 4 * (s + t) + 2 * (s + t) + 10 * n
+    assert part.bytes == pytest.approx(4 * (s + t) + (4 + 48) * t - stays)
+
+
 def test_sums_of_narrow_matrices_are_in_float64():
     # Where a batch of tokens is more than a decomposition.
     plan = confined("smollm2-135m", n=100, machine=CPU, layers=[20])
@@ -298,7 +308,7 @@ def test_sums_of_narrow_matrices_are_in_float64():
     # Three moments are held when the last two are summed up, and a product is added.
     batch = 2 * 8 * width**2 + 4 * width**2 + 4096 * (a_layer + 4 * width)
     # More is taken by what is run back through ten layers, from logits and what is made of them.
-    back = 512 * (10 * a_layer + 49152 * (12 + 4)) + 8 * 576**2
+    back = 512 * (10 * a_layer + 49152 * (12 + 4)) + 12 * 576**2
     assert back > batch
     expected = 3 * 4 * width**2 + back - (4 * width**2 + 12 * n + 4 * 576**2)
     assert part.bytes == pytest.approx(expected)
@@ -313,16 +323,18 @@ def test_work_of_a_confined_change_by_hand():
         one = replace(setting, **changes)
         return of(replace(plan.chosen.run, setting=one)) - of(replace(full.chosen.run, setting=one))
 
-    # A step multiplies with A in place of W; W x and S x are left to the prefix.
-    assert more(step_flop) == more(weight_bytes) == 0
+    # A step multiplies with A in place of W, and with T; W x and S x are left to the prefix.
+    products = 100 * RUN * 2 * 2 * OUT**2
+    assert more(step_flop) == pytest.approx(products)
+    assert more(weight_bytes) == 2 * 2 * OUT**2
     assert prefix_flop(plan.shapes, work, "matrix") - prefix_flop(
         full.shapes, work, "matrix"
     ) == pytest.approx(2 * both)
     assert prefix_flop(plan.shapes, work, "mlp") == prefix_flop(full.shapes, work, "mlp")
     assert evaluation_flop(plan.shapes, work) == evaluation_flop(full.shapes, work)
     # Above another cut the products with S and A come on top, forward alone.
-    assert more(step_flop, cut="mlp") == pytest.approx(100 * RUN * 2 * both)
-    assert more(weight_bytes, cut="layer") == 2 * both
+    assert more(step_flop, cut="mlp") == pytest.approx(100 * RUN * 2 * both + products)
+    assert more(weight_bytes, cut="layer") == 2 * (both + 2 * OUT**2)
     for of in (adam_bytes, gradient_bytes):
         assert of(plan.chosen.run) == of(full.chosen.run)
 
@@ -333,9 +345,10 @@ def test_matrices_further_up_are_not_folded():
     both = TRAINED + WIDTH**2
     assert plan.chosen.setting.cut == "matrix"
     more = step_flop(plan.chosen.run) - step_flop(full.chosen.run)
-    assert more == pytest.approx(100 * RUN * 2 * 2 * both)
+    # The first one's T, and both A, S and T of the other.
+    assert more == pytest.approx(100 * RUN * 2 * 2 * (both + 2 * OUT**2))
     read = weight_bytes(plan.chosen.run) - weight_bytes(full.chosen.run)
-    assert read == 2 * 2 * both
+    assert read == 2 * 2 * (both + 2 * OUT**2)
     told = sizes(plan)
     assert told["inputs that the filters have passed"] == 2 * 23 * 64 * WIDTH
     assert told["filters of inputs"] == 2 * 4 * WIDTH**2
@@ -348,7 +361,8 @@ def test_a_norm_after_the_block_leaves_nothing_to_fold():
     [width] = plan.shapes.confined.inputs.values()
     [n] = plan.shapes.trained.values()
     more = step_flop(plan.chosen.run) - step_flop(full.chosen.run)
-    assert more == pytest.approx(100 * RUN * 2 * (n + width**2))
+    t = (n // width) ** 2
+    assert more == pytest.approx(100 * RUN * 2 * (n + width**2 + 2 * t))
     assert prefix_flop(plan.shapes, plan.work, "matrix") == prefix_flop(
         full.shapes, full.work, "matrix"
     )

@@ -1,1 +1,1 @@
-"""What an edit is to leave as it is: measured as directions of a matrix's inputs, and kept."""
+"""What an edit is to leave as it is: directions of inputs and outputs, measured and kept."""

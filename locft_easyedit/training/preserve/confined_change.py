@@ -2,8 +2,9 @@
 
 A matrix W [out, in] becomes W + T A S while training runs: A [out, in] is all that is trained, and
 S [in, in] and T [out, out] are fixed filters of the matrix's inputs and outputs (see
-`spectral_filter`). A step costs what it costs without: where the frozen prefix ends at the matrix,
-W x and S x are constants of the training, and recorded once. Then T A S is added to W.
+`spectral_filter`). A step costs what it costs without but for the product with T: where the frozen
+prefix ends at the matrix, W x and S x are constants of the training, and recorded once. Then T A S
+is added to W.
 
 The sum is rounded once to the model's precision. In float32 an input that S takes to 0 gives the
 same output as before up to that rounding; in a half precision the rounding of W itself moves it.
@@ -51,14 +52,14 @@ class ConfinedChange(Reparametrization):
         super().__init__(model, parameters)
         self._model = model
         self._forwards = {name: module.forward for name, module in self.modules.items()}
-        self._filters = {name: s.to(parameters[name].device) for name, s in filters.items()}
-        # A copy in the model's precision runs; the exact one is what is merged.
-        self._running = {n: s.to(parameters[n].dtype) for n, s in self._filters.items()}
-        outputs = outputs or {}
-        self._outputs = {name: t.to(parameters[name].device) for name, t in outputs.items()}
-        self._running_outputs = {n: t.to(parameters[n].dtype) for n, t in self._outputs.items()}
         # Tensors made in inference mode could not be trained, whatever mode the caller is in.
         with torch.inference_mode(False):
+            self._filters = {name: s.to(parameters[name].device) for name, s in filters.items()}
+            # A copy in the model's precision runs; the exact one is what is merged.
+            self._running = {n: s.to(parameters[n].dtype) for n, s in self._filters.items()}
+            outputs = outputs or {}
+            self._outputs = {name: t.to(parameters[name].device) for name, t in outputs.items()}
+            self._running_outputs = {n: t.to(parameters[n].dtype) for n, t in self._outputs.items()}
             self._a = {
                 name: nn.Parameter(torch.zeros(sides(module), dtype=p.dtype, device=p.device))
                 for (name, p), module in zip(parameters.items(), self.modules.values(), strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ _OUTPUTS = "outputs."
 # a pass through the upper layers and back costs several times what one to the matrix does.
 _GRADIENT_TOKENS, _GRADIENT_ENDS = 8, 2
 EDITS_AT_ONCE = 64  # edits whose keys are held together
-# Adam's L2 penalty on A, and so on what D = A S does where much is carried: what does nothing for
+# Adam's L2 penalty on A, and so on what D = T A S does where much is carried: what does nothing for
 # the edits goes. Losses are averaged over edits and so is this: a fact costs what it does alone.
 _PULL = 0.011
 # The second moment forgets within an epoch or two. With PyTorch's 0.999 it would remember the large
@@ -78,6 +78,11 @@ class Filters:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns all filters, those of outputs under `outputs.NAME`."""
         return self.of | {_OUTPUTS + name: t for name, t in self.outputs.items()}
+
+    @staticmethod
+    def names_of(parameters: Collection[str]) -> list[str]:
+        """Returns the names of the tensors that filters of these parameters may have."""
+        return [*parameters, *(_OUTPUTS + name for name in parameters)]
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, torch.Tensor], **more: Any) -> Filters:
@@ -128,7 +133,9 @@ def filters_for(
         measured.add_context(texts)
     of = {name: measured.filter(module, name) for module, name in names.items()}
     outputs = {
-        names[module]: output_filter(moment.to(measured.device(module)))
+        names[module]: output_filter(
+            moment.to(measured.device(module)), strength=hparams.preserve_strength
+        )
         for module, moment in measured.gradients.items()
     }
     summary = {"strength": hparams.preserve_strength, "sources": measured.figures}
@@ -138,7 +145,7 @@ def filters_for(
 
 @dataclass
 class _Measured:
-    """What enters the modules: second moments by source, and what is kept exactly."""
+    """Second moments of what enters the modules, and of gradients of what leaves them."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase

@@ -59,7 +59,7 @@ def gradient_moments(
         progress: Show a progress bar.
 
     Raises:
-        ModelError: A gradient is NaN or infinite.
+        ModelError: A logit or a gradient is NaN or infinite.
         OutputError: The result cannot be kept.
     """
     widths = {module: sides(model.get_submodule(module))[0] for module in modules}
@@ -104,6 +104,8 @@ def _gradients(
             input_ids=ids.to(device), attention_mask=real.long().to(device), use_cache=False
         ).logits
         logits = logits[counted.to(logits.device)].float()  # [scored, V]
+        # A model may leave words out by an infinite logit below, and draws none of them.
+        check_finite(logits.detach().logsumexp(-1), type(model).__name__, what="logits")
         drawn = torch.multinomial(logits.detach().softmax(-1), 1)[:, 0]
         loss = F.cross_entropy(logits, drawn, reduction="sum")
         scale = _LOSS_SCALE if model.dtype == torch.float16 else 1.0
@@ -118,7 +120,7 @@ def _gradients(
 def _offset(model: nn.Module, modules: Sequence[str]) -> Iterator[Mapping[str, torch.Tensor]]:
     """Context manager that adds a 0 to each module's output; yields these, once the model has run.
 
-    Autograd then differentiates by them, and keeps nothing of what lies below.
+    Autograd then differentiates by them: what lies below the lowest one it need not keep.
     """
     offsets: dict[str, torch.Tensor] = {}
 

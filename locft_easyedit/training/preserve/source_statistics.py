@@ -1,6 +1,6 @@
 """Statistics of what enters the trained matrices ("keys"): second moments, or the keys themselves.
 
-A change A S of a matrix leaves its output for a key k as it was where S k = 0. The second moment,
+A change T A S of a matrix leaves its output for a key k as it was where S k = 0. The second moment,
 the mean of k k^T over the tokens of a text, says how much of the text lies in which direction.
 """
 

@@ -112,13 +112,14 @@ def spectral_filter(
     return (s if moment is None else _REACH * s).float()
 
 
-def output_filter(moment: torch.Tensor) -> torch.Tensor:
+def output_filter(moment: torch.Tensor, *, strength: float = 1.0) -> torch.Tensor:
     """Returns T, [out, out] float32.
 
     Args:
         moment: G, [out, out], finite.
+        strength: As for `spectral_filter`.
     """
-    return _damping(moment, _OUTPUT_FLOOR, _OUTPUT_POWER).float()
+    return _damping(moment, _OUTPUT_FLOOR / strength, _OUTPUT_POWER).float()
 
 
 def _damping(
@@ -136,15 +137,16 @@ def _damping(
 
 
 def _decomposed(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns eigenvalues [in] and eigenvectors [in, in] in float64, where the moment is."""
+    """Returns eigenvalues [n] and eigenvectors [n, n] in float64, where the moment is."""
     try:
         return tuple(torch.linalg.eigh(moment.double()))
     except Exception as error:
         if moment.device.type == "cpu" or not is_out_of_memory(error):
             raise
         logger.warning(
-            "The GPU has no room to decompose a moment of %d inputs; the CPU does it, which takes "
+            "The GPU has no room to decompose a moment of %d x %d; the CPU does it, which takes "
             "longer.",
+            len(moment),
             len(moment),
         )
     torch.cuda.empty_cache()
