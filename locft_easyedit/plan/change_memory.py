@@ -98,17 +98,17 @@ def preparing_parts(run: Run, widest: float, n_above: int) -> list[Part]:
     # The filter of the largest matrix, with those of the others.
     filtering = (4 + _DECOMPOSED if measured else _PROJECTED) * confined.largest_square
     filtering += 4 * confined.squares - largest
-    if confined.outputs:
-        standing = 4 * (confined.squares + confined.output_squares)
-        largest_output = max(confined.outputs.values()) ** 2
-        filtering = max(filtering, standing + (4 + _DECOMPOSED) * largest_output)
+    # Those of outputs come after all of inputs.
+    of_outputs = 4.0 * (confined.squares + confined.output_squares)
+    of_outputs += _DECOMPOSED * max(confined.outputs.values(), default=0) ** 2
     on_host = _statistics(confined, measured, run.work)
     if device == "host":
         # The last source's sums come on top of all that was measured before.
         kept = 4.0 * confined.squares
-        at_work = max(on_host, (n_moments - 1) * kept + summing, n_moments * kept + filtering)
+        last = n_moments * kept + max(filtering, of_outputs)
+        at_work = max(on_host, (n_moments - 1) * kept + summing, last)
     else:  # to each matrix its own moments are brought
-        at_work = max(summing, filtering + n_moments * largest)
+        at_work = max(summing, filtering + n_moments * largest, of_outputs)
     stays = sum(part.bytes for part in change_parts(run))
     parts = [Part(name, device, max(0.0, at_work - stays), ("prefix",))]
     if device == "gpu":
