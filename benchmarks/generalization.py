@@ -167,7 +167,7 @@ def planned(options):
     plan.hashes = {Path(path).name: file_hash(path) for path in options.data}
     common = {k: v for k, v in base.items() if k not in ("model_name", "device", "seed")}
     plan.about = {"model": model_id(str(base["model_name"])), "hparams": common,
-                  "half": options.half}  # fmt: skip
+                  "half": options.half, "measure": sorted(options.measure)}  # fmt: skip
     return plan
 
 
@@ -280,10 +280,11 @@ def refuse_other_runs(folder, plan):
         now = {
             "model": plan.about["model"],
             "hparams": plan.about["hparams"],
+            "measure": plan.about["measure"],
             f"changes of {variant}": plan.variants.get(variant, old["changes"]),
             f"data_sha256 of {data}": plan.hashes.get(data, old["data_sha256"]),
         }
-        found = {key: old[key.partition(" ")[0]] for key in now}
+        found = {key: old.get(key.partition(" ")[0]) for key in now}
         differences |= dict.fromkeys(differences_of(now, found))
     title = f"`--output {folder}` has runs of something else. Choose another folder."
     refuse_differences(list(differences), title, DataError)

@@ -10,6 +10,7 @@ from locft_easyedit.api import edit_model
 from locft_easyedit.data.tokenization import Asked
 from locft_easyedit.errors import NonFiniteLossError
 from locft_easyedit.evaluation.capability.harness import measure_prepared
+from locft_easyedit.evaluation.capability.metrics import OWN_TASKS
 from locft_easyedit.evaluation.capability.prepared_tasks import prepare_tasks
 from locft_easyedit.evaluation.divergence import BeforeEdit, Divergence
 from locft_easyedit.evaluation.evaluation import Evaluation, PairedMetrics
@@ -19,7 +20,6 @@ from locft_easyedit.evaluation.wrappers import CHAT, wrappers_for
 
 CHATS = (CHAT, "chat_system", "chat_later")
 WRAPPERS, CAPABILITY = MEASURED = ("wrappers", "capability")
-TASKS = ("locft_basics", "locft_copying")
 
 
 class Bench:
@@ -55,7 +55,7 @@ class Bench:
             if WRAPPERS in more
             else None
         )
-        self.tasks = prepare_tasks(TASKS, progress=False) if CAPABILITY in more else None
+        self.tasks = prepare_tasks(OWN_TASKS, progress=False) if CAPABILITY in more else None
         self.moved = Moved(model, tokenizer, measured, how)
         self.before = self.by_token.measure("before")
         self.figures_before = self.shares("before", self.before) | self.capability()

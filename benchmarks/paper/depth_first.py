@@ -56,20 +56,23 @@ class Pipelines(Study):
 
 def looked_at(bench, hparams):
     """A run's line: its figures at the end, and those of each shard on the way."""
-    if len(bench.measured) < len(bench.edits):
-        raise DataError(f"{len(bench.edits)} edits are more than half of a file has. Give fewer.")
+    n = len(bench.edits)
+    if n < N_SHARDS:
+        raise DataError(f"`--n {n}` must be at least {N_SHARDS}: that many shards are looked at.")
+    if len(bench.measured) < n:
+        raise DataError(f"`--n {n}` is more than half of the file has. Give less.")
     points = []
     try:
-        for n, epochs in stops(len(bench.edits), hparams):
+        for n_edits, epochs in stops(n, hparams):
             shorter = dataclasses.replace(hparams, num_steps=epochs)
-            with bench.edited(shorter, bench.edits[:n]):
+            with bench.edited(shorter, bench.edits[:n_edits]):
                 answers = [{"post": one} for one in bench.by_answer.measure("after")]
-            points.append({"edits": n, "epochs": epochs, **by_shard(answers)})
+            points.append({"edits": n_edits, "epochs": epochs, **by_shard(answers)})
     except NonFiniteLossError as error:
         return bench.line({}, diverged=str(error), points=points, converged=False)
     line = bench.run(hparams)
     if not line["diverged"]:
-        end = {"edits": len(bench.edits), "epochs": hparams.num_steps, **by_shard(bench.answers)}
+        end = {"edits": n, "epochs": hparams.num_steps, **by_shard(bench.answers)}
         points.append(end)
     return {**line, "points": points}
 

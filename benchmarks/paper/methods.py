@@ -11,10 +11,11 @@ import argparse
 import sys
 
 from locft_easyedit.__main__ import main
+from locft_easyedit.evaluation.capability.metrics import OWN_TASKS
 
 OWN = {
     "methods": "[LocFT-BF,LocFT-BF+,FT,MEMIT,RECT,WISE,AlphaEdit,RLEdit,UltraEdit]",
-    "capability": "[locft_basics,locft_copying]",
+    "capability": f"[{','.join(OWN_TASKS)}]",
 }
 
 if __name__ == "__main__":

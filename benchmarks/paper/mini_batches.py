@@ -5,7 +5,7 @@
 The rate is the same for all sizes, as in the paper; `--all lr=1e-3` gives another one.
 """
 
-from study import Study, by_file, changes, mean, verdict
+from study import Study, by_file, changes, percent, verdict
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -14,7 +14,9 @@ def claim(rows):
     said = []
     for name, own in by_file(rows):
         first, last = own[0], own[-1]
-        kept = mean(last, "kl") < mean(first, "kl")
+        if first is last:
+            continue
+        kept = percent(last, "capability") > percent(first, "capability")
         said.append(
             f"{name}, from {first['variant']} to {last['variant']} edits a step: "
             f"{changes(first, last)}. {verdict(kept)}."

@@ -8,7 +8,7 @@ down-projection, 14,336 in that of an 8B model.
 
 from study import Study, by_file, changes, percent, verdict
 
-LOSES = 5  # points of reliability
+LOSES = 5  # points, of reliability and of capability
 
 
 def claim(rows):
@@ -17,7 +17,12 @@ def claim(rows):
         for variant in dict.fromkeys(row["variant"] for row in own):
             of_it = sorted((r for r in own if r["variant"] == variant), key=lambda r: r["n"])
             first, last = of_it[0], of_it[-1]
-            holds = percent(last) > percent(first) - LOSES
+            if first is last:
+                continue
+            holds = all(
+                percent(last, key) > percent(first, key) - LOSES
+                for key in ("reliability", "capability")
+            )
             said.append(
                 f"{name}, {variant}, from {first['n']:,} to {last['n']:,} edits: "
                 f"{changes(first, last)}. {verdict(holds)}."

@@ -7,7 +7,7 @@ them beside the paper's figure, with capability and drift, at one rate for all. 
 of Llama's kind.
 """
 
-from study import Study, by_file, percent, verdict
+from study import Study, by_file, mean, percent, verdict
 
 LAYERS = (1, 5, 9, 13, 17, 21, 25, 29)
 MODULES = {
@@ -34,10 +34,10 @@ def claim(rows):
             f"edits. {verdict(len(learned) >= LEAST * len(own))}."
         )
         if learned:
-            kept = min(learned, key=lambda row: row["figures"]["kl"]["mean"])
-            far = max(learned, key=lambda row: row["figures"]["generalization"]["mean"])
+            kept = min(learned, key=lambda row: mean(row, "kl"))
+            far = max(learned, key=lambda row: mean(row, "generalization"))
             sentence += (
-                f" Of these {told(kept)} moves least (KL {kept['figures']['kl']['mean']:.3g}), and "
+                f" Of these {told(kept)} moves least (KL {mean(kept, 'kl'):.3g}), and "
                 f"{told(far)} generalizes best ({percent(far, 'generalization'):.1f} %)."
             )
         said.append(sentence)

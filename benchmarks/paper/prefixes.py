@@ -13,6 +13,7 @@ from pathlib import Path
 from study import Study, by_file, changes, loaded, percent, verdict
 
 from locft_easyedit.data.readers import read_requests
+from locft_easyedit.errors import DataError
 from locft_easyedit.modeling.sampling import TextKind, TextSampler, first_token
 from locft_easyedit.utils.files import output_errors, write_atomically
 
@@ -26,6 +27,8 @@ def with_prefixes(options, folder):
     sampled = TextSampler(model, tokenizer, [kind], cache=folder).round(0)["prefix"]
     # A text is a beginning; its end makes a sentence of it, as in ROME's context templates.
     texts = sorted({" ".join(text.split()).rstrip(".") for text in sampled} - {""})
+    if len(texts) < EACH:
+        raise DataError(f"The model writes {len(texts)} different beginnings; {EACH} are needed.")
     paths = []
     for path in options.data:
         requests, draw = read_requests(path), random.Random(0)

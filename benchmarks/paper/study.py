@@ -21,6 +21,7 @@ from generalization_bench import CAPABILITY  # noqa: E402
 from locft_easyedit.errors import DataError, LocFTError  # noqa: E402
 from locft_easyedit.hparams import LocFTBFHyperParams, read_mapping  # noqa: E402
 from locft_easyedit.modeling.loading import load_model  # noqa: E402
+from locft_easyedit.utils.files import output_errors, write_atomically  # noqa: E402
 from locft_easyedit.utils.output import write_json, write_picture  # noqa: E402
 from locft_easyedit.utils.plotting import (  # noqa: E402
     legend_below,
@@ -130,8 +131,10 @@ class Study:
         write_json(folder / "summary.json", {"rows": rows, "paper": self.paper, "seen": said})
         table = report.markdown(rows, [])
         text = "\n".join([table, f"The paper: {self.paper}", "", *said, ""])
-        (folder / "table.md").write_text(text, encoding="utf-8")
-        write_picture(folder / "study.png", self.picture(rows, runs[0]["model"]))
+        with output_errors(folder / "table.md"):
+            write_atomically(folder / "table.md", text.encode())
+        if any(row["figures"] for row in rows):
+            write_picture(folder / "study.png", self.picture(rows, runs[0]["model"]))
         return "\n".join([report.terminal(rows, []), "", f"The paper: {self.paper}", *said])
 
     def picture(self, rows, model):

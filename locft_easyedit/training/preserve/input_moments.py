@@ -215,16 +215,10 @@ def _run(
     with bar, torch.no_grad(), evaluation_mode(model):
         for numbers in _batches(order, documents, batch_tokens):
             batch = [documents[i] for i in numbers]
-            lengths = torch.tensor([len(document) for document in batch])
-            # Padding goes on the right, with any token: nothing before it sees it.
-            ids = torch.zeros(len(batch), len(batch[0]), dtype=torch.long)
-            for row, document in zip(ids, batch, strict=True):
-                row[: len(document)] = torch.tensor(document)
-            places = torch.arange(ids.shape[1])
-            real = places < lengths[:, None]  # [B, T]
+            ids, real = padded_right(batch)
             owners = torch.tensor(numbers)[:, None].expand_as(real)[real]  # [tokens]
             n_last = torch.tensor([1 if last is None else last[i] for i in numbers])
-            ends = (places >= (lengths - n_last)[:, None])[real]  # [tokens]
+            ends = last_of(real, n_last)[real]  # [tokens]
             with _listening(model, modules, real, owners, ends, take):
                 model(
                     input_ids=ids.to(device),
@@ -232,6 +226,29 @@ def _run(
                     use_cache=False,
                 )
             bar.update(len(batch))
+
+
+def padded_right(batch: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns token sequences side by side, and which of these tokens are real, [B, T].
+
+    Padding goes on the right, with any token: nothing before it sees it.
+    """
+    lengths = torch.tensor([len(sequence) for sequence in batch])
+    ids = torch.zeros(len(batch), int(lengths.max()), dtype=torch.long)
+    for row, sequence in zip(ids, batch, strict=True):
+        row[: len(sequence)] = torch.tensor(sequence)
+    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+
+
+def last_of(real: torch.Tensor, n_last: torch.Tensor | int = 1) -> torch.Tensor:
+    """Returns which tokens are among the last `n_last` of each sequence, [B, T].
+
+    Args:
+        real: Which tokens are no padding, [B, T].
+        n_last: How many; of each sequence, [B], or of all.
+    """
+    lengths = real.sum(dim=1)
+    return (torch.arange(real.shape[1]) >= (lengths - n_last)[:, None]) & real
 
 
 def _batches(

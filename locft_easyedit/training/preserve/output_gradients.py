@@ -24,7 +24,7 @@ from ...modeling.places import sides
 from ...modeling.sampling import seeded
 from ...utils.hashing import json_sha256, model_fingerprint
 from ...utils.progress import progress_bar
-from .input_moments import add_moment_, check_finite
+from .input_moments import add_moment_, check_finite, last_of, padded_right
 from .moment_cache import Origin, read_moments, write_moments
 
 # Of a pass, padding included: its logits are held, and what autograd keeps of the upper layers.
@@ -90,14 +90,8 @@ def _gradients(
     model: Any, modules: Sequence[str], batch: Sequence[list[int]], ends_only: bool
 ) -> dict[str, torch.Tensor]:
     """Returns g of each module's output at all tokens of a batch, [tokens, out] float32."""
-    lengths = torch.tensor([len(sequence) for sequence in batch])
-    # Padding goes on the right, with any token: nothing before it sees it.
-    ids = torch.zeros(len(batch), int(lengths.max()), dtype=torch.long)
-    for row, sequence in zip(ids, batch, strict=True):
-        row[: len(sequence)] = torch.tensor(sequence)
-    places = torch.arange(ids.shape[1])
-    real = places < lengths[:, None]  # [B, T]
-    counted = places == lengths[:, None] - 1 if ends_only else real
+    ids, real = padded_right(batch)
+    counted = last_of(real) if ends_only else real
     device = input_device(model)
     with torch.inference_mode(False), torch.enable_grad(), _offset(model, modules) as offsets:
         logits = model(

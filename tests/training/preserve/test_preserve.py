@@ -128,6 +128,22 @@ def test_a_confined_change_is_that_of_plain_code(kind, cut, both_sides, with_fil
         assert torch.equal(model.get_parameter(name), result.new[name])
 
 
+def test_both_filters_train_again_in_a_half_precision_and_inference_mode(with_filters):
+    hparams = confined_hparams(dtype="bfloat16")
+    model = toy_model("llama").to(torch.bfloat16)
+    with_filters(random_filters(model, hparams), random_filters(model, hparams, 1, outputs=True))
+    requests, tokenizer = toy_requests(4), toy_tokenizer()
+    with (
+        torch.inference_mode(),
+        EditSession(model, tokenizer, requests, hparams, progress=False) as session,
+    ):
+        first = session.train_([0, 1])
+        second = session.train_([2, 3])
+    for name, value in second.new.items():
+        assert torch.equal(second.original[name], first.new[name])
+        assert not torch.equal(value, second.original[name])
+
+
 def test_where_the_prefix_ends_at_the_matrix_its_constants_are_recorded(with_filters):
     model, hparams = toy_model("llama"), confined_hparams()
     with_filters(random_filters(model, hparams))
@@ -268,7 +284,7 @@ def test_a_gpu_without_room_to_decompose_leaves_it_to_the_cpu(said, on_gpu, monk
         found = spectral_filter(given).cpu()
     assert torch.equal(found, expected)
     assert calls == ["cuda", "cpu"]
-    assert "no room to decompose a moment of 6 inputs" in caplog.text
+    assert "no room to decompose a moment of 6 x 6" in caplog.text
 
 
 def test_sources_count_by_their_weights_and_not_by_their_size():
