@@ -27,6 +27,8 @@ CASES = [
     {"kind": "gemma3", "prefix_cut": "layer"},
     {"micro_batch_size": 1, "frozen_prefix": False},
     {"tuning": "lora", "lora_rank": 4},
+    {"loss_average": "token", "lr_schedule": "cosine"},
+    {"pipeline": "depth_first", "batch_loss_threshold": 5.9},
     {"forms": ["question_answer", "context"], "forms_per_epoch": 2},
     {
         "forms": ["context"],

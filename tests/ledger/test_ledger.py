@@ -388,10 +388,13 @@ def test_diff(ledger):
 # What a ledger cannot do
 
 
-@pytest.mark.parametrize("key", ["stream_frozen", "shard_frozen"])
-def test_settings_that_are_refused(tmp_path, key):
-    with pytest.raises(LedgerError, match=f"`{key}=True`"):
-        new_ledger(tmp_path, **{key: True})
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("stream_frozen", True), ("shard_frozen", True), ("pipeline", "depth_first")],
+)
+def test_settings_that_are_refused(tmp_path, key, value):
+    with pytest.raises(LedgerError, match=f"`{key}={value}`"):
+        new_ledger(tmp_path, **{key: value})
     assert not (tmp_path / "log.jsonl").exists()
 
 

@@ -94,6 +94,8 @@ def every_checkpoint(tmp_path, monkeypatch):
         {"micro_batch_size": 3},
         {"packing": False, "frozen_prefix": False},
         {"layers": [1, 2], "tuning": "lora", "lora_rank": 2},
+        {"pipeline": "depth_first", "batch_loss_threshold": 5.9, "lr": 5e-3},
+        {"loss_average": "token", "lr_schedule": "cosine"},
         {"forms": ["question_answer", "context"], "preserve": [KEPT_PROMPTS]},
     ],
     ids=str,
@@ -176,6 +178,21 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(number, tmp_path, monkey
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     resumed, _ = edit(tmp_path)
     assert_same(weights(resumed), weights(expected))
+
+
+def test_a_depth_first_training_says_where_it_is(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    changes = {"pipeline": "depth_first", "batch_loss_threshold": 0.0}
+    expected, result = edit(None, **changes)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, signal.SIGINT, 2 + SETTINGS["num_steps"])
+        with pytest.raises(EditInterrupted, match="in mini-batch 2, after 2 of its steps"):
+            edit(tmp_path, checkpoint_minutes=5, **changes)
+    resumed, _ = edit(tmp_path, checkpoint_minutes=5, **changes)
+    assert "training goes on in mini-batch 2, after 2 of its steps" in caplog.text
+    assert_same(weights(resumed), weights(expected))
+    # As of epochs: a loss after each step, the mean over all edits.
+    assert len(result.losses) == result.summary()["epochs"] == SETTINGS["num_steps"]
 
 
 def test_a_signal_after_the_last_step_is_not_lost(tmp_path, monkeypatch):
