@@ -160,6 +160,9 @@ BAD_VALUES = [
     ("augment_cache", "~no-such-user/x", "must be a file"),
     ("preserve_dir", " ", "must be a folder"),
     ("preserve_dir", "~no-such-user/x", "must be a folder"),
+    ("pipeline", "widest_first", "must be one of breadth_first, depth_first"),
+    ("loss_average", "word", "must be edit or token"),
+    ("lr_schedule", "linear", "must be constant or cosine"),
     ("batch_size", 0, "must be 1 or more"),
     ("eval_batch_size", 0, "must be 1 or more"),
     ("max_length", 0, "must be 1 or more"),
@@ -195,6 +198,11 @@ def test_bad_value_is_one_line(written, key, value, rule):
 def test_fp16_contradicts_bfloat16(written):
     (line,) = problems_of(written(VALID | {"fp16": True, "dtype": "bfloat16"}))
     assert "`fp16=True` contradicts `dtype='bfloat16'`" in line
+
+
+def test_a_falling_rate_needs_epochs(written):
+    (line,) = problems_of(written(VALID | {"pipeline": "depth_first", "lr_schedule": "cosine"}))
+    assert "`lr_schedule='cosine'` does not go with `pipeline=depth_first`" in line
 
 
 def test_unknown_key_gets_the_nearest(written):
