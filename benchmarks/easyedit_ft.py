@@ -6,11 +6,11 @@
 Both edit the same model with the same edits from the same weights: FT one edit after the other, as
 EasyEdit's editor calls it, LocFT-BF all of them together. EasyEdit is the clone that EASYEDIT_HOME
 leads to, or else the release. FT has EasyEdit's published values, adapted to the model by the rules
-of `locft compare`, and targets that end; `--ft KEY=VALUE` sets others, and with `--same-place` it trains the layer that
-LocFT-BF trains. Seconds are of editing alone; checks, tokens and the frozen prefix count as
-editing. They take turns, each `--rounds` times. `answered` is the share of edits whose greedy
-answer is the target, `contains` of those that contain it, and `tokens` is EasyEdit's teacher-forced
-`rewrite_acc`. Times are of one run on one machine: read the ratio.
+of `locft compare`, and targets that end; `--ft KEY=VALUE` sets others, and with `--same-place` it
+trains the layer that LocFT-BF trains. Seconds are of editing alone; checks, tokens and the frozen
+prefix count as editing. They take turns, each `--rounds` times. `answered` is the share of edits
+whose greedy answer is the target, `contains` of those that contain it, and `tokens` is EasyEdit's
+teacher-forced `rewrite_acc`. Times are of one run on one machine: read the ratio.
 """
 
 import json
