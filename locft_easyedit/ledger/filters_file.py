@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from ..data.training_texts import TrainingTexts
 from ..hparams import LocFTBFHyperParams
-from ..training.preserve.filters import Filters
+from ..training.preserve.filters import OUTPUTS, Filters
 from ..training.preserve.sources import Source
 from ..utils.files import output_errors, replacing
 from ..utils.hashing import arrays_sha256, json_sha256, tensor_sha256
@@ -74,16 +75,17 @@ class FiltersFile:
         try:
             with safe_open(self.path, framework="pt") as file:
                 said = json.loads(file.metadata()[_SAID])
-                order = Filters.names_of(parameters)
+                of = {name: file.get_tensor(name) for name in parameters}
                 kept = {*file.keys()}
-                tensors = {name: file.get_tensor(name) for name in order if name in kept}
-            if {name: tensor_sha256(s) for name, s in tensors.items()} != said["sha256"]:
+                outputs = {
+                    name: file.get_tensor(OUTPUTS + name)
+                    for name in parameters
+                    if OUTPUTS + name in kept
+                }
+            found = Filters(of, said["summary"], said["digest"], bool(said["damps"]), outputs)
+            if _hashes(found.tensors()) != said["sha256"]:
                 raise ValueError("its hashes differ")
-            missing = parameters.keys() - tensors.keys()
-            if missing:
-                raise ValueError(f"it lacks {sorted(missing)[0]}")
-            more = {"summary": said["summary"], "digest": said["digest"]}
-            return Filters.of_tensors(tensors, damps=bool(said["damps"]), **more)
+            return found
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("%s is damaged (%s); it is measured again.", self.path, error)
             return None
@@ -96,10 +98,14 @@ class FiltersFile:
         """
         tensors = {name: s.detach().cpu().contiguous() for name, s in filters.tensors().items()}
         said = {
-            "sha256": {name: tensor_sha256(s) for name, s in tensors.items()},
+            "sha256": _hashes(tensors),
             "summary": filters.summary,
             "digest": filters.digest,
             "damps": filters.damps,
         }
         with output_errors(self.path), replacing(self.path) as temporary:
             save_file(tensors, temporary, metadata={_SAID: json.dumps(said, default=str)})
+
+
+def _hashes(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    return {name: tensor_sha256(tensor) for name, tensor in tensors.items()}

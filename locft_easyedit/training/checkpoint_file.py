@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import CheckpointError
-from ..hparams_rules import CUTS
+from ..hparams_rules import CUTS, DEPTH_FIRST
 from ..utils.files import output_errors, replacing
 from .identity import Identity
 from .progress import Progress
@@ -97,8 +97,9 @@ def read_checkpoint(path: Path) -> Saved:
         if damaged:
             named = ", ".join(damaged[:3])
             raise CheckpointError(f"{path} is damaged: {named} changed since. {remedy}")
-        progress = _progress(content["progress"], tensors)
         identity = Identity.from_dict(content["identity"])
+        progress = _progress(content["progress"], tensors)
+        progress.depth_first = identity.settings.get("pipeline") == DEPTH_FIRST
         told = content["notes"]
         notes = {"cut": told["cut"], "packed": told["packed"], "preserved": told.get("preserved")}
         if (

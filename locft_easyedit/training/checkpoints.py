@@ -118,7 +118,7 @@ class Checkpoints:
         Args:
             weights: What is trained.
             optimizer: Its optimizer; `None` if training is over.
-            n_batches: Mini-batches an epoch; `None` where training is over, or depth-first.
+            n_batches: Mini-batches an epoch.
 
         Raises:
             CheckpointError: It lacks a matrix, or one has another shape; nothing was changed.
@@ -141,7 +141,6 @@ class Checkpoints:
                 write_(state, {moment: tensors[f"{moment}.{name}"] for moment in _MOMENTS})
             self.world.broadcast_(state.values())
             optimizer.state[master] = state
-        progress.depth_first = optimizer is not None and n_batches is None
         self._before = progress.seconds
         self.saved = None  # its tensors have done their work
         if progress.finished:
@@ -168,7 +167,11 @@ class Checkpoints:
         ]
         n_steps = len(progress.step_losses)
         in_epoch = n_steps - progress.epoch * (n_batches or 0)
-        if n_batches and not 0 <= in_epoch == progress.step <= n_batches:
+        if (
+            n_batches
+            and not progress.depth_first
+            and not 0 <= in_epoch == progress.step <= n_batches
+        ):
             problems.append(f"{n_steps} steps do not fit {progress.epoch} epochs of {n_batches}.")
         if problems:
             raise CheckpointError(one_message(f"{self.path} cannot be resumed:", problems))

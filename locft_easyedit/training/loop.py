@@ -18,24 +18,11 @@ import torch
 
 from ..data.training_texts import Variants
 from ..hparams import LocFTBFHyperParams
-from ..hparams_rules import CONSTANT, DEPTH_FIRST
+from ..hparams_rules import CONSTANT
 from .progress import Progress
 from .step import TrainingStep
 
 _WARM_UP = 0.1  # of all steps
-
-
-def train(
-    step: TrainingStep,
-    edits: np.ndarray,
-    hparams: LocFTBFHyperParams,
-    done: Progress,
-    variants: Variants,
-) -> Generator[Progress, None, None]:
-    """Trains by `pipeline`; arguments and errors are those of `train_breadth_first`."""
-    depth_first = hparams.pipeline == DEPTH_FIRST
-    loop = train_depth_first if depth_first else train_breadth_first
-    return loop(step, edits, hparams, done, variants)
 
 
 def train_breadth_first(
@@ -142,11 +129,11 @@ def rates(schedule: str, n_steps: int) -> Callable[[int], float]:
     return cosine
 
 
-def batch_of(edits: np.ndarray, hparams: LocFTBFHyperParams, done: Progress) -> np.ndarray:
+def batch_of(edits: np.ndarray, batch_size: int, done: Progress) -> np.ndarray:
     """Returns the edits of the mini-batch that comes next."""
-    if hparams.pipeline == DEPTH_FIRST:
-        return _in_batches(edits, hparams.batch_size)[done.epoch]
-    return shuffled_batches(edits, hparams.batch_size, done.shuffling)[0][done.step]
+    if done.depth_first:
+        return _in_batches(edits, batch_size)[done.epoch]
+    return shuffled_batches(edits, batch_size, done.shuffling)[0][done.step]
 
 
 def shuffled_batches(

@@ -68,10 +68,12 @@ class Progress:
     unsettled: list[Outcome] = field(default_factory=list, repr=False)
 
     @classmethod
-    def start(cls, seed: int, micro_batch_size: int) -> Progress:
+    def start(cls, seed: int, micro_batch_size: int, *, depth_first: bool = False) -> Progress:
         """Returns the beginning of a training that shuffles with `seed`."""
         generator = torch.Generator().manual_seed(seed)
-        return cls(generator.get_state(), micro_batch_size=micro_batch_size)
+        return cls(
+            generator.get_state(), micro_batch_size=micro_batch_size, depth_first=depth_first
+        )
 
     def add(self, outcome: Outcome, micro_batch_size: int) -> None:
         """Notes what a step did, without waiting for the device.

@@ -42,7 +42,7 @@ from ..utils.timing import timed
 from .checkpoints import Checkpoints, agreed_checkpoints
 from .edit_runner import EditRunner
 from .health import HealthCheck
-from .loop import batch_of, train
+from .loop import batch_of, train_breadth_first, train_depth_first
 from .lora import low_rank_of
 from .preserve.protection import Protection, check_protectable, check_resident
 from .preserve.sources import Source, read_sources
@@ -394,15 +394,14 @@ class EditSession:
         )
         n_batches = math.ceil(len(indices) / h.batch_size)
         depth_first = h.pipeline == DEPTH_FIRST
+        loop = train_depth_first if depth_first else train_breadth_first
         # Breadth-first, rounds are epochs; depth-first, the steps on a mini-batch, which may end.
         of_a_round = h.num_steps if depth_first else n_batches
-        done = Progress.start(h.seed, step.micro_batch.size)
+        done = Progress.start(h.seed, step.micro_batch.size, depth_first=depth_first)
         if checkpoints is not None:
             checkpoints.check_room(weights)
-            in_epoch = None if depth_first else n_batches
-            done = checkpoints.resume_(weights, step.optimizer, in_epoch) or done
+            done = checkpoints.resume_(weights, step.optimizer, n_batches) or done
             step.micro_batch.size = done.micro_batch_size
-        done.depth_first = depth_first
         with ExitStack() as stack:
             stack.enter_context(self._timed("train"))
             stack.enter_context(runner.running())
@@ -419,7 +418,7 @@ class EditSession:
                 )
             )
             # Closed also where the training ends early: its prefetching thread ends with it.
-            steps = stack.enter_context(closing(train(step, indices, h, done, variants)))
+            steps = stack.enter_context(closing(loop(step, indices, h, done, variants)))
             try:
                 for _ in steps:
                     bar.update(max(1, done.epoch * of_a_round + done.step - bar.n))
@@ -437,7 +436,7 @@ class EditSession:
 
     def _explained(self, error: Exception, indices: np.ndarray, done: Progress) -> str:
         """Returns what an error of a mini-batch says, and of which requests."""
-        batch = batch_of(indices, self.hparams, done)
+        batch = batch_of(indices, self.hparams.batch_size, done)
         shown = "; ".join(self._describe(int(i)) for i in batch[:3])
         more = f"; and {len(batch) - 3} more" if len(batch) > 3 else ""
         return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 _WEIGHTS = {"asked": 1.0, "neighbours": 0.75, "context": 0.25}
 _NEIGHBOURS_EACH = 8  # of an edit
 _PER_DIRECTION = 2  # prompts per direction of the matrix's inputs suffice
-_OUTPUTS = "outputs."
+OUTPUTS = "outputs."  # before the name of a parameter whose T a tensor is
 # Tokens of a text, and ends of prompts, that gradients are taken of, for each output of the matrix:
 # a pass through the upper layers and back costs several times what one to the matrix does.
 _GRADIENT_TOKENS, _GRADIENT_ENDS = 8, 2
@@ -77,20 +77,7 @@ class Filters:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns all filters, those of outputs under `outputs.NAME`."""
-        return self.of | {_OUTPUTS + name: t for name, t in self.outputs.items()}
-
-    @staticmethod
-    def names_of(parameters: Collection[str]) -> list[str]:
-        """Returns the names of the tensors that filters of these parameters may have."""
-        return [*parameters, *(_OUTPUTS + name for name in parameters)]
-
-    @classmethod
-    def of_tensors(cls, tensors: Mapping[str, torch.Tensor], **more: Any) -> Filters:
-        """Returns the filters of what `tensors` gives; `more` are the other attributes."""
-        outputs = {name: t for name, t in tensors.items() if name.startswith(_OUTPUTS)}
-        of = {name: s for name, s in tensors.items() if name not in outputs}
-        short = {name.removeprefix(_OUTPUTS): t for name, t in outputs.items()}
-        return cls(of=of, outputs=short, **more)
+        return self.of | {OUTPUTS + name: t for name, t in self.outputs.items()}
 
 
 def filters_for(
@@ -168,6 +155,11 @@ class _Measured:
         widths = [input_width(self.model.get_submodule(module)) for module in self.modules]
         return _PER_DIRECTION * max(widths)
 
+    @property
+    def _where(self) -> dict[str, Any]:
+        """Where measurements are kept and shown."""
+        return {"cache": cache_folder(self.hparams.preserve_dir), "progress": self.progress}
+
     def keep_exactly(self, sources: Sequence[Source], names: Mapping[str, str]) -> None:
         """Finds what may not be touched at all.
 
@@ -192,10 +184,7 @@ class _Measured:
             self.kept[module] = basis_of(keys, names[module]).cpu()
 
     def add_text(self, source: Source, n_texts: int) -> None:
-        where: dict[str, Any] = {
-            "cache": cache_folder(self.hparams.preserve_dir),
-            "progress": self.progress,
-        }
+        where = self._where
         found = text_moments(self.model, self.tokenizer, self.modules, source, **where)
         self._add(source.name, found.second, 1 / n_texts)
         self._add_gradients(found, 1 / n_texts)
@@ -232,9 +221,8 @@ class _Measured:
             self.modules,
             sequences[:n_texts],
             ends_only=ends_only,
-            cache=cache_folder(self.hparams.preserve_dir),
             description="gradients of the outputs",
-            progress=self.progress,
+            **self._where,
         )
         for module, moment in moments.items():
             # Where nothing above depends on an output, every direction is as good.

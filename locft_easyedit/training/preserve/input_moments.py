@@ -213,7 +213,7 @@ def _run(
     order = sorted(range(len(documents)), key=lambda i: len(documents[i]), reverse=True)
     bar = progress_bar(total=len(documents), desc=description, unit="document", show=progress)
     with bar, torch.no_grad(), evaluation_mode(model):
-        for numbers in _batches(order, documents, batch_tokens):
+        for numbers in batches_of(order, documents, batch_tokens):
             batch = [documents[i] for i in numbers]
             ids, real = padded_right(batch)
             owners = torch.tensor(numbers)[:, None].expand_as(real)[real]  # [tokens]
@@ -251,7 +251,7 @@ def last_of(real: torch.Tensor, n_last: torch.Tensor | int = 1) -> torch.Tensor:
     return (torch.arange(real.shape[1]) >= (lengths - n_last)[:, None]) & real
 
 
-def _batches(
+def batches_of(
     order: Sequence[int], documents: Sequence[list[int]], batch_tokens: int
 ) -> Iterator[list[int]]:
     """Yields the numbers of each batch's documents; `order` has the longest first."""

@@ -24,7 +24,7 @@ from ...modeling.places import sides
 from ...modeling.sampling import seeded
 from ...utils.hashing import json_sha256, model_fingerprint
 from ...utils.progress import progress_bar
-from .input_moments import add_moment_, check_finite, last_of, padded_right
+from .input_moments import add_moment_, batches_of, check_finite, last_of, padded_right
 from .moment_cache import Origin, read_moments, write_moments
 
 # Of a pass, padding included: its logits are held, and what autograd keeps of the upper layers.
@@ -69,12 +69,11 @@ def gradient_moments(
     missing = [module for module in widths if module not in found]
     if missing:
         sums: dict[str, torch.Tensor] = {}
-        order = sorted(sequences, key=len, reverse=True)
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
         bar = progress_bar(total=len(order), desc=description, unit="text", show=progress)
         with bar, evaluation_mode(model), seeded(model, seed):
-            while order:
-                size = max(1, GRADIENT_BATCH_TOKENS // len(order[0]))
-                batch, order = order[:size], order[size:]
+            for numbers in batches_of(order, sequences, GRADIENT_BATCH_TOKENS):
+                batch = [sequences[i] for i in numbers]
                 for module, gradients in _gradients(model, missing, batch, ends_only).items():
                     add_moment_(sums, module, gradients)
                 bar.update(len(batch))
