@@ -71,6 +71,14 @@ def runs_in(folder):
         raise DataError(f"{path} is damaged: {error}. Remove the line, or the file.") from error
 
 
+def some_runs_in(folder):
+    """The runs that are there; none is an error."""
+    runs = runs_in(folder)
+    if not runs:
+        raise DataError(f"{folder / RUNS} holds no runs. Make some first, without `--draw-only`.")
+    return runs
+
+
 def drop_torn_line_(folder):
     """Removes the end of a line whose writing was cut off."""
     path = folder / RUNS
@@ -84,9 +92,7 @@ def drop_torn_line_(folder):
 
 def write_report(folder):
     """Writes summary.json, table.md and front.png; returns the tables for the terminal."""
-    runs = runs_in(folder)
-    if not runs:
-        raise DataError(f"{folder / RUNS} holds no runs. Make some first, without `--draw-only`.")
+    runs = some_runs_in(folder)
     rows, judged = summaries(runs), verdicts(runs)
     write_json(folder / "summary.json", {"rows": rows, "verdicts": judged})
     with output_errors(folder / "table.md"):

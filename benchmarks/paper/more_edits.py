@@ -2,11 +2,11 @@
 
     python benchmarks/paper/more_edits.py --data zsre.json --n 100 300 1000 --output more_edits
 
-Edits per input of the trained matrix are what the picture counts: 1,536 inputs in SmolLM2's
-down-projection, 14,336 in that of an 8B model.
+What compares between models is edits per input of the trained matrix: SmolLM2's down-projection has
+1,536 inputs, that of an 8B model 14,336.
 """
 
-from study import Study, by_file, changes, percent, verdict
+from study import Study, by_file, changes, file_of, percent, verdict
 
 LOSES = 5  # points, of reliability and of capability
 
@@ -38,7 +38,7 @@ STUDY = Study(
     variants={"LocFT-BF": "alg_name=LocFT-BF", "LocFT-BF+": "alg_name=LocFT-BF+"},
     axis="edits (log scale)",
     x=lambda row: row["n"],
-    series=lambda row: f"{row['data'].removesuffix('.json')}, {row['variant']}",
+    series=lambda row: f"{file_of(row)}, {row['variant']}",
     claim=claim,
     n=(100, 300, 1000, 3000),
     log_x=True,

@@ -7,7 +7,7 @@ them beside the paper's figure, with capability and drift, at one rate for all. 
 of Llama's kind.
 """
 
-from study import Study, by_file, mean, percent, verdict
+from study import Study, by_file, file_of, mean, percent, verdict
 
 LAYERS = (1, 5, 9, 13, 17, 21, 25, 29)
 MODULES = {
@@ -57,7 +57,7 @@ STUDY = Study(
     variants=VARIANTS,
     axis="layer",
     x=lambda row: int(row["variant"].split("_")[1]),
-    series=lambda row: f"{row['data'].removesuffix('.json')}, {row['variant'].split('_')[0]}",
+    series=lambda row: f"{file_of(row)}, {row['variant'].split('_')[0]}",
     claim=claim,
     n=(50,),
 )

@@ -8,14 +8,9 @@ comes as it is, and with its prompts and rephrase prompts in the chat template, 
 as it is trained.
 """
 
-import json
-from pathlib import Path
-
-from study import Study, by_file, changes, loaded, percent, verdict
+from study import Study, by_file, changes, loaded, percent, rewritten, verdict
 
 from locft_easyedit.data.forms import ChatTemplate
-from locft_easyedit.data.readers import read_requests
-from locft_easyedit.utils.files import output_errors, write_atomically
 
 IN_CHAT = "_in_chat"
 VARIANTS = {
@@ -30,24 +25,19 @@ POINTS = 3  # of generalization; less is within the spread over seeds
 def with_chat(options, folder):
     """Writes each file in chat form, beside the file itself; returns the paths."""
     _, tokenizer = loaded(options)
-    template, paths = ChatTemplate(tokenizer), []
+    template = ChatTemplate(tokenizer)
     first = tokenizer.bos_token if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else ""
 
     def asked(prompt):
         return template.ask(prompt).removeprefix(first or "")  # the tokenizer puts it there again
 
-    for path in options.data:
-        requests = read_requests(path)
+    def change_(requests):
         for request in requests:
             for key in ("prompt", "rephrase_prompt"):
                 if request.get(key):
                     request[key] = asked(request[key])
-        new = folder / f"{Path(path).stem}{IN_CHAT}.json"
-        with output_errors(new):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(new, json.dumps(requests, ensure_ascii=False).encode())
-        paths += [path, str(new)]
-    return paths
+
+    return rewritten(options, folder, IN_CHAT, change_)
 
 
 def claim(rows):

@@ -6,18 +6,15 @@ The prefixes are sentences that the model itself writes after a BOS, sampled onc
 five of them before its prompt, as `rewordings` (table 7).
 """
 
-import json
 import random
-from pathlib import Path
 
-from study import Study, by_file, changes, loaded, percent, verdict
+from study import Study, by_file, changes, file_of, loaded, percent, rewritten, verdict
 
-from locft_easyedit.data.readers import read_requests
 from locft_easyedit.errors import DataError
 from locft_easyedit.modeling.sampling import TextKind, TextSampler, first_token
-from locft_easyedit.utils.files import output_errors, write_atomically
 
 EACH, N_TEXTS, N_TOKENS = 5, 128, 10
+PREFIXED = "_prefixes"
 
 
 def with_prefixes(options, folder):
@@ -29,25 +26,21 @@ def with_prefixes(options, folder):
     texts = sorted({" ".join(text.split()).rstrip(".") for text in sampled} - {""})
     if len(texts) < EACH:
         raise DataError(f"The model writes {len(texts)} different beginnings; {EACH} are needed.")
-    paths = []
-    for path in options.data:
-        requests, draw = read_requests(path), random.Random(0)
+
+    def change_(requests):
+        draw = random.Random(0)
         for request in requests:
             request["rewordings"] = [
                 f"{text}. {request['prompt']}" for text in draw.sample(texts, EACH)
             ]
-        new = folder / f"{Path(path).stem}_prefixes.json"
-        with output_errors(new):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(new, json.dumps(requests, ensure_ascii=False).encode())
-        paths += [path, str(new)]
-    return paths
+
+    return rewritten(options, folder, PREFIXED, change_)
 
 
 def claim(rows):
     files, said = dict(by_file(rows)), []
     for name in files:
-        prefixed = files.get(f"{name}_prefixes")
+        prefixed = files.get(f"{name}{PREFIXED}")
         if prefixed:
             before, after = files[name][0], prefixed[0]
             points = percent(after, "generalization") - percent(before, "generalization")
@@ -62,7 +55,7 @@ STUDY = Study(
     "50 % and 12 to 45 % in three models (table 7).",
     variants={"as": f"forms_per_epoch={EACH}"},
     axis="",
-    x=lambda row: row["data"].removesuffix(".json"),
+    x=file_of,
     series=lambda _: "published training",
     claim=claim,
     made=with_prefixes,

@@ -5,10 +5,11 @@ runs are those of ../generalization.py, a line of OUTPUT/runs.jsonl each, and ar
 """
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
@@ -18,7 +19,8 @@ import generalization  # noqa: E402
 import generalization_report as report  # noqa: E402
 from generalization_bench import CAPABILITY  # noqa: E402
 
-from locft_easyedit.errors import DataError, LocFTError  # noqa: E402
+from locft_easyedit.data.readers import read_requests  # noqa: E402
+from locft_easyedit.errors import LocFTError  # noqa: E402
 from locft_easyedit.hparams import LocFTBFHyperParams, read_mapping  # noqa: E402
 from locft_easyedit.modeling.loading import load_model  # noqa: E402
 from locft_easyedit.utils.files import output_errors, write_atomically  # noqa: E402
@@ -38,11 +40,7 @@ FIGURES = {
     "generalization": "generalization, % ↑",
     "capability": "capability, % ↑",
     "kl": "KL on locality prompts, nats ↓",
-    "ppl_ratio": "perplexity, after / before ↓",
-    "chat": "reliability in chat, % ↑",
-    "chat_generalization": "generalization in chat, % ↑",
 }
-_NOT_SHARES = ("kl", "ppl_ratio")
 
 
 @dataclass
@@ -58,9 +56,7 @@ class Study:
         x: A row's place on it: a number, or a text where the axis has names.
         series: Which line of the picture a row belongs to.
         claim: Says of the rows whether the claim is seen: a sentence for each file.
-        figures: Keys of `FIGURES`.
         n: Edits together.
-        measure: What is measured besides, as generalization.py's `--measure`.
         made: Makes files of edits of those that were given: called with the options and the folder
             they go to, returns their paths.
         found: What a run's line says of it, as generalization.make_runs takes it.
@@ -74,10 +70,8 @@ class Study:
     axis: str
     x: Callable[[dict], float | str]
     claim: Callable[[list[dict]], list[str]]
-    series: Callable[[dict], str] = field(default=lambda row: file_of(row))
-    figures: tuple[str, ...] = ("reliability", "generalization", "capability", "kl")
+    series: Callable[[dict], str] = lambda row: file_of(row)
     n: tuple[int, ...] = (100,)
-    measure: tuple[str, ...] = (CAPABILITY,)
     made: Callable | None = None
     found: Callable = lambda bench, hparams: bench.run(hparams)
     log_x: bool = False
@@ -115,17 +109,13 @@ class Study:
         changes = {name: self.variants[name] for name in names}
         options.set = [f"{name}:{','.join(filter(None, [changes[name], options.all]))}"
                        for name in names]  # fmt: skip
-        options.variants, options.measure = [], list(self.measure)
+        options.variants, options.measure = [], [CAPABILITY]
         options.stats_dir = "data/stats"
         return options
 
     def report(self, folder):
         """Writes summary.json, table.md and study.png; returns the table and the verdict."""
-        runs = report.runs_in(folder)
-        if not runs:
-            raise DataError(
-                f"{folder / report.RUNS} holds no runs. Make some first, without `--draw-only`."
-            )
+        runs = report.some_runs_in(folder)
         rows = report.summaries(runs)
         said = self.claim([row for row in rows if row["figures"]])
         write_json(folder / "summary.json", {"rows": rows, "paper": self.paper, "seen": said})
@@ -139,7 +129,7 @@ class Study:
 
     def picture(self, rows, model):
         """A panel for each figure, a line for each series, the spread over seeds as bars."""
-        keys = [key for key in self.figures if any(key in row["figures"] for row in rows)]
+        keys = [key for key in FIGURES if any(key in row["figures"] for row in rows)]
         figure = new_figure(4.0 * len(keys), 4.4, [f"{model}: {self.title}"])
         names = list(dict.fromkeys(self.series(row) for row in rows))
         places = list(dict.fromkeys(self.x(row) for row in rows))
@@ -147,7 +137,7 @@ class Study:
         handles = {}
         for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
             open_axes(axes)
-            factor = 1 if key in _NOT_SHARES else 100
+            factor = 1 if key == "kl" else 100
             for i, name in enumerate(names):
                 own = [row for row in rows if self.series(row) == name and key in row["figures"]]
                 if not own:
@@ -183,6 +173,27 @@ def loaded(options):
     return load_model(LocFTBFHyperParams.from_mapping(values, source=options.hparams))
 
 
+def rewritten(options, folder, suffix, change_):
+    """Writes each file with its requests changed, beside the file itself; returns the paths.
+
+    Args:
+        options: What was asked for.
+        folder: Where the new files go.
+        suffix: What is added to a file's name.
+        change_: Changes a file's requests in place.
+    """
+    paths = []
+    for path in options.data:
+        requests = read_requests(path)
+        change_(requests)
+        new = folder / f"{Path(path).stem}{suffix}.json"
+        with output_errors(new):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(new, json.dumps(requests, ensure_ascii=False).encode())
+        paths += [path, str(new)]
+    return paths
+
+
 def file_of(row):
     """A row's file, without its ending."""
     return Path(row["data"]).stem
@@ -190,8 +201,8 @@ def file_of(row):
 
 def by_file(rows):
     """Rows of the same file together: (its name, the rows)."""
-    for (data,), own in report.grouped(rows, "data").items():
-        yield Path(data).stem, own
+    for own in report.grouped(rows, "data").values():
+        yield file_of(own[0]), own
 
 
 def percent(row, key="reliability"):

@@ -167,11 +167,7 @@ class Checkpoints:
         ]
         n_steps = len(progress.step_losses)
         in_epoch = n_steps - progress.epoch * (n_batches or 0)
-        if (
-            n_batches
-            and not progress.depth_first
-            and not 0 <= in_epoch == progress.step <= n_batches
-        ):
+        if n_batches and not (progress.depth_first or 0 <= in_epoch == progress.step <= n_batches):
             problems.append(f"{n_steps} steps do not fit {progress.epoch} epochs of {n_batches}.")
         if problems:
             raise CheckpointError(one_message(f"{self.path} cannot be resumed:", problems))
