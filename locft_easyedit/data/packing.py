@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,9 @@ class Rows:
         state_index: Where each cell's hidden state lies in a store of all states, [R, L]; -1 in
             filler cells. Another number, because the last token of a sequence is never run.
         position_ids: Position of each token within its own sequence, [R, L].
-        attention_mask: [R, L] of 0 and 1, or `None` for packed rows, which transformers masks
-            block by block where the positions start again; of rows in which sequences share
-            beginnings [R, 1, L, L] bool (see `lay_out_shared`).
+        attention_mask: [R, L] of 0 and 1; `None` for packed rows, which a model masks block by
+            block where the positions start again; or what it is given instead, [R, 1, L, L] or one
+            such mask for each type of layer.
         scored: Cells (flat, in R * L) whose logits predict a target token, [S]. In rows of a
             fixed shape there are more, of which the first S count.
         label_index: Where the predicted tokens lie in the flat ids, [S].
@@ -35,7 +35,7 @@ class Rows:
     token_index: torch.Tensor
     state_index: torch.Tensor
     position_ids: torch.Tensor
-    attention_mask: torch.Tensor | None
+    attention_mask: torch.Tensor | dict[str, torch.Tensor] | None
     scored: torch.Tensor
     label_index: torch.Tensor
     owner: torch.Tensor
@@ -52,12 +52,23 @@ class Rows:
 
     def to(self, device: torch.device) -> Rows:
         """Returns the rows on `device`."""
-        moved: dict[str, Any] = {}
-        for name, tensor in vars(self).items():
-            if tensor is not None and device.type == "cuda":
-                tensor = tensor.pin_memory()  # a copy from pageable memory would wait for the GPU
-            moved[name] = None if tensor is None else tensor.to(device, non_blocking=True)
-        return Rows(**moved)
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: moved(one) for key, one in value.items()}
+            if value is not None and device.type == "cuda":
+                value = value.pin_memory()  # a copy from pageable memory would wait for the GPU
+            return None if value is None else value.to(device, non_blocking=True)
+
+        return Rows(**{name: moved(value) for name, value in vars(self).items()})
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yields all tensors."""
+        for value in vars(self).values():
+            if isinstance(value, dict):
+                yield from value.values()
+            elif value is not None:
+                yield value
 
 
 def lay_out(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
@@ -26,29 +27,42 @@ def run_layout(model: PreTrainedModel, rows: Rows, **inputs: torch.Tensor) -> An
         **inputs: `input_ids`, [R, L], or `inputs_embeds`, [R, L, D].
     """
     first = first_position(model)
-    mask: Any = rows.attention_mask
-    if mask is None and model in _given_masks:
-        mask = packed_masks(model, rows.position_ids)
-    elif mask is not None and mask.dtype == torch.bool:  # eager attention adds it
-        nothing = torch.zeros((), dtype=model.dtype, device=mask.device)
-        mask = nothing.masked_fill(~mask, torch.finfo(model.dtype).min)
     return model(
         **inputs,
         position_ids=rows.position_ids + first if first else rows.position_ids,
-        attention_mask=mask,
+        attention_mask=rows.attention_mask,
         use_cache=False,
     )
 
 
 def give_masks(model: PreTrainedModel, given: bool = True) -> None:
-    """Lets `run_layout` give a model the masks of packed rows, or no longer.
-
-    For models whose own code makes masks without `position_ids`, and so takes a row for one text.
-    """
+    """Lets `with_masks` make a model's masks of packed rows, or leaves them to the model again."""
     (_given_masks.add if given else _given_masks.discard)(model)
 
 
-def packed_masks(model: PreTrainedModel, position_ids: torch.Tensor) -> Any:
+def with_masks(model: PreTrainedModel, rows: Rows) -> Rows:
+    """Returns packed rows with the masks that the model is given for them.
+
+    Made where rows are laid out, ahead of their step: a model that makes them itself looks for the
+    texts in its rows in every pass, and waits for the GPU to say whether there are several. Some
+    make them without `position_ids`, and so take a row for one text.
+
+    Args:
+        model: A causal language model.
+        rows: The layout, on the host.
+    """
+    mask = rows.attention_mask
+    if mask is None and model in _given_masks:
+        mask = packed_masks(model, rows.position_ids)
+    elif isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:  # eager attention adds it
+        nothing = torch.zeros((), dtype=model.dtype)
+        mask = nothing.masked_fill(~mask, torch.finfo(model.dtype).min)
+    return replace(rows, attention_mask=mask)
+
+
+def packed_masks(
+    model: PreTrainedModel, position_ids: torch.Tensor
+) -> torch.Tensor | dict[str, torch.Tensor] | None:
     """Returns the masks of packed rows as transformers makes them; `None` if it does not here.
 
     Args:
@@ -63,7 +77,7 @@ def packed_masks(model: PreTrainedModel, position_ids: torch.Tensor) -> Any:
     except ImportError:
         return None
     known = inspect.signature(masks_of).parameters
-    return masks_of(
+    masks = masks_of(
         config=model.config,
         # Of these the shape and the type count alone.
         inputs_embeds=torch.empty((*position_ids.shape, 0), dtype=model.dtype,
@@ -72,6 +86,8 @@ def packed_masks(model: PreTrainedModel, position_ids: torch.Tensor) -> Any:
         position_ids=position_ids,
         **{name: None for name in ("cache", "past_key_values", "cache_position") if name in known},
     )  # fmt: skip
+    all_ = masks.values() if isinstance(masks, dict) else [masks]
+    return masks if all(isinstance(mask, torch.Tensor) for mask in all_) else None
 
 
 def first_position(model: PreTrainedModel) -> int:

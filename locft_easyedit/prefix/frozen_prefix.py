@@ -23,7 +23,7 @@ from ..data.packing import Rows, lay_out
 from ..data.sharing import lay_out_shared
 from ..data.tokenization import TokenizedTexts
 from ..modeling.devices import input_device, row_length
-from ..modeling.forward import run_layout
+from ..modeling.forward import run_layout, with_masks
 from ..utils.hashing import arrays_sha256, json_sha256
 from .cut import Cut
 from .state_file import StateFile
@@ -72,11 +72,11 @@ class Layout:
             first_position=self.first_position,
             fixed=self.fixed,
         )
-        if not self.shared:
-            return rows
-        at_most = _FEWER * rows.token_index.numel()
-        fewer = lay_out_shared(self.texts, batch, row_tokens=row_tokens, at_most=at_most)
-        return rows if fewer is None else fewer
+        if self.shared:
+            at_most = _FEWER * rows.token_index.numel()
+            fewer = lay_out_shared(self.texts, batch, row_tokens=row_tokens, at_most=at_most)
+            rows = rows if fewer is None else fewer
+        return with_masks(model, rows)
 
     def batches(self, batch_size: int, only: np.ndarray | None = None) -> list[np.ndarray]:
         """Returns the sequences, or those of `only`, in batches, those of most cells first.

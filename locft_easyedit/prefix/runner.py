@@ -45,9 +45,9 @@ class Prepared:
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yields what lies on the device."""
-        for value in (*vars(self.rows).values(), self.states):
-            if value is not None:
-                yield value
+        yield from self.rows.tensors()
+        if self.states is not None:
+            yield self.states
 
 
 class TextRunner:
