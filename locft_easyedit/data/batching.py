@@ -15,8 +15,12 @@ from ..utils.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
-# Of a fixed shape: all its cells and rows at most, and what columns are a multiple of.
-_CELLS, _MOST_ROWS, _COLUMNS = 512, 32, 8
+# Of a fixed shape: what columns are a multiple of, and the fewest that the number of rows is for.
+_COLUMNS, _FEW_COLUMNS = 8, 16
+# All its cells, by the device: 512 keep a CPU busy. On a GPU that has not been measured.
+_CELLS, _CELLS_GPU = 512, 4096
+# Tokens of a pass that gives hidden states alone: large products, small activations.
+_TOKENS = 8192
 
 
 def length_sorted_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
@@ -28,7 +32,7 @@ def length_sorted_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarr
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def fixed_batches(lengths: np.ndarray, scored: np.ndarray) -> list[np.ndarray]:
+def fixed_batches(lengths: np.ndarray, scored: np.ndarray, cells: int) -> list[np.ndarray]:
     """Returns the indices of all sequences in batches that run in one of few fixed shapes.
 
     In which shape a sequence runs depends on nothing but itself (see `fixed_shape`).
@@ -36,8 +40,10 @@ def fixed_batches(lengths: np.ndarray, scored: np.ndarray) -> list[np.ndarray]:
     Args:
         lengths: Tokens of each sequence that are run, [N].
         scored: Positions of each whose logits are wanted, [N].
+        cells: As for `fixed_shape`.
     """
-    shapes = [fixed_shape(*pair) for pair in zip(lengths.tolist(), scored.tolist(), strict=True)]
+    both = zip(lengths.tolist(), scored.tolist(), strict=True)
+    shapes = [fixed_shape(*pair, cells) for pair in both]
     members: dict[FixedShape, list[int]] = {}
     for i, shape in enumerate(shapes):
         members.setdefault(shape, []).append(i)
@@ -46,6 +52,16 @@ def fixed_batches(lengths: np.ndarray, scored: np.ndarray) -> list[np.ndarray]:
         for shape in sorted(members, key=lambda shape: (-shape.columns, -shape.scored))
         for first in range(0, len(members[shape]), shape.rows)
     ]
+
+
+def cells_of(device: str) -> int:
+    """Returns the cells of fixed shapes on a kind of device (`cpu`, `cuda`)."""
+    return _CELLS_GPU if device == "cuda" else _CELLS
+
+
+def sequences_a_pass(tokens: float) -> int:
+    """Returns how many sequences, of so many tokens in the mean, give their states in one pass."""
+    return max(1, int(_TOKENS / max(1.0, tokens)))
 
 
 @dataclass(frozen=True)
@@ -57,16 +73,20 @@ class FixedShape:
     scored: int
 
 
-def fixed_shape(length: int, scored: int) -> FixedShape:
+def fixed_shape(length: int, scored: int, cells: int) -> FixedShape:
     """Returns the shape in which a sequence runs where rounding must not depend on the others.
 
     In half precision the last bits of a logit, and with them the choice between two tokens that
     are close, follow from how the products of matrices are divided up. That depends on their
-    shape, and not on what other rows hold. Shapes of 512 cells keep a processor busy, and few
-    shapes waste few rows.
+    shape, and not on what other rows hold. Few shapes waste few rows.
+
+    Args:
+        length: Tokens of the sequence that are run.
+        scored: Positions of it whose logits are wanted.
+        cells: Cells of a shape, about as many as keep the device busy.
     """
     columns = -(-max(length, 1) // _COLUMNS) * _COLUMNS
-    rows = max(1, min(_MOST_ROWS, _CELLS // columns))
+    rows = max(1, cells // max(columns, _FEW_COLUMNS))
     return FixedShape(
         rows, columns, _COLUMNS * 2 ** max(0, math.ceil(math.log2(max(scored, 1) / _COLUMNS)))
     )

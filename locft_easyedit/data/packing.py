@@ -78,7 +78,7 @@ def lay_out(
     row_tokens: int,
     packed: bool,
     first_position: np.ndarray | None = None,
-    fixed: bool = False,
+    fixed: int = 0,
 ) -> Rows:
     """Lays out the sequences `indices` of `texts` in rows, each without its last token.
 
@@ -91,14 +91,14 @@ def lay_out(
         row_tokens: Packed rows hold at most this many tokens, or one longer sequence.
         packed: Several sequences a row; else one a row, padded on the right.
         first_position: Position of each sequence's first token, [N]; 0 if not given.
-        fixed: Give rows that are not packed the fixed shape of the sequences (see `fixed_shape`):
-            more rows, which repeat the first, and more columns.
+        fixed: Give rows that are not packed the fixed shape, of so many cells, of the sequences
+            (see `fixed_shape`): more rows, which repeat the first, and more columns; 0 does not.
     """
     indices = np.asarray(indices, np.int64)
     n_scored = (texts.lengths - texts.target_start)[indices]
     shape = None
     if fixed and not packed:
-        shape = fixed_shape(int(texts.input_lengths[indices].max()), int(n_scored.max()))
+        shape = fixed_shape(int(texts.input_lengths[indices].max()), int(n_scored.max()), fixed)
         more = max(0, shape.rows - len(indices))
         indices = np.concatenate([indices, np.repeat(indices[:1], more)])
         n_scored = np.concatenate([n_scored, np.zeros(more, np.int64)])

@@ -24,9 +24,7 @@ from ..modeling.suitability import generation_ends
 from ..prefix.probes import MOST_TOLERATED, REFUSALS, TOLERANCE, relative_error
 from ..prefix.runner import TextRunner
 from .answers import STOPS
-from .predictions import (
-    in_fixed_shapes,
-)
+from .predictions import fixed_cells
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +64,8 @@ def decode_(
     """
     if not len(lengths):
         return
-    if in_fixed_shapes(model):
-        batches = fixed_batches(lengths, np.ones_like(lengths))
+    if cells := fixed_cells(model):
+        batches = fixed_batches(lengths, np.ones_like(lengths), cells)
     else:
         batches = length_sorted_batches(lengths, batch_size)
     with evaluation_mode(model):
@@ -87,10 +85,10 @@ def _decode_cached(
     model: Any, texts: np.ndarray, grown: list[list[int]], pick: Pick, done: Done
 ) -> None:
     """Appends tokens to texts that are padded on the left, with a cache."""
-    device, fixed = input_device(model), in_fixed_shapes(model)
+    device, fixed = input_device(model), fixed_cells(model)
     width, n_rows = max(map(len, grown)), len(grown)
     if fixed:
-        shape = fixed_shape(width, 1)
+        shape = fixed_shape(width, 1, fixed)
         width, n_rows = shape.columns, max(shape.rows, n_rows)
     # Any token fills the left side: the mask hides it.
     ids, mask = padded_left(grown + grown[:1] * (n_rows - len(grown)), 0, width)
@@ -152,7 +150,7 @@ def _next_logits(model: Any, sequences: Sequence[list[int]]) -> torch.Tensor:
     """Returns the logits after each of B texts, [B, V], without a cache."""
     # What comes last is only predicted: any token holds its place.
     texts = TokenizedTexts.from_lists([[*ids, 0] for ids in sequences], [*map(len, sequences)])
-    fixed = in_fixed_shapes(model)
+    fixed = fixed_cells(model)
     runner = TextRunner(model, texts, row_tokens=1, packed=False, prefix=None, fixed=fixed)
     return runner.logits(np.arange(len(texts)))[0]
 

@@ -27,7 +27,7 @@ from .predictions import (
     ArgmaxPredictor,
     EvalConfig,
     Wrapper,
-    in_fixed_shapes,
+    fixed_cells,
     too_close,
 )
 
@@ -230,7 +230,7 @@ class GreedyDecoder:
     ) -> torch.Tensor:
         best = logits.topk(2, dim=-1)
         tokens = best.indices[:, 0].clone()
-        if in_fixed_shapes(self.model):
+        if fixed_cells(self.model):
             near = torch.zeros_like(tokens, dtype=torch.bool)
         else:
             near = too_close(best.values, self.model)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..data.batching import in_batches
+from ..data.batching import cells_of, in_batches
 from ..data.packing import Rows
 from ..data.tokenization import TokenizedTexts
 from ..modeling.devices import input_device
@@ -180,7 +180,7 @@ class TextPasses:
         self.how = how
         self.first_position = first_position
         check_ids(model, texts.ids)
-        self.fixed = in_fixed_shapes(model) and how.wrapper is None
+        self.fixed = fixed_cells(model) if how.wrapper is None else 0
         self._packed = False if self.fixed or how.wrapper is not None else how.packed
         self._anywhere = how.packed_anywhere
         self._prefix: FrozenPrefix | None = None
@@ -371,9 +371,9 @@ class ArgmaxPredictor(TextPasses):
         return output.logits[0, int(texts.target_start[i]) - 1 :].argmax(-1).tolist()
 
 
-def in_fixed_shapes(model: PreTrainedModel) -> bool:
-    """Returns whether a model's texts run in fixed shapes: if its numbers have half precision."""
-    return model.dtype != torch.float32
+def fixed_cells(model: PreTrainedModel) -> int:
+    """Returns the cells of the fixed shapes in which a model's texts run; 0 in float32: in none."""
+    return 0 if model.dtype == torch.float32 else cells_of(input_device(model).type)
 
 
 def warn_close(n: int, of: int) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..data.batching import fixed_shape
+from ..data.batching import cells_of, fixed_shape
 from ..hparams import torch_dtype
 from ..modeling.cross_entropy import LOGITS_AT_ONCE
 from .memory_parts import Part
@@ -161,7 +161,8 @@ def phases(run: Run, parts: Sequence[Part]) -> list[Phase]:
     prompts = work.eval_tokens
     if setting.itemsize < 4:  # in fixed shapes: columns up to the next of eight, padding runs too
         length = round(work.run_tokens)
-        prompts *= fixed_shape(length, 1).columns / length
+        cells = cells_of("cpu" if run.machine.gpu is None else "cuda")
+        prompts *= fixed_shape(length, 1, cells).columns / length
     below, upper = prefix_flop(shapes, work, "layer"), evaluation_flop(shapes, work)
     if any(part.name == PROMPTS_PREFIX for part in parts):
         # Layers that are streamed come by once, for edits and prompts alike.

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..data.batching import sequences_a_pass
 from ..hparams import torch_dtype
 from ..modeling.cross_entropy import LOGITS_AT_ONCE
 from .activations import LayerActivations
@@ -121,7 +122,10 @@ def working_parts(run: Run, saved: Sequence[LayerActivations]) -> list[Part]:
     `saved` is what autograd keeps of each layer from the first trained one up.
     """
     shapes, setting, work, device = run.shapes, run.setting, run.work, run.machine.device
-    n_texts = min(work.eval_batch_size, work.n * work.recorded_texts)
+    at_once = work.eval_batch_size
+    if device == "gpu":
+        at_once = max(at_once, sequences_a_pass(work.run_tokens))
+    n_texts = min(at_once, work.n * work.recorded_texts)
     passing = work.cells(n_texts * work.run_tokens) * max(one.total for one in saved)
     scored = min(work.eval_batch_size, work.n) * work.targets if work.evaluate else 0.0
     logits = scored * shapes.vocab * (setting.itemsize + 4)

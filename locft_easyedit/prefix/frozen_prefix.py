@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..data.batching import fixed_batches, in_batches, length_sorted_batches
+from ..data.batching import fixed_batches, in_batches, length_sorted_batches, sequences_a_pass
 from ..data.packing import Rows, lay_out
 from ..data.sharing import lay_out_shared
 from ..data.tokenization import TokenizedTexts
@@ -43,7 +43,7 @@ class Layout:
         row_tokens: As for `lay_out`, like those below.
         packed: Whether rows hold several sequences.
         first_position: Position of each sequence's first token, [N]; `None` for 0.
-        fixed: Whether rows have fixed shapes.
+        fixed: Cells of the fixed shapes that rows have; 0 for none.
         shared: Whether beginnings that texts of a packed row have in common are there once, where
             that makes rows notably fewer. Such rows can be run, but not recorded: not every token
             of each text is in them.
@@ -53,7 +53,7 @@ class Layout:
     row_tokens: int
     packed: bool
     first_position: np.ndarray | None = None
-    fixed: bool = False
+    fixed: int = 0
     shared: bool = False
 
     @property
@@ -90,8 +90,20 @@ class Layout:
             batches = length_sorted_batches(self.texts.lengths[indices], batch_size)
         else:
             n_scored = (self.texts.lengths - self.texts.target_start)[indices]
-            batches = fixed_batches(self.texts.input_lengths[indices], n_scored)
+            batches = fixed_batches(self.texts.input_lengths[indices], n_scored, self.fixed)
         return [indices[batch] for batch in batches]
+
+    def recorded(self, device: torch.device, batch_size: int) -> list[np.ndarray]:
+        """Returns the sequences in the batches in which their states are recorded.
+
+        Args:
+            device: On a GPU batches are larger, which smaller ones would leave idle.
+            batch_size: Sequences a batch.
+        """
+        more = (
+            sequences_a_pass(float(self.texts.input_lengths.mean())) if device.type == "cuda" else 0
+        )
+        return self.batches(max(batch_size, more))
 
     def key(self) -> str:
         """Returns what tells these texts in these rows from all others.
@@ -258,7 +270,7 @@ class FrozenPrefix:
 
         try:
             in_batches(
-                layout.batches(batch_size),
+                layout.recorded(ids.device, batch_size),
                 run,
                 description="frozen prefix",
                 unit="edit",

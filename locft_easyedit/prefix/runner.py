@@ -63,7 +63,8 @@ class TextRunner:
         first_position: As for `lay_out`.
         tail: Lets the end of the model run at scored positions alone; `None` runs it everywhere.
         head: The output head, for losses in chunks; `None` takes the model's own logits.
-        fixed: Whether rows have fixed shapes, in which a text's logits depend on no other text.
+        fixed: Cells of the fixed shapes that rows have, in which a text's logits depend on no other
+            text; 0 for none.
         shared: Whether beginnings that texts of a packed row have in common run once.
     """
 
@@ -78,7 +79,7 @@ class TextRunner:
         first_position: np.ndarray | None = None,
         tail: Tail | None = None,
         head: Head | None = None,
-        fixed: bool = False,
+        fixed: int = 0,
         shared: bool = False,
     ) -> None:
         self.model = model

@@ -19,6 +19,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..data.batching import sequences_a_pass
 from ..modeling.devices import input_device, module_device
 from ..modeling.layer_trace import n_returned, tracing
 from ..modeling.places import LayerList, find_layers
@@ -29,7 +30,6 @@ from .prefetch import SideStreams, prefetch
 from .store import StateStore
 
 _MOST_RETURNED = 3  # values in the tuple of a layer
-_TOKENS = 8192  # tokens a forward pass through one layer: large products, small activations
 
 
 class FrozenStream:
@@ -251,8 +251,7 @@ class FrozenStream:
     ) -> None:
         texts = layout.texts
         ids = torch.from_numpy(texts.ids).to(self.device)
-        mean = max(1.0, float(texts.input_lengths.mean()))
-        for batch in layout.batches(max(1, int(_TOKENS / mean))):
+        for batch in layout.batches(sequences_a_pass(float(texts.input_lengths.mean()))):
             rows = layout.rows(self.model, batch)
             keeping = exit_.recording(partial(target.put_rows, rows), go_on=False)
             prefix.run(rows, ids, keeping, entry, source)

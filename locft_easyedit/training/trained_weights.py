@@ -56,8 +56,10 @@ class TrainedWeights:
             gradient = self.parameters[name].grad
             if gradient is not None:
                 # Micro-batches add up in float32: eight bits of mantissa would lose the small ones.
-                added = gradient.float() / self.loss_scale
-                master.grad = added if master.grad is None else master.grad + added
+                added = gradient.float()
+                if self.loss_scale != 1.0:
+                    added = added / self.loss_scale
+                master.grad = added if master.grad is None else master.grad.add_(added)
                 self.parameters[name].grad = None
 
     def gradients_(self) -> Iterator[torch.Tensor]:

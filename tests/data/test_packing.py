@@ -12,6 +12,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from locft_easyedit.data.batching import length_sorted_batches
 from locft_easyedit.data.packing import lay_out
 from locft_easyedit.data.tokenization import TokenizedTexts
+from locft_easyedit.prefix.frozen_prefix import Layout
 
 
 class Case:
@@ -221,3 +222,12 @@ def test_length_sorted_batches(batch_size):
     assert order == sorted(range(23), key=lambda i: (-lengths[i], i))
     assert {len(batch) for batch in batches[:-1]} <= {batch_size}
     assert 1 <= len(batches[-1]) <= batch_size
+
+
+def test_states_are_recorded_in_larger_batches_on_a_gpu():
+    texts = TokenizedTexts.from_lists([[1] * 9] * 3000, [8] * 3000)  # of which eight tokens run
+    layout = Layout(texts, 64, packed=True)
+    on_cpu, on_gpu = (layout.recorded(torch.device(d), 64) for d in ("cpu", "cuda"))
+    assert [len(batch) for batch in on_gpu] == [1024, 1024, 952]
+    assert {len(batch) for batch in on_cpu[:-1]} == {64}
+    assert len(layout.recorded(torch.device("cuda"), 2000)[0]) == 2000

@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers.toys import toy_hparams, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit.data.batching import fixed_batches, fixed_shape
+from locft_easyedit.data.batching import cells_of, fixed_batches, fixed_shape
 from locft_easyedit.evaluation.decoding import can_batch_cache
 from locft_easyedit.evaluation.evaluation import PLAIN_METRICS, Evaluation
 from locft_easyedit.evaluation.predictions import EvalConfig
@@ -61,7 +61,7 @@ def test_no_text_is_run_again():
         lambda _, args, given: rows.append(given["input_ids"].shape), with_kwargs=True
     )
     evaluation.measure()
-    assert all(shape == (fixed_shape(shape[1], 1).rows, shape[1]) for shape in rows)
+    assert all(shape == (fixed_shape(shape[1], 1, 512).rows, shape[1]) for shape in rows)
     n_texts = len(evaluation._accuracy.texts)
     shapes = len(set(rows))
     assert len(rows) <= n_texts / min(shape[0] for shape in rows) + 2 * shapes + 2
@@ -87,18 +87,22 @@ def test_rows_that_depend_on_others_are_noticed(caplog):
     assert "`dtype: float32` decides them" in caplog.text
 
 
-def test_fixed_shapes():
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_fixed_shapes(device):
+    cells = cells_of(device)
     for length in range(1, 700):
-        shape = fixed_shape(length, 3)
+        shape = fixed_shape(length, 3, cells)
         assert shape.columns >= length > shape.columns - 8
-        assert 1 <= shape.rows <= 32
-        assert shape.rows * shape.columns <= max(512, shape.columns)
+        assert 1 <= shape.rows <= cells // 16
+        assert shape.rows * shape.columns <= max(cells, shape.columns)
     random = np.random.default_rng(0)
     lengths, scored = random.integers(1, 60, 200), random.integers(1, 40, 200)
-    batches = fixed_batches(lengths, scored)
+    batches = fixed_batches(lengths, scored, cells)
     assert sorted(np.concatenate(batches).tolist()) == list(range(200))
     for batch in batches:
-        shapes = {fixed_shape(*pair) for pair in zip(lengths[batch], scored[batch], strict=True)}
+        shapes = {
+            fixed_shape(*pair, cells) for pair in zip(lengths[batch], scored[batch], strict=True)
+        }
         [shape] = shapes
         assert len(batch) <= shape.rows
         assert scored[batch].max() <= shape.scored

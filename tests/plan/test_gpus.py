@@ -82,7 +82,7 @@ def test_larger_mini_batches_are_dealt_out_more_evenly():
 def test_step_of_one_gpu_by_hand():
     step = plan_for().step()
     layer = 4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * TRAINED + 2 * 4096
-    chunks = math.ceil(430 * 128256 / 2**25)
+    chunks = math.ceil(430 * 128256 / 2**26)
     moved = 2 * (TRAINED + 2 * 9 * layer + 2 * chunks * 4096 * 128256) + 8 * TRAINED
     assert step.weight_bytes == moved
     assert step.adam_bytes == (28 + 4 + 2) * TRAINED

@@ -148,7 +148,7 @@ def test_forms_are_recorded_once_and_some_run_in_a_step():
         token += max(scored * mlp, attention + 4096 * 2 - scored * mlp)
         assert told["activations"] == pytest.approx(rows * 64 * token)
         n_scored = 100 * (1 + k) * 4.3
-        chunk = min(n_scored * 128256, 2**25)
+        chunk = min(n_scored * 128256, 2**26)
         assert told["cross-entropy"] == pytest.approx(chunk * 6 + 2 * n_scored * 4096 * 2)
 
 
@@ -183,7 +183,7 @@ def test_work_of_forms_by_hand():
     assert plan.phases[1].flop == pytest.approx(alone.phases[1].flop * recorded)
     assert [p.flop for p in plan.phases[3:]] == [p.flop for p in alone.phases[3:]]
     # More chunks of logits read the head more often.
-    chunks = [math.ceil(n * 430 * 128256 / 2**25) for n in (1, 3)]
+    chunks = [math.ceil(n * 430 * 128256 / 2**26) for n in (1, 3)]
     more = weight_bytes(plan.chosen.run)
     more -= weight_bytes(alone.chosen.run)
     assert more == 2 * 2 * (chunks[1] - chunks[0]) * 4096 * 128256
