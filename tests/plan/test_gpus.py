@@ -109,10 +109,8 @@ def test_step_of_several_gpus_by_hand():
     assert 17 < share < 18.5
     assert step.flop == pytest.approx(alone.flop * share / 100)
     assert step.seconds["compute"] == pytest.approx(alone.seconds["compute"] * share / 100)
-    # However few its tokens, a rank reads every weight; its logits fit in one chunk.
-    assert step.seconds["weights"] == pytest.approx(
-        alone.seconds["weights"] - 2 * 2 * 4096 * 128256 / 2.8e12
-    )
+    # However few its tokens, a rank reads every weight.
+    assert step.seconds["weights"] == alone.seconds["weights"]
     assert step.seconds["launches"] == alone.seconds["launches"]
     assert step.seconds["Adam"] == alone.seconds["Adam"]
     assert step.seconds["gradient exchange"] == pytest.approx(2 * 7 / 8 * 4 * TRAINED / 300e9)
