@@ -301,17 +301,19 @@ def ceilings(check):
 
 
 def steps(check):
-    """One mini-batch again and again, with rows of several lengths."""
+    """One mini-batch again and again: rows of several lengths, and less of what makes it fast."""
     model, sizes = check.model(), check.whole
     tokenizer, batch = check.inputs(sizes, sizes.batch)
     flop = step_flop(model, sizes.layer, batch, tokenizer)
     found, repeats = {"TFLOP": flop / 1e12}, 10 if check.cuda else 1
-    for row_tokens in ROW_TOKENS if check.cuda else ROW_TOKENS[:1]:
+    variants = [(n, ()) for n in (ROW_TOKENS if check.cuda else ROW_TOKENS[:1])]
+    variants += [(ROW_TOKENS[0], ("shared",)), (ROW_TOKENS[0], ("shared", "masks"))]
+    for row_tokens, without in variants:
         options = SimpleNamespace(**vars(sizes) | {"row_tokens": row_tokens, "n": len(batch)})
         hparams = one_step(options, sizes.layer, {})
-        with Ours(model, tokenizer, batch, hparams) as ours:
+        with Ours(model, tokenizer, batch, hparams, without) as ours:
             ms = event_ms(ours.step, check.device, repeats)
-            found[f"rows of {row_tokens}"] = {
+            found[" - ".join([f"rows of {row_tokens}", *without])] = {
                 "ms": ms, "TFLOP/s": flop / ms / 1e9, "loss": ours.step(),
                 **by_kind(ours.step, check.device, min(repeats, 5)),
                 "waits, one of which is the benchmark's": waits(ours.step, check.device),

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from locft_easyedit.data.readers import read_requests
 from locft_easyedit.hparams import LocFTBFHyperParams
+from locft_easyedit.modeling.forward import give_masks
 from locft_easyedit.modeling.loading import load_causal_lm
 from locft_easyedit.training.session import EditSession
 from locft_easyedit.training.step import TrainingStep
@@ -102,7 +103,7 @@ class Ours:
         tokenizer: Its tokenizer.
         requests: The edits.
         hparams: See `one_step`.
-        without: Parts of a fast forward pass that are left out: `tail`, `head`, `shared`.
+        without: Parts of a fast forward pass that are left out: `tail`, `head`, `shared`, `masks`.
     """
 
     def __init__(self, model, tokenizer, requests, hparams, without=()):
@@ -111,7 +112,8 @@ class Ours:
 
     def __enter__(self):
         session = self.session.__enter__()
-        for name in self.without:
+        give_masks(session.model, "masks" not in self.without)
+        for name in set(self.without) - {"masks"}:
             setattr(session._runner, name, None)
         edits, protection = np.arange(len(session.edits.edits)), session._protection
         self.change = session._edit_runner.confined_()
