@@ -36,7 +36,7 @@ from tiny_models import N_LAYERS, NO_LANGUAGE_MODEL, WORDS, tiny_model
 from locft_easyedit.errors import LocFTError
 from locft_easyedit.evaluation.decoding import can_batch_cache
 from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.modeling.places import find_locations
+from locft_easyedit.modeling.locations import find_locations
 from locft_easyedit.plan.reader import ModelReader
 from locft_easyedit.prefix.probes import Probes
 from locft_easyedit.training.session import EditSession

@@ -25,6 +25,7 @@ from ..hparams import ALG_NAME, LocFTBFHyperParams
 from ..modeling.devices import input_device
 from ..modeling.fsdp import sharded_layers
 from ..modeling.loading import load_model
+from ..modeling.parameter_slices import parameters_named
 from ..training.result import EditResult
 from ..training.rewordings.writers import check_writer
 from ..training.session import EditSession
@@ -338,7 +339,7 @@ class LocFTBFMethods:
 
     def _begin(self) -> None:
         """Gives the model the weights that the next edit starts from."""
-        write_(dict(self.model.named_parameters()), self._original)
+        write_(parameters_named(self.model, self._original), self._original)
         self._original = {}
 
     def _trained(

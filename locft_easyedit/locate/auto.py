@@ -28,7 +28,8 @@ from ..distributed.world import World
 from ..errors import ModelError, NonFiniteLossError, RequestError
 from ..hparams import LocFTBFHyperParams
 from ..hparams_rules import AUTO
-from ..modeling.places import Location, Place, find_layers, match_parameters
+from ..modeling.locations import Location
+from ..modeling.places import Place, find_layers, match_parameters
 from ..training.choice import Cell, Choice, TrialScores, TriedPlace, keep_choice, kept_choice
 from ..training.identity import Identity
 from ..utils.progress import progress_bar

@@ -216,14 +216,14 @@ class _Watch:
     def _ran(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not (torch.is_grad_enabled() and args and output.requires_grad):
             return
-        given = args[0].detach()  # [R, L, in]
-        if tuple(given.shape[:2]) == self.shape and given.ndim == 3:
-            output.register_hook(partial(self._gradient, name, given.flatten(0, 1)))
+        given = args[0].detach()  # [R, L, in]; of an expert that all tokens share [R * L, in]
+        if tuple(given.shape[:-1]) in (self.shape, (math.prod(self.shape),)):
+            output.register_hook(partial(self._gradient, name, given.flatten(0, -2)))
 
     @torch.no_grad()
     def _gradient(self, name: str, given: torch.Tensor, gradient: torch.Tensor) -> None:
         """Takes the figures of a matrix from its inputs, [R * L, in], and outputs' gradients."""
-        back = gradient.flatten(0, 1)  # [R * L, out]
+        back = gradient.flatten(0, -2)  # [R * L, out]
 
         def cells(of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             where = of.to(given.device)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError, OutputError
 from ..hparams import LocFTBFHyperParams
-from ..modeling.places import MODULES, Location
+from ..modeling.locations import MODULES, Location
 from ..utils.files import output_errors
 from ..utils.run_folder import SettingsFile, refuse_differences
 from .identity import Identity

@@ -27,7 +27,8 @@ from locft_easyedit.locate import auto as once
 from locft_easyedit.locate.candidates import RUN_EPOCHS, Costs, diverse
 from locft_easyedit.locate.sensitivity import Sensitivity, sensitivities
 from locft_easyedit.modeling import device_map as offload
-from locft_easyedit.modeling.places import Location, find_layers
+from locft_easyedit.modeling.locations import Location
+from locft_easyedit.modeling.places import find_layers
 from locft_easyedit.training.choice import FILE_NAME, Choice
 
 ALL_AUTO = {"layers": "auto", "rewrite_module_tmp": "auto", "lr": "auto"}
@@ -463,7 +464,7 @@ def gradients(model, parameter, texts, labels_of=None):
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2_moe"])
 def test_sensitivities_are_those_of_plain_gradients(kind, packed, monkeypatch):
     from locft_easyedit.locate import sensitivity
 

@@ -18,7 +18,7 @@ from ...errors import HyperParamsError, OutputError, one_message
 from ...evaluation.records import CompactRecords
 from ...evaluation.summary import summarize
 from ...modeling.loading import model_without_weights, resolve_device
-from ...modeling.places import Location, find_locations
+from ...modeling.locations import Location, find_locations
 from ...training.choice import Cell
 from ...training.identity import run_settings
 from ...training.rewordings.writers import check_writer

@@ -25,7 +25,7 @@ from locft_easyedit.locate.study.study_outcome import (
     CellOutcome,
 )
 from locft_easyedit.locate.study.study_settings import StudySettings, coarse_to_fine
-from locft_easyedit.modeling.places import MODULES, Location
+from locft_easyedit.modeling.locations import MODULES, Location
 from locft_easyedit.training.choice import Cell
 from locft_easyedit.utils.subprocesses import WorkerPool
 
