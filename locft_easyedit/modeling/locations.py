@@ -27,8 +27,10 @@ _MLP = {
 }
 # Of the expert of a mixture that gets all tokens.
 _SHARED = {f"shared_{role}": names for role, names in _MLP.items()}
+# Of one routed expert, by what the module of all of them is called.
+EXPERT = {role: f"expert_{role}" for role in _MLP}
 WHOLE = ("mlp", "layer")
-MODULES = (*_ATTENTION, *_MLP, *_SHARED, *WHOLE)
+MODULES = (*_ATTENTION, *_MLP, *_SHARED, *EXPERT.values(), *WHOLE)
 _ATTENTION_NAMES = ("attn", "attention")
 
 
@@ -60,7 +62,8 @@ def find_locations(model: Any) -> list[Location]:
 
     A module that a layer does not have (a fused query-key-value projection in place of three) is
     simply absent. The routed experts of a mixture are one place together, and the expert that all
-    tokens share is another (`shared_down`). Weights need not be loaded.
+    tokens share is another (`shared_down`). Which single expert is worth a trial (`expert_down`) is
+    for a backward pass to tell. Weights need not be loaded.
 
     Raises:
         ModelError: The model's layers cannot be found.

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 
 _MATRICES = ("<", ">", "^", "d", "v", "p", "h", "8", "o")
 _SHARED = tuple((corners, 1, 0) for corners in (3, 4, 5, 6))  # stars
+_EXPERT = ("X", "H", "D", (7, 1, 0))
 # The whole MLP and the whole layer stand out: they are more than one matrix.
-_MARKERS: dict[str, Any] = dict(zip(MODULES, (*_MATRICES, *_SHARED, "s", "P"), strict=True))
+_MARKERS: dict[str, Any] = dict(
+    zip(MODULES, (*_MATRICES, *_SHARED, *_EXPERT, "s", "P"), strict=True)
+)
 _RELIABLE = 0.9
 _MOST_NUMBERS = 16
 _LABELS = {
