@@ -84,6 +84,21 @@ def named_among(
     return found
 
 
+def wholes_with(model: nn.Module, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns values by the names that the model itself has, for programs that know no slices.
+
+    Slices are put into copies of what the model holds of the fused parameters.
+    """
+    found = {name: value for name, value in values.items() if whole_name(name) == name}
+    parts = {name: value for name, value in values.items() if name not in found}
+    copies = parameters_named(model, dict.fromkeys(map(whole_name, parts)))
+    found |= {name: whole.detach().clone() for name, whole in copies.items()}
+    for name, value in parts.items():
+        whole, expert = split_name(name)
+        found[whole][int(expert or 0)] = value
+    return found
+
+
 def names_beside(
     names: Iterable[str], edited: Collection[str], n_experts: Callable[[str], int]
 ) -> list[str]:

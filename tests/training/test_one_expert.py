@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers.ledgers import new_ledger, opened
 from helpers.reference import naive_locft_bf
 from helpers.toys import toy_hparams, toy_model, toy_requests, toy_tokenizer
 
@@ -222,3 +223,18 @@ def test_a_kept_prefix_does_not_depend_on_the_expert(tmp_path):
     [file] = tmp_path.glob("prefix-*.safetensors")
     edited(model, prefix_dir=str(tmp_path), rewrite_module_tmp=f"{DOWN}[1]")
     assert list(tmp_path.glob("prefix-*.safetensors")) == [file]
+
+
+def test_a_ledger_keeps_one_expert(tmp_path):
+    settings = {"rewrite_module_tmp": f"{DOWN}[3]", "prefix_cut": "mlp"}
+    model, requests = toy_model("mixtral"), toy_requests(3)
+    ledger = new_ledger(tmp_path, model=model, **settings)
+    ledger.add(requests)
+    before, whole = toy_model("mixtral"), DOWN.format(2)
+    moved = model.get_parameter(whole) != before.get_parameter(whole)
+    assert moved[3].any()
+    assert not moved[:3].any()
+    again = opened(tmp_path, model=before)
+    assert torch.equal(again.model.get_parameter(whole), model.get_parameter(whole))
+    again.retract(since="2000-01-01", exact=True)
+    assert torch.equal(again.model.get_parameter(whole), toy_model("mixtral").get_parameter(whole))
