@@ -72,13 +72,16 @@ class _Grouped:
         outside = torch.ones(n_cells, dtype=torch.bool)
         outside[torch.cat([*groups])] = False
         # Backward runs what ran last first: the groups then come in their order.
-        self._parts = [(_OUTSIDE, outside.nonzero()[:, 0]), *reversed([*enumerate(groups)])]
+        parts = [(_OUTSIDE, outside.nonzero()[:, 0]), *reversed([*enumerate(groups)])]
+        self._parts = [(group, cells) for group, cells in parts if len(cells)]
         self._back = torch.cat([cells for _, cells in self._parts]).argsort()
         self._running = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
-        by_cell = given and all(t.ndim and len(t) == self._n_cells for t in given)
+        # Hidden states and where the router sends them; experts that are given sorted tokens are
+        # given the sizes of their shares instead.
+        by_cell = len(given) > 1 and all(t.ndim and len(t) == self._n_cells for t in given)
         if self._running or not by_cell or not torch.is_grad_enabled():
             return self._forward(*args, **kwargs)
         self._running = True

@@ -223,7 +223,9 @@ class _Watch:
             yield
 
     def _ran(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not (torch.is_grad_enabled() and args and output.requires_grad):
+        # A router may be a linear layer that returns more than one tensor.
+        made = isinstance(output, torch.Tensor) and output.requires_grad
+        if not (torch.is_grad_enabled() and args and made):
             return
         given = args[0].detach()  # [R, L, in]; of an expert that all tokens share [R * L, in]
         if tuple(given.shape[:-1]) in (self.shape, (math.prod(self.shape),)):

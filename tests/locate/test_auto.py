@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 from cli.test_edit import run
-from helpers.toys import loaded_hparams, toy_hparams, toy_model, toy_requests, toy_tokenizer
+from helpers.scripts import script_module
+from helpers.toys import (
+    REPOSITORY,
+    loaded_hparams,
+    toy_hparams,
+    toy_model,
+    toy_requests,
+    toy_tokenizer,
+)
 
 from locft_easyedit.api import edit_and_measure, edit_model, open_session, write_run
 from locft_easyedit.cli import edit
@@ -33,6 +41,7 @@ from locft_easyedit.modeling.parameter_slices import split_name, whole_name
 from locft_easyedit.modeling.places import find_layers
 from locft_easyedit.training.choice import FILE_NAME, Choice
 
+tiny_models = script_module(REPOSITORY / "benchmarks" / "checks" / "tiny_models.py")
 ALL_AUTO = {"layers": "auto", "rewrite_module_tmp": "auto", "lr": "auto"}
 N = 9
 
@@ -558,6 +567,23 @@ def test_sensitivities_are_those_of_plain_gradients(kind, packed, monkeypatch):
         assert figures[name].trace == pytest.approx(trace, rel=1e-4)
         moves = [float((step * total).sum()) / n_text**0.5 for total, _ in of_text]
         assert figures[name].moves == pytest.approx(moves, rel=2e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "told"),
+    [
+        ("phimoe", True),  # its router is a linear layer that returns three tensors
+        ("gpt_oss", True),  # stores [experts, in, out], with biases
+        ("llama4_text", False),  # gives every expert all tokens, scaled: no row is one of a token
+    ],
+)
+def test_experts_that_are_given_other_things_are_left_alone(model_type, told):
+    model, tokenizer = tiny_models.tiny_model(model_type).eval(), toy_tokenizer(pad_is_eos=True)
+    edits = distinct_edits(toy_requests(7)).edits
+    parts = [tokenize_edits(tokenizer, group) for group in (edits[:3], edits[3:5], edits[5:])]
+    figures = sensitivities(model, find_layers(model), *parts, packed=False)
+    assert any("o_proj" in name for name in figures)
+    assert any("down_proj[3]" in name for name in figures) == told
 
 
 def test_promise_is_a_gain_for_a_drift():
