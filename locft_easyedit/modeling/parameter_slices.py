@@ -54,8 +54,10 @@ def whole_name(name: str) -> str:
 def slice_index(text: str, shape: Iterable[int]) -> int | None:
     """Returns the expert that is named between brackets; `None` if this shape does not have it."""
     sizes = tuple(shape)
-    there = len(sizes) == 3 and text.isascii() and text.isdecimal() and len(text) < 10
-    return int(text) if there and int(text) < sizes[0] else None
+    is_number = len(sizes) == 3 and text.isascii() and text.isdecimal() and len(text) < 10
+    # Written in one way only: a parameter has one name.
+    there = is_number and str(int(text)) == text and int(text) < sizes[0]
+    return int(text) if there else None
 
 
 def whole_of(parameter: nn.Parameter) -> nn.Parameter:

@@ -164,7 +164,7 @@ def _match(
                 problems.append(problem)
             else:
                 part = parameter_slice(matches[path], int(expert))
-                selected.setdefault(f"{path}[{part.expert}]", part)
+                selected.setdefault(f"{path}[{expert}]", part)
     return selected, problems + [
         f"`{name}` is a part of `{whole_name(name)}`, which is selected as well. Name one of them."
         for name, parameter in selected.items()

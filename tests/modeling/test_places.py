@@ -272,7 +272,7 @@ EXPERTS = DOWN_PROJECTION["mixtral"]
 
 def test_one_expert_is_a_parameter_with_the_same_numbers():
     model = toy_model("mixtral")
-    place = select_place(model, [1, 2], [f"{EXPERTS}[3]", f"{EXPERTS}[0]", f"{EXPERTS}[03]"])
+    place = select_place(model, [1, 2], [f"{EXPERTS}[3]", f"{EXPERTS}[0]", f"{EXPERTS}[3]"])
     assert list(place.parameters) == [
         f"{EXPERTS.format(i)}[{expert}]" for i in (1, 2) for expert in (3, 0)
     ]
@@ -296,6 +296,7 @@ def test_one_expert_is_a_parameter_with_the_same_numbers():
          "4 experts (0 to 3). Choose among them."),
         ("mixtral", f"{EXPERTS}[-1]", "names expert '-1'; "),
         ("mixtral", f"{EXPERTS}[]", "names expert ''; "),
+        ("mixtral", f"{EXPERTS}[03]", "names expert '03'; "),
         ("mixtral", f"{EXPERTS}[{10**12}]", "has 4 experts (0 to 3)"),
         ("mixtral", "model.layers.{}.mlp.experts[0]", "`model.layers.2.mlp.experts`, and that is a "
          "module, not the matrices of all experts, [experts, out, in]. Leave out `[0]`."),
