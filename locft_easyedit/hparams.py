@@ -104,8 +104,9 @@ class LocFTBFHyperParams(HyperParamsBase):
         layers: Layers to train, counted from 0; `auto` chooses one, with a few of the edits that
             are to be made.
         rewrite_module_tmp: What to train in each layer, with `{}` for the layer number: a
-            parameter, a module (all its parameters), or a list of them. `auto`, together with
-            `layers: auto`, chooses that as well.
+            parameter, a module (all its parameters), or a list of them. One expert of a mixture is
+            named by its index behind the fused parameter: `...mlp.experts.down_proj[3]`. `auto`,
+            together with `layers: auto`, chooses that as well.
         lr: Learning rate of Adam; `auto`, together with `layers: auto`, chooses that as well.
         num_steps: Passes over all edits at most (epochs); depth-first, steps on each mini-batch.
         pipeline: `breadth_first`, as published: epochs over all edits, shuffled. `depth_first`, as

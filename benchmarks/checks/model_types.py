@@ -36,7 +36,7 @@ from tiny_models import N_LAYERS, NO_LANGUAGE_MODEL, WORDS, tiny_model
 from locft_easyedit.errors import LocFTError
 from locft_easyedit.evaluation.decoding import can_batch_cache
 from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.modeling.places import find_locations
+from locft_easyedit.modeling.locations import find_locations
 from locft_easyedit.plan.reader import ModelReader
 from locft_easyedit.prefix.probes import Probes
 from locft_easyedit.training.session import EditSession
@@ -56,7 +56,7 @@ TOLERANCE = 1e-4  # of the mean loss of the first step, relative
 def place_of(model):
     """Returns the template of the down-projection in the last layer but one, or what there is."""
     found = [one for one in find_locations(model) if one.layer == N_LAYERS - 2]
-    preferred = ("down", "mlp", "up", "o", "layer")
+    preferred = ("down", "shared_down", "mlp", "up", "o", "layer")
     return min(found, key=lambda one: preferred.index(one.module) if one.module in preferred else 9)
 
 

@@ -13,9 +13,11 @@ from ..hparams_rules import ALG_NAME, DTYPES, PLUS_NAME
 from ..plan.workload import ASSUMED_DISK, ASSUMED_HOST, Machine
 
 _OPTIONS = ("-h", "--help")
-# `modeling.places` has them, which takes seconds to import.
+# `modeling.locations` has them, which takes seconds to import.
 MODULES = (
-    "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "mlp", "layer",
+    "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down",
+    "shared_gate", "shared_up", "shared_gate_up", "shared_down",
+    "expert_gate", "expert_up", "expert_gate_up", "expert_down", "mlp", "layer",
 )  # fmt: skip
 
 EDIT = f"""Edits a model with {ALG_NAME}.
@@ -88,7 +90,9 @@ Usage: locft locate --config-name NAME data=FILE [n=N] [output=DIR] [KEY=VALUE .
   output=DIR             where results go (outputs/locate); the same command goes on there
   sweep_layers=[A,B,...] layers to visit; all of them by default
   every=N                of these every N-th, counted from the last
-  sweep_modules=[A,...]  of {", ".join(MODULES)};
+  sweep_modules=[A,...]  of {", ".join(MODULES[:9])},
+                         {", ".join(MODULES[9:13])},
+                         {", ".join(MODULES[13:])};
                          by default all that the model has
   sweep_lrs=[A,B,...]    learning rates; by default 0.1, 0.3, 1 and 3 times `lr`
   text=FILE              plain text on which the drift is measured; a fixed one by default

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from ..modeling.parameter_slices import parameters_named
 from ..training.trained_weights import copies_of, write_
 from .edited_matrices import EditedMatrices
-from .verify import ModelWeights, values_after
+from .verify import values_after
+from .weights import ModelWeights
 
 
 def apply_deltas_(model: nn.Module, deltas: Sequence[EditedMatrices]) -> None:
@@ -42,8 +44,8 @@ def check_fits(delta: EditedMatrices, model: nn.Module) -> None:
 
 def _write_all_(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     """Writes all values; if anything fails, or Ctrl-C interrupts, the model is as it was."""
-    parameters = dict(model.named_parameters())
-    held = copies_of({name: parameters[name] for name in values})
+    parameters = parameters_named(model, values)
+    held = copies_of(parameters)
     try:
         write_(parameters, values)
     except BaseException:

@@ -22,7 +22,8 @@ from .export import write_exact_adapter, write_lora_adapter
 from .file import read_edit, tensor_problems, write_edit
 from .folder import compare_folder, with_originals, write_changed_folder
 from .metadata import metadata_of, problems_of
-from .verify import ModelWeights, Report, compare, values_after
+from .verify import Report, compare, values_after
+from .weights import ModelWeights
 
 
 @dataclass(frozen=True, eq=False)

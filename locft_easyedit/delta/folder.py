@@ -13,11 +13,13 @@ from torch import nn
 
 from ..errors import DeltaError, LocFTError, ModelError, OutputError, one_message
 from ..modeling.loading import load_causal_lm, model_without_weights
+from ..modeling.parameter_slices import parameters_named, slice_index, split_name, whole_name
 from ..training.trained_weights import write_
 from ..utils.files import new_folder, output_errors
 from ..utils.hashing import dtype_name, tensor_sha256
 from .edited_matrices import EditedMatrices
-from .verify import ModelWeights, Report, compare, tied_names, values_after
+from .verify import Report, compare, values_after
+from .weights import ModelWeights, tied_names
 from .weights_folder import (
     Checkpoint,
     CheckpointWeights,
@@ -75,7 +77,7 @@ def write_changed_folder(
         else:
             loaded: Any = _loaded(deltas[0], model, trust_remote_code)
             values = values_after(deltas, ModelWeights(loaded, model), reverted=reverted)
-            write_(dict(loaded.named_parameters()), values)
+            write_(parameters_named(loaded, values), values)
             loaded.save_pretrained(folder)
             copy_others(checkpoint, folder)
     return direct is None
@@ -121,7 +123,7 @@ def with_originals(delta: Edited, base: Mapping[str, torch.Tensor] | str | Path)
     """
     if not isinstance(base, Mapping):
         base = _originals_in(base, delta)
-    values = {n: base[n].to(delta.new[n].dtype) for n in delta.new if n in base}
+    values = {n: v.to(delta.new[n].dtype) for n in delta.new if (v := _held(base, n)) is not None}
     wrong = [
         f"`{name}` is not there, or not what the edit replaced (sha256 "
         f"{described['original'][:12]}...)."
@@ -133,6 +135,15 @@ def with_originals(delta: Edited, base: Mapping[str, torch.Tensor] | str | Path)
     return replace(delta, original=values)
 
 
+def _held(base: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None:
+    """Returns a parameter or a slice of one; `None` if it is not there."""
+    whole, expert = split_name(name)
+    if name in base or whole not in base or expert is None:
+        return base.get(name)
+    index = slice_index(expert, base[whole].shape)
+    return None if index is None else base[whole][index]
+
+
 def _originals_in(base: str | Path, delta: EditedMatrices) -> dict[str, torch.Tensor]:
     """Returns the matrices of a model's folder that are of the kinds that an edit replaced."""
     checkpoint = read_checkpoint(base)
@@ -140,8 +151,7 @@ def _originals_in(base: str | Path, delta: EditedMatrices) -> dict[str, torch.Te
     return {
         name: weights.tensor(name)
         for name, described in delta.matrices.items()
-        if name in checkpoint.places
-        and weights.kind(name) == (described["dtype"], tuple(described["shape"]))
+        if weights.kind(name) == (described["dtype"], tuple(described["shape"]))
     }
 
 
@@ -185,7 +195,12 @@ def weights_in_place(
         return None
     names = {name for name, _ in skeleton.named_parameters()}
     weights = CheckpointWeights(checkpoint, names)
-    edited = {n: m["dtype"] for delta in deltas for n, m in delta.matrices.items() if n in names}
+    edited = {
+        whole_name(n): m["dtype"]
+        for delta in deltas
+        for n, m in delta.matrices.items()
+        if whole_name(n) in names
+    }
     # What is tied is for the loaded model to refuse: a checkpoint does not know of it.
     tied = tied_names(skeleton)
     held = names <= set(checkpoint.places)

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..data.requests import Edit, with_leading_space
 from ..hparams import LocFTBFHyperParams
+from ..modeling.parameter_slices import named_among, names_beside, whole_name
 from ..training.result import EditResult
 from ..utils.hashing import DTYPES as _DTYPES
 from ..utils.hashing import (
@@ -90,12 +91,14 @@ def _id_of(metadata: Mapping[str, Any]) -> str:
 def frozen_samples(model: nn.Module, edited: Collection[str]) -> dict[str, str | None]:
     """Returns a sample's hash of each parameter that an edit leaves alone.
 
-    A parameter that is not in memory as plain numbers (left on disk, quantized) has `None`.
+    A parameter that is not in memory as plain numbers (left on disk, quantized) has `None`. Of a
+    fused parameter of which single experts' slices are edited, each of the others has its own.
     """
+    everything = dict(model.named_parameters())
+    names = names_beside(everything, edited, lambda name: len(everything[name]))
     return {
         name: sample_digest(p) if readable(p) else None
-        for name, p in model.named_parameters()
-        if name not in edited
+        for name, p in named_among(everything, names).items()
     }
 
 
@@ -155,6 +158,10 @@ def problems_of(metadata: Any) -> list[str]:
     both = sorted(set(metadata["matrices"]) & set(metadata["frozen"]))
     if both:
         problems.append(f"`{both[0]}` is both changed and unchanged.")
+    everything = {*metadata["matrices"], *metadata["frozen"]}
+    parts = sorted(n for n in everything if whole_name(n) != n and whole_name(n) in everything)
+    if parts:
+        problems.append(f"`{parts[0]}` is named beside `{whole_name(parts[0])}`, which it is in.")
     if metadata["id"] != _id_of(metadata):
         problems.append("its `id` does not belong to its hashes.")
     if metadata["checksum"] != json_sha256({k: v for k, v in metadata.items() if k != "checksum"}):

@@ -2,65 +2,19 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from torch import nn
 
 from ..errors import DeltaError, one_message
-from ..utils.hashing import dtype_name, readable, sample_digest, tensor_sha256
 from ..utils.progress import progress_bar
 from .edited_matrices import EditedMatrices
-from .metadata import DTYPES
+from .weights import Weights
 
 # Other edits change a few parameters; of another model nearly all differ.
 _FEW = 0.2
 _PATIENCE = 2  # seconds before a progress bar shows
-
-
-class Weights(ABC):
-    """A model's parameters as an edit looks at them; edits can be put on top of what is there.
-
-    Args:
-        label: The model, for messages.
-        names: The names of all its parameters.
-    """
-
-    def __init__(self, label: str, names: Iterable[str]) -> None:
-        self.label = label
-        self.names = frozenset(names)
-        self._digests: dict[str, str] = {}
-        self._samples: dict[str, set[str]] = {}
-
-    @abstractmethod
-    def kind(self, name: str) -> tuple[str, tuple[int, ...]] | str:
-        """Returns a parameter's dtype and shape, or a text that says why it cannot be read."""
-
-    @abstractmethod
-    def _digest(self, name: str) -> str: ...
-
-    @abstractmethod
-    def _sample(self, name: str) -> set[str]: ...
-
-    def tensor_sha256(self, name: str) -> str:
-        """Returns the hash of all of a parameter."""
-        if name not in self._digests:
-            self._digests[name] = self._digest(name)
-        return self._digests[name]
-
-    def samples(self, name: str) -> set[str]:
-        """Returns the hashes that a sample of a parameter may have; empty if it cannot be read."""
-        if name not in self._samples:
-            self._samples[name] = self._sample(name)
-        return self._samples[name]
-
-    def put(self, values: Mapping[str, torch.Tensor], hashes: Mapping[str, str]) -> None:
-        """Counts parameters as holding other values, whose hashes are known; changes no model."""
-        self._digests |= hashes
-        self._samples |= {name: {sample_digest(value)} for name, value in values.items()}
 
 
 @dataclass
@@ -94,7 +48,7 @@ def compare(delta: EditedMatrices, weights: Weights) -> Report:
     found: dict[str, set[str]] = {}
     differences, other_precision = [], set()
     for name, described in delta.matrices.items():
-        kind = weights.kind(name) if name in weights.names else "it is not in the model"
+        kind = weights.kind(name)
         if isinstance(kind, str):
             differences.append(f"`{name}`: {kind}.")
         elif list(kind[1]) != described["shape"]:
@@ -139,9 +93,9 @@ def _of_matrices(found: Mapping[str, set[str]]) -> list[str]:
 
 def _other_parameters(delta: EditedMatrices, weights: Weights) -> tuple[list[str], int]:
     """Returns lines on the parameters that the edit leaves alone, and how many went unseen."""
-    frozen, names = delta.metadata["frozen"], weights.names
+    frozen, names = delta.metadata["frozen"], weights.names_beside(delta.matrices)
     lacking = sorted(set(frozen) - names)
-    added = sorted(names - set(frozen) - set(delta.matrices))
+    added = sorted(names - set(frozen))
     lines = []
     if lacking:
         lines.append(f"{_some(lacking)}: not in the model. The base is another one.")
@@ -170,46 +124,6 @@ def _other_parameters(delta: EditedMatrices, weights: Weights) -> tuple[list[str
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(f"`{name}`" for name in names[:3]) + more
-
-
-class ModelWeights(Weights):
-    """A model in memory.
-
-    Args:
-        model: The model.
-        folder: Where it comes from, for messages.
-    """
-
-    def __init__(self, model: nn.Module, folder: str | Path | None = None) -> None:
-        self.parameters = dict(model.named_parameters())
-        label = type(model).__name__ if folder is None else f"`{folder}`"
-        super().__init__(label, self.parameters)
-        self._tied = tied_names(model)
-
-    def kind(self, name: str) -> tuple[str, tuple[int, ...]] | str:
-        """Returns a parameter's dtype and shape, or why it cannot be read."""
-        parameter = self.parameters[name]
-        if name in self._tied:
-            return f"it is tied to `{self._tied[name]}`, which would change as well"
-        if parameter.is_meta:
-            return "it is not loaded (meta device, or left on disk). Load it into memory"
-        if dtype_name(parameter.dtype) not in DTYPES or not readable(parameter):
-            return f"it is quantized ({dtype_name(parameter.dtype)}). Load it unquantized"
-        return dtype_name(parameter.dtype), tuple(parameter.shape)
-
-    def _digest(self, name: str) -> str:
-        return tensor_sha256(self.parameters[name])
-
-    def _sample(self, name: str) -> set[str]:
-        parameter = self.parameters[name]
-        return {sample_digest(parameter)} if readable(parameter) else set()
-
-
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """Returns parameters that have another name as well, by their first name, which counts."""
-    own = {id(p): name for name, p in model.named_parameters()}
-    everywhere = model.named_parameters(remove_duplicate=False)
-    return {own[id(p)]: name for name, p in everywhere if name != own[id(p)]}
 
 
 def values_after(
@@ -241,7 +155,8 @@ def values_after(
             )
         kind, after = ("original", delta.original) if reverted else ("new", delta.new)
         weights.put(after, {name: described[kind] for name, described in delta.matrices.items()})
-        values |= after
+        # What comes last is written last: a fused parameter, or after it one of its slices.
+        values = {name: value for name, value in values.items() if name not in after} | after
     if not values:
         raise DeltaError("No edit was given. Give at least one.")
     return values

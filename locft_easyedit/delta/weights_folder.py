@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 
 from ..errors import DeltaError, ModelError, one_message
+from ..modeling.parameter_slices import split_name
 from ..utils.hashing import DTYPES as _BY_CODE
-from ..utils.hashing import digest_of_sample, dtype_name, sample_positions, tensor_sha256
+from ..utils.hashing import digest_of_sample, dtype_name, sample_positions
 from ..utils.parsing import json_of, shown, text_of
 from ..utils.progress import progress_bar
 from .metadata import DTYPES
 from .safetensors_header import Entry, opened, read_header, read_tensor
-from .verify import Weights
+from .weights import Kind, Weights
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -44,6 +45,16 @@ class Checkpoint:
     places: dict[str, tuple[str, Entry]]
     others: dict[str, Path]
     left_out: list[str]
+
+    def place_of(self, name: str) -> tuple[str, Entry]:
+        """Returns the shard that a parameter lies in, and where; of a slice within its whole."""
+        if name in self.places:
+            return self.places[name]
+        whole, expert = split_name(name)
+        shard, entry = self.places[whole]
+        size = entry.size // entry.shape[0]
+        start = entry.start + int(expert or 0) * size
+        return shard, Entry(entry.dtype, entry.shape[1:], start, size)
 
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:
@@ -130,25 +141,21 @@ class CheckpointWeights(Weights):
         super().__init__(f"`{checkpoint.folder}`", checkpoint.places if names is None else names)
         self._checkpoint = checkpoint
 
-    def kind(self, name: str) -> tuple[str, tuple[int, ...]] | str:
-        """Returns a parameter's dtype and shape, or why it cannot be read."""
+    def _kind(self, name: str) -> Kind | str:
         entry = self._checkpoint.places[name][1]
         if entry.dtype not in _BY_CODE:
             return f"it is stored as {entry.dtype}. Give a checkpoint that is not quantized"
         return dtype_name(_BY_CODE[entry.dtype]), entry.shape
 
-    def _digest(self, name: str) -> str:
-        return tensor_sha256(self.tensor(name))
-
     def tensor(self, name: str) -> torch.Tensor:
         """Returns a parameter."""
-        shard, entry = self._checkpoint.places[name]
+        shard, entry = self._checkpoint.place_of(name)
         with opened(self._checkpoint.shards[shard]) as file:
             return read_tensor(file, entry, self._checkpoint.shards[shard])
 
     def _sample(self, name: str) -> set[str]:
         # In each precision: loading may leave some parameters in another one than the file's.
-        shard, entry = self._checkpoint.places[name]
+        shard, entry = self._checkpoint.place_of(name)
         if entry.dtype not in _BY_CODE or not entry.size:
             return set()
         dtype = _BY_CODE[entry.dtype]
@@ -178,7 +185,7 @@ def write_checkpoint(checkpoint: Checkpoint, values: dict[str, torch.Tensor], fo
     Raises:
         OSError: It cannot be written.
     """
-    rewritten = {checkpoint.places[name][0] for name in values}
+    rewritten = {checkpoint.place_of(name)[0] for name in values}
     shards = progress_bar(checkpoint.shards.items(), desc="files with weights", delay=_PATIENCE)
     for shard, path in shards:
         if shard not in rewritten:
@@ -187,7 +194,7 @@ def write_checkpoint(checkpoint: Checkpoint, values: dict[str, torch.Tensor], fo
         shutil.copyfile(path, folder / shard)
         with open(folder / shard, "r+b") as file:
             for name, value in values.items():
-                own, entry = checkpoint.places[name]
+                own, entry = checkpoint.place_of(name)
                 if own == shard:
                     file.seek(entry.start)
                     flat = value.detach().cpu().contiguous().view(-1)

@@ -25,6 +25,7 @@ from ..hparams import ALG_NAME, LocFTBFHyperParams
 from ..modeling.devices import input_device
 from ..modeling.fsdp import sharded_layers
 from ..modeling.loading import load_model
+from ..modeling.parameter_slices import parameters_named, wholes_with
 from ..training.result import EditResult
 from ..training.rewordings.writers import check_writer
 from ..training.session import EditSession
@@ -338,7 +339,7 @@ class LocFTBFMethods:
 
     def _begin(self) -> None:
         """Gives the model the weights that the next edit starts from."""
-        write_(dict(self.model.named_parameters()), self._original)
+        write_(parameters_named(self.model, self._original), self._original)
         self._original = {}
 
     def _trained(
@@ -378,7 +379,9 @@ class LocFTBFMethods:
         return edited, former if return_orig_weights else {}
 
     def _former_weights(self) -> dict[str, torch.Tensor]:
-        return dict(self.last_result.original) if self.last_result is not None else {}
+        return (
+            {} if self.last_result is None else wholes_with(self.model, self.last_result.original)
+        )
 
 
 def apply_locft_bf_to_model(
@@ -408,4 +411,4 @@ def apply_locft_bf_to_model(
     """
     edited = deepcopy(model) if copy else model
     result = edit_model(edited, tok, usable(requests), hparams)
-    return edited, result.original if return_orig_weights else {}
+    return edited, wholes_with(edited, result.original) if return_orig_weights else {}

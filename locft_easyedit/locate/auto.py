@@ -28,11 +28,13 @@ from ..distributed.world import World
 from ..errors import ModelError, NonFiniteLossError, RequestError
 from ..hparams import LocFTBFHyperParams
 from ..hparams_rules import AUTO
-from ..modeling.places import Location, Place, find_layers, match_parameters
+from ..modeling.locations import Location
+from ..modeling.places import Place, find_layers, match_parameters
 from ..training.choice import Cell, Choice, TrialScores, TriedPlace, keep_choice, kept_choice
 from ..training.identity import Identity
 from ..utils.progress import progress_bar
 from .candidates import Costs, candidates, diverse
+from .experts import fused_locations, promising_experts
 from .sensitivity import of_place, sensitivities
 from .trial import Trials
 
@@ -169,6 +171,8 @@ class _Screen:
             names = [name for name, p in self._parameters(location).items() if p.ndim > 1]
             found = of_place(figures, names)
             self.promises[location] = None if found is None else found.promise
+        if hparams.rewrite_module_tmp == AUTO:  # LoRA's locations are none of fused experts
+            self.promises |= promising_experts(figures, fused_locations(model, locations))
 
     def best(self, progress: bool) -> TriedPlace:
         """Returns the best of what was tried, or the most promising if there is no room for trials.

@@ -14,7 +14,8 @@ from ..errors import PlaceError
 from ..hparams import LocFTBFHyperParams
 from ..hparams_rules import AUTO
 from ..modeling.devices import input_device
-from ..modeling.places import LayerList, Location, check_low_rank, find_locations, select_place
+from ..modeling.locations import Location, find_locations
+from ..modeling.places import LayerList, check_low_rank, select_place
 
 _A_MODULE = 2  # places of one module among the first, unless there is no other
 

@@ -17,7 +17,8 @@ gradients (-0.18, -0.04) and the layer's depth (0.09, 0.22) tell nothing, the si
 beside the weights the contrary (-0.73, -0.64).
 
 No gradient of a matrix outlives the moment in which it is made: a layer's inputs are computed again
-when its turn comes, and of each matrix a few numbers are kept.
+when its turn comes, and of each matrix a few numbers are kept. Of fused experts the sign of the
+edits' gradient stays until their layer is done.
 """
 
 from __future__ import annotations
@@ -44,9 +45,11 @@ from ..modeling.devices import input_device, row_length
 from ..modeling.forward import run_rows
 from ..modeling.modes import forward_replaced, only_trainable, with_gradients
 from ..modeling.places import LayerList
+from .grouped_gradients import gradients_of_groups
 
 _SEED = 0  # of the tokens that the model draws
 _LOSS_SCALE = 1024.0
+_AT_ONCE = 8  # experts whose gradients are turned into float32 together
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,10 @@ def sensitivities(
 ) -> dict[str, Sensitivity]:
     """Returns the figures of every linear layer's weight within the model's layers, by its name.
 
-    Matrices that are given something else than all tokens (a router's experts) have none. The
-    model is as before afterwards. `rewordings` are the edits' prompts reworded, with the same
-    targets; `text` is unrelated.
+    A mixture's fused experts have theirs together, NAME, and each by itself, NAME[INDEX]. Other
+    matrices that are given something else than all tokens have none. The model is as before
+    afterwards. `rewordings` are the edits' prompts reworded, with the same targets; `text` is
+    unrelated.
     """
     texts, kinds = _joined(edits, rewordings, text)
     length = row_length(model, row_tokens)
@@ -196,6 +200,8 @@ class _Watch:
         self.shape = tuple(rows.token_index.shape)
         self.scale = scale
         self.found: dict[str, Sensitivity] = {}
+        # Of fused experts: the signs of the edits' gradients, and what is known so far.
+        self._steps: dict[str, tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]] = {}
         kind = np.where(owners >= 0, kinds[owners], -1)
         self._edits, self._rewordings = (
             torch.from_numpy(np.flatnonzero(kind == which)) for which in (0, 1)
@@ -211,19 +217,24 @@ class _Watch:
                 if isinstance(module, (nn.Linear, Conv1D)):
                     hook = partial(self._ran, f"{stack.path}.{path}.weight")
                     undo.callback(module.register_forward_hook(hook).remove)
+            groups = [self._edits, self._rewordings, *self._passages]
+            n_cells = math.prod(self.shape)
+            undo.enter_context(gradients_of_groups(stack, groups, n_cells, self._experts))
             yield
 
     def _ran(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not (torch.is_grad_enabled() and args and output.requires_grad):
+        # A router may be a linear layer that returns more than one tensor.
+        made = isinstance(output, torch.Tensor) and output.requires_grad
+        if not (torch.is_grad_enabled() and args and made):
             return
-        given = args[0].detach()  # [R, L, in]
-        if tuple(given.shape[:2]) == self.shape and given.ndim == 3:
-            output.register_hook(partial(self._gradient, name, given.flatten(0, 1)))
+        given = args[0].detach()  # [R, L, in]; of an expert that all tokens share [R * L, in]
+        if tuple(given.shape[:-1]) in (self.shape, (math.prod(self.shape),)):
+            output.register_hook(partial(self._gradient, name, given.flatten(0, -2)))
 
     @torch.no_grad()
     def _gradient(self, name: str, given: torch.Tensor, gradient: torch.Tensor) -> None:
         """Takes the figures of a matrix from its inputs, [R * L, in], and outputs' gradients."""
-        back = gradient.flatten(0, 1)  # [R * L, out]
+        back = gradient.flatten(0, -2)  # [R * L, out]
 
         def cells(of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             where = of.to(given.device)
@@ -241,6 +252,37 @@ class _Watch:
             moves.append(float(((d @ step) * x).sum(dtype=torch.float64)))
         one = Sensitivity(gain, trace, tuple(moves))
         self.found[name] = self.found.get(name, Sensitivity()) + one
+
+    @torch.no_grad()
+    def _experts(self, name: str, group: int, gradient: torch.Tensor) -> None:
+        """Takes the figures of fused experts from their gradients, [E, ., .], group by group."""
+        if group == 0:
+            self._steps[name] = gradient.sign(), []
+            return
+        step, taken = self._steps[name]
+        along = _products(step, gradient) / self.scale
+        taken.append((along, _products(gradient, gradient) / self.scale**2))
+        if group <= len(self._passages):
+            return
+        del self._steps[name]
+        gains, passages = taken[0][0], taken[1:]  # of each expert, [E]
+        experts = [
+            Sensitivity(
+                float(gains[i]),
+                sum(float(squares[i]) for _, squares in passages),
+                tuple(float(moves[i]) for moves, _ in passages),
+            )
+            for i in range(len(gains))
+        ]
+        self.found |= {f"{name}[{i}]": one for i, one in enumerate(experts)}
+        self.found[name] = sum(experts, Sensitivity())
+
+
+def _products(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Returns the sums of products of each expert's numbers, [E], of two times [E, ., .]."""
+    pairs = zip(one.split(_AT_ONCE), other.split(_AT_ONCE), strict=True)
+    sums = [(a.float() * b.float()).sum((1, 2), dtype=torch.float64) for a, b in pairs]
+    return torch.cat(sums).cpu()
 
 
 def of_place(figures: Mapping[str, Sensitivity], names: Sequence[str]) -> Sensitivity | None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .parameter_slices import gradients_of_slices, whole_of
+
 _DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")  # that autocast can be turned on for
 
 
@@ -64,17 +66,18 @@ def with_gradients() -> Iterator[None]:
 def only_trainable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Context manager in which only `parameters` require gradients and dropout is off.
 
-    It may be held open for long: that passes run in the model's precision is for others to see to.
+    A slice among them gets its share of the gradients of the fused parameter that it is part of. It
+    may be held open for long: that passes run in the model's precision is for others to see to.
     """
     chosen = list(parameters)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     gradients = [(parameter, parameter.grad) for parameter in chosen]
-    trained = {id(parameter) for parameter in chosen}
+    trained = {id(whole_of(parameter)) for parameter in chosen}
     try:
         for parameter, _ in flags:
             if parameter.is_floating_point():
                 parameter.requires_grad_(id(parameter) in trained)
-        with _without_dropout(model):
+        with _without_dropout(model), gradients_of_slices(chosen):
             yield
     finally:
         for parameter, gradient in gradients:

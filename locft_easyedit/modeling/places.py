@@ -11,26 +11,18 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ModelError, PlaceError, one_message
+from ..errors import PlaceError, one_message
 from .devices import text_config
+from .parameter_slices import (
+    ParameterSlice,
+    parameter_slice,
+    slice_index,
+    split_name,
+    whole_name,
+    whole_of,
+)
 
-# What models call the matrices of a layer, by the part they play in it.
-_ATTENTION = {
-    "q": ("q_proj",),
-    "k": ("k_proj",),
-    "v": ("v_proj",),
-    "qkv": ("c_attn", "query_key_value", "qkv_proj", "wqkv"),
-    "o": ("o_proj", "c_proj", "out_proj", "dense", "wo"),
-}
-_MLP = {
-    "gate": ("gate_proj",),
-    "up": ("up_proj", "c_fc", "fc_in", "fc1", "dense_h_to_4h"),
-    "gate_up": ("gate_up_proj",),
-    "down": ("down_proj", "c_proj", "fc_out", "fc2", "dense_4h_to_h"),
-}
-WHOLE = ("mlp", "layer")
-MODULES = (*_ATTENTION, *_MLP, *WHOLE)
-_ATTENTION_NAMES = ("attn", "attention")
+_ROUTED = ", whose experts get not all tokens, but those that the router gives each"
 
 
 @dataclass(frozen=True)
@@ -46,7 +38,8 @@ class Place:
     """What is trained.
 
     Attributes:
-        parameters: The parameters by their full names.
+        parameters: The parameters by their full names; one expert of a fused parameter as a
+            `ParameterSlice`, `NAME[INDEX]`.
         first_layer: The lowest layer that holds one of them, or `None` if one lies outside the
             stack of layers (an embedding, a final norm).
         stack: The model's stack of layers, or `None` if it was not found.
@@ -97,7 +90,8 @@ def select_place(model: nn.Module, layers: Sequence[int], templates: Sequence[st
 
     A template names a parameter (`model.layers.{}.mlp.down_proj.weight`) or a module with all its
     parameters (`model.layers.{}`, also written `model.layers.{}.`). Whole path components are
-    compared: layer 2 is never taken for layer 20.
+    compared: layer 2 is never taken for layer 20. `model.layers.{}.mlp.experts.down_proj[3]` is
+    expert 3 of a fused parameter, [E, out, in].
 
     Args:
         model: The model.
@@ -105,8 +99,8 @@ def select_place(model: nn.Module, layers: Sequence[int], templates: Sequence[st
         templates: Templates with `{}` for the layer.
 
     Raises:
-        PlaceError: A layer is out of range, a template matches nothing, or a parameter is
-            quantized, tied, or not loaded. All such problems in one error.
+        PlaceError: A layer is out of range, a template matches nothing or an expert that is not
+            there, or a parameter is quantized, tied, or not loaded. All such problems in one error.
     """
     selected, problems = _match(model, layers, templates)
     everywhere = dict(model.named_parameters(remove_duplicate=False))
@@ -115,8 +109,9 @@ def select_place(model: nn.Module, layers: Sequence[int], templates: Sequence[st
     for name, parameter in everywhere.items():
         names[_memory(parameter)].append(name)
     for name, parameter in selected.items():
-        others = [other for other in names[_memory(parameter)] if other != name]
-        problems += _untrainable(name, parameter, others)
+        whole = whole_of(parameter)
+        others = [other for other in names[_memory(whole)] if other != whole_name(name)]
+        problems += _untrainable(name, whole, others)
     if problems:
         raise PlaceError(one_message("Nothing is trained:", problems))
     return Place(selected, first_layer_of(selected, stack), stack)
@@ -128,7 +123,8 @@ def match_parameters(
     """Returns what `select_place` selects, trainable or not; weights need not be loaded.
 
     Raises:
-        PlaceError: A layer is out of range, or a template matches nothing.
+        PlaceError: A layer is out of range, or a template matches nothing or an expert that is not
+            there.
     """
     selected, problems = _match(model, layers, templates)
     if problems:
@@ -153,7 +149,8 @@ def _match(
     selected: dict[str, nn.Parameter] = {}
     for layer in (layer for layer in layers if layer not in outside):
         for template in templates:
-            wanted = template.replace("{}", str(layer)).strip(".").split(".")
+            path, expert = split_name(template.replace("{}", str(layer)).strip("."))
+            wanted = path.split(".")
             matches = {
                 name: parameter
                 for name, parameter in everywhere.items()
@@ -161,8 +158,38 @@ def _match(
             }
             if not matches:
                 problems.append(_no_match(model, template, layer, stack))
-            selected |= matches
-    return selected, problems
+            elif expert is None:
+                selected |= matches
+            elif problem := _no_expert(template, path, expert, matches):
+                problems.append(problem)
+            else:
+                part = parameter_slice(matches[path], int(expert))
+                selected.setdefault(f"{path}[{expert}]", part)
+    return selected, problems + [
+        f"`{name}` is a part of `{whole_name(name)}`, which is selected as well. Name one of them."
+        for name, parameter in selected.items()
+        if isinstance(parameter, ParameterSlice) and whole_name(name) in selected
+    ]
+
+
+def _no_expert(
+    template: str, path: str, expert: str, matches: Mapping[str, nn.Parameter]
+) -> str | None:
+    """Returns why a template names no expert of a fused parameter; `None` if it does."""
+    asked = f"`rewrite_module_tmp={template!r}`"
+    shape = tuple(matches[path].shape) if path in matches else ()
+    if len(shape) != 3:
+        what = f"a parameter of shape {list(shape)}" if shape else "a module"
+        return (
+            f"{asked} names one expert of `{path}`, and that is {what}, not the matrices of all "
+            f"experts, [experts, out, in]. Leave out `[{expert}]`."
+        )
+    if slice_index(expert, shape) is None:
+        return (
+            f"{asked} names expert {expert!r}; `{path}` has {shape[0]} experts (0 to "
+            f"{shape[0] - 1}). Choose among them."
+        )
+    return None
 
 
 def _model_name(model: nn.Module) -> str:
@@ -171,7 +198,7 @@ def _model_name(model: nn.Module) -> str:
 
 
 def _no_match(model: nn.Module, template: str, layer: int, stack: LayerList | None) -> str:
-    path = template.replace("{}", str(layer)).strip(".").removesuffix(".weight")
+    path = split_name(template.replace("{}", str(layer)).strip("."))[0].removesuffix(".weight")
     if any(name.startswith(path + ".qweight") for name, _ in model.named_buffers()):
         return f"`{path}` is quantized (it has `qweight`); load the model unquantized."
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
@@ -216,93 +243,6 @@ def first_layer_of(selected: Iterable[str], stack: LayerList | None) -> int | No
     return min(layers)
 
 
-@dataclass(frozen=True, order=True)
-class Location:
-    """One place of a model.
-
-    Attributes:
-        layer: The layer, counted from 0.
-        module: What is trained in it: one of `MODULES`.
-        templates: The `rewrite_module_tmp` that selects it.
-    """
-
-    layer: int
-    module: str
-    templates: tuple[str, ...]
-
-    @property
-    def rewrite_module_tmp(self) -> str | list[str]:
-        """The templates as a YAML has them."""
-        return self.templates[0] if len(self.templates) == 1 else list(self.templates)
-
-    def __str__(self) -> str:
-        return f"layer {self.layer} {self.module}"
-
-
-def find_locations(model: Any) -> list[Location]:
-    """Returns every place of a model, by layer and in the order of `MODULES`.
-
-    A module that a layer does not have (a fused query-key-value projection in place of three) is
-    simply absent. The experts of a mixture are one place together. Weights need not be loaded.
-
-    Raises:
-        ModelError: The model's layers cannot be found.
-    """
-    stack = find_layers(model)
-    if stack is None:
-        raise ModelError(
-            f"{type(model).__name__} has no list of layers as long as its configuration says. Name "
-            "`layers` and `rewrite_module_tmp` by hand."
-        )
-    found = []
-    for i, layer in enumerate(stack.layers):
-        own = _modules_of(layer)
-        found += [
-            Location(i, module, tuple(f"{stack.path}.{{}}{path}" for path in own[module]))
-            for module in MODULES
-            if module in own
-        ]
-    return found
-
-
-def _modules_of(layer: nn.Module) -> dict[str, list[str]]:
-    """Returns what a layer has of `MODULES`: paths within it, each with a leading dot."""
-    found: dict[str, list[str]] = {}
-    for name, parameter in layer.named_parameters():
-        path = name.removesuffix(".weight")
-        module = _role(path) if parameter.ndim > 1 else None
-        if module is not None:
-            found.setdefault(module, []).append(f".{name}")
-    mlp = {paths[0].split(".")[1] for module, paths in found.items() if module in _MLP}
-    # Where the matrices are the layer's own children (OPT's), no module is the MLP.
-    if len(mlp) == 1 and any(True for _ in layer.get_submodule(*mlp).children()):
-        found["mlp"] = [f".{next(iter(mlp))}"]
-    found["layer"] = [""]
-    return found
-
-
-def _role(path: str) -> str | None:
-    """Returns which of a layer's modules the matrix at `path` is; `None` if it is none of them."""
-    *above, last = path.split(".")
-    in_attention = any(word in part for part in above for word in _ATTENTION_NAMES)
-    names = _ATTENTION if in_attention else _MLP
-    return next((role for role, known in names.items() if last in known), None)
-
-
-def select_locations(
-    locations: Sequence[Location],
-    layers: Sequence[int] | None = None,
-    modules: Sequence[str] | None = None,
-) -> list[Location]:
-    """Returns the places in some layers and modules; all layers, or modules, if `None`."""
-    return [
-        location
-        for location in locations
-        if (layers is None or location.layer in layers)
-        and (modules is None or location.module in modules)
-    ]
-
-
 def unsuitable(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], why: str, remedy: str
 ) -> dict[str, str]:
@@ -315,9 +255,10 @@ def unsuitable(
         remedy: What to set where no other place is wanted.
     """
     return {
-        name: f"`{name}` is no matrix of a linear layer (it belongs to {type(module).__name__}), "
-        f"and {why}. Name matrices in `rewrite_module_tmp`, for example "
-        f'"model.layers.{{}}.mlp.down_proj.weight", or set {remedy}.'
+        name: f"`{name}` is no matrix of a linear layer (it belongs to {type(module).__name__}"
+        f"{_ROUTED if whole_of(parameters[name]).ndim == 3 else ''}), and {why}. Name matrices in "
+        '`rewrite_module_tmp`, for example "model.layers.{}.mlp.down_proj.weight", or set '
+        f"{remedy}."
         for name, module in ((name, owner(model, name)) for name in parameters)
         if not (isinstance(module, (nn.Linear, Conv1D)) and name.endswith(".weight"))
     }

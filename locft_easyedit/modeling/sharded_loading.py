@@ -24,6 +24,7 @@ from ..utils.memory import free_memory
 from ..utils.progress import progress_bar
 from .device_map import USABLE, DeviceMap, full_map, resident_bytes, streaming_map
 from .fsdp import ShardedLayers, note_sharded
+from .parameter_slices import whole_name
 from .places import LayerList, find_layers, first_layer_of, match_parameters
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ def _sharding(
         )
     assert stack is not None
     assert first is not None
-    whole = frozenset(trained)
+    whole = frozenset(map(whole_name, trained))
     layers = tuple(i for i in range(first + 1, len(stack.layers)) if _frozen(stack, i, whole))
     resident = resident_bytes(skeleton, hparams.dtype_on(device), _on_disk(device_map))
     shared = sum(

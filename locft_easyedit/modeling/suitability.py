@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import ModelError, PlaceError
 from .devices import input_device
+from .parameter_slices import whole_of
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,8 @@ def check_dependence(
         logits = model(input_ids=text, use_cache=False).logits
     found: Sequence[torch.Tensor | None] = [None]
     if logits.requires_grad:
-        found = torch.autograd.grad(logits.sum(), [*parameters.values()], allow_unused=True)
+        wholes = [whole_of(parameter) for parameter in parameters.values()]
+        found = torch.autograd.grad(logits.sum(), wholes, allow_unused=True)
     if all(gradient is None for gradient in found):
         named = ", ".join(f"`{name}`" for name in [*parameters][:3])
         raise PlaceError(

@@ -57,6 +57,8 @@ def training_parts(run: Run) -> list[Part]:
             sizes["float32 masters"] = 4 * n
         sizes["float32 gradients"] = 4 * n
     sizes |= {"Adam's moments": 8 * n, "gradients": (4 if lora else size) * n}
+    if shapes.fused:
+        sizes["gradients of all experts"] = size * shapes.fused
     if lora and size < 4:
         sizes["LoRA's inputs in float32"] = 4 * run.cells * lora.inputs
     if confined:

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ModelError, PlaceError
 from ..hparams_rules import DTYPES
 from ..modeling.loading import model_without_weights
+from ..modeling.parameter_slices import ParameterSlice, whole_of
 from ..modeling.places import check_low_rank, find_layers, match_parameters, owner
 from ..training.preserve.confined_change import check_confinable
 from ..training.preserve.input_moments import input_width
@@ -156,10 +157,16 @@ class ModelReader:
             attention=self.attention,
             **self._cuts(),
             trained={name: p.numel() for name, p in self.selected.items()},
+            fused=_count({id(w): w for w in map(whole_of, self.sliced)}.values()),
             stored_dtype=_stored_dtype(self.config),
             lora=self.lora,
             confined=self.confined,
         )
+
+    @property
+    def sliced(self) -> list[ParameterSlice]:
+        """What is trained of fused parameters alone."""
+        return [p for p in self.selected.values() if isinstance(p, ParameterSlice)]
 
     @property
     def hidden(self) -> int:
@@ -224,7 +231,7 @@ class ModelReader:
     def _layer(self, layer: nn.Module) -> LayerShape:
         parameters = list(layer.parameters())
         inside = {id(p) for p in parameters}
-        trained = {name: p for name, p in self.selected.items() if id(p) in inside}
+        trained = {name: p for name, p in self.selected.items() if id(whole_of(p)) in inside}
         matmul = self._matmul(trained.values())
         _, attention, mlp = layer_parts(layer)
         matrices = _matrices_in(attention)
@@ -240,22 +247,23 @@ class ModelReader:
             output_filters=self.confined.outputs_of(trained) if self.confined else 0,
         )
 
-    def _matmul(self, parameters: Iterable[torch.Tensor]) -> int:
+    def _matmul(self, parameters: Iterable[nn.Parameter]) -> int:
         """Returns how many weights one token is multiplied with."""
         total = 0.0
         for p in parameters:
-            if p.dim() == 2:
+            n_experts = len(whole_of(p)) if whole_of(p).dim() > 2 else 0
+            if n_experts:  # of which a token takes a few
+                used = config_number(self.config, "num_experts_per_tok") or n_experts
+                total += p.numel() * min(1.0, used / n_experts)
+            elif p.dim() == 2:
                 total += p.numel()
-            elif p.dim() > 2:  # experts, of which a token takes a few
-                used = config_number(self.config, "num_experts_per_tok") or p.shape[0]
-                total += p.numel() * min(1.0, used / p.shape[0])
         return int(total)
 
     def _cuts(self) -> dict[str, dict[str, int]]:
         """Returns the width that each possible cut keeps, and the weights above it."""
         layer = self.layers[self.first]
         inside = {id(p) for p in layer.parameters()}
-        trained = {id(p) for p in self.selected.values()} & inside
+        trained = {id(whole_of(p)) for p in self.selected.values()} & inside
         norms, _, mlp = layer_parts(layer)
         found = []
         if trained <= {id(p) for p in _parameters_of(mlp)}:

@@ -126,6 +126,8 @@ class ModelShapes:
         cuts: Numbers a token that each possible cut keeps, W; widest first.
         above_cut: Weights of layer L that a token is multiplied with above each cut.
         trained: Sizes of the trained parameters, by name.
+        fused: Numbers of the fused parameters of which single experts are trained: a step makes
+            gradients of all of them.
         stored_dtype: The checkpoint's precision.
         lora: LoRA of them; `None` where they are trained themselves.
         confined: A confined change of them; likewise.
@@ -146,6 +148,7 @@ class ModelShapes:
     above_cut: dict[str, int]
     trained: dict[str, int]
     stored_dtype: str
+    fused: int = 0
     lora: LoraShapes | None = None
     confined: ConfinedShapes | None = None
 

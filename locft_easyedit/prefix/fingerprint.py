@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 from ..data.tokenization import TokenizedTexts
+from ..modeling.parameter_slices import whole_name
 from ..utils.hashing import arrays_sha256, checksum, configuration, json_sha256
 from .cut import Cut
 
@@ -39,7 +40,7 @@ def prefix_fingerprint(
     skipped = tuple(
         f"{cut.stack.path}.{i}." for i in range(cut.first_layer + 1, len(cut.stack.layers))
     )
-    left_out = set(trained)
+    left_out = set(map(whole_name, trained))  # of fused experts none runs before the cut
     weights = [
         [name, list(parameter.shape), _content(model, name, parameter, weights_of)]
         for name, parameter in model.named_parameters()

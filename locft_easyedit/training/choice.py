@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError, OutputError
 from ..hparams import LocFTBFHyperParams
-from ..modeling.places import MODULES, Location
+from ..modeling.locations import MODULES, Location
 from ..utils.files import output_errors
 from ..utils.run_folder import SettingsFile, refuse_differences
 from .identity import Identity
@@ -173,13 +173,21 @@ class Cell:
             KeyError: Something is missing.
             TypeError, ValueError: Something is of another kind.
         """
-        place = values["location"]
-        templates = tuple(str(template) for template in place["templates"])
-        location = Location(int(place["layer"]), str(place["module"]), templates)
-        return cls(location, float(values["lr"]))
+        return cls(location_from(values["location"]), float(values["lr"]))
 
     def __str__(self) -> str:
         return f"{self.location}, lr {self.lr:g}"
+
+
+def location_from(values: Mapping[str, Any]) -> Location:
+    """Returns the place that `asdict` gave.
+
+    Raises:
+        KeyError: Something is missing.
+        TypeError, ValueError: Something is of another kind.
+    """
+    templates = tuple(str(template) for template in values["templates"])
+    return Location(int(values["layer"]), str(values["module"]), templates)
 
 
 @dataclass(frozen=True)

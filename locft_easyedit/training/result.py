@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..data.requests import EditSet
+from ..modeling.parameter_slices import parameters_named
 from .health_report import HealthReport
 from .lora import LoraAdapter
 from .trained_weights import values_swapped, write_
@@ -63,11 +64,11 @@ class EditResult:
 
     def restore_(self, model: nn.Module) -> None:
         """Gives `model` the original values back, bit for bit."""
-        write_(dict(model.named_parameters()), self.original)
+        write_(parameters_named(model, self.original), self.original)
 
     def apply_(self, model: nn.Module) -> None:
         """Gives `model` the edited values."""
-        write_(dict(model.named_parameters()), self.new)
+        write_(parameters_named(model, self.new), self.new)
 
     @contextmanager
     def switched_off(self, model: nn.Module) -> Iterator[None]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
+from ..modeling.parameter_slices import parameters_named
 
 
 class TrainedWeights:
@@ -123,7 +124,7 @@ def values_swapped(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iter
     Raises:
         ModelError: The model has no parameter of such a name and shape; nothing was changed.
     """
-    parameters = dict(model.named_parameters())
+    parameters = parameters_named(model, values)
     wrong = [
         name
         for name, value in values.items()

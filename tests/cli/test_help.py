@@ -12,7 +12,7 @@ from locft_easyedit.__main__ import main
 from locft_easyedit.cli import ask, capability, compare, edit, evaluate, locate, plan
 from locft_easyedit.cli.help import COMMANDS, MODULES, help_of, wants_help
 from locft_easyedit.evaluation.metric_names import METRICS
-from locft_easyedit.modeling.places import MODULES as MODULES_OF_MODELS
+from locft_easyedit.modeling.locations import MODULES as MODULES_OF_MODELS
 
 CONFIGS = {
     "edit": edit.EditConfig,

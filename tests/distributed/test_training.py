@@ -34,6 +34,7 @@ CASES = [
         "forms": ["context"],
         "preserve": [str(REPOSITORY / "tests" / "helpers" / "kept_prompts.json")],
     },
+    {"kind": "mixtral", "rewrite_module_tmp": "model.layers.{}.mlp.experts.down_proj[3]"},
     {"n": 2},  # fewer edits than some worlds have processes
     {"dtype": "bfloat16"},
 ]

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from helpers.toys import loaded_hparams, toy_model, toy_requests, toy_tokenizer
+from helpers.toys import DOWN_PROJECTION, loaded_hparams, toy_model, toy_requests, toy_tokenizer
 
 import locft_easyedit
 from locft_easyedit.api import edit_model
@@ -269,6 +269,22 @@ def test_edit_without_sequential_edit_makes_each_edit_alone(editor):
     # gradient that is rounding by itself; an edit moves weights by up to 3e-2.
     assert torch.allclose(model.model.layers[2].mlp.down_proj.weight,
                           alone.model.layers[2].mlp.down_proj.weight, atol=1e-5)  # fmt: skip
+
+
+def test_one_expert_is_edited_and_put_back(easyedit):
+    model = toy_model("mixtral")
+    template = f"{DOWN_PROJECTION['mixtral']}[3]"
+    h = loaded_hparams(model_name=(model, toy_tokenizer()), rewrite_module_tmp=template)
+    editor, before = easyedit.BaseEditor.from_hparams(h), weights(model)
+    _, _, former = editor.edit_requests(toy_requests(3), sequential_edit=True, verbose=False)
+    assert same(former, before)
+    name = DOWN_PROJECTION["mixtral"].format(2)
+    assert [n for n, p in weights(model).items() if not torch.equal(p, before[n])] == [name]
+    assert torch.equal(model.get_parameter(name)[:3], before[name][:3])
+    first = weights(model)
+    editor.edit_requests(toy_requests(3), sequential_edit=False, verbose=False)
+    assert not same(weights(model), first)
+    assert torch.equal(model.get_parameter(name)[:3], before[name][:3])
 
 
 def test_edits_made_alone_are_never_in_conflict(editor, caplog):

@@ -18,6 +18,7 @@ from transformers import (
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
 )
 
@@ -66,6 +67,13 @@ _CONFIGS = {
     "mixtral": (MixtralConfig, _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 TOY_KINDS = tuple(_CONFIGS)
+# Beside the experts that a router chooses, one that all tokens share.
+_CONFIGS["qwen2_moe"] = (
+    Qwen2MoeConfig,
+    _LLAMA
+    | {"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
+    | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
+)
 # The five that differ most, for what does not depend on how a model is made inside: norms and masks
 # of two sorts, matrices stored transposed, attention beside the MLP, experts.
 FEW_KINDS = ("llama", "gemma3", "gpt2", "gptj", "mixtral")

@@ -14,7 +14,7 @@ from helpers.ledgers import (
 from helpers.toys import toy_requests, toy_tokenizer
 
 from locft_easyedit.errors import DataError, RequestError
-from locft_easyedit.modeling.places import Location
+from locft_easyedit.modeling.locations import Location
 from locft_easyedit.training.choice import Cell, Choice
 
 TOKENIZER = toy_tokenizer()

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 from cli.test_edit import run
-from helpers.toys import loaded_hparams, toy_hparams, toy_model, toy_requests, toy_tokenizer
+from helpers.scripts import script_module
+from helpers.toys import (
+    REPOSITORY,
+    loaded_hparams,
+    toy_hparams,
+    toy_model,
+    toy_requests,
+    toy_tokenizer,
+)
 
 from locft_easyedit.api import edit_and_measure, edit_model, open_session, write_run
 from locft_easyedit.cli import edit
@@ -25,11 +33,15 @@ from locft_easyedit.hparams import LocFTBFHyperParams
 from locft_easyedit.locate import auto, trial
 from locft_easyedit.locate import auto as once
 from locft_easyedit.locate.candidates import RUN_EPOCHS, Costs, diverse
+from locft_easyedit.locate.experts import promising_experts
 from locft_easyedit.locate.sensitivity import Sensitivity, sensitivities
 from locft_easyedit.modeling import device_map as offload
-from locft_easyedit.modeling.places import Location, find_layers
+from locft_easyedit.modeling.locations import Location
+from locft_easyedit.modeling.parameter_slices import split_name, whole_name
+from locft_easyedit.modeling.places import find_layers
 from locft_easyedit.training.choice import FILE_NAME, Choice
 
+tiny_models = script_module(REPOSITORY / "benchmarks" / "checks" / "tiny_models.py")
 ALL_AUTO = {"layers": "auto", "rewrite_module_tmp": "auto", "lr": "auto"}
 N = 9
 
@@ -269,11 +281,68 @@ def test_lora_chooses_among_matrices_of_linear_layers():
         chosen(tuning="lora", lr=1e-2, rewrite_module_tmp="model.layers.{}")
 
 
-def test_experts_are_chosen_although_no_pass_ranks_them():
+EXPERTS = "model.layers.{}.mlp.experts.down_proj"
+
+
+@pytest.mark.parametrize("template", [EXPERTS, f"{EXPERTS}[2]"])
+def test_given_experts_are_ranked_and_tried(template):
+    session = chosen(model=toy_model("mixtral"), rewrite_module_tmp=template)
+    assert session.choice.n_places == 4
+    assert all(one.promise is not None for one in session.choice.tried)
+    assert {one.cell.location.rewrite_module_tmp for one in session.choice.tried} == {template}
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+def test_of_each_layers_experts_the_most_promising_one_is_a_place(kind, monkeypatch):
+    found = []
+    true = auto.sensitivities
+    monkeypatch.setattr(
+        auto, "sensitivities", lambda *a, **k: found.append(true(*a, **k)) or found[0]
+    )
+    screen = auto._Screen(
+        toy_model(kind), toy_tokenizer(pad_is_eos=True),
+        distinct_edits(toy_requests(N)).edits, auto_hparams(),
+    )  # fmt: skip
+    [figures] = found
+    experts = {p: value for p, value in screen.promises.items() if p.module.startswith("expert_")}
+    assert [(p.layer, p.module) for p in experts] == [
+        (layer, module) for layer in range(4) for module in ("expert_gate_up", "expert_down")
+    ]
+    for place, promise in experts.items():
+        whole = whole_name(place.templates[0]).format(place.layer)
+        rivals = [figures[f"{whole}[{i}]"].promise for i in range(4)]
+        assert promise == max(rivals)
+        assert place.templates[0].endswith(f"[{rivals.index(max(rivals))}]")
+    shared = {p: value for p, value in screen.promises.items() if p.module.startswith("shared_")}
+    assert len(shared) == (12 if kind == "qwen2_moe" else 0)
+    assert None not in shared.values()
+
+
+def test_an_expert_that_no_edit_reaches_is_no_place():
+    location = Location(1, "down", (EXPERTS,))
+    name = EXPERTS.format(1)
+    promising = Sensitivity(2.0, 4.0, (2.0,))
+    figures = {name: promising, f"{name}[0]": Sensitivity(), f"{name}[1]": promising}
+    assert promising_experts(figures, [location]) == {
+        Location(1, "expert_down", (f"{EXPERTS}[1]",)): promising.promise
+    }
+    assert promising_experts({f"{name}[0]": Sensitivity()}, [location]) == {}
+    assert promising_experts({}, [location]) == {}
+
+
+def test_the_session_trains_the_expert_that_was_chosen(monkeypatch, no_limit):
+    def run(self, cell, epochs):
+        score = 1.0 if cell.location.module == "expert_down" else 0.5
+        return trial.TrialScores(0.9, 0.9, 0.1, score)
+
+    monkeypatch.setattr(trial.Trials, "run", run)
+    monkeypatch.setattr(auto, "_PLACES", (12, 2))
     model = toy_model("mixtral")
-    template = "model.layers.{}.mlp.experts.down_proj"
-    session = chosen(model=model, rewrite_module_tmp=template)
-    assert {one.promise for one in session.choice.tried} == {None}
+    with chosen(model=model, lr=1e-2, num_steps=2) as session:
+        [name] = session.train_().new
+    assert session.choice.cell.location.module == "expert_down"
+    assert name == session.hparams.rewrite_module_tmp.format(*session.hparams.layers)
+    assert name[-3:] in ("[0]", "[1]", "[2]", "[3]")
 
 
 @pytest.mark.parametrize(
@@ -463,7 +532,7 @@ def gradients(model, parameter, texts, labels_of=None):
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2_moe"])
 def test_sensitivities_are_those_of_plain_gradients(kind, packed, monkeypatch):
     from locft_easyedit.locate import sensitivity
 
@@ -481,10 +550,16 @@ def test_sensitivities_are_those_of_plain_gradients(kind, packed, monkeypatch):
     monkeypatch.setattr(sensitivity, "_drawn", lambda logits: torch.from_numpy(ids))
     figures = sensitivities(model, find_layers(model), *parts, packed=packed)
     n_text = int((parts[2].lengths - parts[2].target_start).sum())
-    watched = {name: p for name, p in model.named_parameters() if name in figures and "1" in name}
+    watched = {n: model.get_parameter(whole_name(n)) for n in figures if ".1." in n}
     assert len(watched) >= 4
+    assert any("[" in name for name in watched) == (kind == "qwen2_moe")
     for name, parameter in watched.items():
-        of_edits, of_rewordings, of_text = (gradients(model, parameter, p) for p in parts)
+        expert = split_name(name)[1]
+        where = ... if expert is None else int(expert)
+        of_edits, of_rewordings, of_text = (
+            [(total[where], mean[where]) for total, mean in gradients(model, parameter, p)]
+            for p in parts
+        )
         step = torch.stack([mean for _, mean in of_edits]).mean(0).sign()
         gain = float((step * torch.stack([mean for _, mean in of_rewordings]).mean(0)).sum())
         trace = sum(float(total.square().sum()) for total, _ in of_text) / n_text
@@ -492,6 +567,23 @@ def test_sensitivities_are_those_of_plain_gradients(kind, packed, monkeypatch):
         assert figures[name].trace == pytest.approx(trace, rel=1e-4)
         moves = [float((step * total).sum()) / n_text**0.5 for total, _ in of_text]
         assert figures[name].moves == pytest.approx(moves, rel=2e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "told"),
+    [
+        ("phimoe", True),  # its router is a linear layer that returns three tensors
+        ("gpt_oss", True),  # stores [experts, in, out], with biases
+        ("llama4_text", False),  # gives every expert all tokens, scaled: no row is one of a token
+    ],
+)
+def test_experts_that_are_given_other_things_are_left_alone(model_type, told):
+    model, tokenizer = tiny_models.tiny_model(model_type).eval(), toy_tokenizer(pad_is_eos=True)
+    edits = distinct_edits(toy_requests(7)).edits
+    parts = [tokenize_edits(tokenizer, group) for group in (edits[:3], edits[3:5], edits[5:])]
+    figures = sensitivities(model, find_layers(model), *parts, packed=False)
+    assert any("o_proj" in name for name in figures)
+    assert any("down_proj[3]" in name for name in figures) == told
 
 
 def test_promise_is_a_gain_for_a_drift():

@@ -7,13 +7,14 @@ from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
 from locft_easyedit.errors import ModelError
-from locft_easyedit.modeling.places import (
+from locft_easyedit.modeling.locations import (
+    EXPERT,
     MODULES,
     Location,
     find_locations,
     select_locations,
-    select_place,
 )
+from locft_easyedit.modeling.places import select_place
 
 SEPARATE = ["q", "k", "v", "o", "gate", "up", "down", "mlp", "layer"]
 MODULES_OF = {
@@ -28,7 +29,12 @@ MODULES_OF = {
     "phi3": ["qkv", "o", "gate_up", "down", "mlp", "layer"],
     "gpt_neox": ["qkv", "o", "up", "down", "mlp", "layer"],
     "mixtral": ["q", "k", "v", "o", "gate_up", "down", "mlp", "layer"],
+    "qwen2_moe": [
+        *("q", "k", "v", "o", "gate_up", "down"),
+        *("shared_gate", "shared_up", "shared_down", "mlp", "layer"),
+    ],
 }
+KINDS = (*TOY_KINDS, "qwen2_moe")
 # The last parts of a name that each module may have; written out apart from the code's own table.
 LAST_NAMES = {
     "q": {"q_proj"},
@@ -40,6 +46,9 @@ LAST_NAMES = {
     "up": {"up_proj", "c_fc", "fc_in", "fc1", "dense_h_to_4h"},
     "gate_up": {"gate_up_proj"},
     "down": {"down_proj", "c_proj", "fc_out", "fc2", "dense_4h_to_h"},
+    "shared_gate": {"gate_proj"},
+    "shared_up": {"up_proj"},
+    "shared_down": {"down_proj"},
 }
 
 
@@ -47,7 +56,7 @@ def names_at(model, location):
     return list(select_place(model, [location.layer], location.templates).parameters)
 
 
-@pytest.mark.parametrize("kind", TOY_KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_model_has_its_modules_in_every_layer(kind):
     found = find_locations(toy_model(kind))
     assert [(p.layer, p.module) for p in found] == [
@@ -55,7 +64,7 @@ def test_a_model_has_its_modules_in_every_layer(kind):
     ]
 
 
-@pytest.mark.parametrize("kind", TOY_KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_templates_select_what_the_name_says(kind):
     model = toy_model(kind)
     parameters = dict(model.named_parameters())
@@ -72,6 +81,7 @@ def test_the_templates_select_what_the_name_says(kind):
             assert parameters[names[0]].ndim > 1
             attention = any("attn" in part or "attention" in part for part in names[0].split("."))
             assert attention == (location.module in ("q", "k", "v", "qkv", "o"))
+            assert ("shared" in names[0]) == location.module.startswith("shared_")
         in_layer.setdefault(location.layer, {})[location.module] = set(names)
     for layer, modules in in_layer.items():
         own = {name for name in parameters if f".{layer}." in name}
@@ -79,7 +89,7 @@ def test_the_templates_select_what_the_name_says(kind):
         parts = {m: names for m, names in modules.items() if m not in ("mlp", "layer")}
         # No matrix is two modules, and the MLP's are within the MLP.
         assert sum(map(len, parts.values())) == len(set().union(*parts.values()))
-        for module in {"gate", "up", "gate_up", "down"} & parts.keys():
+        for module in parts.keys() - {"q", "k", "v", "qkv", "o"}:
             assert parts[module] <= modules["mlp"] < modules["layer"]
 
 
@@ -127,4 +137,7 @@ def test_places_are_selected_by_layer_and_by_module():
 
 def test_every_module_has_a_name_of_its_own():
     assert len(set(MODULES)) == len(MODULES)
-    assert set().union(*MODULES_OF.values()) == set(MODULES)
+    # None of the toys joins the gate and the up projection of a shared expert, and single experts
+    # are for a backward pass to find.
+    elsewhere = {"shared_gate_up", *EXPERT.values()}
+    assert set().union(*MODULES_OF.values()) == set(MODULES) - elsewhere

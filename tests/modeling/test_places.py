@@ -263,3 +263,68 @@ def test_layers_of_the_text_part_count():
     model = Plain(config=config)
     assert number_of_layers(model) == 2
     assert find_layers(model).path == "blocks"
+
+
+# One expert of a fused parameter
+
+EXPERTS = DOWN_PROJECTION["mixtral"]
+
+
+def test_one_expert_is_a_parameter_with_the_same_numbers():
+    model = toy_model("mixtral")
+    place = select_place(model, [1, 2], [f"{EXPERTS}[3]", f"{EXPERTS}[0]", f"{EXPERTS}[3]"])
+    assert list(place.parameters) == [
+        f"{EXPERTS.format(i)}[{expert}]" for i in (1, 2) for expert in (3, 0)
+    ]
+    assert place.first_layer == 1
+    for name, part in place.parameters.items():
+        whole, expert = model.get_parameter(name[:-3]), int(name[-2])
+        assert isinstance(part, nn.Parameter)
+        assert part.data_ptr() == whole[expert].data_ptr()
+        with torch.no_grad():
+            part.add_(1)
+        assert torch.equal(part, whole[expert])
+    with torch.inference_mode():
+        [part] = select_place(model, [1], [f"{EXPERTS}[3]"]).parameters.values()
+    assert not part.is_inference()
+
+
+@pytest.mark.parametrize(
+    ("kind", "template", "message"),
+    [
+        ("mixtral", f"{EXPERTS}[4]", "names expert '4'; `model.layers.2.mlp.experts.down_proj` has "
+         "4 experts (0 to 3). Choose among them."),
+        ("mixtral", f"{EXPERTS}[-1]", "names expert '-1'; "),
+        ("mixtral", f"{EXPERTS}[]", "names expert ''; "),
+        ("mixtral", f"{EXPERTS}[03]", "names expert '03'; "),
+        ("mixtral", f"{EXPERTS}[{10**12}]", "has 4 experts (0 to 3)"),
+        ("mixtral", "model.layers.{}.mlp.experts[0]", "`model.layers.2.mlp.experts`, and that is a "
+         "module, not the matrices of all experts, [experts, out, in]. Leave out `[0]`."),
+        ("llama", f"{DOWN}[0]", "and that is a parameter of shape [32, 64], not the matrices"),
+        ("mixtral", "model.layers.{}.mlp.experts.sideways[0]", "matches nothing in layer 2."),
+    ],
+)  # fmt: skip
+def test_an_expert_that_is_not_there_is_refused(kind, template, message):
+    [line] = refusal(toy_model(kind), [2], [template])
+    assert line.startswith(f"  - `rewrite_module_tmp={template!r}`")
+    assert message in line
+
+
+@pytest.mark.parametrize("other", [EXPERTS, "model.layers.{}.mlp", "model.layers.{}."])
+def test_an_expert_beside_all_of_them_is_refused(other):
+    [line] = refusal(toy_model("mixtral"), [2], [f"{EXPERTS}[1]", other])
+    assert line == (
+        "  - `model.layers.2.mlp.experts.down_proj[1]` is a part of "
+        "`model.layers.2.mlp.experts.down_proj`, which is selected as well. Name one of them."
+    )
+
+
+def test_experts_that_are_shared_or_not_loaded_are_refused():
+    model = toy_model("mixtral")
+    model.model.layers[1].mlp.experts = model.model.layers[2].mlp.experts
+    [line] = refusal(model, [2], [f"{EXPERTS}[1]"])
+    assert "is tied to model.layers.1.mlp.experts.down_proj" in line
+    with torch.device("meta"):
+        model = toy_model("mixtral")
+    [line] = refusal(model, [2], [f"{EXPERTS}[1]"])
+    assert "is not loaded" in line

@@ -137,6 +137,32 @@ def test_a_token_takes_a_few_of_the_experts():
     assert found.matmul == everything - unused
 
 
+def test_one_expert_counts_as_what_it_is():
+    template = f"{DOWN_PROJECTION['mixtral']}[3]"
+    one, all_of_them = (reader("mixtral", template=t).shapes() for t in (template, None))
+    assert one.trained == {template.format(1): HIDDEN * 64}
+    assert one.n_trained * 4 == one.fused == all_of_them.n_trained
+    assert all_of_them.fused == 0
+    assert one.layers[1].trained_matmul * 4 == all_of_them.layers[1].trained_matmul > 0
+    assert (one.first_layer, one.cuts) == (all_of_them.first_layer, all_of_them.cuts)
+    several = reader("mixtral", template=template, layers=(1, 2)).shapes()
+    assert several.fused == 2 * one.fused
+
+
+def test_memory_of_one_expert_is_that_of_its_matrix(tmp_path):
+    toy_model("mixtral").config.save_pretrained(tmp_path)
+    found = []
+    for end in ("", "[3]"):
+        template = DOWN_PROJECTION["mixtral"] + end
+        hparams = toy_hparams(model_name=str(tmp_path), rewrite_module_tmp=template)
+        machine = Machine(gpu=320 * GIB, host=1000 * GIB, disk=1000 * GIB)
+        plan = make_plan(hparams, Workload.from_hparams(hparams, 100), machine)
+        found.append({part.name: part.bytes for part in plan.chosen.parts})
+    for name in ("float32 masters", "Adam's moments", "gradients", "original values"):
+        assert found[1][name] * 4 == found[0][name]
+    assert found[1]["gradients of all experts"] == found[0]["gradients"]
+
+
 PARALLEL = ("gptj", "gpt_neox")
 
 

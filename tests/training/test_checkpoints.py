@@ -96,6 +96,10 @@ def every_checkpoint(tmp_path, monkeypatch):
         {"layers": [1, 2], "tuning": "lora", "lora_rank": 2},
         {"pipeline": "depth_first", "batch_loss_threshold": 5.9, "lr": 5e-3},
         {"loss_average": "token", "lr_schedule": "cosine"},
+        {
+            "kind": "mixtral",
+            "rewrite_module_tmp": [f"model.layers.{{}}.mlp.experts.down_proj[{i}]" for i in (0, 3)],
+        },
         {"forms": ["question_answer", "context"], "preserve": [KEPT_PROMPTS]},
     ],
     ids=str,

@@ -21,7 +21,7 @@ from ...evaluation.predictions import ArgmaxPredictor, EvalConfig
 from ...evaluation.prompts import Metrics
 from ...evaluation.summary import summarize
 from ...hparams import LocFTBFHyperParams
-from ...modeling.places import Location
+from ...modeling.locations import Location
 from ...prefix.shared_states import SharedStates
 from ...prefix.shortcuts import can_pack
 from ...prefix.store import Budget

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...modeling.places import MODULES, Location
+from ...modeling.locations import MODULES, Location
 from ...utils.output import write_picture
 from ...utils.plotting import legend_below, new_figure, plain_log_ticks
 from .study_outcome import DIVERGED, FAILED, OUT_OF_MEMORY, StudyOutcome

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...modeling.places import MODULES
+from ...modeling.locations import MODULES
 from ...utils.output import write_picture
 from ...utils.plotting import GREY, handle, legend_below, new_figure, open_axes, plain_log_ticks
 from .heat_maps import LEAST_DRIFT
@@ -19,8 +19,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_MATRICES = ("<", ">", "^", "d", "v", "p", "h", "8", "o")
+_SHARED = tuple((corners, 1, 0) for corners in (3, 4, 5, 6))  # stars
+_EXPERT = ("X", "H", "D", (7, 1, 0))
 # The whole MLP and the whole layer stand out: they are more than one matrix.
-_MARKERS = dict(zip(MODULES, ("<", ">", "^", "d", "v", "p", "h", "8", "o", "s", "P"), strict=True))
+_MARKERS: dict[str, Any] = dict(
+    zip(MODULES, (*_MATRICES, *_SHARED, *_EXPERT, "s", "P"), strict=True)
+)
 _RELIABLE = 0.9
 _MOST_NUMBERS = 16
 _LABELS = {
@@ -147,7 +152,7 @@ def _draw_cells(axes: Axes, cells: Sequence[CellOutcome], key: str) -> None:
         colour = colours.cmap(float(depth(one.cell.location.layer)))
         face = "none" if one.figures["reliability"] < _RELIABLE else colour
         style: dict[str, Any] = {"color": colour, "markerfacecolor": face, "markersize": 6.5}
-        axes.plot(*_point(one, key), _MARKERS[one.cell.location.module], **style)
+        axes.plot(*_point(one, key), marker=_MARKERS[one.cell.location.module], **style)
     bar = axes.figure.colorbar(colours, ax=axes, pad=0.01, aspect=35, label="layer")
     bar.locator = MaxNLocator(8, integer=True)
     bar.outline.set_visible(False)

@@ -24,7 +24,7 @@ def locate(study: Study, *, progress: bool = True) -> StudyOutcome:
         LocFTError: The folder is another study's, or the cells could not be tried.
     """
     study.open()
-    if study.open_cells() and (reasons := _work(study, progress)) and study.open_cells():
+    if study.unfinished and (reasons := _work(study, progress)) and study.unfinished:
         raise LocFTError(one_message("The study could not be finished:", reasons))
     return study.outcome()
 
@@ -53,7 +53,8 @@ def _work(study: Study, progress: bool) -> list[str]:
                 elif worker.failure is not None:
                     device = pool.devices[worker.slot]
                     reasons.append(f"{device}: {worker.failure} (see {worker.log})")
-            bar.update(n_all - len(study.open_cells()) - bar.n)
+            bar.total = len(study.all_cells())  # with the experts that were found meanwhile
+            bar.update(bar.total - len(study.open_cells()) - bar.n)
     return reasons
 
 

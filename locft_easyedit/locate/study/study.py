@@ -18,7 +18,7 @@ from ...errors import HyperParamsError, OutputError, one_message
 from ...evaluation.records import CompactRecords
 from ...evaluation.summary import summarize
 from ...modeling.loading import model_without_weights, resolve_device
-from ...modeling.places import Location, find_locations
+from ...modeling.locations import Location, find_locations
 from ...training.choice import Cell
 from ...training.identity import run_settings
 from ...training.rewordings.writers import check_writer
@@ -26,8 +26,10 @@ from ...utils.files import output_errors
 from ...utils.hashing import json_sha256
 from ...utils.output import prepare_folder, write_json
 from ...utils.run_folder import SettingsFile, differences_of, refuse_differences
+from ..experts import fused_locations, one_of
 from ..score import read_passages
 from .cell import figures_of
+from .study_experts import StudyExperts, enough_edits
 from .study_outcome import OK, STATES, CellOutcome, StudyOutcome
 from .study_settings import (
     ANY_DEVICE,
@@ -52,8 +54,9 @@ class Study:
         settings: What is asked for.
         path: The folder.
         requests: The edits.
-        locations: The places, in the order in which they are best tried.
         rates: The learning rates.
+        layers: The layers that are visited.
+        experts: Single experts that are visited.
         passages: The unrelated text, if it is not the fixed one.
     """
 
@@ -73,7 +76,7 @@ class Study:
         if problems:
             raise HyperParamsError(one_message("This study cannot be made:", problems))
         self.requests = read_requests(s.data, s.n)
-        distinct_edits(self.requests, "error" if h.on_conflict == "error" else None)
+        edits = distinct_edits(self.requests, "error" if h.on_conflict == "error" else None).edits
         check_writer(h)
         self.passages = None if s.text is None else read_passages(s.text)
         self._done: dict[str, CellOutcome] = {}
@@ -85,8 +88,26 @@ class Study:
         locations = find_locations(model)
         if h.tuning == "lora":
             locations = [one for one in locations if has_low_rank(model, one, h.lora_rank)]
-        self.locations = coarse_to_fine(visited(locations, s))
+        # Which experts are the most promising the weights have to tell: any stands in for them.
+        standing_in = [one_of(one, 0) for one in fused_locations(model, locations)]
+        places = visited([*locations, *standing_in], s)
+        self.layers = {one.layer for one in places}
+        self._known = [one for one in places if one not in standing_in]
+        sought = {(one.layer, one.module) for one in places if one in standing_in}
+        if sought and not enough_edits(len(edits), alone=not self._known):
+            sought = set()
+        self.experts = StudyExperts(self.path / "experts.json", sought)
         self.rates = sorted(float(r) for r in (s.rates or [h.lr * factor for factor in RATES]))
+
+    @property
+    def locations(self) -> list[Location]:
+        """The places, in the order in which they are best tried."""
+        return coarse_to_fine([*self._known, *self.experts.visited()])
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is something to try, or to find."""
+        return self.experts.missing or bool(self.open_cells())
 
     @property
     def cells_folder(self) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from ...modeling.places import Location
+from ...modeling.locations import Location
 from ...training.choice import Cell
 
 OK, DIVERGED, OUT_OF_MEMORY, FAILED = "ok", "diverged", "out of memory", "failed"

@@ -9,7 +9,8 @@ from typing import Any
 from ...errors import HyperParamsError, PlaceError, one_message
 from ...hparams import LocFTBFHyperParams
 from ...hparams_rules import AUTO
-from ...modeling.places import MODULES, Location, check_low_rank, match_parameters, select_locations
+from ...modeling.locations import MODULES, Location, select_locations
+from ...modeling.places import check_low_rank, match_parameters
 
 RATES = (0.1, 0.3, 1.0, 3.0)  # times the rate of the YAML
 ANY_DEVICE = "auto"  # the study's own, or a GPU if there is one

@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ...modeling.places import MODULES
+from ...modeling.locations import MODULES
 from ...utils.tables import (
     Bold,
     Row,

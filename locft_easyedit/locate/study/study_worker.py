@@ -13,10 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ...data.requests import distinct_edits
 from ...errors import LocFTError
 from ...evaluation.prompts import Metrics
 from ...evaluation.records import CompactRecords
+from ...hparams import LocFTBFHyperParams
+from ...hparams_rules import AUTO
 from ...modeling.loading import load_causal_lm, resolve_device
+from ...modeling.locations import EXPERT
+from ...utils.memory import is_out_of_memory
+from ..auto import promises_of
 from .cell import Bench, measure_before
 from .study import Study, load_study
 from .study_settings import ANY_DEVICE
@@ -46,6 +52,8 @@ def work(study: Study, device: int | str | None = None) -> None:
     bench: Bench | None = None
     while True:
         worked = False
+        if bench is None and study.experts.missing:
+            bench = _bench(study, device)
         for location in study.locations:
             if not study.open_rates(location):
                 continue
@@ -74,6 +82,7 @@ def _bench(study: Study, device: int | str | None) -> Bench:
         model_parallel=h.model_parallel,
         trust_remote_code=h.trust_remote_code,
     )
+    _find_experts(study, model, tokenizer, h)
     before = _before(study, model, tokenizer)
 
     def capability() -> float:
@@ -90,9 +99,27 @@ def _bench(study: Study, device: int | str | None) -> Bench:
         )
         return float("nan") if found["mean"] is None else float(found["mean"])
 
-    layers = {location.layer for location in study.locations}
     measured = capability if study.settings.capability else None
-    return Bench(model, tokenizer, study.requests, h, before, layers, study.passages, measured)
+    return Bench(
+        model, tokenizer, study.requests, h, before, study.layers, study.passages, measured
+    )
+
+
+def _find_experts(study: Study, model: Any, tokenizer: Any, hparams: LocFTBFHyperParams) -> None:
+    """Finds the most promising expert of each layer; other processes wait for the first one."""
+    with study.held("experts"):
+        if not study.experts.missing:
+            return
+        edits = distinct_edits(study.requests, hparams.on_conflict).edits
+        h = replace(hparams, layers=AUTO, rewrite_module_tmp=AUTO)
+        try:
+            promises = promises_of(model, tokenizer, edits, h)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("Single experts are left out: ranking them ran out of memory.")
+            promises = {}
+        study.experts.keep([one for one in promises if one.module in EXPERT.values()])
 
 
 def _before(study: Study, model: Any, tokenizer: Any) -> list[Metrics]:

@@ -20,7 +20,7 @@ from locft_easyedit.evaluation.summary import summarize
 from locft_easyedit.locate.score import Drift, score
 from locft_easyedit.locate.study.cell import Bench, figures_of, measure_before
 from locft_easyedit.locate.study.study_outcome import DIVERGED, FAILED, OK, OUT_OF_MEMORY
-from locft_easyedit.modeling.places import Location, find_locations, select_locations
+from locft_easyedit.modeling.locations import Location, find_locations, select_locations
 from locft_easyedit.training.health import health_texts
 from locft_easyedit.training.session import EditSession
 

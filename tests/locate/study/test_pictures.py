@@ -18,7 +18,7 @@ from locft_easyedit.errors import OutputError
 from locft_easyedit.locate.study.heat_maps import heat_figure, write_heat_maps
 from locft_easyedit.locate.study.pareto import front_figure, pareto_front, write_front
 from locft_easyedit.locate.study.study_outcome import DIVERGED, FAILED, OUT_OF_MEMORY
-from locft_easyedit.modeling.places import MODULES
+from locft_easyedit.modeling.locations import MODULES
 
 PENDING = "#e4e4e4"
 

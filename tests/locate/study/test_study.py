@@ -9,10 +9,13 @@ import subprocess
 import sys
 
 import pytest
-from helpers.toys import toy_model, toy_tokenizer
+import torch
+from helpers.toys import toy_model, toy_requests, toy_tokenizer
 
+from locft_easyedit.data.requests import distinct_edits
 from locft_easyedit.errors import DataError, HyperParamsError, LocFTError, OutputError
 from locft_easyedit.hparams import LocFTBFHyperParams
+from locft_easyedit.locate.auto import promises_of
 from locft_easyedit.locate.study import run_study as run
 from locft_easyedit.locate.study import study_worker as worker
 from locft_easyedit.locate.study.run_study import locate
@@ -25,7 +28,7 @@ from locft_easyedit.locate.study.study_outcome import (
     CellOutcome,
 )
 from locft_easyedit.locate.study.study_settings import StudySettings, coarse_to_fine
-from locft_easyedit.modeling.places import MODULES, Location
+from locft_easyedit.modeling.locations import Location
 from locft_easyedit.training.choice import Cell
 from locft_easyedit.utils.subprocesses import WorkerPool
 
@@ -57,9 +60,8 @@ def test_all_places_of_the_model_are_visited_by_default(study):
     one = study(layers=None, modules=None, rates=None)
     assert len(one.locations) == 4 * 9
     assert one.rates == pytest.approx([1e-3, 3e-3, 1e-2, 3e-2])
-    assert [location.module for location in one.locations[:9]] == [
-        m for m in MODULES if m not in ("qkv", "gate_up")
-    ]
+    there = ["q", "k", "v", "o", "gate", "up", "down", "mlp", "layer"]
+    assert [location.module for location in one.locations[:9]] == there
 
 
 def test_modules_that_a_model_lacks_are_absent(study, toy_folder):
@@ -329,3 +331,75 @@ def test_nothing_is_written_outside_the_folder(study, toy_folder):
     assert {path.name for path in toy_folder.iterdir()} - there == {"out"}
     stored = json.loads((one.cells_folder / "layer-01-v-0.01.json").read_text())
     assert stored["state"] == OK
+
+
+# Mixtures
+
+
+@pytest.fixture
+def mixture(study, toy_folder):
+    """Makes a study of a mixture, with edits enough to tell its experts apart."""
+    toy_model("qwen2_moe").save_pretrained("mixture")
+    toy_tokenizer(pad_is_eos=True).save_pretrained("mixture")
+    (toy_folder / "edits.json").write_text(json.dumps(toy_requests(8)))
+
+    def make(output="out", hparams=None, **changes):
+        h = {"model_name": "./mixture", "num_steps": 2} | (hparams or {})
+        return study(output, h, **changes)
+
+    return make
+
+
+def test_the_most_promising_expert_of_each_layer_is_tried(mixture):
+    one = mixture(modules=["down", "shared_down", "expert_down"])
+    assert [str(place) for place in one.locations] == [
+        f"layer {layer} {module}" for layer in (3, 1) for module in ("down", "shared_down")
+    ]
+    assert one.experts.missing
+    outcome = finished(one).outcome()
+    assert not one.experts.missing
+    assert not one.unfinished
+    assert [(c.cell.location.layer, c.cell.location.module, c.state) for c in outcome.cells] == [
+        (layer, module, OK) for layer in (1, 3) for module in ("down", "shared_down", "expert_down")
+    ]
+    h = dataclasses.replace(one.settings.hparams, layers="auto", rewrite_module_tmp="auto")
+    edits = distinct_edits(one.requests).edits
+    promises = promises_of(toy_model("qwen2_moe"), toy_tokenizer(pad_is_eos=True), edits, h)
+    experts = {(p.layer, p.module): p for p in promises}
+    sizes = {}
+    for cell in outcome.cells:
+        place = cell.cell.location
+        if place.module == "expert_down":
+            assert place == experts[place.layer, "expert_down"]
+        sizes.setdefault(place.module, set()).add(cell.parameters)
+    assert sizes == {"down": {4 * 32 * 32}, "shared_down": {32 * 64}, "expert_down": {32 * 32}}
+    again = mixture(modules=["expert_down"])  # found before: nothing is left
+    assert not again.unfinished
+    assert len(again.locations) == 2
+
+
+def test_experts_alone_are_found_and_tried_by_a_process(mixture):
+    one = mixture(layers=[2], modules=["expert_gate_up"])
+    assert one.locations == []
+    [cell] = locate(one, progress=False).cells
+    assert (cell.state, cell.cell.location.module) == (OK, "expert_gate_up")
+    assert cell.cell.key == "layer-02-expert_gate_up-0.01"
+
+
+def test_too_few_edits_tell_no_experts_apart(mixture):
+    one = mixture(modules=["shared_down", "expert_down"], n=7)
+    assert not one.experts.missing
+    assert {place.module for place in one.locations} == {"shared_down"}
+    with pytest.raises(HyperParamsError, match=r"single experts alone.*8 distinct.*there are 7"):
+        mixture(modules=["expert_down"], n=7)
+
+
+def test_memory_that_runs_out_leaves_experts_out(mixture, monkeypatch, caplog):
+    def out(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(worker, "promises_of", out)
+    one = finished(mixture(layers=[3], modules=["shared_down", "expert_down"]))
+    assert "Single experts are left out" in caplog.text
+    assert [place.module for place in one.locations] == ["shared_down"]
+    assert not one.unfinished

@@ -16,7 +16,7 @@ from locft_easyedit.data.readers import read_requests
 from locft_easyedit.locate.held_out import reword
 from locft_easyedit.locate.score import Drift, score
 from locft_easyedit.locate.study.study_outcome import DIVERGED, FIGURES, CellOutcome, StudyOutcome
-from locft_easyedit.modeling.places import Location
+from locft_easyedit.modeling.locations import Location
 from locft_easyedit.training.choice import Cell
 from locft_easyedit.training.health import health_texts
 

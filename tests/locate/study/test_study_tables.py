@@ -31,7 +31,7 @@ from locft_easyedit.locate.study.study_tables import (
     study_markdown,
     study_table,
 )
-from locft_easyedit.modeling.places import MODULES, Location
+from locft_easyedit.modeling.locations import MODULES, Location
 from locft_easyedit.training.choice import Cell
 from locft_easyedit.utils.json_fields import write_dataclass
 

@@ -12,7 +12,7 @@ from locft_easyedit.api import edit_model, open_session
 from locft_easyedit.data.requests import distinct_edits
 from locft_easyedit.errors import ModelError, RequestError, RewordingsError
 from locft_easyedit.locate.trial import Trials
-from locft_easyedit.modeling.places import Location
+from locft_easyedit.modeling.locations import Location
 from locft_easyedit.training.choice import Cell
 from locft_easyedit.training.rewordings import written
 
