@@ -88,7 +88,7 @@ def check_supported(hparams: LocFTBFHyperParams) -> None:
         problems.append(f"`pipeline={DEPTH_FIRST}`: facts are trained {BREADTH_FIRST}. Set that.")
     if hparams.shard_frozen:
         problems.append(f"`shard_frozen=True`: {_SHARDED}")
-    if hparams.stream_frozen and hparams.preserved and not hparams.chooses:
+    if hparams.stream_frozen and hparams.preserved:
         problems.append(f"`stream_frozen=True` with `preserve`: {_PRESERVED}")
     _refuse(problems)
 

@@ -14,32 +14,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..distributed.world import World
 from ..errors import LedgerError, one_message
 from ..hparams import LocFTBFHyperParams
-from ..modeling.places import Place, select_place
+from ..modeling.places import select_place
 from ..training.trained_weights import copies_of
 from .binding import check_agreed, check_loaded, surroundings
 from .changes import Changes
 from .facts import Book
 from .log import Event, Log
+from .places import event_of, hashes_at
 from .recorded_facts import RecordedFacts
-from .states import Matrices, State, States, delta_of, hashes_at, hashes_of, sha256_of
+from .states import Matrices, State, States, delta_of, hashes_of
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-
-def chosen_place(hparams: LocFTBFHyperParams, place: Place) -> dict[str, Any]:
-    """Returns what the log says of a place: where it is, the rate, and the base's matrices.
-
-    Args:
-        hparams: The settings, with the place.
-        place: Its parameters, as the base model has them.
-    """
-    return {
-        "layers": list(hparams.layers),
-        "rewrite_module_tmp": hparams.rewrite_module_tmp,
-        "lr": hparams.lr,
-        "base": sha256_of(place.parameters),
-    }
 
 
 @dataclass(eq=False)
@@ -90,7 +76,7 @@ class BoundModel:
         with world.sharing_errors():
             found = select_place(model, hparams.layers, hparams.templates)
             check_loaded(model, found.first_layer, hparams)
-            at, known = _event_of(found, place, events)
+            at, known = event_of(found, place, events)
         check_agreed(world, "matrices", at)
         states = States(folder)
         base: Matrices | None = copies_of(found.parameters)
@@ -290,24 +276,3 @@ class BoundModel:
             if path.name not in names:
                 path.unlink(missing_ok=True)
                 path.with_name(f"{path.name}.json").unlink(missing_ok=True)
-
-
-def _event_of(
-    found: Place, place: Mapping[str, Any], events: Sequence[Event]
-) -> tuple[int, dict[int, dict[str, str]]]:
-    """Returns the event whose matrices a model has, and the hashes of each event's.
-
-    Raises:
-        LedgerError: There is no such event.
-    """
-    present = sha256_of(found.parameters)
-    known = {0: dict(place["base"])} | {
-        event.number: dict(event.said["state"]) for event in events if "state" in event.said
-    }
-    at = next((n for n in sorted(known, reverse=True) if known[n] == present), None)
-    if at is None:
-        raise LedgerError(
-            "The model's matrices are neither the base's nor those of any event of the ledger: "
-            f"{', '.join(found.parameters)}. Give the base model, without edits of others."
-        )
-    return at, known

@@ -20,23 +20,23 @@ from ..hparams import LocFTBFHyperParams
 from ..modeling.loading import load_model
 from ..modeling.places import select_place
 from ..utils.files import locked
+from .beginning import begun
 from .binding import (
-    binding_of,
     check_agreed,
-    check_loaded,
     check_same_model,
     check_supported,
     hparams_of,
 )
-from .bound_model import BoundModel, chosen_place
+from .bound_model import BoundModel
 from .choosing import choose
 from .export import check_export, write_export
 from .facts import Book, event_at
 from .incoming import Incoming
-from .log import ADD, INIT, LOG, RETRACT, Event, Log
+from .log import ADD, INIT, RETRACT, Event, Log
 from .outcomes import Added, Retracted, Verified
+from .places import chosen_place, hashes_at, place_of
 from .report import Difference, difference_of
-from .states import Matrices, States, delta_of, place_of
+from .states import Matrices, States, delta_of
 
 logger = logging.getLogger(__name__)
 
@@ -97,30 +97,8 @@ class Ledger:
             LocFTError: There is a ledger already, a ledger cannot be kept with these settings, or
                 the model or the place cannot be used.
         """
-        folder, world = Path(path), get_world()
-        hparams.check()
-        check_supported(hparams)
-        world.broadcast_from_main(lambda: _check_is_new(folder))
-        if model is None or tokenizer is None:
-            model, tokenizer = load_model(hparams)
-        with world.sharing_errors():
-            place = None
-            if not hparams.chooses:
-                found = select_place(model, hparams.layers, hparams.templates)
-                check_loaded(model, found.first_layer, hparams)
-                place = chosen_place(hparams, found)
-            binding = binding_of(model, tokenizer, hparams) | {"place": place}
-        check_agreed(world, "models or settings", binding)
-
-        def begin() -> Log:
-            with locked(folder):
-                _check_is_new(folder)
-                log = Log(folder)
-                log.append(INIT, binding)
-                return log
-
-        log = world.broadcast_from_main(begin)
-        return cls(folder, log, Book.of(log.events), progress, (model, tokenizer))
+        log, model, tokenizer = begun(Path(path), hparams, model, tokenizer, get_world())
+        return cls(Path(path), log, Book.of(log.events), progress, (model, tokenizer))
 
     @classmethod
     def open(
@@ -286,7 +264,8 @@ class Ledger:
             if self._place is None:
                 self._loaded()
                 return Verified(len(events), 0, [], problems, [])
-            whole, damaged = once(lambda: States(self.path).looked_through(events))
+            hashes = [hashes_at(events, event.number) for event in events]
+            whole, damaged = once(lambda: States(self.path).looked_through(events, hashes))
             problems += damaged
             bound = self._ready()
             if replay:
@@ -419,8 +398,3 @@ class Ledger:
         """Gives back what recorded states take in memory; the model keeps its matrices."""
         if self._bound is not None:
             self._bound.changes.trainer.facts.close()
-
-
-def _check_is_new(folder: Path) -> None:
-    if (folder / LOG).exists():
-        raise LedgerError(f"`{folder}` holds a ledger already. Choose another folder.")

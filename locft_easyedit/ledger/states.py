@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -117,18 +116,21 @@ class States:
             return None
         return found
 
-    def looked_through(self, events: Sequence[Event]) -> tuple[list[int], list[str]]:
+    def looked_through(
+        self, events: Sequence[Event], hashes: Sequence[Mapping[str, str]]
+    ) -> tuple[list[int], list[str]]:
         """Returns the events whose matrices and moments are whole, and a line for each damage.
 
         Args:
-            events: The ledger's events; a place is chosen.
+            events: The ledger's events.
+            hashes: The sha256 of each matrix after each of them.
         """
         whole, problems = [], []
         for number in self.kept():
             if number > events[-1].number:
                 continue
             moments = events[number].said.get("moments")
-            if self.load(number, hashes_at(events, number)) is None:
+            if self.load(number, hashes[number]) is None:
                 problems.append(f"{self.path(number).name} is damaged.")
             elif moments is not None and self.load_moments(number, moments) is None:
                 problems.append(f"{self.moments_path(number).name} is damaged or gone.")
@@ -165,19 +167,6 @@ class States:
 def sha256_of(values: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Returns the sha256 of each tensor."""
     return {name: tensor_sha256(value) for name, value in values.items()}
-
-
-def place_of(events: Sequence[Event]) -> Mapping[str, Any] | None:
-    """Returns what the log says of the place; `None` before it is chosen."""
-    said = (event.said.get("place") for event in events)
-    return next((place for place in said if place is not None), None)
-
-
-def hashes_at(events: Sequence[Event], number: int) -> dict[str, str]:
-    """Returns the sha256 of each matrix after an event, as the log has it; a place is chosen."""
-    place = place_of(events)
-    assert place is not None
-    return dict(events[number].said.get("state") or place["base"])
 
 
 def hashes_of(delta: Delta) -> dict[str, str]:

@@ -409,6 +409,13 @@ def test_settings_that_are_refused(tmp_path, key, value):
     assert not (tmp_path / "log.jsonl").exists()
 
 
+def test_layers_that_processes_share_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("locft_easyedit.ledger.binding.sharded_layers", lambda _: object())
+    with pytest.raises(LedgerError, match="layers are shared out among processes: all processes"):
+        new_ledger(tmp_path)
+    assert not (tmp_path / "log.jsonl").exists()
+
+
 def test_a_second_ledger_in_a_folder_is_refused(ledger):
     with pytest.raises(LedgerError, match="holds a ledger already"):
         new_ledger(ledger.path)

@@ -24,13 +24,13 @@ pytestmark = pytest.mark.processes
 
 KEPT = str(REPOSITORY / "tests" / "helpers" / "kept_prompts.json")
 CASES = [
-    {},
-    {},
-    {"batch_size": 2, "micro_batch_size": 1, "packing": False, "num_steps": 5},
+    {"eval_batch_size": 2},  # several batches are recorded, checked and asked
+    {"eval_batch_size": 2},
     {"forms": ["question_answer"], "preserve": [KEPT], "num_steps": 5},
     {"frozen_prefix": False, "tuning": "lora", "lora_rank": 4, "num_steps": 5},
     {"prefix_disk_gib": 0.0, "loss_average": "token", "num_steps": 5},
-    {"stream_frozen": True, "num_steps": 5},
+    {"stream_frozen": True, "num_steps": 5, "eval_batch_size": 2},
+    {"batch_size": 2, "micro_batch_size": 1, "packing": False, "num_steps": 5},
 ]
 
 
@@ -44,10 +44,17 @@ def prefixes(folder):
     return {path.name: path.read_bytes() for path in folder.glob("prefix-*.safetensors")}
 
 
-@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_the_ledger_of_one_process(n, tmp_path):
+@pytest.mark.parametrize(
+    ("n", "cases"),
+    [
+        pytest.param(2, CASES[:2], id="2"),
+        pytest.param(2, CASES, marks=pytest.mark.slow, id="2-all"),
+        pytest.param(3, CASES, marks=pytest.mark.slow, id="3-all"),
+    ],
+)
+def test_the_ledger_of_one_process(n, cases, tmp_path):
     base = on_disk(tmp_path / "base")
-    cases = named(CASES, base)
+    cases = named(cases, base)
     ranks = launch(n, "helpers.distributed_ledgers:lives", str(tmp_path), cases, timeout=400)
     assert all(rank.value == ranks[0].value for rank in ranks)
     events, *_ = ranks[0].value[0]
