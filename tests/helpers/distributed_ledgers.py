@@ -1,5 +1,6 @@
 """What the processes of tests/ledger/test_processes.py do; each function runs as one rank."""
 
+import os
 from pathlib import Path
 from unittest import mock
 
@@ -146,6 +147,23 @@ def failures(folder):
     return [found, again.verify().lost]
 
 
+def one_dies(folder):
+    """Adds facts, and ends rank 1 while they are checked; returns what rank 0 is told."""
+    ledger, lost = opened(folder), trainer.Trainer.lost
+
+    def dying(self, *args, **options):
+        if get_world().rank == 1:
+            os._exit(9)
+        return lost(self, *args, **options)
+
+    with mock.patch.object(trainer.Trainer, "lost", dying):
+        try:
+            ledger.add(REQUESTS[9:11])
+        except LocFTError as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def in_use(folder):
     """Returns what each rank is told of a ledger in which another run writes."""
     try:
@@ -170,3 +188,14 @@ def editor_calls(folder):
         metrics, *_ = editor.edit_requests(part, sequential_edit=True, verbose=False)
         found.append([entry["post"]["rewrite_acc"] for entry in metrics])
     return found
+
+
+def chooses(folder):
+    """Lets the first facts choose the place; returns the rank's settings and states."""
+    auto = {"layers": "auto", "rewrite_module_tmp": "auto", "lr": "auto", "num_steps": 5}
+    ledger = begun(folder, **auto)
+    ledger.add(REQUESTS[:8])
+    ledger.add(REQUESTS[8:9])
+    h = ledger.hparams
+    states = [event.said["state"] for event in ledger.log.events[1:]]
+    return [h.layers, h.rewrite_module_tmp, h.lr, states]

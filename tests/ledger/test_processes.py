@@ -126,6 +126,13 @@ def test_exactly_as_if_facts_had_never_been_in(tmp_path):
         assert exact == never
 
 
+def test_rank_0_chooses_the_place(tmp_path):
+    first, second = launch(2, "helpers.distributed_ledgers:chooses", str(tmp_path / "two"))
+    assert first.value == second.value
+    alone = distributed_ledgers.chooses(tmp_path / "alone")
+    assert first.value[:3] == alone[:3]
+
+
 @pytest.mark.parametrize("gone", ["state", "moments", "prefix"])
 def test_what_is_gone_is_made_anew(ledger, gone, tmp_path, folder):
     whole = shutil.copytree(folder, tmp_path / "whole")
@@ -154,6 +161,14 @@ def test_what_goes_wrong_for_one_goes_wrong_for_all(tmp_path):
         assert rank.value[1] == []
     assert ranks[0].value[0][1][0].startswith("RankError: Rank 1 of 2 failed: ")
     assert ranks[0].value[0][4][0].startswith("RankError: Rank 1 of 2 failed: ")
+
+
+def test_one_that_dies_ends_all_with_nothing_changed(ledger, folder):
+    first, second = launch(2, "helpers.distributed_ledgers:one_dies", str(ledger), check=False)
+    assert second.returncode == 9
+    assert first.value.startswith("LostRankError: Rank 0 of 2 has lost the other ranks")
+    assert (ledger / "log.jsonl").read_bytes() == (folder / "log.jsonl").read_bytes()
+    assert opened(ledger).verify().problems == []
 
 
 def test_two_writers_are_refused(ledger):
