@@ -20,7 +20,7 @@ from ..distributed.world import World, get_world, single_process
 Command = Callable[[Sequence[str]], int]
 
 # Commands whose work the processes share.
-_SHARED = ("edit", "evaluate", "run")
+_SHARED = ("edit", "evaluate", "ledger", "run")
 # Commands that start processes of their own, one for each device: a launch tells which devices.
 _BY_DEVICE = ("locate", "compare")
 

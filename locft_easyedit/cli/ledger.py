@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Optional, TypeVar
 
 from ..data.readers import read_requests
+from ..distributed.world import get_world
 from ..errors import HyperParamsError
 from ..hparams import LocFTBFHyperParams
 from ..ledger.export import EXPORTS
@@ -116,7 +117,8 @@ def _init(arguments: Sequence[str]) -> int:
 
 def _add(arguments: Sequence[str]) -> int:
     [path], config = _read(AddConfig, arguments, "add")
-    requests = read_requests(config.data, config.n)
+    with get_world().sharing_errors():
+        requests = read_requests(config.data, config.n)
     with_model = _opened(path, config)
     added = with_model.add(requests, source=config.source)
     if added.event is None:
@@ -215,13 +217,16 @@ def _diff(arguments: Sequence[str]) -> int:
 
 def _verify(arguments: Sequence[str]) -> int:
     [path], config = _read(VerifyConfig, arguments, "verify")
-    found = _opened(path, config).verify(replay=config.replay)
+    ledger = _opened(path, config)
+    found = ledger.verify(replay=config.replay)
     _say(f"{path}: the chain of {counted(found.n_events, 'event')} is whole.")
     _say(f"matrices are kept of events {_some(found.states) or 'none'}; others are made anew.")
     for problem in found.problems:
         _say(f"  - {problem}")
     _say(f"{found.n_facts - len(found.lost)} of {counted(found.n_facts, 'active fact')} hold.")
     _say_lost(found.lost)
+    sys.stdout.flush()
+    ledger.world.all_gather(None)  # a launcher ends the others once one has ended with a status
     return int(bool(found.problems or found.lost))
 
 
@@ -283,7 +288,7 @@ def _say(line: str) -> None:
 
 
 def _write(path: str | None, value: Any) -> None:
-    if path is not None:
+    if path is not None and get_world().is_main_process:
         write_json(Path(path), value)
 
 

@@ -83,12 +83,15 @@ class World:
         """Whether there is more than one process."""
         return self.size > 1
 
-    def partition(self, sizes: np.ndarray) -> np.ndarray:
+    def partition(self, sizes: np.ndarray, first: int = 0) -> np.ndarray:
         """Returns which of N items are this rank's, ascending; every item is one rank's.
 
-        What is dealt out evenly is the work of each item, [N].
+        Args:
+            sizes: The work of each item, [N]: this is dealt out evenly.
+            first: Which rank gets the largest item, counted on and on from rank 0.
         """
-        return np.sort(np.argsort(-sizes, kind="stable")[self.rank :: self.size])
+        order = np.argsort(-sizes, kind="stable")
+        return np.sort(order[(self.rank - first) % self.size :: self.size])
 
     def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replaces each tensor by its sum over all ranks: the same bits on all of them."""
@@ -361,10 +364,14 @@ class Partition:
     position: np.ndarray
 
     @classmethod
-    def of_rank(cls, world: World, sizes: np.ndarray) -> Partition:
-        """Returns this rank's part of edits of these sizes, [N]."""
-        own = world.partition(sizes)
-        position = np.full(len(sizes), -1, np.int64)
+    def of_rank(cls, world: World, sizes: np.ndarray, first: int = 0) -> Partition:
+        """Returns this rank's part of edits of these sizes, [N]; `first` as for `partition`."""
+        return cls.of(world, world.partition(sizes, first), len(sizes))
+
+    @classmethod
+    def of(cls, world: World, own: np.ndarray, n: int) -> Partition:
+        """Returns the part of `n` edits that are a rank's `own`, ascending."""
+        position = np.full(n, -1, np.int64)
         position[own] = np.arange(len(own))
         return cls(world, own, position)
 

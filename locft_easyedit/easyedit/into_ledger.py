@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..distributed.world import get_world
 from ..hparams import LocFTBFHyperParams
 from ..ledger.binding import check_same_settings
 from ..ledger.ledger import Ledger
@@ -42,7 +43,7 @@ class EditorLedger:
         self._folder = Path(str(hparams.ledger_dir))
         self._model, self._tokenizer = model, tokenizer
         self._ledger: Ledger | None = None
-        if (self._folder / LOG).is_file():
+        if get_world().broadcast_from_main((self._folder / LOG).is_file):
             self._ledger = ledger = Ledger.open(self._folder, model, tokenizer)
             if hparams.chooses and not ledger.hparams.chooses:
                 there = ledger.hparams

@@ -161,7 +161,7 @@ class GreedyDecoder:
 
         if self.how.stream is not None:
             sequences = [self._begun(i, chosen) for i in open_]
-            self._stream_out_(sequences, done, description)
+            decode_streamed_(self.model, sequences, done, self.how, description)
             for j, ids in enumerate(sequences):
                 end(j, ids)
         else:
@@ -194,21 +194,6 @@ class GreedyDecoder:
         first = int(self._texts.offsets[i])
         prompt: list[int] = self._texts.ids[first : first + int(self.prompt_lengths[i])].tolist()
         return prompt + self._accepted(i, chosen[i])
-
-    def _stream_out_(self, sequences: list[list[int]], done: Done, description: str) -> None:
-        """Appends a token to every open sequence in each pass over frozen layers on disk."""
-        open_ = list(range(len(sequences)))
-        while open_:
-            # What comes last is only predicted: any token holds its place.
-            texts = TokenizedTexts.from_lists(
-                [[*sequences[i], 0] for i in open_], [len(sequences[i]) for i in open_]
-            )
-            choices = ArgmaxPredictor(self.model, texts, self.how)
-            taken = choices.take(description)
-            for k, i in enumerate(open_):
-                sequences[i].append(-1 if k in choices.not_finite else taken[k][0])
-            choices.close()
-            open_ = [i for i in open_ if not done(i, sequences[i])]
 
     def _accepted(self, i: int, choices: list[int]) -> list[int]:
         """Returns the first choices as far as they followed from the draft."""
@@ -263,3 +248,34 @@ class GreedyDecoder:
             return True
         text = str(self.tokenizer.decode(answer, skip_special_tokens=True))
         return sum(map(text.count, STOPS)) > self._inner_stops[i]
+
+
+def decode_streamed_(
+    model: PreTrainedModel,
+    sequences: list[list[int]],
+    done: Done,
+    how: EvalConfig,
+    description: str,
+) -> None:
+    """Appends a token to every open sequence in each pass over frozen layers on disk.
+
+    Args:
+        model: A causal language model.
+        sequences: The tokens of each text, changed in place; -1 is appended where logits are no
+            finite numbers.
+        done: Called after each token; a text is asked for at least one.
+        how: How texts are run, with the stream of frozen layers.
+        description: Label of the progress bars.
+    """
+    open_ = list(range(len(sequences)))
+    while open_:
+        # What comes last is only predicted: any token holds its place.
+        texts = TokenizedTexts.from_lists(
+            [[*sequences[i], 0] for i in open_], [len(sequences[i]) for i in open_]
+        )
+        choices = ArgmaxPredictor(model, texts, how)
+        taken = choices.take(description)
+        for k, i in enumerate(open_):
+            sequences[i].append(-1 if k in choices.not_finite else taken[k][0])
+        choices.close()
+        open_ = [i for i in open_ if not done(i, sequences[i])]

@@ -17,7 +17,11 @@ killed is begun again and ends in the same bits, a state that was dropped is mad
 takes a fact out as if it had never been in. The line in the log is the commit: it is written last,
 after the state's file is on the disk.
 
+Several processes do all of this together: each runs the texts that are its own, and rank 0 alone
+reads and writes the folder. An event is then a function of their number as well.
+
 Reading order: `log` (the chain) -> `facts` (what the log says) -> `binding` (to which model) ->
-`states` (matrices on disk) -> `texts` (facts as tokens, with replay) -> `trainer` (train, check,
-repair) -> `retraction` (back to the base's own answer) -> `ledger` (the commands).
+`states` (matrices on disk) -> `texts` (facts as tokens, with replay) -> `recording` (their states)
+-> `trainer` (train, check, repair) -> `retraction` (back to the base's own answer) -> `changes`
+(what an event does) -> `bound_model` (the matrices of any event) -> `ledger` (the commands).
 """

@@ -12,14 +12,15 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..delta.metadata import frozen_samples
-from ..distributed.world import get_world
+from ..distributed.world import World
 from ..errors import HyperParamsError, LedgerError, one_message
 from ..hparams import LocFTBFHyperParams
 from ..hparams_rules import BREADTH_FIRST, DEPTH_FIRST
+from ..modeling.device_map import left_on_disk
 from ..modeling.devices import input_device
 from ..modeling.fsdp import sharded_layers
 from ..modeling.parameter_slices import whole_name
-from ..prefix.streaming import stream_of
+from ..prefix.streaming import samples_on_disk, stream_of
 from ..training.identity import settings_of
 from ..utils.hashing import configuration, dtype_name, json_sha256
 from ..utils.run_folder import differences_of
@@ -28,6 +29,15 @@ from .log import FORMAT, Event
 # What the backend of a fast tokenizer holds of the last call to it.
 _OF_THE_CALL = ("padding", "truncation")
 _MOST_NAMED = 3
+_SHARDED = (
+    "all processes have to take part whenever a shared layer runs, and they check their facts, and "
+    "ask for answers, in unequal numbers of passes. Set `shard_frozen: false`; layers below the "
+    "place can be left on disk (`stream_frozen: true`)."
+)
+_PRESERVED = (
+    "what is preserved is measured in the whole model. Set `stream_frozen: false`, on a device "
+    "that holds it, or `preserve: []` in another ledger."
+)
 
 
 def binding_of(
@@ -47,7 +57,7 @@ def binding_of(
             "precision": dtype_name(model.dtype),
             "tokenizer": tokenizer_digest(tokenizer),
         },
-        "parameters": frozen_samples(model, ()),
+        "parameters": _samples(model, ()),
         "hparams": hparams.to_dict(),
     }
 
@@ -69,34 +79,37 @@ def hparams_of(init: Event) -> LocFTBFHyperParams:
 
 
 def check_supported(hparams: LocFTBFHyperParams) -> None:
-    """Checks, before a model is loaded, that a ledger can be kept with these settings here.
+    """Checks, before a model is loaded, that a ledger can be kept with these settings.
 
     Raises:
         LedgerError: Lists what a ledger cannot do.
     """
     problems = []
-    if get_world().is_distributed:
-        problems.append("it is kept by one process. Start the command without a launcher.")
-    if hparams.stream_frozen:
-        problems.append("`stream_frozen=True`: the frozen layers must be in memory. Set it false.")
     if hparams.pipeline == DEPTH_FIRST:
         problems.append(f"`pipeline={DEPTH_FIRST}`: facts are trained {BREADTH_FIRST}. Set that.")
     if hparams.shard_frozen:
-        problems.append("`shard_frozen=True` is for several processes. Set it false.")
+        problems.append(f"`shard_frozen=True`: {_SHARDED}")
+    if hparams.stream_frozen and hparams.preserved:
+        problems.append(f"`stream_frozen=True` with `preserve`: {_PRESERVED}")
     _refuse(problems)
 
 
-def check_loaded(model: PreTrainedModel, first_layer: int | None) -> None:
-    """Checks that all of a model is in this process's memory.
+def check_loaded(
+    model: PreTrainedModel, first_layer: int | None, hparams: LocFTBFHyperParams
+) -> None:
+    """Checks that a ledger can be kept of a model as it is loaded.
 
     Raises:
-        LedgerError: Frozen layers are on disk, or shared out among processes.
+        LedgerError: Layers are shared out among processes, or what is to be preserved cannot be
+            measured because frozen layers are on disk.
     """
     problems = []
-    if stream_of(model, first_layer, progress=False) is not None:
-        problems.append("frozen layers were left on disk. Set `stream_frozen: false`.")
     if sharded_layers(model) is not None:
-        problems.append("layers are shared out among processes. Set `shard_frozen: false`.")
+        problems.append(f"layers are shared out among processes: {_SHARDED}")
+    if hparams.preserved and stream_of(model, first_layer) is not None:
+        problems.append(
+            f"frozen layers are on disk (`stream_frozen`), with `preserve`: {_PRESERVED}"
+        )
     _refuse(problems)
 
 
@@ -136,7 +149,7 @@ def check_same_model(
             named = f": {said['model'].get(key)} there, now {value}" if key == "precision" else ""
             problems.append(f"the {key} is another{named}.")
     left_out = set(map(whole_name, trained))
-    samples, there = frozen_samples(model, left_out), dict(said["parameters"])
+    samples, there = _samples(model, left_out), dict(said["parameters"])
     for name in left_out:
         there.pop(name, None)
     other = sorted(name for name in {*samples, *there} if samples.get(name) != there.get(name))
@@ -147,6 +160,12 @@ def check_same_model(
     if problems:
         problems.append("Give the model that the ledger was made with, without edits of others.")
         raise LedgerError(one_message("The ledger is bound to another model:", problems))
+
+
+def _samples(model: PreTrainedModel, trained: Collection[str]) -> dict[str, str | None]:
+    """Returns a sample's hash of each parameter but the trained ones, on disk or in memory."""
+    on_disk = {n: value for n, value in samples_on_disk(model).items() if n not in trained}
+    return frozen_samples(model, trained) | on_disk
 
 
 def check_same_settings(init: Event, hparams: LocFTBFHyperParams) -> None:
@@ -166,8 +185,8 @@ def check_same_settings(init: Event, hparams: LocFTBFHyperParams) -> None:
         )
 
 
-def surroundings(model: PreTrainedModel) -> dict[str, Any]:
-    """Returns versions and the device: elsewhere the last bits of a training may be others."""
+def surroundings(model: PreTrainedModel, world: World) -> dict[str, Any]:
+    """Returns versions, devices and processes: elsewhere the last bits may be others."""
     device = input_device(model)
     on_gpu = device.type == "cuda"
     return {
@@ -175,6 +194,8 @@ def surroundings(model: PreTrainedModel) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
         "threads": None if on_gpu else torch.get_num_threads(),
+        "processes": world.size,
+        "frozen_layers": "on disk" if left_on_disk(model) else "resident",
     }
 
 
@@ -188,3 +209,20 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     return json_sha256([rules, special, getattr(tokenizer, "chat_template", None)])
+
+
+def check_agreed(world: World, what: str, value: Any) -> None:
+    """Checks that all processes have the same.
+
+    Args:
+        world: The processes.
+        what: What it is, for the message.
+        value: The value, of JSON's kinds.
+
+    Raises:
+        LedgerError: They have not; in all of them.
+    """
+    if len(set(world.all_gather(json_sha256(value)))) > 1:
+        raise LedgerError(
+            f"The {world.size} processes have other {what}. Start all of them with the same."
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,34 +11,21 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..distributed.world import World
 from ..errors import LedgerError, one_message
 from ..hparams import LocFTBFHyperParams
-from ..modeling.places import Place, select_place
+from ..modeling.places import select_place
 from ..training.trained_weights import copies_of
-from .binding import check_loaded, surroundings
+from .binding import check_agreed, check_loaded, surroundings
 from .changes import Changes
 from .facts import Book
-from .log import Event
+from .log import Event, Log
+from .places import event_of, hashes_at
 from .recorded_facts import RecordedFacts
-from .states import Matrices, State, States, delta_of, sha256_of
+from .states import Matrices, State, States, delta_of, hashes_of
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-
-def chosen_place(hparams: LocFTBFHyperParams, place: Place) -> dict[str, Any]:
-    """Returns what the log says of a place: where it is, the rate, and the base's matrices.
-
-    Args:
-        hparams: The settings, with the place.
-        place: Its parameters, as the base model has them.
-    """
-    return {
-        "layers": list(hparams.layers),
-        "rewrite_module_tmp": hparams.rewrite_module_tmp,
-        "lr": hparams.lr,
-        "base": sha256_of(place.parameters),
-    }
 
 
 @dataclass(eq=False)
@@ -68,6 +56,7 @@ class BoundModel:
         place: Mapping[str, Any],
         events: Sequence[Event],
         progress: bool,
+        world: World,
     ) -> BoundModel:
         """Returns a model that is the ledger's base, or has the matrices of one of its events.
 
@@ -79,38 +68,38 @@ class BoundModel:
             place: What the log says of it.
             events: The events so far.
             progress: Show progress bars.
+            world: The processes that share the work.
 
         Raises:
             LedgerError: Its matrices are others, or the base's are nowhere to be found.
         """
-        found = select_place(model, hparams.layers, hparams.templates)
-        check_loaded(model, found.first_layer)
-        states, present = States(folder), sha256_of(found.parameters)
-        known = {0: dict(place["base"])} | {
-            event.number: dict(event.said["state"]) for event in events if "state" in event.said
-        }
-        at = next((n for n in sorted(known, reverse=True) if known[n] == present), None)
-        if at is None:
-            raise LedgerError(
-                "The model's matrices are neither the base's nor those of any event of the ledger: "
-                f"{', '.join(found.parameters)}. Give the base model, without edits of others."
-            )
+        with world.sharing_errors():
+            found = select_place(model, hparams.layers, hparams.templates)
+            check_loaded(model, found.first_layer, hparams)
+            at, known = event_of(found, place, events)
+        check_agreed(world, "matrices", at)
+        states = States(folder)
         base: Matrices | None = copies_of(found.parameters)
-        if present != known[0]:
-            base = states.load(0, known[0])
+        if known[at] != known[0]:
+            base = world.broadcast_from_main(lambda: states.load(0, known[0]))
         if base is None:
             raise LedgerError(
                 f"{states.path(0)} is gone or damaged, and the model that was given is not the "
                 "base. Give the base model: its matrices are written there again."
             )
         on_device = {name: base[name].to(p.device) for name, p in found.parameters.items()}
-        trainer = Trainer(RecordedFacts(model, tokenizer, hparams, found, folder, progress))
-        return cls(Changes(trainer, on_device), states, at, events)
+        facts = RecordedFacts(model, tokenizer, hparams, found, folder, progress, world)
+        return cls(Changes(Trainer(facts), on_device), states, at, events)
 
     @property
     def model(self) -> PreTrainedModel:
         """The model."""
         return self.changes.trainer.model
+
+    @property
+    def world(self) -> World:
+        """The processes that share the work; rank 0 alone reads and writes files."""
+        return self.changes.trainer.world
 
     @property
     def hparams(self) -> LocFTBFHyperParams:
@@ -149,19 +138,24 @@ class BoundModel:
         Raises:
             LedgerError: As for `values_at`.
         """
-        if number == 0 or self._hashes_at(number) == self._hashes_at(0):
+        if number == 0:  # before the first facts there may be no place in the log
             return State(dict(self.changes.base))
-        found = self.states.load(number, self._hashes_at(number))
+        hashes = hashes_at(self.events, number)
+        if hashes == hashes_at(self.events, 0):
+            return State(dict(self.changes.base))
+        once = self.world.broadcast_from_main
+        found = once(lambda: self.states.load(number, hashes))
         if found is None:
             return self._made_anew(number)
         moments = self.events[number].said.get("moments")
         if moments is None or matrices_alone:
             return State(found)
-        held = self.states.load_moments(number, moments)
+        held = once(lambda: self.states.load_moments(number, moments))
         return self._made_anew(number) if held is None else State(found, held)
 
     def _made_anew(self, number: int) -> State:
-        start = max((n for n in self.states.kept() if n < number), default=0)
+        once = self.world.broadcast_from_main
+        start = once(lambda: max((n for n in self.states.kept() if n < number), default=0))
         logger.info("What event %d has left is made anew, from event %d on.", number, start)
         before = self.changes.now
         try:
@@ -175,7 +169,7 @@ class BoundModel:
             found = self.changes.now
         finally:
             self.changes.put_(before)
-        self._save(number, found)
+        once(lambda: self._save(number, found))
         return found
 
     def replayed_(self, events: Sequence[Event]) -> list[str]:
@@ -198,9 +192,10 @@ class BoundModel:
         after = Book.of(self.events[: event.number + 1])
         self.changes.make_(event.kind, event.said, before, after)
         made, moments = self.changes.now, event.said.get("moments")
-        if made.hashes == self._hashes_at(event.number) and made.moments_hashes == moments:
+        same = made.hashes == hashes_at(self.events, event.number)
+        if self.world.broadcast_from_main(lambda: same and made.moments_hashes == moments):
             return None
-        now = surroundings(self.model)
+        now = surroundings(self.model, self.world)
         moved = [
             f"{key} was {value}, now {now.get(key)}"
             for key, value in event.said["surroundings"].items()
@@ -208,35 +203,73 @@ class BoundModel:
         ]
         return f"the matrices came out differently ({'; '.join(moved) or 'for no known reason'})."
 
-    def _hashes_at(self, number: int) -> dict[str, str]:
-        said = self.events[number].said
-        if "state" in said:
-            return dict(said["state"])
-        place = next(e.said["place"] for e in self.events if e.said.get("place"))
-        return dict(place["base"])
-
     def _save(self, number: int, state: State) -> None:
         book = Book.of(self.events[: number + 1])
         delta = delta_of(self.changes.base, state.matrices, self.model, self.hparams, book)
         self.states.save(number, delta, state.moments)
 
-    def keep_base(self) -> None:
+    def commit_(
+        self, kind: str, said: Mapping[str, Any], book: Book, log: Log, start: float
+    ) -> Event:
+        """Does what an event says, and writes it: the matrices first, then the line of the log.
+
+        Args:
+            kind: `add` or `retract`.
+            said: What it says of facts.
+            book: The facts before it.
+            log: The log, which gets the event.
+            start: When it was asked for, as `time.perf_counter` tells it.
+
+        Raises:
+            LocFTError: It cannot be done or written; the model is as before.
+        """
+        number = len(log.events)
+        after = Book.of([*log.events, Event(number, "", kind, said, "")])
+        self.ready_to_train_()
+        before = self.changes.now
+        try:
+            trained, how = self.changes.make_(kind, said, book, after)
+            new = self.changes.now
+
+            def write() -> Event:
+                delta = delta_of(self.changes.base, new.matrices, self.model, self.hparams, after)
+                self._keep_base()
+                self.states.save(number, delta, new.moments)
+                figures = {
+                    "trained": trained.said(),
+                    "how": how,
+                    "surroundings": surroundings(self.model, self.world),
+                    "seconds": round(time.perf_counter() - start, 3),
+                    "state": hashes_of(delta),
+                    "moments": new.moments_hashes,
+                }
+                return log.append(kind, {**said, **figures})
+
+            event = self.world.broadcast_from_main(write)
+        except BaseException:
+            self.changes.put_(before)
+            # Other facts may come to have the numbers of these.
+            self.changes.trainer.facts.forget_all_but(book.groups)
+            raise
+        log.know_(event)
+        self._tidy(log.events, after)
+        return event
+
+    def _keep_base(self) -> None:
         """Writes the base's matrices, unless they are there."""
         if not self.states.path(0).is_file():
             base = self.changes.base
             self.states.save(0, delta_of(base, base, self.model, self.hparams, Book()))
 
-    def committed_(self, events: Sequence[Event], book: Book) -> None:
+    def _tidy(self, events: Sequence[Event], book: Book) -> None:
         """Notes that the model has the matrices of the last event, which is written.
 
         Copies of matrices, and states of facts, that are not worth their room any more go.
-
-        Args:
-            events: The ledger's events.
-            book: The facts after them.
         """
         self.at = self.moments_at = events[-1].number
         self.events = events
+        if not self.world.is_main_process:
+            return
         self.states.thin(events[-1].number)
         names = self.changes.trainer.facts.files_of(book.groups)
         if names is None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from ..distributed.world import SINGLE_PROCESS
 from ..modeling.devices import context_length
 from ..training.preserve.protection import Protection, check_protectable
 from ..training.preserve.sources import Source, read_sources
@@ -69,6 +68,7 @@ class Changes:
         Raises:
             LocFTError: The facts cannot be trained; to put back the matrices is up to the caller.
         """
+        self.trainer.facts.forget_all_but(after.groups)
         if not after.active:
             self.put_(State(self.base))
             return Trained(), {}
@@ -81,7 +81,7 @@ class Changes:
             else:
                 found = self._returned_(before, after, said["facts"])
         filters = self.trainer.filters
-        how = self.trainer.facts.how_it_runs()
+        how = self.trainer.facts.recorder.how_it_runs()
         if filters is not None:
             how["filters"] = json_sha256(
                 [[n, tensor_sha256(s)] for n, s in filters.tensors().items()]
@@ -121,6 +121,7 @@ class Changes:
 
     def _anew_(self, groups: Sequence[Sequence[Fact]]) -> Trained:
         self.put_(State(self.base))
+        self.trainer.facts.numbered(groups)  # all that is new is recorded in one pass
         found = Trained()
         for i, group in enumerate(groups):
             found.add(self._added_(groups[: i + 1], [fact.number for fact in group]))
@@ -129,7 +130,9 @@ class Changes:
     def _returned_(self, before: Book, after: Book, gone: Sequence[int]) -> Trained:
         trainer, h = self.trainer, self.trainer.hparams
         # As they were trained: in the texts of their groups.
-        numbered, _ = trainer.facts.numbered(_groups(before))
+        groups = _groups(before)
+        numbered = trainer.facts.texts_of(groups)
+        trainer.facts.look_at_(groups[0])
         edits = numbered.edits(gone)
         first = numbered.variants.first
         texts = np.concatenate([np.arange(first[e], first[e + 1]) for e in edits])
@@ -141,9 +144,9 @@ class Changes:
                 trainer.facts.tokenizer,
                 numbered.texts.subset(texts),
                 checked.tolist(),
-                batch_size=h.eval_batch_size,
+                how=trainer.facts.asked(),
                 max_positions=context_length(trainer.model),
-                progress=trainer.facts.progress,
+                world=trainer.world,
             )
             numbered, runner = trainer.facts.numbered(_groups(after), back.texts)
             first_text = len(numbered.texts) - len(back.texts)
@@ -168,21 +171,23 @@ class Changes:
         facts = [book.facts[number] for number in book.first]
         texts = trainer.facts.tokenized(facts)
         file = FiltersFile.of(trainer.facts.folder, texts, self.sources, trainer.hparams)
-        filters = file.load(trainer.place.parameters)
+        once = trainer.world.broadcast_from_main
+        filters = once(lambda: file.load(trainer.place.parameters))
         if filters is None:
             with self.in_base():
-                filters = Protection.measured(
+                measured = Protection.measured(
                     trainer.model,
                     trainer.facts.tokenizer,
                     trainer.place,
                     self.sources,
                     texts,
                     trainer.hparams,
-                    world=SINGLE_PROCESS,
+                    world=trainer.world,
                     timings={},
                     progress=trainer.facts.progress,
                 ).filters
-            file.save(filters)
+            once(lambda: file.save(measured))
+            filters = measured
         trainer.filters = filters
 
 

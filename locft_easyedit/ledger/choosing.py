@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.requests import Edit
 from ..data.tokenization import tokenize_edits
-from ..distributed.world import SINGLE_PROCESS
+from ..distributed.world import World
 from ..hparams import LocFTBFHyperParams
 from ..locate.auto import check_enough, choose_once
 from ..modeling.devices import context_length
@@ -20,6 +20,7 @@ def choose(
     edits: Sequence[Edit],
     hparams: LocFTBFHyperParams,
     *,
+    world: World,
     progress: bool,
 ) -> LocFTBFHyperParams:
     """Returns the settings with the place, and the rate, that these edits decide.
@@ -29,6 +30,7 @@ def choose(
         tokenizer: Its tokenizer.
         edits: The first facts.
         hparams: The settings, with `layers: auto`.
+        world: The processes; rank 0 chooses for all.
         progress: Show progress bars.
 
     Raises:
@@ -39,6 +41,6 @@ def choose(
         tokenizer, edits, append_eos=hparams.append_eos, max_positions=context_length(model)
     )
     choice = choose_once(
-        model, tokenizer, edits, texts, hparams, None, world=SINGLE_PROCESS, progress=progress
+        model, tokenizer, edits, texts, hparams, None, world=world, progress=progress
     )
     return choice.applied(hparams)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,28 +14,29 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.requests import Edit
 from ..delta.delta import Delta
+from ..distributed.world import World, get_world
 from ..errors import LedgerError
 from ..hparams import LocFTBFHyperParams
 from ..modeling.loading import load_model
 from ..modeling.places import select_place
 from ..utils.files import locked
+from .beginning import begun
 from .binding import (
-    binding_of,
-    check_loaded,
+    check_agreed,
     check_same_model,
     check_supported,
     hparams_of,
-    surroundings,
 )
-from .bound_model import BoundModel, chosen_place
+from .bound_model import BoundModel
 from .choosing import choose
-from .export import write_export
+from .export import check_export, write_export
 from .facts import Book, event_at
 from .incoming import Incoming
-from .log import ADD, INIT, LOG, RETRACT, Event, Log
+from .log import ADD, INIT, RETRACT, Event, Log
 from .outcomes import Added, Retracted, Verified
+from .places import chosen_place, hashes_at, place_of
 from .report import Difference, difference_of
-from .states import Matrices, States, delta_of, hashes_of
+from .states import Matrices, States, delta_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +49,15 @@ class Ledger:
     model; whatever else does loads it, unless one was given. The model then has the matrices of
     the last event.
 
+    Where a launcher has started several processes, each of them does the same with it, and they
+    share the work; rank 0 alone reads and writes the folder.
+
     Attributes:
         path: The ledger's folder.
         log: Its events.
         book: The facts after the last of them.
         progress: Show progress bars.
+        world: The processes that share the work: those of the launcher.
     """
 
     path: Path
@@ -61,7 +66,11 @@ class Ledger:
     progress: bool = True
     _given: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
     _overrides: dict[str, Any] = field(default_factory=dict)
+    world: World = field(default_factory=get_world)
     _bound: BoundModel | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.progress = self.progress and self.world.is_main_process
 
     # Making and opening
 
@@ -88,24 +97,8 @@ class Ledger:
             LocFTError: There is a ledger already, a ledger cannot be kept with these settings, or
                 the model or the place cannot be used.
         """
-        folder = Path(path)
-        hparams.check()
-        check_supported(hparams)
-        if (folder / LOG).exists():
-            raise LedgerError(f"`{path}` holds a ledger already. Choose another folder.")
-        if model is None or tokenizer is None:
-            model, tokenizer = load_model(hparams)
-        place = None
-        if not hparams.chooses:
-            found = select_place(model, hparams.layers, hparams.templates)
-            check_loaded(model, found.first_layer)
-            place = chosen_place(hparams, found)
-        with locked(folder):
-            if (folder / LOG).exists():
-                raise LedgerError(f"`{path}` holds a ledger already. Choose another folder.")
-            log = Log(folder)
-            log.append(INIT, binding_of(model, tokenizer, hparams) | {"place": place})
-        return cls(folder, log, Book.of(log.events), progress, (model, tokenizer))
+        log, model, tokenizer = begun(Path(path), hparams, model, tokenizer, get_world())
+        return cls(Path(path), log, Book.of(log.events), progress, (model, tokenizer))
 
     @classmethod
     def open(
@@ -131,7 +124,7 @@ class Ledger:
         Raises:
             LedgerError: There is no ledger, it is of a newer version, or damaged beyond repair.
         """
-        log = Log.read(path)
+        log = get_world().broadcast_from_main(lambda: Log.read(path))
         for line in log.damage:
             logger.warning("%s: %s", path, line)
         if log.events[0].kind != INIT:
@@ -153,8 +146,7 @@ class Ledger:
     @property
     def _place(self) -> Mapping[str, Any] | None:
         """What the log says of the place."""
-        said = (event.said.get("place") for event in self.log.events)
-        return next((place for place in said if place is not None), None)
+        return place_of(self.log.events)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -242,35 +234,17 @@ class Ledger:
             )
 
     def _commit(self, kind: str, said: dict[str, Any]) -> Event:
-        """Does what an event says, and writes it: the matrices first, then the line of the log."""
-        start = time.perf_counter()
+        """Does what an event says, and writes it."""
+        start, last = time.perf_counter(), self.log.events[-1].hash
+        check_agreed(self.world, "facts, or another ledger", [kind, said, last])
         bound = self._ready(said.get("place"))
-        number = len(self.log.events)
-        after = Book.of([*self.log.events, Event(number, "", kind, said, "")])
-        bound.ready_to_train_()
-        before = bound.changes.now
         try:
-            trained, how = bound.changes.make_(kind, said, self.book, after)
-            new = bound.changes.now
-            delta = delta_of(bound.changes.base, new.matrices, bound.model, bound.hparams, after)
-            bound.keep_base()
-            States(self.path).save(number, delta, new.moments)
-            figures = {
-                "trained": trained.said(),
-                "how": how,
-                "surroundings": surroundings(bound.model),
-                "seconds": round(time.perf_counter() - start, 3),
-                "state": hashes_of(delta),
-                "moments": new.moments_hashes,
-            }
-            event = self.log.append(kind, said | figures)
+            event = bound.commit_(kind, said, self.book, self.log, start)
         except BaseException:
-            bound.changes.put_(before)
             if said.get("place") is not None:
                 self._bound = None  # others may choose another place
             raise
         self.book = Book.of(self.log.events)
-        bound.committed_(self.log.events, self.book)
         return event
 
     # Looking
@@ -285,26 +259,19 @@ class Ledger:
             LocFTError: The model is another one.
         """
         with self._writing():
-            problems = list(self.log.damage)
+            events, once = self.log.events, self.world.broadcast_from_main
+            problems = once(lambda: list(self.log.damage))
             if self._place is None:
                 self._loaded()
-                return Verified(len(self.log.events), 0, [], problems, [])
-            states = States(self.path)
-            whole = []
-            for number in states.kept():
-                if number > self.log.events[-1].number:
-                    continue
-                if states.load(number, self._hashes(number)) is None:
-                    problems.append(f"{states.path(number).name} is damaged.")
-                elif not states.moments_are_whole(self.log.events[number]):
-                    problems.append(f"{states.moments_path(number).name} is damaged or gone.")
-                else:
-                    whole.append(number)
+                return Verified(len(events), 0, [], problems, [])
+            hashes = [hashes_at(events, event.number) for event in events]
+            whole, damaged = once(lambda: States(self.path).looked_through(events, hashes))
+            problems += damaged
             bound = self._ready()
             if replay:
-                problems += bound.replayed_(self.log.events)
+                problems += bound.replayed_(events)
             lost = bound.changes.lost(self.book)
-            return Verified(len(self.log.events), len(self.book.active), whole, problems, lost)
+            return Verified(len(events), len(self.book.active), whole, problems, lost)
 
     def matrices(self, at: str | int | None = None) -> Matrices:
         """Returns the trained matrices as they were: kept ones, or made anew.
@@ -365,14 +332,12 @@ class Ledger:
         Raises:
             LocFTError: It cannot be exported so, or `output` cannot be written.
         """
-        return write_export(lambda: self.edit(at), self.hparams, output, as_, model)
+        once, hparams = self.world.broadcast_from_main, self.hparams
+        folder = once(lambda: check_export(hparams, as_, model))
+        delta = self.edit(at)
+        return once(lambda: write_export(delta, output, as_, folder, hparams.trust_remote_code))
 
     # The model
-
-    def _hashes(self, number: int) -> dict[str, str]:
-        place = self._place
-        assert place is not None
-        return dict(self.log.events[number].said.get("state") or place["base"])
 
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Returns model and tokenizer, checked against what the ledger is bound to."""
@@ -384,15 +349,16 @@ class Ledger:
         if self._bound is None:
             place = self._place
             trained = () if place is None else tuple(place["base"])
-            check_same_model(self.log.events[0], model, tokenizer, trained)
+            with self.world.sharing_errors():
+                check_same_model(self.log.events[0], model, tokenizer, trained)
         return self._given
 
     def _chosen(self, edits: Sequence[Edit]) -> dict[str, Any]:
         model, tokenizer = self._loaded()
-        hparams = choose(model, tokenizer, edits, self.hparams, progress=self.progress)
-        found = select_place(model, hparams.layers, hparams.templates)
-        check_loaded(model, found.first_layer)
-        return chosen_place(hparams, found)
+        hparams = choose(
+            model, tokenizer, edits, self.hparams, world=self.world, progress=self.progress
+        )
+        return chosen_place(hparams, select_place(model, hparams.layers, hparams.templates))
 
     def _ready(self, place: Mapping[str, Any] | None = None) -> BoundModel:
         """Returns the model with the matrices of the last event.
@@ -408,18 +374,24 @@ class Ledger:
             names = ("layers", "rewrite_module_tmp", "lr")
             hparams = replace(self.hparams, **{name: place[name] for name in names})
             self._bound = BoundModel.of(
-                self.path, model, tokenizer, hparams, place, self.log.events, self.progress
-            )
+                self.path, model, tokenizer, hparams, place, self.log.events, self.progress,
+                self.world,
+            )  # fmt: skip
         self._bound.bring_to_(self.log.events)
         return self._bound
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Context manager within which no other process writes; the log is brought up to date."""
-        with locked(self.path):
-            if self.log.changed():
-                self.log = Log.read(self.path)
-                self.book = Book.of(self.log.events)
+        """Context manager within which no other run writes; the log is brought up to date."""
+        with ExitStack() as stack:
+
+            def newer() -> Log | None:
+                stack.enter_context(locked(self.path))
+                return Log.read(self.path) if self.log.changed() else None
+
+            log = self.world.broadcast_from_main(newer)
+            if log is not None:
+                self.log, self.book = log, Book.of(log.events)
             yield
 
     def close(self) -> None:

@@ -163,6 +163,11 @@ class Log:
             _append(self.folder / COPY, line + b"\n")
         return event
 
+    def know_(self, event: Event) -> None:
+        """Takes an event that another process has written, unless this one has."""
+        if event.number == len(self.events):
+            self.events.append(event)
+
     def mend_(self) -> None:
         """Writes both files anew where they do not hold the events and nothing else.
 

@@ -18,8 +18,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.tokenization import TokenizedTexts
+from ..distributed.world import World
 from ..evaluation.decoding import decode_, end_tokens, stop_tokens
 from ..evaluation.generated import MAX_NEW_TOKENS
+from ..evaluation.greedy_decoder import decode_streamed_
+from ..evaluation.predictions import EvalConfig
+from .dealing import whole_batches
 from .runner import LedgerRunner
 
 # Mean divergence from the base, in nats a token, below which a prompt counts as back. On
@@ -50,9 +54,9 @@ def texts_to_return(
     texts: TokenizedTexts,
     checked: Sequence[bool],
     *,
-    batch_size: int,
+    how: EvalConfig,
     max_positions: int | None,
-    progress: bool = False,
+    world: World,
 ) -> Returned:
     """Returns the texts that bring prompts back to the base model.
 
@@ -61,18 +65,28 @@ def texts_to_return(
         tokenizer: Its tokenizer.
         texts: The prompts with their targets.
         checked: Whether each is checked, and not only trained.
-        batch_size: Prompts decoded together.
+        how: How they are run; with the stream, if frozen layers are on disk.
         max_positions: The model's context in tokens.
-        progress: Show a progress bar.
+        world: The processes, each of which asks some of the prompts.
+
+    Raises:
+        RankError: Another process has failed.
     """
     prompts = [
         texts.ids[texts.offsets[i] : texts.offsets[i] + texts.target_start[i]].tolist()
         for i in range(len(texts))
     ]
-    answers = base_answers(
-        model, tokenizer, prompts, batch_size=batch_size, max_positions=max_positions,
-        progress=progress,
-    )  # fmt: skip
+    own = whole_batches(world, np.array([*map(len, prompts)]), how.batch_size)
+    with world.sharing_errors():
+        found = base_answers(
+            model, tokenizer, [prompts[i] for i in own], how=how, max_positions=max_positions
+        )
+    answer_of = {
+        i: answer
+        for numbers, answers in world.all_gather((own.tolist(), found))
+        for i, answer in zip(numbers, answers, strict=True)
+    }
+    answers = [answer_of[i] for i in range(len(prompts))]
     whole = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     returned = TokenizedTexts.from_lists(whole, [*map(len, prompts)])
     return Returned(returned, np.flatnonzero(checked))
@@ -83,14 +97,14 @@ def base_answers(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     *,
-    batch_size: int,
+    how: EvalConfig,
     max_positions: int | None,
-    progress: bool = False,
 ) -> list[list[int]]:
     """Returns the model's greedy answer to each prompt, as tokens with the one that ends it.
 
     An answer ends as those of `evaluation.generated` do: at the end of sequence, a full stop or a
-    line end, or after so many tokens. Arguments are those of `texts_to_return`.
+    line end, or after so many tokens. Frozen layers that are on disk are read once a token, for all
+    prompts together. Arguments are those of `texts_to_return`.
     """
     last = {*end_tokens(model, tokenizer), *stop_tokens(tokenizer)}
     found: list[list[int]] = [[] for _ in prompts]
@@ -103,7 +117,17 @@ def base_answers(
 
     def done(i: int, ids: list[int]) -> bool:
         answer = ids[len(prompts[i]) :]
-        return answer[-1] in last or len(answer) >= room[i]
+        return answer[-1] in last or answer[-1] < 0 or len(answer) >= room[i]
+
+    description = "the base's answers"
+    if how.stream is not None:
+        sequences = [[*ids] for ids in prompts]
+        decode_streamed_(model, sequences, done, how, description)
+        # Where logits were no finite numbers there is no first choice: any token stands for it.
+        return [
+            [max(token, 0) for token in ids[len(prompt) :]]
+            for ids, prompt in zip(sequences, prompts, strict=True)
+        ]
 
     def end(i: int, ids: list[int]) -> None:
         found[i] = ids[len(prompts[i]) :]
@@ -115,9 +139,9 @@ def base_answers(
         end,
         pick=pick,
         done=done,
-        batch_size=batch_size,
-        description="the base's answers",
-        progress=progress,
+        batch_size=how.batch_size,
+        description=description,
+        progress=how.progress,
     )
     return found
 

@@ -3,6 +3,10 @@
 Of a fact the loss is the mean cross-entropy of its target, as everywhere. Of a text that is to be
 as in the base model it is the mean KL divergence from the base's next-token distribution, at each
 of its scored positions, in nats.
+
+Where several processes share the work, each runs its own texts. Losses are those of own texts, by
+their numbers among these, as a training step asks for them; checks are asked of all texts, by their
+numbers among all, and answer the same in every process.
 """
 
 from __future__ import annotations
@@ -15,8 +19,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from ..data.batching import in_batches
+from ..data.tokenization import TokenizedTexts
+from ..distributed.world import Partition
 from ..evaluation.predictions import too_close
 from ..modeling.forward import mean_by_owner, run_to_head
 from ..modeling.modes import evaluation_mode
@@ -30,7 +37,7 @@ class BaseOutputs:
     """What the base model gave at the scored positions of texts that are to be as in it.
 
     Attributes:
-        first_text: The texts from this one on are.
+        first_text: The texts from this one on are, of this process's.
         offsets: Where each one's positions begin, [number of these texts + 1].
         outputs: What enters the output head at each, [S, D]; the logits, [S, V], of a model whose
             head is not known to be frozen.
@@ -44,13 +51,30 @@ class BaseOutputs:
 class LedgerRunner(TextRunner):
     """Runs texts of which some are to be as in the base model.
 
+    Args:
+        model: As for `TextRunner`, like all that is not named here.
+        texts: This process's texts.
+        share: Which of all texts they are.
+        options: The rest.
+
     Attributes:
         base: What the base model gave for those; `None` without any.
-        n_trained: Texts that were trained, each as often as it was.
+        n_trained: Texts that this process trained, each as often as it was.
     """
 
     base: BaseOutputs | None = None
     n_trained: int = 0
+
+    def __init__(
+        self, model: PreTrainedModel, texts: TokenizedTexts, *, share: Partition, **options: Any
+    ) -> None:
+        super().__init__(model, texts, **options)
+        self.share = share
+
+    @property
+    def n_trained_by_all(self) -> int:
+        """Texts that all processes have trained, each as often as it was."""
+        return sum(self.share.world.all_gather(self.n_trained))
 
     def edit_losses(self, batch: np.ndarray | Prepared) -> torch.Tensor:
         """Returns each text's loss, [B] float32: cross-entropy, or divergence from the base."""
@@ -110,9 +134,13 @@ class LedgerRunner(TextRunner):
         """Keeps what the model, which now holds the base's matrices, gives for the texts from one.
 
         Args:
-            first_text: These are to be as in the base from here on.
+            first_text: These are to be as in the base from here on, of all texts.
             batch_size: Texts a forward pass.
+
+        Raises:
+            RankError: Another process has failed.
         """
+        first_text = int(np.searchsorted(self.share.own, first_text))
         texts = np.arange(first_text, len(self.texts))
         counts = (self.texts.lengths - self.texts.target_start)[texts]
         offsets = np.concatenate([[0], np.cumsum(counts)])
@@ -127,7 +155,8 @@ class LedgerRunner(TextRunner):
             kept[0][torch.from_numpy(np.concatenate(spans))] = outputs
 
         self._in_batches(texts, keep, batch_size)
-        self.base = BaseOutputs(first_text, offsets, kept[0].cpu())
+        outputs = kept[0].cpu() if kept else torch.zeros(0, 0)  # another process may have all
+        self.base = BaseOutputs(first_text, offsets, outputs)
 
     def wrong(self, texts: np.ndarray, batch_size: int, *, clearly: bool) -> np.ndarray:
         """Returns those of these texts whose targets are not the model's first choices, ascending.
@@ -137,6 +166,9 @@ class LedgerRunner(TextRunner):
             batch_size: Texts a forward pass.
             clearly: A first choice counts only where rounding could not turn it; else a second one
                 counts as well where rounding could make it the first.
+
+        Raises:
+            RankError: Another process has failed.
         """
         found: list[int] = []
 
@@ -155,8 +187,9 @@ class LedgerRunner(TextRunner):
             owners = np.unique(rows.owner.to(logits.device)[bad].cpu().numpy())
             found.extend(batch[owners].tolist())
 
-        self._in_batches(texts, note, batch_size)
-        return np.array(sorted(found), np.int64)
+        self._in_batches(self.share.positions_of(texts), note, batch_size)
+        of_all = self.share.world.all_gather(self.share.own[np.array(found, np.int64)])
+        return np.sort(np.concatenate(of_all))
 
     def away(self, texts: np.ndarray, batch_size: int, near: float) -> tuple[Any, Any]:
         """Returns how far texts that are to be as in the base are from it.
@@ -170,8 +203,12 @@ class LedgerRunner(TextRunner):
         Returns:
             Whether the model chooses another token than the base somewhere, [B] bool, and the mean
             divergence of each text in nats, [B].
+
+        Raises:
+            RankError: Another process has failed.
         """
-        wrong, divergence = np.zeros(len(texts), bool), np.zeros(len(texts))
+        own = self.share.positions_of(texts)
+        wrong, divergence = np.zeros(len(own), bool), np.zeros(len(own))
 
         def note(batch: np.ndarray) -> None:
             now = self.prepare(batch)
@@ -179,7 +216,7 @@ class LedgerRunner(TextRunner):
             base = self._base_of(now).to(outputs.device)
             found = self._divergences(outputs, base)
             owner = now.rows.owner.to(found.device)
-            where = np.searchsorted(texts, batch)
+            where = np.searchsorted(own, batch)
             divergence[where] = mean_by_owner(found, owner, now.n_texts).cpu().numpy()
             labels = self.ids[now.rows.label_index].to(outputs.device)
             for part in torch.arange(len(labels), device=outputs.device).split(_TOKENS_AT_ONCE):
@@ -189,14 +226,19 @@ class LedgerRunner(TextRunner):
                 bad = ahead[:, 0] - ahead[:, 1] > near
                 wrong[where[np.unique(owner[part][bad].cpu().numpy())]] = True
 
-        self._in_batches(texts, note, batch_size)
-        return wrong, divergence
+        self._in_batches(own, note, batch_size)
+        shares = self.share.world.all_gather((self.share.own[own], wrong, divergence))
+        numbers, wrong, divergence = (
+            np.concatenate(column) for column in zip(*shares, strict=True)
+        )
+        order = np.argsort(numbers)
+        return wrong[order], divergence[order]
 
     @torch.no_grad()
     def _in_batches(
         self, texts: np.ndarray, run: Callable[[np.ndarray], Any], batch_size: int
     ) -> None:
-        if not len(texts):
-            return
-        with evaluation_mode(self.model), self.running():
-            in_batches(self.layout.batches(batch_size, texts), run, description="check")
+        with self.share.world.sharing_errors():
+            if len(texts):
+                with evaluation_mode(self.model), self.running():
+                    in_batches(self.layout.batches(batch_size, texts), run, description="check")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,10 +116,27 @@ class States:
             return None
         return found
 
-    def moments_are_whole(self, event: Event) -> bool:
-        """Whether the moments after an event, if it has left any, are there and whole."""
-        hashes = event.said.get("moments")
-        return hashes is None or self.load_moments(event.number, hashes) is not None
+    def looked_through(
+        self, events: Sequence[Event], hashes: Sequence[Mapping[str, str]]
+    ) -> tuple[list[int], list[str]]:
+        """Returns the events whose matrices and moments are whole, and a line for each damage.
+
+        Args:
+            events: The ledger's events.
+            hashes: The sha256 of each matrix after each of them.
+        """
+        whole, problems = [], []
+        for number in self.kept():
+            if number > events[-1].number:
+                continue
+            moments = events[number].said.get("moments")
+            if self.load(number, hashes[number]) is None:
+                problems.append(f"{self.path(number).name} is damaged.")
+            elif moments is not None and self.load_moments(number, moments) is None:
+                problems.append(f"{self.moments_path(number).name} is damaged or gone.")
+            else:
+                whole.append(number)
+        return whole, problems
 
     def save(self, number: int, delta: Delta, moments: Matrices | None = None) -> None:
         """Writes what an event leaves; of what it replaces, the base's file has a copy.

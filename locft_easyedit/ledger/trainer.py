@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from ..data.variants import Variants, others_each
-from ..distributed.world import SINGLE_PROCESS, Partition
+from ..data.variants import others_each
+from ..distributed.world import World
 from ..errors import NonFiniteLossError
 from ..hparams import LocFTBFHyperParams
 from ..modeling.modes import only_trainable, with_gradients
@@ -101,10 +101,19 @@ class Trainer:
         """What is trained."""
         return self.facts.place
 
+    @property
+    def world(self) -> World:
+        """The processes that share the work."""
+        return self.facts.world
+
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Context manager in which only the place can be trained; then the model is as before."""
-        with only_trainable(self.model, self.place.parameters.values()), with_gradients():
+        with (
+            only_trainable(self.model, self.place.parameters.values()),
+            self.facts.recorder.ready(),
+            with_gradients(),
+        ):
             yield
 
     def settle_(
@@ -129,24 +138,22 @@ class Trainer:
             more: The fact's number of edits that `numbered` has no fact for.
         """
         everything = np.union1d(new, pool)
-        found, before = Trained(), runner.n_trained
-        found.epochs = self._fit_(runner, numbered.variants, new, pool)
+        found, before = Trained(), runner.n_trained_by_all
+        found.epochs = self._fit_(runner, numbered, new, pool)
         wrong = fewest = not_right()
         best = copies_of(self.place.parameters) if len(wrong) else {}
         while len(wrong) and found.repairs < MOST_REPAIRS:
             found.repairs += 1
             rest = np.setdiff1d(everything, wrong)
             rate = _REPAIR_RATE * (2 ** ((found.repairs - 1) // 2) if more else 1)
-            found.epochs += self._fit_(
-                runner, numbered.variants, wrong, rest, found.repairs, min(1.0, rate)
-            )
+            found.epochs += self._fit_(runner, numbered, wrong, rest, found.repairs, min(1.0, rate))
             wrong = not_right()
             if len(wrong) < len(fewest):
                 best, fewest = copies_of(self.place.parameters), wrong
         if len(fewest) < len(wrong):
             write_(self.place.parameters, best)
             wrong = fewest
-        found.texts = runner.n_trained - before
+        found.texts = runner.n_trained_by_all - before
         number_of = {edit: number for number, edit in numbered.edit_of.items()} | dict(more or {})
         found.lost = sorted({number_of[edit] for edit in wrong.tolist()})
         return found
@@ -169,7 +176,7 @@ class Trainer:
     def _fit_(
         self,
         runner: LedgerRunner,
-        variants: Variants,
+        numbered: Numbered,
         new: np.ndarray,
         pool: np.ndarray,
         repair: int = 0,
@@ -179,7 +186,7 @@ class Trainer:
 
         Args:
             runner: What runs the texts.
-            variants: Which stand for an edit.
+            numbered: The texts of all edits.
             new: Edits to train, [N].
             pool: Edits that are replayed beside them.
             repair: Which round of repair this is; 0 for none.
@@ -197,7 +204,8 @@ class Trainer:
                 batch_loss_threshold=h.batch_loss_threshold * 10.0**-repair,
                 epoch_loss_threshold=h.epoch_loss_threshold * 10.0**-repair,
             )
-        texts = Replayed.of(variants, others_each(h.forms_per_epoch, len(new)), pool, h.seed)
+        each = others_each(h.forms_per_epoch, len(new))
+        texts = Replayed.of(numbered.variants, each, pool, h.seed)
         change: Reparametrization | None = low_rank_of(self.model, parameters, h)
         lasting = change is None  # a low-rank change is another one at each training
         adam = None
@@ -205,10 +213,9 @@ class Trainer:
             change = ConfinedChange(self.model, parameters, self.filters.of, self.filters.outputs)
             adam = adam_of(len(new), h) if self.filters.damps else None
         weights = TrainedWeights(parameters) if change is None else change.weights
-        share = Partition.of_rank(SINGLE_PROCESS, runner.texts.input_lengths)
         step = TrainingStep(
-            runner, weights, h, share,
-            texts_per_edit=texts.most, adam=adam, target_tokens=runner.texts.target_lengths,
+            runner, weights, h, runner.share,
+            texts_per_edit=texts.most, adam=adam, target_tokens=numbered.texts.target_lengths,
         )  # fmt: skip
         if lasting and self.moments is not None:
             begin_with_(step.optimizer, weights.named_masters(), self.moments)
@@ -237,6 +244,8 @@ class Trainer:
             weights.clear_gradients_()
         if change is not None:
             change.merge_()
+            # The same sums in all processes; unlike GPUs may have rounded them differently.
+            self.world.broadcast_(parameters.values())
         if lasting and not repair:
             self.moments = moments_of(step.optimizer, weights.named_masters()) or self.moments
         return done.epoch

@@ -127,19 +127,41 @@ def enabled_shortcuts(
         stream = stream_of(model, place.first_layer, progress=progress)
         if stream is not None:
             undo.enter_context(stream)
-        shortened = stream.shortened() if stream is not None else nullcontext()
-        with shortened, lockstep(model):
-            shortcuts = find_shortcuts(
-                model,
-                texts,
-                place,
-                packing=hparams.packing,
-                frozen_prefix=hparams.frozen_prefix or stream is not None,
-                on_disk=stream is not None,
-            )
-        if stream is not None and not shortcuts.cuts:
-            raise ModelError(
-                "`stream_frozen` does not suit this model: its layers cannot be split (see "
-                "the warning). Set `stream_frozen: false`, on a device that holds it whole."
-            )
-        yield shortcuts, stream
+        yield shortcuts_beside(stream, model, texts, place, hparams), stream
+
+
+def shortcuts_beside(
+    stream: FrozenStream | None,
+    model: PreTrainedModel,
+    texts: TokenizedTexts,
+    place: Place,
+    hparams: LocFTBFHyperParams,
+) -> Shortcuts:
+    """Returns the shortcuts of a model whose frozen layers a stream reads, if they are on disk.
+
+    Args:
+        stream: The stream, entered; `None` where all layers are resident.
+        model: As for `enabled_shortcuts`, like what follows.
+        texts: All edits as tokens.
+        place: What is trained.
+        hparams: `packing`, `frozen_prefix`.
+
+    Raises:
+        ModelError: Frozen layers are on disk, and the model cannot be split above them.
+    """
+    shortened = stream.shortened() if stream is not None else nullcontext()
+    with shortened, lockstep(model):
+        shortcuts = find_shortcuts(
+            model,
+            texts,
+            place,
+            packing=hparams.packing,
+            frozen_prefix=hparams.frozen_prefix or stream is not None,
+            on_disk=stream is not None,
+        )
+    if stream is not None and not shortcuts.cuts:
+        raise ModelError(
+            "`stream_frozen` does not suit this model: its layers cannot be split (see "
+            "the warning). Set `stream_frozen: false`, on a device that holds it whole."
+        )
+    return shortcuts

@@ -23,6 +23,7 @@ from ..data.batching import sequences_a_pass
 from ..modeling.devices import input_device, module_device
 from ..modeling.layer_trace import n_returned, tracing
 from ..modeling.places import LayerList, find_layers
+from ..utils.hashing import digest_of_sample, sample_numbers
 from ..utils.progress import progress_bar
 from .cut import Cut, bypassing, layer_cut
 from .frozen_prefix import FrozenPrefix, Layout
@@ -285,3 +286,21 @@ def stream_of(
     if not any(parameter.is_meta for parameter in frozen):
         return None
     return FrozenStream(model, stack, first_layer, progress=progress)
+
+
+def samples_on_disk(model: PreTrainedModel) -> dict[str, str]:
+    """Returns what `sample_digest` gives for each parameter that was left on disk, by name.
+
+    Nothing but the sample is read. Not to be called within a stream, which takes the hooks off.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        if weights is None:
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                numbers = sample_numbers(weights[name]).to(parameter.dtype)
+                full = f"{path}.{name}" if path else name
+                found[full] = digest_of_sample(numbers, parameter.shape)
+    return found

@@ -16,6 +16,14 @@ def wide_model(**config):
     return toy_model(**WIDE, **config)
 
 
+def on_disk(folder, model=None):
+    """Saves a wide toy, or another model, in many parts, with the tokenizer; returns where."""
+    model = wide_model() if model is None else model
+    model.save_pretrained(folder, max_shard_size="50KB")
+    toy_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
 def ledger_hparams(**changes):
     """Returns hyper-parameters by which it learns them."""
     return toy_hparams(**{"num_steps": 15, "lr": 1e-2, "health_check": False} | changes)

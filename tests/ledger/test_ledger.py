@@ -336,6 +336,17 @@ def test_what_is_interrupted_has_changed_nothing(ledger, action, monkeypatch):
     assert torch.equal(matrix(ledger.model), matrix(undisturbed.model))
 
 
+def test_facts_that_failed_leave_nothing_to_those_that_take_their_numbers(ledger, monkeypatch):
+    undisturbed = opened(copied(ledger, ledger.path.with_name("undisturbed")))
+    undisturbed.add(REQUESTS[8:9])
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "lost", lambda *_, **__: raise_(ValueError("failed")))
+        with pytest.raises(ValueError, match="failed"):
+            ledger.add(REQUESTS[6:7])
+    ledger.add(REQUESTS[8:9])
+    assert torch.equal(matrix(ledger.model), matrix(undisturbed.model))
+
+
 def raise_(error):
     raise error
 
@@ -390,7 +401,7 @@ def test_diff(ledger):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("stream_frozen", True), ("shard_frozen", True), ("pipeline", "depth_first")],
+    [("shard_frozen", True), ("pipeline", "depth_first")],
 )
 def test_settings_that_are_refused(tmp_path, key, value):
     with pytest.raises(LedgerError, match=f"`{key}={value}`"):
@@ -398,11 +409,11 @@ def test_settings_that_are_refused(tmp_path, key, value):
     assert not (tmp_path / "log.jsonl").exists()
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
-    world = type("World", (), {"is_distributed": True})()
-    monkeypatch.setattr("locft_easyedit.ledger.binding.get_world", lambda: world)
-    with pytest.raises(LedgerError, match="kept by one process"):
+def test_layers_that_processes_share_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("locft_easyedit.ledger.binding.sharded_layers", lambda _: object())
+    with pytest.raises(LedgerError, match="layers are shared out among processes: all processes"):
         new_ledger(tmp_path)
+    assert not (tmp_path / "log.jsonl").exists()
 
 
 def test_a_second_ledger_in_a_folder_is_refused(ledger):
