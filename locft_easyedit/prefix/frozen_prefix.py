@@ -93,17 +93,15 @@ class Layout:
             batches = fixed_batches(self.texts.input_lengths[indices], n_scored, self.fixed)
         return [indices[batch] for batch in batches]
 
-    def recorded(self, device: torch.device, batch_size: int) -> list[np.ndarray]:
-        """Returns the sequences in the batches in which their states are recorded.
+    def recorded_at_once(self, device: torch.device, batch_size: int) -> int:
+        """Returns how many sequences a pass takes that records their states.
 
         Args:
-            device: On a GPU batches are larger, which smaller ones would leave idle.
-            batch_size: Sequences a batch.
+            device: A GPU takes more, which fewer would leave idle.
+            batch_size: How many elsewhere.
         """
-        more = (
-            sequences_a_pass(float(self.texts.input_lengths.mean())) if device.type == "cuda" else 0
-        )
-        return self.batches(max(batch_size, more))
+        mean = float(self.texts.input_lengths.mean())
+        return max(batch_size, sequences_a_pass(mean)) if device.type == "cuda" else batch_size
 
     def key(self) -> str:
         """Returns what tells these texts in these rows from all others.
@@ -270,7 +268,7 @@ class FrozenPrefix:
 
         try:
             in_batches(
-                layout.recorded(ids.device, batch_size),
+                layout.batches(batch_size),
                 run,
                 description="frozen prefix",
                 unit="edit",

@@ -43,7 +43,7 @@ def prepare_runner(
         texts: All edits as tokens.
         shortcuts: What leaves its logits as they are.
         row_tokens: Length of packed rows.
-        batch_size: Sequences a forward pass while the prefix is recorded.
+        batch_size: Sequences a forward pass while the prefix is recorded; more on a GPU.
         budget: Where the recorded states may lie.
         cut: The kind of cut to use, if this model has it; `None` chooses by the budget.
         kept: A folder where the prefix stays for a later run, and the names of what is trained.
@@ -63,6 +63,7 @@ def prepare_runner(
         file = kept_file(kept, model, chosen, texts, shortcuts.packed, stream)
         prefix = FrozenPrefix(model, chosen, int(texts.input_offsets[-1]), budget, file)
         layout = Layout(texts, row_tokens, shortcuts.packed)
+        batch_size = layout.recorded_at_once(input_device(model), batch_size)
         there = prefix.reuse(progress=progress) or (
             states is not None and states.fill(prefix, layout, batch_size)
         )

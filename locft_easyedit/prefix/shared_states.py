@@ -184,7 +184,7 @@ class SharedStates:
         self.n_passes += 1
         try:
             in_batches(
-                layout.recorded(device, batch_size),
+                layout.batches(batch_size),
                 run,
                 description=f"hidden states of {len(layers)} layers",
                 unit="text",

@@ -224,10 +224,10 @@ def test_length_sorted_batches(batch_size):
     assert 1 <= len(batches[-1]) <= batch_size
 
 
-def test_states_are_recorded_in_larger_batches_on_a_gpu():
+def test_a_gpu_records_more_states_at_once():
     texts = TokenizedTexts.from_lists([[1] * 9] * 3000, [8] * 3000)  # of which eight tokens run
     layout = Layout(texts, 64, packed=True)
-    on_cpu, on_gpu = (layout.recorded(torch.device(d), 64) for d in ("cpu", "cuda"))
-    assert [len(batch) for batch in on_gpu] == [1024, 1024, 952]
-    assert {len(batch) for batch in on_cpu[:-1]} == {64}
-    assert len(layout.recorded(torch.device("cuda"), 2000)[0]) == 2000
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert layout.recorded_at_once(cpu, 64) == 64
+    assert layout.recorded_at_once(gpu, 64) == 1024
+    assert layout.recorded_at_once(gpu, 2000) == 2000
