@@ -113,8 +113,8 @@ def test_bad_settings_are_refused_before_anything_runs(settings, monkeypatch, ch
 
 def test_a_ledger_that_cannot_be_kept_is_refused_before_anything_runs(settings, monkeypatch):
     monkeypatch.setattr(run_module, "run_process", None)
-    hparams = replace(settings().hparams, stream_frozen=True)
-    with pytest.raises(LocFTError, match="`stream_frozen=True`: the frozen layers must be"):
+    hparams = replace(settings().hparams, shard_frozen=True)
+    with pytest.raises(LocFTError, match="`shard_frozen=True`: "):
         compare(settings(["LocFT-BF@ledger"], hparams=hparams, stream=2))
 
 

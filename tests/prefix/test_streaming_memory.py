@@ -88,6 +88,9 @@ def run(folder, how, out):
         text=True,
         timeout=120,
     )
+    # Where it is the C library that is refused memory, for a thread, no exception is raised.
+    if done.returncode and "cannot allocate memory" in done.stderr:
+        return {"error": done.stderr}
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
