@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import DeltaError, HyperParamsError, one_message
-from ..modeling.parameter_slices import split_name, whole_name
+from ..modeling.parameter_slices import slices_joined
 from ..utils.files import new_folder, output_errors
 from .edited_matrices import EditedMatrices, Factors
 from .folder import check_output, compare_folder, skeleton_of, values_beside, with_originals
@@ -47,7 +47,8 @@ def write_exact_adapter(
     config = {"r": 1, "target_modules": _NO_TARGET, "modules_to_save": list(modules)}
     # peft replaces whole modules: a bias beside an edited weight comes along as it is.
     beside = values_beside(delta, model, trust_remote_code=trust_remote_code)
-    tensors = {_PREFIX + name: value for name, value in _joined(beside, delta.new).items()}
+    everything = beside | slices_joined(delta.new, beside)
+    tensors = {_PREFIX + name: value for name, value in everything.items()}
     with output_errors(output), new_folder(output) as folder:
         _write_adapter(folder, config, tensors, model)
 
@@ -110,19 +111,6 @@ def write_lora_adapter(
                 )  # fmt: skip
         _write_lora(folder, factors, scale, all(transposed.values()), model)
     return left_out
-
-
-def _joined(
-    beside: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Returns all parameters of edited modules, the edited slices of fused ones within these."""
-    parts = [name for name in new if whole_name(name) in beside]
-    found = dict(beside) | {name: value for name, value in new.items() if name not in parts}
-    found |= {whole: found[whole].clone() for whole in map(whole_name, parts)}
-    for name in parts:
-        whole, expert = split_name(name)
-        found[whole][int(expert or 0)] = new[name]
-    return found
 
 
 def _write_lora(

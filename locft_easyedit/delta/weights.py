@@ -13,6 +13,7 @@ from ..modeling.parameter_slices import (
     named_among,
     names_beside,
     slice_index,
+    slices_joined,
     split_name,
     whole_name,
 )
@@ -107,11 +108,7 @@ class Weights(ABC):
             above = self._put.get(whole)
             tensor = self.tensor(name) if above is None else above[int(expert or 0)]
         parts = {n: v for n, v in self._put.items() if n != name and whole_name(n) == name}
-        if parts:
-            tensor = tensor.detach().clone()
-            for part, value in parts.items():
-                tensor[int(split_name(part)[1] or 0)] = value.to(tensor.device)
-        return tensor
+        return slices_joined(parts, {name: tensor})[name] if parts else tensor
 
 
 def _overlap(name: str, other: str) -> bool:

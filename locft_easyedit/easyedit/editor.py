@@ -25,7 +25,7 @@ from ..hparams import ALG_NAME, LocFTBFHyperParams
 from ..modeling.devices import input_device
 from ..modeling.fsdp import sharded_layers
 from ..modeling.loading import load_model
-from ..modeling.parameter_slices import parameters_named, wholes_with
+from ..modeling.parameter_slices import parameters_named, slices_joined
 from ..training.result import EditResult
 from ..training.rewordings.writers import check_writer
 from ..training.session import EditSession
@@ -379,9 +379,9 @@ class LocFTBFMethods:
         return edited, former if return_orig_weights else {}
 
     def _former_weights(self) -> dict[str, torch.Tensor]:
-        return (
-            {} if self.last_result is None else wholes_with(self.model, self.last_result.original)
-        )
+        if self.last_result is None:
+            return {}
+        return slices_joined(self.last_result.original, dict(self.model.named_parameters()))
 
 
 def apply_locft_bf_to_model(
@@ -411,4 +411,6 @@ def apply_locft_bf_to_model(
     """
     edited = deepcopy(model) if copy else model
     result = edit_model(edited, tok, usable(requests), hparams)
-    return edited, wholes_with(edited, result.original) if return_orig_weights else {}
+    if not return_orig_weights:
+        return edited, {}
+    return edited, slices_joined(result.original, dict(edited.named_parameters()))

@@ -86,18 +86,24 @@ def named_among(
     return found
 
 
-def wholes_with(model: nn.Module, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns values by the names that the model itself has, for programs that know no slices.
+def slices_joined(
+    values: Mapping[str, torch.Tensor], wholes: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Returns values by the names that a model itself has, for programs that know no slices.
 
-    Slices are put into copies of what the model holds of the fused parameters.
+    Args:
+        values: Values of parameters and of slices.
+        wholes: What there is of fused parameters, by name; slices are put into copies of these.
     """
-    found = {name: value for name, value in values.items() if whole_name(name) == name}
-    parts = {name: value for name, value in values.items() if name not in found}
-    copies = parameters_named(model, dict.fromkeys(map(whole_name, parts)))
-    found |= {name: whole.detach().clone() for name, whole in copies.items()}
-    for name, value in parts.items():
+    found: dict[str, torch.Tensor] = {}
+    for name, value in values.items():
         whole, expert = split_name(name)
-        found[whole][int(expert or 0)] = value
+        if expert is None or whole not in wholes:
+            found[name] = value
+            continue
+        if whole not in found:
+            found[whole] = wholes[whole].detach().clone()
+        found[whole][int(expert)] = value
     return found
 
 

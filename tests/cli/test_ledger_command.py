@@ -4,23 +4,12 @@ import json
 
 import pytest
 import torch
-from helpers.ledgers import wide_model
+from helpers.ledgers import YAML, wide_model
 from helpers.toys import toy_requests, toy_tokenizer
 from transformers import AutoModelForCausalLM
 
 from locft_easyedit.__main__ import main
 from locft_easyedit.ledger.ledger import Ledger
-
-YAML = """
-alg_name: LocFT-BF
-model_name: ./base
-device: cpu
-layers: [2]
-rewrite_module_tmp: model.layers.{}.mlp.down_proj.weight
-lr: 1e-2
-num_steps: 15
-batch_size: 4
-"""
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import distributed_ledgers
 from helpers.launching import launch
-from helpers.ledgers import NAME, matrix, on_disk, opened, wide_model
+from helpers.ledgers import NAME, YAML, matrix, on_disk, opened, wide_model
 from helpers.toys import REPOSITORY, toy_tokenizer
 
 from locft_easyedit.delta.delta import Delta
@@ -175,18 +175,6 @@ def test_two_writers_are_refused(ledger):
     with locked(ledger):
         ranks = launch(2, "helpers.distributed_ledgers:in_use", str(ledger))
     assert all("is in use" in rank.value for rank in ranks)
-
-
-YAML = """
-alg_name: LocFT-BF
-model_name: ./base
-device: cpu
-layers: [2]
-rewrite_module_tmp: model.layers.{}.mlp.down_proj.weight
-lr: 1e-2
-num_steps: 15
-batch_size: 4
-"""
 
 
 def test_the_command(tmp_path, monkeypatch):
