@@ -211,18 +211,19 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return json_sha256([rules, special, getattr(tokenizer, "chat_template", None)])
 
 
-def check_agreed(world: World, what: str, value: Any) -> None:
+def check_agreed(
+    world: World, what: str, value: Any, remedy: str = "Start all of them with the same."
+) -> None:
     """Checks that all processes have the same.
 
     Args:
         world: The processes.
         what: What it is, for the message.
         value: The value, of JSON's kinds.
+        remedy: What is to be done where they have not.
 
     Raises:
         LedgerError: They have not; in all of them.
     """
     if len(set(world.all_gather(json_sha256(value)))) > 1:
-        raise LedgerError(
-            f"The {world.size} processes have other {what}. Start all of them with the same."
-        )
+        raise LedgerError(f"The {world.size} processes have other {what}. {remedy}")

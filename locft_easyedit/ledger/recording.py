@@ -27,6 +27,7 @@ from ..prefix.shortcuts import Shortcuts, shortcuts_beside
 from ..prefix.store import Budget
 from ..prefix.streaming import FrozenStream, stream_of
 from ..utils.hashing import arrays_sha256, json_sha256
+from .binding import check_agreed
 
 _CPU = torch.device("cpu")
 _NO_TEXTS = TokenizedTexts.from_lists([], [])
@@ -111,12 +112,12 @@ class Recorder:
         with self.world.sharing_errors():
             found = shortcuts_beside(self.stream, self.model, texts, self.place, self.hparams)
             self.shortcuts = found
-        if len({str(how) for how in self.world.all_gather(self.how_it_runs())}) > 1:
+        remedy = "Start them on machines of one kind, with the same versions."
+        try:
+            check_agreed(self.world, "ways to run the model", self.how_it_runs(), remedy)
+        except LedgerError:
             self.shortcuts = None
-            raise LedgerError(
-                "The processes do not run the model alike: their devices or versions differ. "
-                "Start them on machines of one kind."
-            )
+            raise
 
     @property
     def cut(self) -> Cut | None:
@@ -164,12 +165,23 @@ class Recorder:
     ) -> FrozenPrefix:
         n_tokens = int(texts.input_offsets[-1])
         if file is not None and not file[0].is_file():
-            _, _, on_disk = self.budget.rows(cut.width * self.model.dtype.itemsize, _CPU)
-            file = file if n_tokens <= on_disk else None
+            stays = (
+                n_tokens
+                <= self.file_budget(file[0]).rows(cut.width * self.model.dtype.itemsize, _CPU)[2]
+            )
+            file = file if stays else None
         prefix = FrozenPrefix(self.model, cut, n_tokens, self.budget, file)
         if not prefix.reuse():
             self.record_(prefix, texts)
         return prefix
+
+    def file_budget(self, path: Path) -> Budget:
+        """Returns what a new file of states that stays may take of the disk."""
+        files = self.folder.glob("prefix-*.safetensors")
+        taken = sum(file.stat().st_size for file in files if file != path)
+        budget = Budget(0.0, 0.0, self.hparams.prefix_disk_gib, str(self.folder))
+        budget.taken = [0, 0, max(taken, self.budget.taken[2])]  # a run's temporary files count too
+        return budget
 
     def share_of(self, texts: TokenizedTexts) -> Partition:
         """Returns which of some texts this process runs."""

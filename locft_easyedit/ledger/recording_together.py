@@ -18,7 +18,7 @@ from ..distributed.world import World
 from ..prefix.cut import Cut
 from ..prefix.frozen_prefix import FrozenPrefix
 from ..prefix.state_file import StateFile
-from ..prefix.store import Budget, StateStore
+from ..prefix.store import StateStore
 from .dealing import tokens_of, whole_batches
 from .recording import Recorded, Recorder
 
@@ -148,12 +148,8 @@ class _Part:
         """Returns a store in a file that will stay; `None` if the disk's budget has no room."""
         recorder = self._recorder
         path, _ = recorder.file_of(self.texts, self._cut)
-        others = recorder.folder.glob("prefix-*.safetensors")
-        taken = sum(other.stat().st_size for other in others if other != path)
-        budget = Budget(0.0, 0.0, recorder.hparams.prefix_disk_gib, str(recorder.folder))
-        budget.taken = [0, 0, taken]
-        _, _, room = budget.rows(width * dtype.itemsize, _CPU)
-        if self._n_tokens > room:
+        budget = recorder.file_budget(path)
+        if self._n_tokens > budget.rows(width * dtype.itemsize, _CPU)[2]:
             return None
         return StateStore(self._n_tokens, width, dtype, _CPU, budget, path=path)
 

@@ -292,6 +292,17 @@ def test_states_that_the_budget_does_not_hold_do_not_stay(filled, tmp_path):
     assert torch.equal(matrix(ledger.model), matrix(filled.model))
 
 
+def test_states_that_lie_in_the_folder_count(tmp_path):
+    folder = filled_ledger(tmp_path, 1).path
+    (file,) = folder.glob("prefix-*.safetensors")
+    limit = 1.5 * file.stat().st_size / 2**30
+    ledger = filled_ledger(tmp_path / "small", 1, prefix_disk_gib=limit)
+    assert len(list(ledger.path.glob("prefix-*.safetensors"))) == 1
+    # The second command is another process: what the first has written is there, not in memory.
+    opened(ledger.path).add(REQUESTS[3:6])
+    assert len(list(ledger.path.glob("prefix-*.safetensors"))) == 1
+
+
 def test_few_copies_of_the_matrices_stay(tmp_path):
     states = States(tmp_path)
     for last in range(1, 65):
