@@ -122,16 +122,21 @@ def test_through_which_tokens_an_edit_leaks(run, toy_folder):
     assert all(float(kl) >= 0 for line in lines for kl in line[2:])
 
 
-def test_facts_in_commits(run, toy_folder):
+@pytest.mark.parametrize("more", [[], ["--alg-name", "LocFT-BF+", "--no-naive"]])
+def test_facts_in_commits(run, toy_folder, more):
     wide_model().save_pretrained("wide")
     toy_tokenizer(pad_is_eos=True).save_pretrained("wide")
     run(
         FOLDER / "ledger.py", "--model", "wide", "--data", "edits.json", "--layer", 2, "--n", 4,
         "--commits", 2, "--take-out", 1, "--supersede", 1, "--lr", 1e-2, "--epochs", 15,
         "--batch-size", 4, "--dtype", "float32", "--device", "cpu", "--json", "found.json",
-        "--picture", "found.png",
+        "--picture", "found.png", *more,
     )  # fmt: skip
     found = figures_of(toy_folder / "found.json")
+    assert ("naive" in found) == (not more)
+    # Of so few edits all texts are trained in an epoch.
+    once = found["at once"]
+    assert once["texts"] == once["epochs"] * 4 * (5 if more else 1)
     assert [one["facts"] for one in found["commits"]] == [2, 2]
     assert found["commits"][-1]["by commit"] == [1.0, 1.0]
     assert found["taken out"]["facts"] == 1
