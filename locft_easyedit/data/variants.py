@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,16 +11,17 @@ import numpy as np
 # a run has too few steps for each form to be learned (6 edits: .61 of the answers in chat were
 # right with one other an epoch, .78 with two, .94 with all seven).
 _FEWEST_OTHERS = 50
+_TURNS = 2**31
 
 
-def others_each(wanted: int | None, n: int) -> int:
+def others_each(wanted: float | None, n: int) -> float:
     """Returns how many other texts of an edit are trained in an epoch, as far as it has them.
 
     Args:
         wanted: `forms_per_epoch`; `None` is one, and more where there are few edits.
         n: Edits that are trained.
     """
-    return wanted or -(-_FEWEST_OTHERS // max(1, n))
+    return wanted or math.ceil(_FEWEST_OTHERS / max(1, n))
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +30,13 @@ class Variants:
 
     Attributes:
         first: Where each edit's texts begin, [N + 1] int64.
-        each: Others of an edit that are trained beside its own text in an epoch, at most.
-        turn: Which other each edit begins with, [N] int64.
+        each: Others of an edit that are trained beside its own text in an epoch, in the mean and at
+            most: of 0.5, one in every second epoch.
+        turn: Which other each edit begins with, and when, [N] int64 below 2**31.
     """
 
     first: np.ndarray
-    each: int
+    each: float
     turn: np.ndarray
 
     @classmethod
@@ -42,22 +45,22 @@ class Variants:
         return cls(np.arange(n + 1), 0, np.zeros(n, np.int64))
 
     @classmethod
-    def in_turns(cls, counts: np.ndarray, each: int, seed: int) -> Variants:
+    def in_turns(cls, counts: np.ndarray, each: float, seed: int) -> Variants:
         """Returns the texts of edits with so many others.
 
         Args:
             counts: Others of each edit, [N].
-            each: Those that are trained in an epoch.
+            each: Those that are trained in an epoch, in the mean.
             seed: Seed of the order.
         """
         first = np.concatenate([[0], np.cumsum(counts + 1)])
-        turn = np.random.default_rng(seed).integers(0, 2**31, len(counts))
+        turn = np.random.default_rng(seed).integers(0, _TURNS, len(counts))
         return cls(first, each, turn)
 
     @property
     def most(self) -> int:
         """Texts of one edit in an epoch, at most."""
-        return 1 + min(int((np.diff(self.first) - 1).max(initial=0)), self.each)
+        return 1 + min(int((np.diff(self.first) - 1).max(initial=0)), math.ceil(self.each))
 
     def texts(self, batch: np.ndarray, epoch: int) -> np.ndarray:
         """Returns the texts of a mini-batch of edits; all own ones come first.
@@ -70,9 +73,16 @@ class Variants:
         """
         own = self.first[batch]
         n_others = self.first[batch + 1] - own - 1
+        # How many were trained before this epoch, and after it; a part of one counts when it is
+        # whole, which edits reach at different times.
+        begun = self.turn[batch] / _TURNS
+        before, after = (
+            np.floor(begun + self.each * k).astype(np.int64) for k in (epoch, epoch + 1)
+        )
+        now = np.minimum(after - before, n_others)
         found = [own]
-        for k in range(self.each):
-            there = n_others > k
-            nth = (self.turn[batch] + epoch * self.each + k)[there] % n_others[there]
+        for k in range(now.max(initial=0)):
+            there = now > k
+            nth = (self.turn[batch] + before + k)[there] % n_others[there]
             found.append(own[there] + 1 + nth)
         return np.concatenate(found)

@@ -24,8 +24,8 @@ class Replayed(Variants):
     seed: int = 0
 
     @classmethod
-    def of(cls, variants: Variants, each: int, pool: np.ndarray, seed: int) -> Replayed:
-        """Returns the texts of `variants`, so many others of an edit, with this pool."""
+    def of(cls, variants: Variants, each: float, pool: np.ndarray, seed: int) -> Replayed:
+        """Returns the texts of `variants`, so many others of an edit in an epoch, with this pool."""
         return cls(variants.first, each, variants.turn, pool, seed)
 
     @property

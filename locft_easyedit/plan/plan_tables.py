@@ -218,7 +218,7 @@ def assumptions(plan: Plan) -> list[str]:
         lines.append(
             f"{counted(work.forms, 'other form')} of each edit's prompt are recorded with it, "
             f"{work.form_longer:g} tokens longer; an epoch trains "
-            f"{min(work.forms, work.forms_per_epoch)} beside it."
+            f"{min(work.forms, work.forms_per_epoch):g} beside it."
         )
     if confined:
         lines.append(

@@ -87,7 +87,7 @@ class Run:
         work = self.work
         n_steps = work.epochs * math.ceil(work.n / work.batch_size)
         # Ranks own texts: an edit's rewordings are dealt out as edits are.
-        batch = min(work.batch_size, work.n) * work.texts
+        batch = math.ceil(min(work.batch_size, work.n) * work.texts)
         found = largest_share(work.n * work.recorded_texts, batch, self.ranks, n_steps)
         return LargestShare(found.mean / work.texts, math.ceil(found.most / work.texts))
 

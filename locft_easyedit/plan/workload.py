@@ -39,7 +39,7 @@ class Workload:
         evaluate: Whether the model is measured before and after.
         forms: Texts of an edit beside its plain prompt, in other forms (see `Forms`). Rewordings
             that the data may bring are not known beforehand.
-        forms_per_epoch: How many of them are trained in an epoch.
+        forms_per_epoch: How many of them are trained in an epoch, in the mean.
         form_longer: Tokens that a prompt in such a form has more than the plain one.
     """
 
@@ -53,7 +53,7 @@ class Workload:
     row_tokens: int = 64
     evaluate: bool = True
     forms: int = 0
-    forms_per_epoch: int = 1
+    forms_per_epoch: float = 1.0
     form_longer: float = 25.0  # SmolLM2's chat template has 30, a question 5, a sentence 9
 
     def __post_init__(self) -> None:
@@ -78,8 +78,8 @@ class Workload:
         return self.tokens - 1
 
     @property
-    def texts(self) -> int:
-        """Texts of an edit in an epoch: its plain prompt, and other forms of it."""
+    def texts(self) -> float:
+        """Texts of an edit in an epoch, in the mean: its plain prompt, and other forms of it."""
         return 1 + min(self.forms, self.forms_per_epoch)
 
     @property
@@ -97,7 +97,7 @@ class Workload:
         """Tokens of an edit in the prefix."""
         return self._tokens_of(self.recorded_texts)
 
-    def _tokens_of(self, texts: int) -> float:
+    def _tokens_of(self, texts: float) -> float:
         return texts * self.run_tokens + (texts - 1) * self.form_longer
 
     def cells(self, tokens: float) -> float:

@@ -1,5 +1,6 @@
 """Rewordings in training: which texts an epoch has, and the training against plain code."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -50,6 +51,24 @@ def test_rewordings_take_turns_and_own_wordings_come_first():
     assert {text: seen[0].count(text) for text in (1, 2, 3)} == {1: 10, 2: 10, 3: 10}
     assert {seen[2].count(text) for text in range(6, 11)} == {6}
     assert seen[1] == []
+
+
+@pytest.mark.parametrize("each", [0.25, 0.5, 1.5])
+def test_a_part_of_a_rewording_is_one_in_some_epochs(each):
+    n = 400
+    variants = Variants.in_turns(np.full(n, 3), each, seed=0)
+    trained = np.zeros((12, variants.first[-1]), np.int64)
+    for epoch, row in enumerate(trained):
+        np.add.at(row, variants.texts(np.arange(n), epoch), 1)
+    trained = trained.reshape(12, n, 4)
+    assert (trained[:, :, 0] == 1).all()
+    others = trained[:, :, 1:].sum(2)
+    # An edit's come evenly, and edits begin at different times: every epoch has about as many.
+    assert {math.floor(each), math.ceil(each)} == set(others.flatten().tolist())
+    assert set(others.sum(0).tolist()) == {round(12 * each)}
+    assert abs(others.mean(1) - each).max() < 0.1
+    assert np.ptp(trained[:, :, 1:].sum(0), axis=1).max() <= 1
+    assert variants.most == 1 + math.ceil(each)
 
 
 def test_an_edit_with_fewer_rewordings_than_asked_for_gives_each_once():
@@ -117,10 +136,11 @@ def naive_reworded(model, tokenizer, edits, made, parameters, hparams):
         for start in range(0, len(order), hparams.batch_size):
             texts = []
             for i in order[start : start + hparams.batch_size]:
-                pool = made.wordings[i][1:]
-                turn = int(made.variants.turn[i]) + epoch * hparams.forms_per_epoch
-                shown = min(len(pool), hparams.forms_per_epoch)
-                prompts = [edits[i].prompt, *(pool[(turn + k) % len(pool)] for k in range(shown))]
+                pool, turn = made.wordings[i][1:], int(made.variants.turn[i])
+                begun, each = turn / 2**31, hparams.forms_per_epoch
+                before, after = int(begun + epoch * each), int(begun + (epoch + 1) * each)
+                shown = range(before, before + min(len(pool), after - before))
+                prompts = [edits[i].prompt, *(pool[(turn + k) % len(pool)] for k in shown)]
                 texts += [{"prompt": p, "target_new": edits[i].target} for p in prompts]
             adam.zero_grad()
             loss = torch.stack([naive_edit_loss(model, tokenizer, text) for text in texts]).mean()
@@ -130,9 +150,10 @@ def naive_reworded(model, tokenizer, edits, made, parameters, hparams):
     return losses
 
 
-@pytest.mark.parametrize("micro", [None, 1])
-def test_training_with_rewordings_is_that_of_plain_code(micro):
-    hparams, requests = reworded(micro_batch_size=micro), requests_with_rewordings(9)
+@pytest.mark.parametrize(("micro", "each"), [(None, 2), (1, 2), (None, 0.5), (1, 1.5)])
+def test_training_with_rewordings_is_that_of_plain_code(micro, each):
+    hparams = reworded(micro_batch_size=micro, forms_per_epoch=each)
+    requests = requests_with_rewordings(9)
     tokenizer, edits = toy_tokenizer(), distinct_edits(requests).edits
     model, plain = toy_model("llama"), toy_model("llama").eval()
     made = TrainingTexts.tokenize(tokenizer, edits, [None] * 9, hparams, 256)

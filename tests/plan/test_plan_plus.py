@@ -461,6 +461,8 @@ def test_the_preset_on_the_command_line(capsys, tmp_path, monkeypatch):
     assert "an epoch trains 1 beside it." in out
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["forms"] == {"forms": 7, "forms_per_epoch": 1, "form_longer": 25.0}
+    assert main(["plan", *arguments, forms, "forms_per_epoch=0.5", "verbose=true"]) == 0
+    assert "an epoch trains 0.5 beside it." in capsys.readouterr().out
     assert main(["plan", *arguments]) == 0
     assert "other form" not in capsys.readouterr().out
     status = main(["plan", *arguments, "alg_name=LocFT-BF+", "stream_frozen=true"])
