@@ -56,6 +56,8 @@ VARIANTS = {
     "no frozen prefix": {"frozen_prefix": False},
     "cut at the layer": {"prefix_cut": "layer"},
     "micro-batches": {"micro_batch_size": 7},
+    "products fused": {"fused": True},
+    "products apart": {"fused": False},
 }
 # Of losses near 9: what other sums round, and what activations of 8 and 11 bits do.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
@@ -135,13 +137,14 @@ class Check:
     def inputs(self, sizes, n=None):
         return word_tokenizer(sizes.vocabulary), random_requests(n or sizes.edits, sizes.vocabulary)
 
-    def session(self, dtype="float32", device=None, attention="sdpa", **changes):
+    def session(self, dtype="float32", device=None, attention="sdpa", fused=None, **changes):
         """A session of the small model, whose weights are the same on all devices."""
         model = gpu.random_model(self.small, "cpu", getattr(torch, dtype))
         model.set_attn_implementation(attention)
         model = model.to(device or self.device)
         hparams = gpu.hparams_of(self.small, **changes)
-        return EditSession(model, *self.inputs(self.small), hparams, progress=False)
+        inputs = self.inputs(self.small)
+        return EditSession(model, *inputs, hparams, progress=False, fused=fused)
 
     def trained(self, *args, **more):
         with self.session(*args, **more) as session:
@@ -307,11 +310,12 @@ def steps(check):
     flop = step_flop(model, sizes.layer, batch, tokenizer)
     found, repeats = {"TFLOP": flop / 1e12}, 10 if check.cuda else 1
     variants = [(n, ()) for n in (ROW_TOKENS if check.cuda else ROW_TOKENS[:1])]
-    variants += [(ROW_TOKENS[0], ("shared",)), (ROW_TOKENS[0], ("shared", "masks"))]
+    less = (("fused",), ("shared",), ("shared", "masks"))
+    variants += [(ROW_TOKENS[0], without) for without in less]
     for row_tokens, without in variants:
         options = SimpleNamespace(**vars(sizes) | {"row_tokens": row_tokens, "n": len(batch)})
         hparams = one_step(options, sizes.layer, {})
-        with Ours(model, tokenizer, batch, hparams, without) as ours:
+        with Ours(model, tokenizer, batch, hparams, without, fused=True) as ours:
             ms = event_ms(ours.step, check.device, repeats)
             found[" - ".join([f"rows of {row_tokens}", *without])] = {
                 "ms": ms, "TFLOP/s": flop / ms / 1e9, "loss": ours.step(),
