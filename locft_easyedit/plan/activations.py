@@ -8,11 +8,6 @@ of width D, attention width A, H heads and inner width I, in rows of R tokens an
     attention  4 A s + 4 H + R s         query, key, value, output; log-sum-exp; the mask's rows
     MLP        3 I s                     gate, its activation, and what that is multiplied with
 
-On a GPU query, key and value are parts of one product (`fused_linears.py`). Where attention takes
-the value as it comes, that is where keys have as many heads as queries, the whole product is kept:
-
-    attention  6 A s + 4 H + R s
-
 A CPU in half precision takes no fused attention (`runner.py`) but products of matrices, in float32:
 
     attention  12 A + 4 H R              query, key and value; the probabilities
@@ -110,11 +105,7 @@ def _attention_bytes(
     if getattr(config, "_attn_implementation", None) != "eager":
         if device == "cpu" and size < 4:
             return 3 * width * 4 + heads * row_tokens * 4
-        whole_product = device != "cpu" and (
-            config_number(config, "num_key_value_heads") in (None, heads)
-        )
-        kept = 6 if whole_product else 4
-        return kept * width * size + 4 * heads + row_tokens * size
+        return 4 * width * size + 4 * heads + row_tokens * size
     # The probabilities in float32 and in the model's precision, and what a soft cap keeps.
     copies = 4 + (size if size < 4 else 0)
     copies += size if getattr(config, "attn_logit_softcapping", None) else 0
