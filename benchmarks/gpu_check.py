@@ -7,8 +7,8 @@
 Correctness comes first: the tests marked `gpu`, losses against a CPU's, two runs to the bit, memory
 that runs out, flash-attention's borders between texts. Then rates and times: matrix products of a
 step's shapes, a step with its kernels by kind and what the host waits for, a whole edit with an
-event at every step, an evaluation. Weights and edits are random (see `gpu.py`); nothing is
-downloaded.
+event at every step, an evaluation, a step of compiled layers. Weights and edits are random (see
+`gpu.py`); nothing is downloaded.
 
 A stage that fails says so, and the next one runs. All figures are in the JSON file after each
 stage, so that a run that is cut off leaves what it has found. A stage is not started where its
@@ -30,7 +30,7 @@ from types import SimpleNamespace
 
 import gpu
 import torch
-from gpu_kernels import Marks, by_kind, event_ms, matmul_figures, waits
+from gpu_kernels import Marks, by_kind, compiled_layers, event_ms, matmul_figures, waits
 from random_inputs import HEAD_SCALE, random_requests, word_tokenizer
 from shared import RUNS, parser_of, timed, write_figures
 from step import Ours, one_step, published, step_flop
@@ -48,7 +48,7 @@ SMALL = gpu.LLAMA_3_8B | {
 }  # fmt: skip
 ROOT = Path(__file__).resolve().parents[1]
 WHOLE = gpu.LLAMA_3_8B | {"edits": 3000, "batch": 100, "row_tokens": 64}
-TINY = {"layers": 4, "layer": 2, "hidden": 32, "inner": 64, "heads": 2, "kv_heads": 1,
+TINY = {"layers": 5, "layer": 2, "hidden": 32, "inner": 64, "heads": 2, "kv_heads": 1,
         "vocabulary": 200, "epochs": 2, "edits": 24, "batch": 8}  # fmt: skip
 # Beside the plain run of a small model in float32: the same losses are wanted of all.
 VARIANTS = {
@@ -56,6 +56,8 @@ VARIANTS = {
     "no frozen prefix": {"frozen_prefix": False},
     "cut at the layer": {"prefix_cut": "layer"},
     "micro-batches": {"micro_batch_size": 7},
+    "products fused": {"fused": True},
+    "products apart": {"fused": False},
 }
 # Of losses near 9: what other sums round, and what activations of 8 and 11 bits do.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
@@ -135,13 +137,14 @@ class Check:
     def inputs(self, sizes, n=None):
         return word_tokenizer(sizes.vocabulary), random_requests(n or sizes.edits, sizes.vocabulary)
 
-    def session(self, dtype="float32", device=None, attention="sdpa", **changes):
+    def session(self, dtype="float32", device=None, attention="sdpa", fused=None, **changes):
         """A session of the small model, whose weights are the same on all devices."""
         model = gpu.random_model(self.small, "cpu", getattr(torch, dtype))
         model.set_attn_implementation(attention)
         model = model.to(device or self.device)
         hparams = gpu.hparams_of(self.small, **changes)
-        return EditSession(model, *self.inputs(self.small), hparams, progress=False)
+        inputs = self.inputs(self.small)
+        return EditSession(model, *inputs, hparams, progress=False, fused=fused)
 
     def trained(self, *args, **more):
         with self.session(*args, **more) as session:
@@ -307,11 +310,12 @@ def steps(check):
     flop = step_flop(model, sizes.layer, batch, tokenizer)
     found, repeats = {"TFLOP": flop / 1e12}, 10 if check.cuda else 1
     variants = [(n, ()) for n in (ROW_TOKENS if check.cuda else ROW_TOKENS[:1])]
-    variants += [(ROW_TOKENS[0], ("shared",)), (ROW_TOKENS[0], ("shared", "masks"))]
+    less = (("fused",), ("shared",), ("shared", "masks"))
+    variants += [(ROW_TOKENS[0], without) for without in less]
     for row_tokens, without in variants:
         options = SimpleNamespace(**vars(sizes) | {"row_tokens": row_tokens, "n": len(batch)})
         hparams = one_step(options, sizes.layer, {})
-        with Ours(model, tokenizer, batch, hparams, without) as ours:
+        with Ours(model, tokenizer, batch, hparams, without, fused=True) as ours:
             ms = event_ms(ours.step, check.device, repeats)
             found[" - ".join([f"rows of {row_tokens}", *without])] = {
                 "ms": ms, "TFLOP/s": flop / ms / 1e9, "loss": ours.step(),
@@ -321,6 +325,25 @@ def steps(check):
     theirs = published(model, tokenizer, batch, sizes.layer, sizes)
     found["published, bfloat16"] = {"ms": event_ms(theirs, check.device, min(repeats, 3))}
     return found
+
+
+def compiled(check):
+    """A step whose layers `torch.compile` has made fewer kernels of, and the same without."""
+    model, sizes, found = check.model(), check.whole, {}
+    tokenizer, batch = check.inputs(sizes, sizes.batch)
+    options = SimpleNamespace(**vars(sizes) | {"row_tokens": ROW_TOKENS[0], "n": len(batch)})
+    # Fused products differ in each layer, and would have each compiled for itself.
+    with Ours(model, tokenizer, batch, one_step(options, sizes.layer, {}), fused=False) as ours:
+        for name, way in (("plain", contextlib.nullcontext()),
+                          ("compiled", compiled_layers(ours.session))):  # fmt: skip
+            with way:
+                seconds, loss = timed(ours.step, check.device)
+                ms = event_ms(ours.step, check.device, 10 if check.cuda else 1)
+                kinds = by_kind(ours.step, check.device, 1)
+            found[name] = {"ms": ms, "first step, seconds": seconds, "loss": loss, **kinds}
+    apart = abs(found["plain"]["loss"] - found["compiled"]["loss"])
+    bad = not apart <= TOLERANCE["bfloat16"]
+    return found | {"problems": ["compiled layers have another loss"] if bad else []}
 
 
 def whole(check):
@@ -374,6 +397,7 @@ STAGES = {
     "tests": (tests, 60), "losses": (losses, 40), "determinism": (determinism, 30),
     "memory": (memory, 30), "flash": (flash, 10), "ceilings": (ceilings, 20),
     "steps": (steps, 60), "whole": (whole, 80), "evaluation": (evaluation, 60),
+    "compiled": (compiled, 90),
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -103,11 +103,13 @@ class Ours:
         tokenizer: Its tokenizer.
         requests: The edits.
         hparams: See `one_step`.
-        without: Parts of a fast forward pass that are left out: `tail`, `head`, `shared`, `masks`.
+        without: Parts of a fast forward pass that are left out: `tail`, `head`, `shared`, `masks`,
+            `fused`.
+        fused: As for `EditSession`.
     """
 
-    def __init__(self, model, tokenizer, requests, hparams, without=()):
-        self.session = EditSession(model, tokenizer, requests, hparams, progress=False)
+    def __init__(self, model, tokenizer, requests, hparams, without=(), fused=None):
+        self.session = EditSession(model, tokenizer, requests, hparams, progress=False, fused=fused)
         self.without = without
 
     def __enter__(self):

@@ -167,3 +167,19 @@ def first_tensor(output: Any) -> torch.Tensor | None:
     if isinstance(output, (tuple, list)):
         return next((value for value in output if torch.is_tensor(value)), None)
     return output if torch.is_tensor(output) else None
+
+
+def entry_gradient(layer: nn.Module, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Returns the gradient of what `run` returns, a scalar, by what enters a layer, in float32.
+
+    Below the layer nothing is differentiated.
+    """
+    entered: list[torch.Tensor] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        entered[:] = [hidden_of(args, kwargs).detach().requires_grad_()]
+        return with_hidden(args, kwargs, entered[0])
+
+    with layer.register_forward_pre_hook(enter, with_kwargs=True), torch.enable_grad():
+        [gradient] = torch.autograd.grad(run(), entered)
+    return gradient.float()

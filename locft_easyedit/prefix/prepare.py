@@ -88,6 +88,7 @@ def prepare_runner(
         tail=shortcuts.tail,
         head=shortcuts.head,
         shared=shortcuts.shared,
+        fused=shortcuts.fused,
     )
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +23,10 @@ from ..data.tokenization import TokenizedTexts
 from ..modeling.cross_entropy import Head
 from ..modeling.devices import input_device, one_long_row
 from ..modeling.forward import give_masks, mean_by_owner
+from ..modeling.fused_linears import FusedLinears, find_fused
 from ..modeling.last_layer import Tail, find_tail
+from ..modeling.layer_trace import entry_gradient
+from ..modeling.parameter_slices import whole_of
 from ..modeling.places import Place
 from .cut import Cut, find_cuts, layer_cut
 from .frozen_prefix import FrozenPrefix, Layout
@@ -198,6 +202,34 @@ class Probes:
                 return (found,), ""
         return tuple(right), why_not
 
+    def fused(self, place: Place, packed: bool, cuts: Sequence[Cut]) -> FusedLinears | None:
+        """Returns the frozen matrices of one input in the layers that every step runs.
+
+        Tried on the logits, and on the gradient of the losses where it leaves these layers.
+
+        Args:
+            place: What is trained.
+            packed: Whether rows are packed.
+            cuts: Where the frozen prefix may end; without one, every step runs all layers.
+        """
+        if place.stack is None:
+            return None
+        layers = place.stack.layers[min((cut.first_layer for cut in cuts), default=0) :]
+        trained = [whole_of(parameter) for parameter in place.parameters.values()]
+        with _no_refusal():
+            fused = find_fused(self.model, layers, trained, self._run_one)
+            if fused is None:
+                return None
+            plain, runner = (self._runner(packed=packed, fused=one) for one in (None, fused))
+            expected = entry_gradient(layers[0], partial(self._loss, plain))
+            with fused.laid_out():
+                gradient = entry_gradient(layers[0], partial(self._loss, runner))
+                error = max(self._error(runner), relative_error(gradient, expected))
+            if error <= self.tolerance:
+                return fused
+            logger.debug("Matrices of one input run each for itself: %.1e off.", error)
+        return None
+
     def _first_right(self, cut: Cut, packed: bool, on_disk: bool) -> tuple[Cut | None, str]:
         """Returns the form of the cut that leaves most out, or why none is right."""
         if on_disk and cut.copies_first:
@@ -276,6 +308,11 @@ class Probes:
         """Returns the logits, [S, V] float32, with the texts in the opposite order."""
         with runner.running():
             return runner.logits(np.arange(len(self.texts))[::-1])[0].float()
+
+    def _loss(self, runner: TextRunner) -> torch.Tensor:
+        """Returns the sum of the losses, times what keeps gradients from vanishing in float16."""
+        with runner.running():
+            return 1024 * runner.edit_losses(np.arange(len(self.texts))).sum()
 
     @torch.no_grad()
     def _loss_error(self, head: Head, packed: bool) -> float:

@@ -17,6 +17,7 @@ from ..data.tokenization import TokenizedTexts
 from ..modeling.cross_entropy import Head
 from ..modeling.devices import input_device
 from ..modeling.forward import mean_by_owner, run_rows, run_to_head
+from ..modeling.fused_linears import FusedLinears
 from ..modeling.last_layer import Tail, select
 from .frozen_prefix import FrozenPrefix, Layout
 from .prefetch import SideStreams
@@ -66,6 +67,8 @@ class TextRunner:
         fixed: Cells of the fixed shapes that rows have, in which a text's logits depend on no other
             text; 0 for none.
         shared: Whether beginnings that texts of a packed row have in common run once.
+        fused: Frozen matrices that are given the same tensor run as one, laid out for it; `None`
+            runs each for itself.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class TextRunner:
         head: Head | None = None,
         fixed: int = 0,
         shared: bool = False,
+        fused: FusedLinears | None = None,
     ) -> None:
         self.model = model
         self.texts = texts
@@ -90,6 +94,7 @@ class TextRunner:
         self.prefix = prefix
         self.tail = tail
         self.head = head
+        self.fused = fused
         self.device = input_device(model)
         self.ids = torch.from_numpy(texts.ids).to(self.device)
         self._now: Prepared | None = None
@@ -121,8 +126,12 @@ class TextRunner:
     def narrowed(self) -> bool:
         """Whether the last layer gives hidden states at the scored positions alone."""
         # A pass that is recorded keeps all positions, those inside the last layer as well.
-        recorded = self.prefix is not None and not self.replays
-        return self._above_attention or (self.tail is not None and not recorded)
+        return self._above_attention or (self.tail is not None and not self._records)
+
+    @property
+    def _records(self) -> bool:
+        """Whether passes are full, and their states are kept."""
+        return self.prefix is not None and not self.replays
 
     @contextmanager
     def running(self) -> Iterator[TextRunner]:
@@ -134,6 +143,9 @@ class TextRunner:
                 stack.enter_context(self.prefix.replaying())
             if self.tail is not None and self.narrowed and not self._above_attention:
                 stack.enter_context(self.tail.narrowed(self._scored))
+            # What is recorded is the same to the bit with and without.
+            if self.fused is not None and not self._records:
+                stack.enter_context(self.fused.running())
             yield self
 
     def _scored(self) -> torch.Tensor:
@@ -142,8 +154,7 @@ class TextRunner:
 
     def prepare(self, batch: np.ndarray) -> Prepared:
         """Lays a batch out and fetches its states; touches nothing that a running step uses."""
-        recorded = self.prefix is not None and not self.replays
-        shared = self.shared and not recorded and not self._above_attention
+        shared = self.shared and not self._records and not self._above_attention
         on_host = replace(self.layout, shared=shared).rows(self.model, batch)
         replayed = self.prefix if self.replays else None
         states = None if replayed is None else replayed.store.get_rows(on_host)

@@ -18,7 +18,9 @@ from ..data.tokenization import TokenizedTexts
 from ..errors import ModelError
 from ..hparams import LocFTBFHyperParams
 from ..modeling.cross_entropy import Head
+from ..modeling.devices import input_device
 from ..modeling.fsdp import lockstep
+from ..modeling.fused_linears import FusedLinears
 from ..modeling.last_layer import Tail
 from ..modeling.places import Place
 from ..modeling.suitability import check_causal
@@ -40,6 +42,8 @@ class Shortcuts:
         head: The output head, for losses in chunks; `None` takes the model's own logits.
         packed_anywhere: Rows hold several texts whose positions do not begin at 0, too.
         shared: Beginnings that texts of a packed row have in common run once.
+        fused: Frozen matrices above the cut that are given the same tensor, run as one; `None` runs
+            each for itself.
     """
 
     packed: bool
@@ -48,6 +52,7 @@ class Shortcuts:
     head: Head | None = None
     packed_anywhere: bool = False
     shared: bool = False
+    fused: FusedLinears | None = None
 
     @property
     def from_layer(self) -> bool:
@@ -73,6 +78,7 @@ def find_shortcuts(
     packing: bool = True,
     frozen_prefix: bool = True,
     on_disk: bool = False,
+    fused: bool = False,
 ) -> Shortcuts:
     """Returns the shortcuts that leave the logits as they are; warns of those that do not.
 
@@ -83,6 +89,7 @@ def find_shortcuts(
         packing: Allow packed rows.
         frozen_prefix: Allow the frozen prefix.
         on_disk: The layers below the first trained one are not resident.
+        fused: Allow frozen matrices that are given the same tensor to run as one.
 
     Raises:
         ModelError: The model is not causal.
@@ -103,7 +110,8 @@ def find_shortcuts(
                 why_not,
             )
     anywhere, shared = packed and probes.packing_anywhere(), packed and probes.sharing()
-    return Shortcuts(packed, cuts, tail, head, anywhere, shared)
+    together = probes.fused(place, packed, cuts) if fused else None
+    return Shortcuts(packed, cuts, tail, head, anywhere, shared, together)
 
 
 @contextmanager
@@ -113,12 +121,14 @@ def enabled_shortcuts(
     place: Place,
     hparams: LocFTBFHyperParams,
     *,
+    fused: bool | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[Shortcuts, FrozenStream | None]]:
     """Context manager that enables what makes many passes fast; afterwards the model is as before.
 
     Yields what leaves its logits as they are, and what reads frozen layers that are not resident.
-    Of `hparams`, `packing` and `frozen_prefix` count; all else is as for `find_shortcuts`.
+    Of `hparams`, `packing` and `frozen_prefix` count; without a word on `fused`, `gains_by_fusing`
+    decides; all else is as for `find_shortcuts`.
 
     Raises:
         ModelError: Frozen layers are on disk, and the model cannot be split above them.
@@ -127,7 +137,20 @@ def enabled_shortcuts(
         stream = stream_of(model, place.first_layer, progress=progress)
         if stream is not None:
             undo.enter_context(stream)
-        yield shortcuts_beside(stream, model, texts, place, hparams), stream
+        fused = gains_by_fusing(model) if fused is None else fused
+        shortcuts = shortcuts_beside(stream, model, texts, place, hparams, fused=fused)
+        if shortcuts.fused is not None:
+            undo.enter_context(shortcuts.fused.laid_out())
+        yield shortcuts, stream
+
+
+def gains_by_fusing(model: PreTrainedModel) -> bool:
+    """Returns whether frozen matrices of one input should run as one where nobody says so.
+
+    On a GPU, where each product is a kernel to start and small ones leave most of it idle. On a CPU
+    no gain was measured.
+    """
+    return input_device(model).type == "cuda"
 
 
 def shortcuts_beside(
@@ -136,6 +159,8 @@ def shortcuts_beside(
     texts: TokenizedTexts,
     place: Place,
     hparams: LocFTBFHyperParams,
+    *,
+    fused: bool = False,
 ) -> Shortcuts:
     """Returns the shortcuts of a model whose frozen layers a stream reads, if they are on disk.
 
@@ -145,6 +170,7 @@ def shortcuts_beside(
         texts: All edits as tokens.
         place: What is trained.
         hparams: `packing`, `frozen_prefix`.
+        fused: As for `find_shortcuts`. What is found has yet to be laid out.
 
     Raises:
         ModelError: Frozen layers are on disk, and the model cannot be split above them.
@@ -158,6 +184,7 @@ def shortcuts_beside(
             packing=hparams.packing,
             frozen_prefix=hparams.frozen_prefix or stream is not None,
             on_disk=stream is not None,
+            fused=fused,
         )
     if stream is not None and not shortcuts.cuts:
         raise ModelError(

@@ -81,6 +81,8 @@ class EditSession:
         choice: What `layers: auto` has chosen, and among what, where that is how the place of
             `hparams` came about (see `open_session`).
         states: States of frozen layers that several sessions share (see `SharedStates`).
+        fused: Whether frozen matrices that are given the same tensor run as one in training; `None`
+            leaves it to `gains_by_fusing`.
         shortcuts: What leaves this model's logits as they are; once entered.
         budget: Where recorded states may lie; once entered.
         stream: What reads frozen layers that are not resident; once entered.
@@ -97,6 +99,7 @@ class EditSession:
     progress: bool = True
     alone: bool = False
     states: PrefixRecorder | None = None
+    fused: bool | None = None
     world: World = field(default_factory=get_world)
     choice: Choice | None = None
     edits: EditSet = field(init=False)
@@ -223,6 +226,7 @@ class EditSession:
                     self._texts,
                     self.place,
                     h,
+                    fused=self.fused,
                     progress=self.progress,
                 )
                 self.shortcuts, self.stream = self._cleanup.enter_context(ready)

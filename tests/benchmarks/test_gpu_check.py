@@ -39,7 +39,12 @@ def test_every_stage_finds_something(check, capsys):
         figures["memory"][f"{where}, pretended"]["told"] for where in ("edit_losses", "prepare")
     ]
     assert [len(messages) for messages in told] == [1, 1]
-    assert figures["steps"]["rows of 64"]["kernels"] > 100
+    whole, apart = (figures["steps"][name] for name in ("rows of 64", "rows of 64 - fused"))
+    assert apart["kernels"] > whole["kernels"] > 100
+    assert apart["loss"] == pytest.approx(whole["loss"], rel=1e-3)
+    found = figures["compiled"]
+    assert found["compiled"]["loss"] == pytest.approx(found["plain"]["loss"], rel=1e-2)
+    assert found["compiled"]["most frequent"] != found["plain"]["most frequent"]
     assert figures["whole"]["updates"] == 6
     assert figures["whole"]["ms a step within epochs"] > 0
     assert "all is well" in capsys.readouterr().out

@@ -71,7 +71,8 @@ def hparams(kind="llama", **changes):
 def run(model, h, metrics=()):
     """Returns what an edit, and the measurements around it if there are any, find."""
     requests, tokenizer = toy_requests(4), toy_tokenizer()
-    with EditSession(model, tokenizer, requests, h, progress=False) as session:
+    # A model that is not whole on one GPU runs each product for itself.
+    with EditSession(model, tokenizer, requests, h, progress=False, fused=False) as session:
         measured = []
         if metrics:
             how = EvalConfig.from_session(session, progress=False)
@@ -109,6 +110,13 @@ def assert_same(spread_run, run_on_one):
     result.restore_(model)
     for name, value in expected.original.items():
         assert torch.equal(parameters[name].cpu(), value.cpu())
+
+
+def test_products_are_fused_on_one_gpu_alone(gpus):
+    for split in (None, 2):
+        h = hparams(layers=[1])
+        with EditSession(made(split=split), toy_tokenizer(), toy_requests(4), h, False) as session:
+            assert (session.shortcuts.fused is None) is (split is not None)
 
 
 # The edited layer is below the border, at it from either side, and above it.
@@ -260,8 +268,9 @@ def test_states_that_places_share(layers, gpus):
         model, tokenizer = made(split=split), toy_tokenizer()
         with SharedStates(model, [1, 2, 3]) as states:
             session = EditSession(
-                model, tokenizer, toy_requests(4), hparams(layers=layers), False, states=states
-            )
+                model, tokenizer, toy_requests(4), hparams(layers=layers), False, states=states,
+                fused=False,
+            )  # fmt: skip
             with session:
                 found.append(session.train_())
             assert states.n_passes == 1
