@@ -25,7 +25,7 @@ class Replayed(Variants):
 
     @classmethod
     def of(cls, variants: Variants, each: float, pool: np.ndarray, seed: int) -> Replayed:
-        """Returns the texts of `variants`, so many others of an edit in an epoch, with this pool."""
+        """Returns the texts of `variants`, with so many others in an epoch, and this pool."""
         return cls(variants.first, each, variants.turn, pool, seed)
 
     @property
