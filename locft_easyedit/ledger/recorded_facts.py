@@ -172,6 +172,7 @@ class RecordedFacts:
             tail=found.tail,
             head=found.head,
             shared=found.shared,
+            fused=found.fused,
             share=share,
         )
 

@@ -7,7 +7,7 @@ Frozen layers that lie on disk are read once for all texts. With several process
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ..modeling.places import Place
 from ..prefix.cut import Cut
 from ..prefix.fingerprint import prefix_fingerprint
 from ..prefix.frozen_prefix import FrozenPrefix, Layout
-from ..prefix.shortcuts import Shortcuts, shortcuts_beside
+from ..prefix.shortcuts import Shortcuts, gains_by_fusing, shortcuts_beside
 from ..prefix.store import Budget
 from ..prefix.streaming import FrozenStream, stream_of
 from ..utils.hashing import arrays_sha256, json_sha256
@@ -78,6 +78,7 @@ class Recorder:
     shortcuts: Shortcuts | None = field(init=False, default=None)
     budget: Budget = field(init=False)
     _frozen: str = field(init=False, default="")
+    _undo: ExitStack | None = field(init=False, default=None)  # what `ready` ends with
 
     def __post_init__(self) -> None:
         h = self.hparams
@@ -88,17 +89,25 @@ class Recorder:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Context manager in which states can be recorded, also where frozen layers are on disk."""
-        stream = stream_of(self.model, self.place.first_layer, progress=self.progress)
-        if stream is None:
-            yield
-            return
-        with stream:
-            self.stream = stream
+        """Context manager in which states can be recorded, also where frozen layers are on disk.
+
+        What runs as one product is laid out for it meanwhile.
+        """
+        with ExitStack() as undo:
+            stream = stream_of(self.model, self.place.first_layer, progress=self.progress)
+            if stream is not None:
+                undo.enter_context(stream)
+            self.stream, self._undo = stream, undo
             try:
+                self._lay_out_()
                 yield
             finally:
-                self.stream = None
+                self.stream = self._undo = None
+
+    def _lay_out_(self) -> None:
+        fused = None if self.shortcuts is None else self.shortcuts.fused
+        if fused is not None and self._undo is not None:
+            self._undo.enter_context(fused.laid_out())
 
     def look_at_(self, texts: TokenizedTexts) -> None:
         """Finds out, with some texts, how the model may be run, unless that is known.
@@ -110,14 +119,17 @@ class Recorder:
         if self.shortcuts is not None:
             return
         with self.world.sharing_errors():
-            found = shortcuts_beside(self.stream, self.model, texts, self.place, self.hparams)
-            self.shortcuts = found
+            fused = gains_by_fusing(self.model)
+            self.shortcuts = shortcuts_beside(
+                self.stream, self.model, texts, self.place, self.hparams, fused=fused
+            )
         remedy = "Start them on machines of one kind, with the same versions."
         try:
             check_agreed(self.world, "ways to run the model", self.how_it_runs(), remedy)
         except LedgerError:
             self.shortcuts = None
             raise
+        self._lay_out_()
 
     @property
     def cut(self) -> Cut | None:
@@ -135,7 +147,8 @@ class Recorder:
         """Returns what moves the last bits of a training, and is found by looking at the model."""
         assert self.shortcuts is not None
         cut = self.cut
-        return {"cut": None if cut is None else cut.kind, "packed": self.shortcuts.packed}
+        how = {"cut": None if cut is None else cut.kind, "packed": self.shortcuts.packed}
+        return how if self.shortcuts.fused is None else how | {"fused": True}
 
     def recorded(self, wanted: Sequence[tuple[TokenizedTexts, bool]]) -> list[Recorded]:
         """Returns some sets of texts with their states, all that are new recorded in one pass.
