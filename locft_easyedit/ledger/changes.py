@@ -95,11 +95,8 @@ class Changes:
         with self.trainer.ready():
             numbered, runner = self.trainer.facts.numbered(_groups(book))
             numbers = [fact.number for fact in book.active]
-            wrong = set(
-                self.trainer.lost(
-                    numbered, runner, numbered.edits(numbers), clearly=clearly
-                ).tolist()
-            )
+            texts = self.trainer.lost(numbered, runner, numbered.edits(numbers), clearly=clearly)
+            wrong = set(numbered.edits_of(texts).tolist())
         return [n for n in numbers if numbered.edit_of[n] in wrong]
 
     def in_base(self) -> AbstractContextManager[None]:
@@ -157,8 +154,7 @@ class Changes:
 
         def wrong() -> np.ndarray:
             asked = not_back(runner, first_text + back.asked, h.eval_batch_size)
-            lost = trainer.lost(numbered, runner, active)
-            return np.union1d(lost, numbered.edits_of(asked))
+            return np.union1d(trainer.lost(numbered, runner, active), asked)
 
         more = dict(zip(returning.tolist(), number_of_text.tolist(), strict=True))
         return trainer.settle_(numbered, runner, returning, active, wrong, more)

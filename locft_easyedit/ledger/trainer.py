@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from ..data.variants import others_each
+from ..data.variants import Variants, others_each
 from ..distributed.world import World
 from ..errors import NonFiniteLossError
 from ..hparams import LocFTBFHyperParams
@@ -127,26 +127,32 @@ class Trainer:
     ) -> Trained:
         """Trains `new` beside others, in place, and what checks find not to be right again.
 
-        Where all rounds do not suffice, that with the fewest wrong ones counts.
+        That is trained text by text: of an edit that does not hold in one of its forms, this form.
+        Where all rounds do not suffice, that with the fewest wrong texts counts.
 
         Args:
             numbered: The texts of all edits.
             runner: What runs them.
             new: Edits to train, [N].
             pool: Edits that are replayed beside them.
-            not_right: Checks all edits, and returns those that are not as they should be.
+            not_right: Checks all texts, and returns those that are not as they should be.
             more: The fact's number of edits that `numbered` has no fact for.
         """
-        everything = np.union1d(new, pool)
-        found, before = Trained(), runner.n_trained_by_all
-        found.epochs = self._fit_(runner, numbered, new, pool)
+        found, before, h = Trained(), runner.n_trained_by_all, self.hparams
+        each = others_each(h.forms_per_epoch, len(new))
+        texts = Replayed.of(numbered.variants, each, pool, h.seed)
+        found.epochs = self._fit_(runner, numbered, new, texts)
+        checked = numbered.checked(np.union1d(new, pool))
+        alone = Variants.own_alone(len(numbered.texts))
         wrong = fewest = not_right()
         best = copies_of(self.place.parameters) if len(wrong) else {}
         while len(wrong) and found.repairs < MOST_REPAIRS:
             found.repairs += 1
-            rest = np.setdiff1d(everything, wrong)
             rate = _REPAIR_RATE * (2 ** ((found.repairs - 1) // 2) if more else 1)
-            found.epochs += self._fit_(runner, numbered, wrong, rest, found.repairs, min(1.0, rate))
+            texts = Replayed.of(alone, 0, np.setdiff1d(checked, wrong), h.seed)
+            found.epochs += self._fit_(
+                runner, numbered, wrong, texts, found.repairs, min(1.0, rate)
+            )
             wrong = not_right()
             if len(wrong) < len(fewest):
                 best, fewest = copies_of(self.place.parameters), wrong
@@ -155,13 +161,13 @@ class Trainer:
             wrong = fewest
         found.texts = runner.n_trained_by_all - before
         number_of = {edit: number for number, edit in numbered.edit_of.items()} | dict(more or {})
-        found.lost = sorted({number_of[edit] for edit in wrong.tolist()})
+        found.lost = sorted({number_of[edit] for edit in numbered.edits_of(wrong).tolist()})
         return found
 
     def lost(
         self, numbered: Numbered, runner: LedgerRunner, edits: np.ndarray, *, clearly: bool = True
     ) -> np.ndarray:
-        """Returns those of these edits that the model does not answer, ascending.
+        """Returns the checked texts of these edits that the model does not answer, ascending.
 
         Args:
             numbered: The texts.
@@ -170,15 +176,14 @@ class Trainer:
             clearly: As for `LedgerRunner.wrong`.
         """
         texts = numbered.checked(edits)
-        wrong = runner.wrong(texts, self.hparams.eval_batch_size, clearly=clearly)
-        return numbered.edits_of(wrong)
+        return runner.wrong(texts, self.hparams.eval_batch_size, clearly=clearly)
 
     def _fit_(
         self,
         runner: LedgerRunner,
         numbered: Numbered,
         new: np.ndarray,
-        pool: np.ndarray,
+        texts: Replayed,
         repair: int = 0,
         rate: float = 1.0,
     ) -> int:
@@ -187,8 +192,8 @@ class Trainer:
         Args:
             runner: What runs the texts.
             numbered: The texts of all edits.
-            new: Edits to train, [N].
-            pool: Edits that are replayed beside them.
+            new: Edits to train, [N], as `texts` counts them.
+            texts: Which texts stand for them, and for those that are replayed.
             repair: Which round of repair this is; 0 for none.
             rate: What the learning rate is multiplied by.
 
@@ -204,8 +209,6 @@ class Trainer:
                 batch_loss_threshold=h.batch_loss_threshold * 10.0**-repair,
                 epoch_loss_threshold=h.epoch_loss_threshold * 10.0**-repair,
             )
-        each = others_each(h.forms_per_epoch, len(new))
-        texts = Replayed.of(numbered.variants, each, pool, h.seed)
         change: Reparametrization | None = low_rank_of(self.model, parameters, h)
         lasting = change is None  # a low-rank change is another one at each training
         adam = None

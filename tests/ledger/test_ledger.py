@@ -97,6 +97,31 @@ def test_what_a_check_finds_lost_is_trained_again(ledger, monkeypatch):
     assert all(answers(ledger.model, TOKENIZER, REQUESTS))
 
 
+def test_what_is_lost_in_one_form_is_trained_in_that_form(tmp_path, monkeypatch):
+    fit, lost, calls, checks = Trainer._fit_, Trainer.lost, [], []
+
+    def noted(self, runner, numbered, new, texts, *args):
+        calls.append((numbered, new, texts))
+        return fit(self, runner, numbered, new, texts, *args)
+
+    def one_question(self, numbered, runner, edits, **how):
+        checks.append(edits)
+        if len(checks) == 1:
+            return numbered.checked(edits)[[3]]
+        return lost(self, numbered, runner, edits, **how)
+
+    monkeypatch.setattr(Trainer, "_fit_", noted)
+    monkeypatch.setattr(Trainer, "lost", one_question)
+    assert new_ledger(tmp_path, forms=["question_answer"]).add(REQUESTS[:3]).lost == []
+    (numbered, new, _), (_, again, texts) = calls[:2]
+    assert (new.tolist(), again.tolist()) == ([0, 1, 2], [3])
+    assert numbered.edits_of(again).tolist() == [1]
+    assert texts.pool.tolist() == [0, 1, 2, 4, 5]
+    [own, replayed] = texts.texts(again, epoch=0)
+    assert own == 3
+    assert replayed in texts.pool
+
+
 def test_what_cannot_be_made_to_hold_is_said(ledger, monkeypatch):
     monkeypatch.setattr(Trainer, "_fit_", lambda *_: 0)
     assert ledger.add(REQUESTS[6:8]).lost == [7, 8]
