@@ -178,11 +178,9 @@ class Recorder:
     ) -> FrozenPrefix:
         n_tokens = int(texts.input_offsets[-1])
         if file is not None and not file[0].is_file():
-            stays = (
-                n_tokens
-                <= self.file_budget(file[0]).rows(cut.width * self.model.dtype.itemsize, _CPU)[2]
-            )
-            file = file if stays else None
+            row_bytes = cut.width * self.model.dtype.itemsize
+            _, _, on_disk = self.file_budget(file[0]).rows(row_bytes, _CPU)
+            file = file if n_tokens <= on_disk else None
         prefix = FrozenPrefix(self.model, cut, n_tokens, self.budget, file)
         if not prefix.reuse():
             self.record_(prefix, texts)
