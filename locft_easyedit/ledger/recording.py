@@ -23,7 +23,7 @@ from ..modeling.places import Place
 from ..prefix.cut import Cut
 from ..prefix.fingerprint import prefix_fingerprint
 from ..prefix.frozen_prefix import FrozenPrefix, Layout
-from ..prefix.shortcuts import Shortcuts, gains_by_fusing, shortcuts_beside
+from ..prefix.shortcuts import Shortcuts, shortcuts_beside
 from ..prefix.store import Budget
 from ..prefix.streaming import FrozenStream, stream_of
 from ..utils.hashing import arrays_sha256, json_sha256
@@ -119,10 +119,8 @@ class Recorder:
         if self.shortcuts is not None:
             return
         with self.world.sharing_errors():
-            fused = gains_by_fusing(self.model)
-            self.shortcuts = shortcuts_beside(
-                self.stream, self.model, texts, self.place, self.hparams, fused=fused
-            )
+            found = shortcuts_beside(self.stream, self.model, texts, self.place, self.hparams)
+            self.shortcuts = found
         remedy = "Start them on machines of one kind, with the same versions."
         try:
             check_agreed(self.world, "ways to run the model", self.how_it_runs(), remedy)

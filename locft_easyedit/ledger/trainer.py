@@ -142,14 +142,14 @@ class Trainer:
         each = others_each(h.forms_per_epoch, len(new))
         texts = Replayed.of(numbered.variants, each, pool, h.seed)
         found.epochs = self._fit_(runner, numbered, new, texts)
-        checked = numbered.checked(np.union1d(new, pool))
-        alone = Variants.own_alone(len(numbered.texts))
         wrong = fewest = not_right()
         best = copies_of(self.place.parameters) if len(wrong) else {}
         while len(wrong) and found.repairs < MOST_REPAIRS:
             found.repairs += 1
             rate = _REPAIR_RATE * (2 ** ((found.repairs - 1) // 2) if more else 1)
-            texts = Replayed.of(alone, 0, np.setdiff1d(checked, wrong), h.seed)
+            rest = np.setdiff1d(numbered.checked(np.union1d(new, pool)), wrong)
+            alone = Variants.own_alone(len(numbered.texts))
+            texts = Replayed.of(alone, 0, rest, h.seed)
             found.epochs += self._fit_(
                 runner, numbered, wrong, texts, found.repairs, min(1.0, rate)
             )

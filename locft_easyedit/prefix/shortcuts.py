@@ -127,8 +127,7 @@ def enabled_shortcuts(
     """Context manager that enables what makes many passes fast; afterwards the model is as before.
 
     Yields what leaves its logits as they are, and what reads frozen layers that are not resident.
-    Of `hparams`, `packing` and `frozen_prefix` count; without a word on `fused`, `gains_by_fusing`
-    decides; all else is as for `find_shortcuts`.
+    Of `hparams`, `packing` and `frozen_prefix` count; all else is as for `shortcuts_beside`.
 
     Raises:
         ModelError: Frozen layers are on disk, and the model cannot be split above them.
@@ -137,7 +136,6 @@ def enabled_shortcuts(
         stream = stream_of(model, place.first_layer, progress=progress)
         if stream is not None:
             undo.enter_context(stream)
-        fused = gains_by_fusing(model) if fused is None else fused
         shortcuts = shortcuts_beside(stream, model, texts, place, hparams, fused=fused)
         if shortcuts.fused is not None:
             undo.enter_context(shortcuts.fused.laid_out())
@@ -160,7 +158,7 @@ def shortcuts_beside(
     place: Place,
     hparams: LocFTBFHyperParams,
     *,
-    fused: bool = False,
+    fused: bool | None = None,
 ) -> Shortcuts:
     """Returns the shortcuts of a model whose frozen layers a stream reads, if they are on disk.
 
@@ -170,7 +168,8 @@ def shortcuts_beside(
         texts: All edits as tokens.
         place: What is trained.
         hparams: `packing`, `frozen_prefix`.
-        fused: As for `find_shortcuts`. What is found has yet to be laid out.
+        fused: As for `find_shortcuts`; `None` leaves it to `gains_by_fusing`. What is found has yet
+            to be laid out.
 
     Raises:
         ModelError: Frozen layers are on disk, and the model cannot be split above them.
@@ -184,7 +183,7 @@ def shortcuts_beside(
             packing=hparams.packing,
             frozen_prefix=hparams.frozen_prefix or stream is not None,
             on_disk=stream is not None,
-            fused=fused,
+            fused=gains_by_fusing(model) if fused is None else fused,
         )
     if stream is not None and not shortcuts.cuts:
         raise ModelError(

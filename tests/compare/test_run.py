@@ -114,7 +114,7 @@ def test_bad_settings_are_refused_before_anything_runs(settings, monkeypatch, ch
 def test_a_ledger_that_cannot_be_kept_is_refused_before_anything_runs(settings, monkeypatch):
     monkeypatch.setattr(run_module, "run_process", None)
     hparams = replace(settings().hparams, shard_frozen=True)
-    with pytest.raises(LocFTError, match="`shard_frozen=True`: "):
+    with pytest.raises(LocFTError, match="`shard_frozen=True`: all processes have to take part"):
         compare(settings(["LocFT-BF@ledger"], hparams=hparams, stream=2))
 
 

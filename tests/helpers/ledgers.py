@@ -4,22 +4,13 @@ import copy
 
 import torch
 
-from helpers.toys import toy_hparams, toy_model, toy_requests, toy_tokenizer
+from helpers.toys import TOY_YAML, toy_hparams, toy_model, toy_requests, toy_tokenizer
 from locft_easyedit.ledger.ledger import Ledger
 
 WIDE = {"hidden_size": 64, "intermediate_size": 512}
 NAME = "model.layers.2.mlp.down_proj.weight"
 # What a command learns them by, of a model in the folder `base`.
-YAML = """
-alg_name: LocFT-BF
-model_name: ./base
-device: cpu
-layers: [2]
-rewrite_module_tmp: model.layers.{}.mlp.down_proj.weight
-lr: 1e-2
-num_steps: 15
-batch_size: 4
-"""
+YAML = TOY_YAML.replace("./toy", "./base").replace("num_steps: 3\n", "num_steps: 15\n")
 
 
 def wide_model(**config):

@@ -22,10 +22,10 @@ from helpers.toys import toy_requests, toy_tokenizer
 from locft_easyedit.api import edit_model
 from locft_easyedit.delta.delta import Delta
 from locft_easyedit.errors import LedgerError, OutputError, RequestError
-from locft_easyedit.ledger import recording
 from locft_easyedit.ledger.ledger import Ledger
 from locft_easyedit.ledger.states import States
 from locft_easyedit.ledger.trainer import Trainer
+from locft_easyedit.prefix import shortcuts
 from locft_easyedit.utils.files import locked
 
 # Of a change, how far the order of sums in fused products moves it. Measured: 6e-7.
@@ -332,7 +332,7 @@ def test_states_that_lie_in_the_folder_count(tmp_path):
 
 
 def test_products_of_one_input_run_as_one(filled, tmp_path, monkeypatch):
-    monkeypatch.setattr(recording, "gains_by_fusing", lambda model: True)
+    monkeypatch.setattr(shortcuts, "gains_by_fusing", lambda model: True)
     ledger = filled_ledger(tmp_path)
     assert [event.said["how"].get("fused") for event in ledger.log.events[1:]] == [True, True]
     # Between commands the model's memory is as it was.
