@@ -168,6 +168,9 @@ BAD_VALUES = [
     ("max_length", 0, "must be 1 or more"),
     ("row_tokens", 0, "must be 1 or more"),
     ("micro_batch_size", 0, "must be 1 or more, or null"),
+    ("forms_per_epoch", 0, "must be above 0, or null"),
+    ("forms_per_epoch", "nan", "must be above 0, or null"),
+    ("forms_per_epoch", "inf", "must be below 2**31"),
     ("seed", -1, "must be 0 or more"),
     ("seed", 2**64, "seed"),  # torch's generators take 64 bits
     ("batch_loss_threshold", -1, "must be 0 or more"),
