@@ -35,7 +35,7 @@ STUDY = Study(
     title="the same training with more and more edits",
     paper="reliability stays at about 99 % up to thousands of edits, and the general capability "
     "where it was (figure 6).",
-    variants={"LocFT-BF": "alg_name=LocFT-BF", "LocFT-BF+": "alg_name=LocFT-BF+"},
+    variants={"as_published": "alg_name=LocFT-BF", "plus": "alg_name=LocFT-BF+"},
     axis="edits (log scale)",
     x=lambda row: row["n"],
     series=lambda row: f"{file_of(row)}, {row['variant']}",

@@ -84,7 +84,7 @@ def test_mini_batches_and_capability(study):
 
 
 def test_more_edits_as_published(study):
-    study("more_edits", "--n", 2, 6, "--only", "LocFT-BF")
+    study("more_edits", "--n", 2, 6, "--only", "as_published")
     assert [line["edits"] for line in lines()] == [2, 6]
     assert "from 2 to 6 edits" in said()[0]
 
