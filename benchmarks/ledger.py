@@ -6,7 +6,8 @@
 The facts of --data come into a ledger in --commits commits of as many. After each, every fact so
 far is asked for by a plain greedy answer, by the age of its commit. Then some are superseded by
 other targets, and others taken out again: whether the base model's own answer is back is asked in
-plain form, on rephrases, and in chat where there is a template. Beside it: the same facts trained
+plain form, on rephrases, and in chat where there is a template, word for word; the same of prompts
+that were never edited is what can be asked for. Beside it: the same facts trained
 at once, and commit after commit without replay and check (unless --no-naive: with LocFT-BF+ each of
 these prepares anew, which takes most of the time). Seconds are of one run on one machine.
 """
@@ -39,6 +40,7 @@ from locft_easyedit.utils.plotting import legend_below, look, new_figure, open_a
 from locft_easyedit.utils.tables import Row, number_text, terminal_table
 
 HOW = EvalConfig(packed=True)
+OTHERS = 50  # prompts that are never edited, at most, for comparison
 
 
 def main():
@@ -75,9 +77,11 @@ def measured(options):
         lr=options.lr, batch_size=options.batch_size, num_steps=options.epochs, seed=options.seed,
         health_check=False,
     )  # fmt: skip
-    asked = Facts(
-        model, tokenizer, read_requests(options.data, options.skip + options.n)[options.skip :]
-    )
+    records = read_requests(options.data)[options.skip :]
+    asked = Facts(model, tokenizer, records[: options.n])
+    asked.remember_base_()
+    never = Facts(model, tokenizer, records[options.n : options.n + OTHERS])
+    in_base = {"never": never.in_chat(), "facts": asked.in_chat()}
     commits = commits_of(options.n, options.commits)
     base = asked.answers("base")
     found = {"base": asked.figures(base)}
@@ -101,15 +105,26 @@ def measured(options):
             key: sum(one[key] for one in found["commits"]) for key in ("texts", "seconds")
         }
         found["superseded"] = superseded(ledger, asked, options.supersede)
-        found["taken out"] = taken_out(ledger, asked, options, base)
+        found["taken out"] = taken_out(ledger, asked, options, base, in_base["facts"])
+        if in_base["never"]:
+            found["never edited"] = {
+                "prompts": len(never.requests),
+                "as in the base, chat": mean(map(same, never.in_chat(), in_base["never"])),
+            }
     return found
 
 
 class Facts:
     """Facts, and a model that is asked for them."""
 
+    divergence = None
+
     def __init__(self, model, tokenizer, requests):
         self.model, self.tokenizer, self.requests = model, tokenizer, requests
+
+    def remember_base_(self):
+        """Keeps what the model, which is the base, says on locality prompts."""
+        requests = self.requests
         self.before = BeforeEdit(requests)
         prompts = [
             prompt
@@ -117,10 +132,10 @@ class Facts:
             for part in (request.get("locality") or {}).values()
             for prompt in ([part["prompt"]] if isinstance(part["prompt"], str) else part["prompt"])
         ]
-        plain = Forms(tokenizer, [])
+        plain = Forms(self.tokenizer, [])
         first = [plain.ask(0, prompt, "") for prompt in prompts[:512]]
-        self.divergence = Divergence(model, tokenizer, first, HOW, self.before) if first else None
-        if self.divergence is not None:
+        if first:
+            self.divergence = Divergence(self.model, self.tokenizer, first, HOW, self.before)
             self.divergence.keep("base")
 
     @contextmanager
@@ -138,10 +153,11 @@ class Facts:
         records = [{k: self.requests[i][k] for k in keys if k in self.requests[i]} for i in which]
         return Generated(self.model, self.tokenizer, records, HOW).measure(label)
 
-    def in_chat(self, which):
-        """Greedy answers in chat; `None` without a chat template."""
+    def in_chat(self, which=None):
+        """Greedy answers of some facts in chat; `None` without a chat template."""
         if not getattr(self.tokenizer, "chat_template", None):
             return None
+        which = range(len(self.requests)) if which is None else which
         forms = Forms(self.tokenizer, [CHAT])
         asked = [
             forms.ask(1, self.requests[i]["prompt"], self.requests[i]["target_new"], 0)
@@ -154,10 +170,7 @@ class Facts:
 
     def figures(self, answers):
         """Reliability, generalization, and KL on locality prompts."""
-        found = {
-            key: mean(one[key] for one in answers if key in one)
-            for key in ("reliability", "generalization")
-        }
+        found = {key: mean_of(key, answers) for key in ("reliability", "generalization")}
         if self.divergence is not None:
             found["kl"] = float(np.nanmean(self.divergence.measure("kl")))
         return found
@@ -200,16 +213,15 @@ def superseded(ledger, asked, n):
     if not changed:
         return {}
     added = ledger.add(changed, source="correction")
-    other = Facts.__new__(Facts)
-    other.model, other.tokenizer, other.requests = asked.model, asked.tokenizer, changed
+    answers = Facts(asked.model, asked.tokenizer, changed).answers("superseded")
     return {
         "facts": len(changed),
-        "new answers": mean(one["reliability"] for one in other.answers("superseded")),
+        "new answers": mean(one["reliability"] for one in answers),
         "texts": added.event.said["trained"]["texts"],
     }
 
 
-def taken_out(ledger, asked, options, base):
+def taken_out(ledger, asked, options, base, base_chat):
     """Some of the first facts taken out: is the base's answer back, and are the others there?"""
     n_left = options.n - options.supersede
     gone = np.linspace(0, n_left - 1, options.take_out).astype(int).tolist()
@@ -217,15 +229,8 @@ def taken_out(ledger, asked, options, base):
     rest = [i for i in range(n_left) if i not in set(gone)]
     before = asked.answers("before", rest)
     removed = ledger.retract([numbers[asked.requests[i]["prompt"]] for i in gone])
-    after = asked.answers("taken out", gone)
-    held = {name: value.clone() for name, value in ledger.matrices().items()}
+    after, others = asked.answers("taken out", gone), asked.answers("others", rest)
     chat = asked.in_chat(gone)
-    parameters = dict(asked.model.named_parameters())
-    for name, value in ledger.matrices(0).items():
-        parameters[name].data.copy_(value)
-    base_chat = asked.in_chat(gone)
-    for name, value in held.items():
-        parameters[name].data.copy_(value)
     rephrased = [
         same(now, then)
         for k, i in enumerate(gone)
@@ -238,10 +243,21 @@ def taken_out(ledger, asked, options, base):
         "back, plain": mean(same(after[k]["answer"], base[i]["answer"])
                             for k, i in enumerate(gone)),
         "back, rephrases": mean(rephrased),
-        "back, chat": None if chat is None else mean(map(same, chat, base_chat)),
+        "back, chat": chat and mean(same(chat[k], base_chat[i]) for k, i in enumerate(gone)),
         "target still": mean(one["reliability"] for one in after),
-        "others before": mean(one["reliability"] for one in before),
-        "others after": mean(one["reliability"] for one in asked.answers("others", rest)),
+        "target still, chat": chat and mean(
+            normalize_answer(asked.requests[i]["target_new"]) in normalize_answer(chat[k])
+            for k, i in enumerate(gone)
+        ),
+        "target in the base's, chat": chat and mean(
+            normalize_answer(asked.requests[i]["target_new"]) in normalize_answer(base_chat[i])
+            for i in gone
+        ),
+        **{
+            f"{name} {when}": mean_of(key, answers)
+            for name, key in (("others", "reliability"), ("others' rephrases", "generalization"))
+            for when, answers in (("before", before), ("after", others))
+        },
         "not out by the ledger's check": len(removed.not_out),
         "texts": removed.event.said["trained"]["texts"],
         "seconds": removed.event.said["seconds"],
@@ -256,6 +272,11 @@ def same(one, other):
 def by_commit(answers, commits):
     """Reliability of the facts of each commit."""
     return [mean(answers[i]["reliability"] for i in part) for part in commits]
+
+
+def mean_of(key, answers):
+    """The mean of a figure over the answers that have it."""
+    return mean(one[key] for one in answers if key in one)
 
 
 def mean(values):
@@ -287,8 +308,8 @@ def undone_table(found):
     """What came of facts that were superseded and taken out."""
     rows = [
         Row([name, key, number_text(value, "g" if value == int(value) else ".3f")])
-        for name in ("superseded", "taken out")
-        for key, value in found[name].items()
+        for name in ("superseded", "taken out", "never edited")
+        for key, value in found.get(name, {}).items()
         if value is not None
     ]
     return terminal_table(["", "what", "figure"], rows, title="Afterwards", text_columns=2)

@@ -2,14 +2,16 @@
 
 What the base says is found by asking it: its matrices are kept, and everything below them is as it
 was. It is more than the first token. The base answers with words of its own, and a model that is
-brought back at the tokens of the *target* alone need not write those. So each prompt is trained on
-the base's own greedy answer, towards the base's distribution (KL divergence) at every token of it;
-that a fact is out is then checked where it shows: the model writes the base's answer again, token
-by token, and its distributions there are close to the base's.
+brought back at the tokens of the *target* alone need not write those. So each prompt is brought
+back with the base's own greedy answer, at every token of it: first in closed form (see `removal`),
+then, where that does not suffice, by training towards the base's distribution (KL divergence). That
+a fact is out is checked where it shows: the model's first choices are the base's, token by token,
+and its distributions there are close to the base's.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,9 +32,10 @@ from .runner import LedgerRunner
 # SmolLM2-135M the base's answers were back at 0.1 to 0.4; what an edit moves on other prompts of
 # the kind is a few nats. A limit of 0.05 took three times as many texts.
 MOST_DIVERGENCE = 0.25
-# Log-probabilities of the base, in nats, between which it counts as undecided: no training settles
-# what it would say itself.
-NEAR = 0.05
+# Log-probabilities of the base, in nats, between which it counts as undecided: it holds the token at
+# least half as likely as its own. To ask for more would be to ask for more than is true of prompts
+# that nothing was done to: with 100 facts in, 2 of 50 others get the base's very words in a chat.
+NEAR = math.log(2)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,12 +11,13 @@ numbers among all, and answer the same in every process.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -25,9 +26,11 @@ from ..data.batching import in_batches
 from ..data.tokenization import TokenizedTexts
 from ..distributed.world import Partition
 from ..evaluation.predictions import too_close
-from ..modeling.forward import mean_by_owner, run_to_head
+from ..modeling.forward import Stop, mean_by_owner, run_layout, run_to_head
 from ..modeling.modes import evaluation_mode
+from ..modeling.module_inputs import module_inputs
 from ..prefix.runner import Prepared, TextRunner
+from ..training.preserve.input_moments import add_moment_, input_width, no_moment
 
 _TOKENS_AT_ONCE = 64  # whose distributions over the vocabulary are held together
 
@@ -157,6 +160,53 @@ class LedgerRunner(TextRunner):
         self._in_batches(texts, keep, batch_size)
         outputs = kept[0].cpu() if kept else torch.zeros(0, 0)  # another process may have all
         self.base = BaseOutputs(first_text, offsets, outputs)
+
+    def input_moments(
+        self, texts: np.ndarray, modules: Mapping[str, nn.Module], scored: float, batch_size: int
+    ) -> dict[str, torch.Tensor] | None:
+        """Returns the sum of x x^T over what enters linear modules, [in, in] by name.
+
+        What texts of a row have in common counts once. `None` if a module gets some of the tokens
+        alone, as an expert does: which they are is not known.
+
+        Args:
+            texts: The texts, [B].
+            modules: The modules by name.
+            scored: What a token counts that is scored; others count 1.
+            batch_size: Texts a forward pass.
+
+        Raises:
+            RankError: Another process has failed.
+        """
+        sums: dict[str, torch.Tensor] = {}
+        known = True
+
+        def add(batch: np.ndarray) -> None:
+            nonlocal known
+            now = self.prepare(batch)
+            weights = now.rows.real.float().flatten()  # [R * L]
+            weights[now.rows.scored] = scored
+            # Where the last layer is narrowed, a module gets the scored tokens alone.
+            alone = torch.full((len(now.rows.scored),), scored, device=weights.device)
+
+            def take(name: str, x: torch.Tensor) -> None:
+                weight = next((w for w in (weights, alone) if len(w) == len(x)), None)
+                if weight is None:
+                    raise Stop
+                add_moment_(sums, name, x.float() * weight.to(x.device).sqrt().unsqueeze(1))
+
+            with self._inputs(now) as inputs, module_inputs(modules, take) as seen:
+                run_layout(self.model, now.rows, **inputs)
+            known &= len(seen) == len(modules)
+
+        self._in_batches(self.share.positions_of(texts), add, batch_size)
+        if not all(self.share.world.all_gather(known)):
+            return None
+        for name, module in modules.items():  # this process may have no texts
+            if name not in sums:
+                sums[name] = no_moment(input_width(module), self.device)
+        self.share.world.sum_(sums[name] for name in modules)
+        return sums
 
     def wrong(self, texts: np.ndarray, batch_size: int, *, clearly: bool) -> np.ndarray:
         """Returns those of these texts whose targets are not the model's first choices, ascending.

@@ -106,6 +106,11 @@ class Numbered:
             or [np.zeros(0, np.int64)]
         )
 
+    def texts_of(self, edits: np.ndarray) -> np.ndarray:
+        """Returns all texts that stand for these edits."""
+        spans = zip(self.variants.first[edits], self.variants.first[edits + 1], strict=True)
+        return np.concatenate([np.arange(*span) for span in spans] or [np.zeros(0, np.int64)])
+
     def edits_of(self, texts: np.ndarray) -> np.ndarray:
         """Returns the edits that these texts stand for, each once, ascending."""
         return np.unique(np.searchsorted(self.variants.first, texts, side="right") - 1)

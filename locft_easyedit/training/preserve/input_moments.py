@@ -15,6 +15,7 @@ from torch import nn
 from ...errors import DataError, ModelError, one_message
 from ...modeling.devices import context_length, input_device
 from ...modeling.modes import evaluation_mode
+from ...modeling.module_inputs import module_inputs
 from ...utils.progress import progress_bar
 
 BATCH_TOKENS = 4096
@@ -24,10 +25,6 @@ WIDEST_FLOAT64 = 4096
 # Gets a module's name, keys of a batch's tokens, [tokens, D] float32, their documents, [tokens],
 # and which of them are among a document's last ones, [tokens].
 Taker = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], None]
-
-
-class _AllSeen(Exception):
-    """Ends a forward pass once every module has had its input; never leaves this module."""
 
 
 def input_width(module: nn.Module) -> int:
@@ -120,11 +117,15 @@ def second_moments(
 
 def add_moment_(sums: dict[str, torch.Tensor], name: str, keys: torch.Tensor) -> None:
     """Adds the sum of k k^T over keys, [T, D] float32, to that of a module, in place."""
-    moment = keys.T @ keys
     if name not in sums:
-        wide = moment.shape[0] > WIDEST_FLOAT64 or moment.device.type == "mps"
-        sums[name] = torch.zeros_like(moment, dtype=torch.float32 if wide else torch.float64)
-    sums[name] += moment
+        sums[name] = no_moment(keys.shape[1], keys.device)
+    sums[name] += keys.T @ keys
+
+
+def no_moment(width: int, device: torch.device) -> torch.Tensor:
+    """Returns the sum of k k^T, [D, D], over no keys: float64 up to a width of 4096."""
+    wide = width > WIDEST_FLOAT64 or device.type == "mps"
+    return torch.zeros(width, width, dtype=torch.float32 if wide else torch.float64, device=device)
 
 
 def end_moments(
@@ -284,36 +285,18 @@ def _listening(
     Raises:
         ModelError: A module was not run, or not on all tokens.
     """
-    seen: set[str] = set()
 
-    def hook(name: str) -> Any:
-        def listen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
-            flat = inputs.reshape(-1, inputs.shape[-1])  # [B * T, D]; some models flatten before
-            if len(flat) != real.numel():
-                raise ModelError(
-                    f"`{name}` gets {len(flat)} of {real.numel()} tokens (is it one of several "
-                    "experts?), and which they are is not known. Name a module that gets all."
-                )
-            keys = flat[real.reshape(-1).to(flat.device)].float()
-            take(name, keys, owners, ends.to(flat.device))
-            seen.add(name)
-            if len(seen) == len(modules):
-                raise _AllSeen
+    def of_real(name: str, flat: torch.Tensor) -> None:
+        if len(flat) != real.numel():
+            raise ModelError(
+                f"`{name}` gets {len(flat)} of {real.numel()} tokens (is it one of several "
+                "experts?), and which they are is not known. Name a module that gets all."
+            )
+        keys = flat[real.reshape(-1).to(flat.device)].float()
+        take(name, keys, owners, ends.to(flat.device))
 
-        return listen
-
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True)
-        for name in modules
-    ]
-    try:
+    with module_inputs({name: model.get_submodule(name) for name in modules}, of_real) as seen:
         yield
-    except _AllSeen:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     if len(seen) < len(modules):
         unseen = [name for name in modules if name not in seen]
         raise ModelError(f"The model does not run {', '.join(unseen)}. Name other modules.")
