@@ -32,9 +32,10 @@ from .runner import LedgerRunner
 # SmolLM2-135M the base's answers were back at 0.1 to 0.4; what an edit moves on other prompts of
 # the kind is a few nats. A limit of 0.05 took three times as many texts.
 MOST_DIVERGENCE = 0.25
-# Log-probabilities of the base, in nats, between which it counts as undecided: it holds the token at
-# least half as likely as its own. To ask for more would be to ask for more than is true of prompts
-# that nothing was done to: with 100 facts in, 2 of 50 others get the base's very words in a chat.
+# Log-probabilities of the base, in nats, between which it counts as undecided: it holds the token
+# at least half as likely as its own. To ask for more would be to ask for more than is true of
+# prompts that nothing was done to: with 100 facts in, 2 of 50 others get the base's very words in a
+# chat.
 NEAR = math.log(2)
 
 

@@ -5,12 +5,19 @@ import copy
 import torch
 
 from helpers.toys import TOY_YAML, toy_hparams, toy_model, toy_requests, toy_tokenizer
+from locft_easyedit.ledger.facts import Fact
 from locft_easyedit.ledger.ledger import Ledger
+from locft_easyedit.ledger.recorded_facts import RecordedFacts
+from locft_easyedit.ledger.trainer import Trainer
+from locft_easyedit.modeling.places import select_place
 
 WIDE = {"hidden_size": 64, "intermediate_size": 512}
 NAME = "model.layers.2.mlp.down_proj.weight"
 # What a command learns them by, of a model in the folder `base`.
 YAML = TOY_YAML.replace("./toy", "./base").replace("num_steps: 3\n", "num_steps: 15\n")
+# Some texts as tokens, and where their targets begin.
+SEQUENCES = [[5, 9, 30, 41, 2], [7, 8, 50, 60], [300, 301, 302, 9, 10, 2], [40, 41, 42]]
+STARTS = [3, 2, 2, 1]
 
 
 def wide_model(**config):
@@ -77,3 +84,18 @@ def superseding(requests, target="Vienna"):
     for request in changed:
         request["target_new"] = target
     return changed
+
+
+def facts(n):
+    """Returns up to two facts."""
+    texts = [("Ba is in", "Norway"), ("Lo plays for", "Torino")][:n]
+    return [
+        Fact(i + 1, {"prompt": p, "target_new": t}, None, 1, "") for i, (p, t) in enumerate(texts)
+    ]
+
+
+def trainer_of(model, folder, **changes):
+    """Returns what trains facts in a model, with states in a folder."""
+    h = ledger_hparams(**changes)
+    place = select_place(model, h.layers, h.templates)
+    return Trainer(RecordedFacts(model, toy_tokenizer(), h, place, folder))

@@ -22,7 +22,9 @@ from helpers.toys import toy_requests, toy_tokenizer
 from locft_easyedit.api import edit_model
 from locft_easyedit.delta.delta import Delta
 from locft_easyedit.errors import LedgerError, OutputError, RequestError
+from locft_easyedit.ledger.changes import Changes
 from locft_easyedit.ledger.ledger import Ledger
+from locft_easyedit.ledger.retraction import NEAR
 from locft_easyedit.ledger.states import States
 from locft_easyedit.ledger.trainer import Trainer
 from locft_easyedit.prefix import shortcuts
@@ -184,8 +186,15 @@ def test_the_last_of_a_file_counts_where_asked_for(tmp_path):
 # Taking out
 
 
-def test_retracted(ledger):
+@pytest.mark.parametrize("closed_form", [True, False])
+def test_retracted(ledger, monkeypatch, closed_form):
+    if closed_form:  # and nothing else
+        monkeypatch.setattr(Trainer, "_fit_", None)
+    else:
+        monkeypatch.setattr(Changes, "_moments", lambda *_: None)
     gone = ledger.retract([2])
+    monkeypatch.undo()
+    assert (gone.event.said["trained"]["texts"] == 0) == closed_form
     assert gone.not_out == []
     assert gone.lost == []
     # Where the base has no choice of its own, a random model may take another.
@@ -196,7 +205,7 @@ def test_retracted(ledger):
         now, then = (m(input_ids=ids).logits[0, len(prompt) - 1 :] for m in (ledger.model, base))
     choices = torch.stack([now.argmax(-1), torch.tensor(answer)], dim=1)
     given = then.log_softmax(-1).gather(1, choices)
-    assert (given[:, 1] - given[:, 0]).max() <= 0.05
+    assert (given[:, 1] - given[:, 0]).max() <= NEAR
     assert (now.argmax(-1) == torch.tensor(answer)).float().mean() > 0.8
     others = [request for i, request in enumerate(REQUESTS[:6]) if i != 1]
     assert all(answers(ledger.model, TOKENIZER, others))

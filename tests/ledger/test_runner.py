@@ -5,31 +5,10 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers.ledgers import ledger_hparams, wide_model
-from helpers.toys import toy_tokenizer
+from helpers.ledgers import SEQUENCES, STARTS, facts, trainer_of, wide_model
 from torch.nn import functional as F
 
 from locft_easyedit.data.tokenization import TokenizedTexts
-from locft_easyedit.ledger.facts import Fact
-from locft_easyedit.ledger.recorded_facts import RecordedFacts
-from locft_easyedit.ledger.trainer import Trainer
-from locft_easyedit.modeling.places import select_place
-
-SEQUENCES = [[5, 9, 30, 41, 2], [7, 8, 50, 60], [300, 301, 302, 9, 10, 2], [40, 41, 42]]
-STARTS = [3, 2, 2, 1]
-
-
-def facts(n):
-    texts = [("Ba is in", "Norway"), ("Lo plays for", "Torino")][:n]
-    return [
-        Fact(i + 1, {"prompt": p, "target_new": t}, None, 1, "") for i, (p, t) in enumerate(texts)
-    ]
-
-
-def trainer_of(model, folder, **changes):
-    h = ledger_hparams(**changes)
-    place = select_place(model, h.layers, h.templates)
-    return Trainer(RecordedFacts(model, toy_tokenizer(), h, place, folder))
 
 
 def naive(model, sequence, start):
