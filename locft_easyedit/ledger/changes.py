@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..modeling.devices import context_length
-from ..modeling.places import owner, unsuitable
 from ..training.preserve.protection import Protection, check_protectable
 from ..training.preserve.sources import Source, read_sources
 from ..training.trained_weights import copies_of, values_swapped, write_
@@ -19,9 +18,8 @@ from ..utils.hashing import json_sha256, tensor_sha256
 from .facts import Book, Fact
 from .filters_file import FiltersFile
 from .log import ADD
-from .removal import SCORED, remove_
+from .removal import MOST_LEFT, moments, remove_
 from .retraction import not_back, texts_to_return
-from .runner import LedgerRunner
 from .states import Matrices, State
 from .trainer import Trained, Trainer
 
@@ -152,50 +150,31 @@ class Changes:
             numbered, runner = trainer.facts.numbered(_groups(after), back.texts)
             first_text = len(numbered.texts) - len(back.texts)
             runner.remember_base_(first_text, h.eval_batch_size)
-            goes = self._moments(runner, np.arange(first_text, len(numbered.texts)))
+            goes = moments(trainer, runner, np.arange(first_text, len(numbered.texts)))
         n_edits = len(numbered.variants.first) - 1
         returning = np.arange(n_edits - len(back.texts), n_edits)
         active = numbered.edits([fact.number for fact in after.active])
-        removed = goes is not None and self._remove_(goes, runner, numbered.texts_of(active))
 
-        def wrong() -> np.ndarray:
-            asked = not_back(runner, first_text + back.asked, h.eval_batch_size)
-            return np.union1d(trainer.lost(numbered, runner, active), asked)
+        def away() -> np.ndarray:
+            return not_back(runner, first_text + back.asked, h.eval_batch_size)
+
+        def lost() -> np.ndarray:
+            return trainer.lost(numbered, runner, active)
 
         more = dict(zip(returning.tolist(), number_of_text.tolist(), strict=True))
-        return trainer.settle_(numbered, runner, returning, active, wrong, more, begun=removed)
-
-    def _moments(self, runner: LedgerRunner, texts: np.ndarray) -> dict[str, torch.Tensor] | None:
-        """Returns what `removal` asks of texts, by parameter; `None` where it cannot be had."""
-        trainer = self.trainer
-        named = trainer.place.parameters
-        if unsuitable(trainer.model, named, "", ""):
-            return None
-        modules = {name: owner(trainer.model, name) for name in named}
-        return runner.input_moments(texts, modules, SCORED, trainer.hparams.eval_batch_size)
-
-    def _remove_(
-        self, goes: Mapping[str, torch.Tensor], runner: LedgerRunner, texts: np.ndarray
-    ) -> bool:
-        """Removes what the matrices do to what goes, in place, in closed form.
-
-        Args:
-            goes: Second moments of what goes.
-            runner: What runs the texts.
-            texts: Those that are to stay as they are.
-
-        Returns:
-            Whether that was possible; else training does it all.
-        """
-        trainer, stays = self.trainer, self._moments(runner, texts)
-        if stays is None:
-            return False
-        filters = {} if trainer.filters is None else trainer.filters.of
-        modules = {name: owner(trainer.model, name) for name in stays}
-        remove_(trainer.place.parameters, self.base, stays, goes, filters, modules)
-        # The same sums in all processes; unlike GPUs may have rounded them differently.
-        trainer.world.broadcast_(trainer.place.parameters.values())
-        return True
+        settle_ = partial(
+            trainer.settle_, numbered, runner, returning, active,
+            lambda: np.union1d(lost(), away()), more,
+        )  # fmt: skip
+        as_it_was = self.now
+        if goes is not None and remove_(
+            trainer, self.base, goes, runner, numbered.texts_of(active)
+        ):
+            left = away()
+            if len(left) <= MOST_LEFT * len(back.asked):
+                return settle_(wrong=np.union1d(lost(), left))
+            self.put_(as_it_was)
+        return settle_()
 
     def _confine_(self, book: Book) -> None:
         """Lets the trainer have what confines the change: measured on the base, once, and kept."""

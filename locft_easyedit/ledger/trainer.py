@@ -125,7 +125,7 @@ class Trainer:
         not_right: Callable[[], np.ndarray],
         more: Mapping[int, int] | None = None,
         *,
-        begun: bool = False,
+        wrong: np.ndarray | None = None,
     ) -> Trained:
         """Trains `new` beside others, in place, and what checks find not to be right again.
 
@@ -139,14 +139,16 @@ class Trainer:
             pool: Edits that are replayed beside them.
             not_right: Checks all texts, and returns those that are not as they should be.
             more: The fact's number of edits that `numbered` has no fact for.
-            begun: The matrices are nearly as `new` wants them: only what checks find is trained.
+            wrong: What is not right now, where the matrices are nearly as `new` wants them: that
+                alone is trained.
         """
         found, before, h = Trained(), runner.n_trained_by_all, self.hparams
-        if not begun:
+        if wrong is None:
             each = others_each(h.forms_per_epoch, len(new))
             texts = Replayed.of(numbered.variants, each, pool, h.seed)
             found.epochs = self._fit_(runner, numbered, new, texts)
-        wrong = fewest = not_right()
+            wrong = not_right()
+        fewest = wrong
         best = copies_of(self.place.parameters) if len(wrong) else {}
         while len(wrong) and found.repairs < MOST_REPAIRS:
             found.repairs += 1

@@ -22,7 +22,7 @@ from helpers.toys import toy_requests, toy_tokenizer
 from locft_easyedit.api import edit_model
 from locft_easyedit.delta.delta import Delta
 from locft_easyedit.errors import LedgerError, OutputError, RequestError
-from locft_easyedit.ledger.changes import Changes
+from locft_easyedit.ledger import changes
 from locft_easyedit.ledger.ledger import Ledger
 from locft_easyedit.ledger.retraction import NEAR
 from locft_easyedit.ledger.states import States
@@ -191,7 +191,7 @@ def test_retracted(ledger, monkeypatch, closed_form):
     if closed_form:  # and nothing else
         monkeypatch.setattr(Trainer, "_fit_", None)
     else:
-        monkeypatch.setattr(Changes, "_moments", lambda *_: None)
+        monkeypatch.setattr(changes, "moments", lambda *_: None)
     gone = ledger.retract([2])
     monkeypatch.undo()
     assert (gone.event.said["trained"]["texts"] == 0) == closed_form
@@ -213,6 +213,20 @@ def test_retracted(ledger, monkeypatch, closed_form):
         ledger.retract([2])
     # It can come back, as a fact of its own.
     assert [fact.number for fact in ledger.add(REQUESTS[1:2]).facts] == [7]
+
+
+def test_what_the_closed_form_does_not_take_out_is_trained_from_before(
+    filled, tmp_path, monkeypatch
+):
+    found = []
+    for name, value in (("moments", lambda *_: None), ("MOST_LEFT", -1)):
+        one = opened(copied(filled, tmp_path / name))
+        with monkeypatch.context() as patched:
+            patched.setattr(changes, name, value)
+            found.append(one.retract([2]).event.said)
+    assert found[0]["trained"]["texts"] > 0
+    assert found[0]["trained"] == found[1]["trained"]
+    assert found[0]["state"] == found[1]["state"]
 
 
 def test_retracted_exactly_is_as_if_it_had_never_been_in(ledger, tmp_path):

@@ -10,8 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from locft_easyedit.data.tokenization import TokenizedTexts
-from locft_easyedit.ledger.changes import Changes
-from locft_easyedit.ledger.removal import remove_
+from locft_easyedit.ledger.removal import least_squares, moments, remove_
 from locft_easyedit.training.preserve.input_moments import keys_of
 
 OUT, IN = 6, 40
@@ -23,32 +22,24 @@ def moment(x):
 
 @pytest.fixture
 def case():
-    """A matrix, its base, and inputs that go and stay, ten of each, in general position."""
+    """A change, and inputs that go and stay, ten of each, in general position."""
     torch.manual_seed(3)
-    base, change = torch.randn(OUT, IN), torch.randn(OUT, IN)
-    goes, stays = torch.randn(10, IN, dtype=torch.float64), torch.randn(10, IN, dtype=torch.float64)
-    return base, change, goes, stays
+    goes, stays = torch.randn(2, 10, IN, dtype=torch.float64)
+    return torch.randn(OUT, IN), goes, stays
 
 
-def removed(base, change, goes, stays, filters=None, module=None):
-    """Returns what is left of the change."""
-    module = nn.Linear(IN, OUT, bias=False) if module is None else module
-    transposed = isinstance(module, Conv1D)
-    new, base = ((m.T if transposed else m).clone() for m in (base + change, base))
-    remove_({"w": new}, {"w": base}, {"w": moment(stays)}, {"w": moment(goes)}, filters or {},
-            {"w": module})  # fmt: skip
-    left = new - base
-    return (left.T if transposed else left).double()
+def left_of(change, goes, stays, s=None):
+    """Returns what is left of a change."""
+    return change.double() + least_squares(change, moment(stays), moment(goes), s)
 
 
 def size(change, x):
     return (x @ change.T.double()).norm()
 
 
-@pytest.mark.parametrize("module", [nn.Linear(IN, OUT), Conv1D(OUT, IN)], ids=["linear", "conv1d"])
-def test_what_goes_is_gone_and_what_stays_stays(case, module):
-    _, change, goes, stays = case
-    left = removed(*case, module=module)
+def test_what_goes_is_gone_and_what_stays_stays(case):
+    change, goes, stays = case
+    left = left_of(*case)
     assert size(left, goes) < 0.05 * size(change, goes)
     assert size(left - change, stays) < 0.05 * size(change, stays)
     # Directions in which nothing goes are left alone.
@@ -58,25 +49,25 @@ def test_what_goes_is_gone_and_what_stays_stays(case, module):
 
 
 def test_a_filter_holds_here_as_well(case):
-    _, change, goes, _ = case
+    change, goes, _ = case
     kept = torch.linalg.qr(torch.randn(IN, 4, dtype=torch.float64)).Q
     s = (torch.eye(IN, dtype=torch.float64) - kept @ kept.T).float()
-    left = removed(*case, filters={"w": s})
+    left = left_of(*case, s)
     assert size(left - change, kept.T) < 1e-4 * size(change, kept.T)
     assert size(left, goes) < 0.05 * size(change, goes)
 
 
 def test_what_cannot_be_told_apart_is_shared(case):
-    base, change, goes, _ = case
-    left = removed(base, change, goes, goes)
+    change, goes, _ = case
+    left = left_of(change, goes, goes)
     ratio = size(left, goes) / size(change, goes)
     assert 0.4 < ratio < 0.6
 
 
-def test_a_low_rank_stays_in_the_outputs_of_the_change(case):
-    base, change, goes, stays = case
+def test_outputs_that_were_not_changed_are_not(case):
+    change, goes, stays = case
     change[2:] = 0
-    assert (removed(base, change, goes, stays)[2:] == 0).all()
+    assert (left_of(change, goes, stays)[2:] == 0).all()
 
 
 @pytest.mark.parametrize("cut", ["layer", "mlp", "matrix"])
@@ -122,12 +113,39 @@ def test_a_module_that_gets_some_of_the_tokens_is_not_measured(tmp_path):
         assert runner.input_moments(texts, {"unused": unused}, 5.0, 2) is None
 
 
-def test_places_that_are_no_matrices_are_trained_alone(tmp_path):
+def test_places_that_are_no_matrices_have_none(tmp_path):
     model = wide_model()
     trainer = trainer_of(model, tmp_path)
-    changes = Changes(trainer, {name: p.clone() for name, p in trainer.place.parameters.items()})
     norm = "model.layers.2.input_layernorm.weight"
     trainer.place.parameters[norm] = model.get_parameter(norm)
     with trainer.ready():
         numbered, runner = trainer.facts.numbered([facts(2)])
-        assert changes._moments(runner, np.arange(len(numbered.texts))) is None
+        assert moments(trainer, runner, np.arange(len(numbered.texts))) is None
+
+
+def test_a_matrix_that_is_stored_the_other_way_round(tmp_path):
+    """Of the same numbers, what is left is the same."""
+    found = {}
+    for kind in (nn.Linear, Conv1D):
+        model = wide_model()
+        trainer = trainer_of(model, tmp_path / kind.__name__, prefix_cut="layer")
+        [name] = trainer.place.parameters
+        if kind is Conv1D:
+            linear = model.get_submodule(name.rpartition(".")[0])
+            turned = Conv1D(linear.out_features, linear.in_features)
+            turned.weight.data.copy_(linear.weight.data.T)
+            model.model.layers[2].mlp.down_proj = turned
+            trainer = trainer_of(model, tmp_path / "turned", prefix_cut="layer")
+        parameter = trainer.place.parameters[name]
+        base = {name: parameter.detach().clone()}
+        torch.manual_seed(1)
+        change = torch.randn(64, 512) / 50
+        parameter.data.add_(change.T if kind is Conv1D else change)
+        with trainer.ready():
+            _, runner = trainer.facts.numbered([facts(2)])
+            goes = moments(trainer, runner, np.array([0]))
+            assert remove_(trainer, base, goes, runner, np.array([1]))
+        left = parameter.detach() - base[name]
+        found[kind] = left.T if kind is Conv1D else left
+        assert 0.1 < (found[kind] - change).norm() / change.norm() < 0.9
+    assert torch.allclose(found[nn.Linear], found[Conv1D], atol=1e-4)
