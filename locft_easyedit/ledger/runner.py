@@ -166,8 +166,8 @@ class LedgerRunner(TextRunner):
     ) -> dict[str, torch.Tensor] | None:
         """Returns the sum of x x^T over what enters linear modules, [in, in] by name.
 
-        What texts of a row have in common counts once. `None` if a module gets some of the tokens
-        alone, as an expert does: which they are is not known.
+        `None` if a module gets some of the tokens alone, as an expert does: which they are is not
+        known.
 
         Args:
             texts: The texts, [B].
@@ -183,7 +183,7 @@ class LedgerRunner(TextRunner):
 
         def add(batch: np.ndarray) -> None:
             nonlocal known
-            now = self.prepare(batch)
+            now = self.prepare(batch, whole=True)  # what texts share counts for each
             weights = now.rows.real.float().flatten()  # [R * L]
             weights[now.rows.scored] = scored
             # Where the last layer is narrowed, a module gets the scored tokens alone.

@@ -152,9 +152,14 @@ class TextRunner:
         assert self._now is not None
         return self._now.rows.scored
 
-    def prepare(self, batch: np.ndarray) -> Prepared:
-        """Lays a batch out and fetches its states; touches nothing that a running step uses."""
-        shared = self.shared and not self._records and not self._above_attention
+    def prepare(self, batch: np.ndarray, *, whole: bool = False) -> Prepared:
+        """Lays a batch out and fetches its states; touches nothing that a running step uses.
+
+        Args:
+            batch: The texts, [B].
+            whole: Each text runs from its beginning, whatever it has in common with others.
+        """
+        shared = self.shared and not (whole or self._records or self._above_attention)
         on_host = replace(self.layout, shared=shared).rows(self.model, batch)
         replayed = self.prefix if self.replays else None
         states = None if replayed is None else replayed.store.get_rows(on_host)
