@@ -11,9 +11,10 @@ least is a ridge regression, with second moments K (of what stays) and G (of wha
     A = -w D G S^T (S (K + w G) S^T + r I)^-1.
 
 S is the filter of a confined change, or the identity: what is preserved is preserved here as well.
-Outputs that a filter damps stay so, since A has D on the left. MEMIT (arXiv 2210.07229) brings
-facts in by a least squares of the kind; taking out needs no values to be found first, because those
-of the base are known. One pass to the matrices, over all texts, takes the place of a training.
+Outputs that a filter damps stay so, and the rank does not grow, since A has D on the left. MEMIT
+(arXiv 2210.07229) brings facts in by a least squares of the kind; taking out needs no values to be
+found first, because those of the base are known. One pass to the matrices, over all texts, takes
+the place of a training.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def remove_(
         NonFiniteLossError: A sum overflows the matrices' precision; restoring is up to the caller.
     """
     stays = moments(trainer, runner, texts)
-    if stays is None:
+    if stays is None or not all(x.isfinite().all() for x in (*stays.values(), *goes.values())):
         return False
     filters = {} if trainer.filters is None else trainer.filters.of
     for name, parameter in trainer.place.parameters.items():

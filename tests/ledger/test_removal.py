@@ -123,6 +123,19 @@ def test_places_that_are_no_matrices_have_none(tmp_path):
         assert moments(trainer, runner, np.arange(len(numbered.texts))) is None
 
 
+def test_inputs_that_are_no_finite_numbers_leave_all_as_it_is(tmp_path):
+    model = wide_model()
+    trainer = trainer_of(model, tmp_path)
+    before = {name: p.detach().clone() for name, p in trainer.place.parameters.items()}
+    with trainer.ready():
+        _, runner = trainer.facts.numbered([facts(2)])
+        goes = moments(trainer, runner, np.array([0]))
+        for one in goes.values():
+            one[0, 0] = torch.inf
+        assert not remove_(trainer, before, goes, runner, np.array([1]))
+    assert all(torch.equal(p, before[name]) for name, p in trainer.place.parameters.items())
+
+
 def test_a_matrix_that_is_stored_the_other_way_round(tmp_path):
     """Of the same numbers, what is left is the same."""
     found = {}
