@@ -7,9 +7,9 @@ The facts of --data come into a ledger in --commits commits of as many. After ea
 far is asked for by a plain greedy answer, by the age of its commit. Then some are superseded by
 other targets, and others taken out again: whether the base model's own answer is back is asked in
 plain form, on rephrases, and in chat where there is a template, word for word; the same of prompts
-that were never edited is what can be asked for. Beside it: the same facts trained
-at once, and commit after commit without replay and check (unless --no-naive: with LocFT-BF+ each of
-these prepares anew, which takes most of the time). Seconds are of one run on one machine.
+that were never edited is what can be asked for. Beside it: the same facts trained at once, and
+commit after commit without replay and check (unless --no-naive: with LocFT-BF+ each of these
+prepares anew, which takes most of the time). Seconds are of one run on one machine.
 """
 
 import sys

@@ -135,7 +135,7 @@ class Changes:
         edits = numbered.edits(gone)
         first = numbered.variants.first
         texts = numbered.texts_of(edits)
-        number_of_text = np.repeat(gone, first[edits + 1] - first[edits])
+        number_of_text = np.repeat(gone, np.diff(first)[edits])
         checked = np.isin(texts, numbered.checked(edits))
         with self.in_base():
             back = texts_to_return(

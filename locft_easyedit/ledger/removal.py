@@ -19,7 +19,6 @@ the place of a training.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 import numpy as np
@@ -28,12 +27,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import NonFiniteLossError
 from ..modeling.places import owner, unsuitable
-from ..utils.memory import is_out_of_memory
+from ..utils.memory import on_cpu_if_full
 from .runner import LedgerRunner
 from .states import Matrices
 from .trainer import Trainer
-
-logger = logging.getLogger(__name__)
 
 # Of what goes, how much may not be back for the rest to be trained from there. Where more is not,
 # as with many facts in few inputs, training from before takes as long, and keeps more of the rest.
@@ -122,14 +119,7 @@ def least_squares(
         goes: G, [in, in].
         s: S, [in, in]; `None` for the identity.
     """
-    try:
-        return _solved(change, stays, goes, s)
-    except Exception as error:
-        if change.device.type == "cpu" or not is_out_of_memory(error):
-            raise
-    logger.warning("A GPU has no room to take facts out of a matrix; the CPU does it.")
-    torch.cuda.empty_cache()
-    return _solved(change.cpu(), stays.cpu(), goes.cpu(), None if s is None else s.cpu())
+    return on_cpu_if_full(_solved, change, stays, goes, s, what="to take facts out of a matrix")
 
 
 def _solved(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..data.packing import count_up
 from ..data.tokenization import TokenizedTexts
 from ..data.variants import Variants
 
@@ -99,17 +100,13 @@ class Numbered:
 
         Rewordings are not: some are no good English, and the model may well be right there.
         """
-        first = self.variants.first[edits]
-        there = np.minimum(self.variants.first[edits + 1] - first, self.n_forms)
-        return np.concatenate(
-            [np.arange(a, a + n) for a, n in zip(first, there, strict=True)]
-            or [np.zeros(0, np.int64)]
-        )
+        n_texts = np.minimum(np.diff(self.variants.first)[edits], self.n_forms)
+        return np.repeat(self.variants.first[edits], n_texts) + count_up(n_texts)
 
     def texts_of(self, edits: np.ndarray) -> np.ndarray:
         """Returns all texts that stand for these edits."""
-        spans = zip(self.variants.first[edits], self.variants.first[edits + 1], strict=True)
-        return np.concatenate([np.arange(*span) for span in spans] or [np.zeros(0, np.int64)])
+        n_texts = np.diff(self.variants.first)[edits]
+        return np.repeat(self.variants.first[edits], n_texts) + count_up(n_texts)
 
     def edits_of(self, texts: np.ndarray) -> np.ndarray:
         """Returns the edits that these texts stand for, each once, ascending."""

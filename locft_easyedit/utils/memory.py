@@ -1,16 +1,22 @@
-"""Memory: the peak of a part of a program, what is free, and whether an error says it ran out."""
+"""Memory: the peak of a part of a program, what is free, whether it ran out, and what then."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -80,6 +86,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(said in str(error) for said in _OUT_OF_MEMORY)
+
+
+def on_cpu_if_full(compute: Callable[..., T], *tensors: torch.Tensor | None, what: str) -> T:
+    """Returns what `compute` gives for tensors: on the CPU, where their GPU has no room for it.
+
+    Args:
+        compute: Called with the tensors.
+        tensors: On one device; `None` stays.
+        what: What is done, as the warning says it: "to decompose ...".
+    """
+    try:
+        return compute(*tensors)
+    except Exception as error:
+        if tensors[0] is None or tensors[0].device.type == "cpu" or not is_out_of_memory(error):
+            raise
+    # Outside the handler: the exception's frames hold the tensors that have to go.
+    logger.warning("The GPU has no room %s; the CPU does it, which takes longer.", what)
+    torch.cuda.empty_cache()
+    return compute(*(None if tensor is None else tensor.cpu() for tensor in tensors))
 
 
 def free_memory(device: torch.device) -> int:

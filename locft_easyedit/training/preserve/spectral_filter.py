@@ -17,15 +17,12 @@ is of C, but with a power of its own, damps what matters on either side.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping
 
 import torch
 
 from ...errors import PreserveError
-from ...utils.memory import is_out_of_memory
-
-logger = logging.getLogger(__name__)
+from ...utils.memory import on_cpu_if_full
 
 _FLOOR = 0.6  # alpha: what a direction may carry, of the mean, before it is damped much
 _POWER = 0.75  # p
@@ -138,19 +135,11 @@ def _damping(
 
 def _decomposed(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns eigenvalues [n] and eigenvectors [n, n] in float64, where the moment is."""
-    try:
-        return tuple(torch.linalg.eigh(moment.double()))
-    except Exception as error:
-        if moment.device.type == "cpu" or not is_out_of_memory(error):
-            raise
-        logger.warning(
-            "The GPU has no room to decompose a moment of %d x %d; the CPU does it, which takes "
-            "longer.",
-            len(moment),
-            len(moment),
-        )
-    torch.cuda.empty_cache()
-    carried, directions = torch.linalg.eigh(moment.cpu().double())
+    carried, directions = on_cpu_if_full(
+        lambda m: torch.linalg.eigh(m.double()),
+        moment,
+        what=f"to decompose a moment of {len(moment)} x {len(moment)}",
+    )
     return carried.to(moment.device), directions.to(moment.device)
 
 
