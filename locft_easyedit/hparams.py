@@ -70,6 +70,7 @@ OTHER_METHODS_KEYS = frozenset(
 # What `alg_name: LocFT-BF+` stands for where the YAML says nothing else.
 _PLUS_FORMS = (CHAT, QUESTION_ANSWER, CONTEXT)
 _PLUS_PRESERVE = (SAMPLED, NEIGHBOURS)
+_PLUS_MIN_BATCHES = 10
 
 # What OmegaConf, and the values themselves, raise where they do not suit a field.
 _NOT_OF_THE_TYPE = (
@@ -112,7 +113,11 @@ class LocFTBFHyperParams(HyperParamsBase):
         pipeline: `breadth_first`, as published: epochs over all edits, shuffled. `depth_first`, as
             editors before it, for comparison: one mini-batch after another, in the order given,
             each until its loss is below `batch_loss_threshold`, with an optimizer of its own.
-        batch_size: Edits in a mini-batch. It never limits how many edits are trained together.
+        batch_size: Edits in a mini-batch, at most. It never limits how many edits are trained
+            together.
+        min_batches: Mini-batches that an epoch has at least, as far as there are edits: with few of
+            them, mini-batches are smaller than `batch_size`, since too few steps learn nothing.
+            `None` leaves it at `batch_size`, with LocFT-BF+ it is 10.
         loss_average: Of which a mini-batch's loss is the mean: of its `edit`s, each the mean of its
             target's tokens, as published; or of the `token`s of all its targets. An epoch's loss is
             the mean of its mini-batches', by their edits, in both cases.
@@ -205,6 +210,7 @@ class LocFTBFHyperParams(HyperParamsBase):
     num_steps: int = 25
     pipeline: str = BREADTH_FIRST
     batch_size: int = 100
+    min_batches: Optional[int] = None  # noqa: UP045
     loss_average: str = EDIT
     lr_schedule: str = CONSTANT
     weight_decay: float = 0.0
@@ -281,6 +287,15 @@ class LocFTBFHyperParams(HyperParamsBase):
     def chooses(self) -> bool:
         """Whether the place is still to be chosen: `layers` is `auto`."""
         return bool(self.layers == AUTO)
+
+    def of_edits(self, n: int) -> LocFTBFHyperParams:
+        """Returns these values with the `batch_size` that n edits together are trained with."""
+        least = self.min_batches
+        if least is None and self._plus and self.pipeline == BREADTH_FIRST:
+            least = _PLUS_MIN_BATCHES
+        if least is None:
+            return self
+        return dataclasses.replace(self, batch_size=max(1, min(self.batch_size, n // least)))
 
     @property
     def checkpoint_folder(self) -> str | None:

@@ -31,6 +31,7 @@ EVALUATION_TYPES = ("LLM-judge", "generate-text")
 _COUNTS = (
     "num_steps",
     "batch_size",
+    "min_batches",
     "eval_batch_size",
     "max_length",
     "row_tokens",
@@ -121,6 +122,12 @@ def rules(values: Mapping[str, Any]) -> list[Rule]:
         ("num_steps", lambda v: v >= 1, at_least_one),
         ("pipeline", lambda v: v in PIPELINES, f"must be one of {', '.join(PIPELINES)}"),
         ("batch_size", lambda v: v >= 1, at_least_one),
+        ("min_batches", lambda v: v is None or v >= 1, f"{at_least_one}, or null"),
+        (
+            "min_batches",
+            lambda v: v is None or values.get("pipeline") != DEPTH_FIRST,
+            f"does not go with `pipeline={DEPTH_FIRST}`, which has no epochs; keep one of them",
+        ),
         ("loss_average", lambda v: v in LOSS_AVERAGES, f"must be {EDIT} or {TOKEN}"),
         ("lr_schedule", lambda v: v in LR_SCHEDULES, f"must be {CONSTANT} or {COSINE}"),
         (

@@ -9,6 +9,7 @@ import yaml
 
 from locft_easyedit.errors import HyperParamsError
 from locft_easyedit.hparams import OTHER_METHODS_KEYS, LocFTBFHyperParams, hparams_folder
+from locft_easyedit.hparams_rules import PLUS_NAME
 
 TEMPLATE = "model.layers.{}.mlp.down_proj.weight"
 VALID = {
@@ -168,6 +169,8 @@ BAD_VALUES = [
     ("max_length", 0, "must be 1 or more"),
     ("row_tokens", 0, "must be 1 or more"),
     ("micro_batch_size", 0, "must be 1 or more, or null"),
+    ("min_batches", 0, "must be 1 or more, or null"),
+    ("min_batches", 2**31, "must be below 2**31"),
     ("forms_per_epoch", 0, "must be above 0, or null"),
     ("forms_per_epoch", "nan", "must be above 0, or null"),
     ("forms_per_epoch", "inf", "must be below 2**31"),
@@ -206,6 +209,31 @@ def test_fp16_contradicts_bfloat16(written):
 def test_a_falling_rate_needs_epochs(written):
     (line,) = problems_of(written(VALID | {"pipeline": "depth_first", "lr_schedule": "cosine"}))
     assert "`lr_schedule='cosine'` does not go with `pipeline=depth_first`" in line
+
+
+def test_an_epochs_mini_batches_need_epochs(written):
+    (line,) = problems_of(written(VALID | {"pipeline": "depth_first", "min_batches": 10}))
+    assert "`min_batches=10` does not go with `pipeline=depth_first`" in line
+
+
+@pytest.mark.parametrize(
+    ("values", "n", "size"),
+    [
+        ({}, 7, 100),  # as published, whatever there is
+        ({"min_batches": 4}, 7, 1),
+        ({"min_batches": 4}, 8, 2),
+        ({"min_batches": 4}, 5000, 100),
+        ({"min_batches": 4, "batch_size": 3}, 5000, 3),
+        ({"alg_name": PLUS_NAME}, 7, 1),
+        ({"alg_name": PLUS_NAME}, 119, 11),
+        ({"alg_name": PLUS_NAME}, 3000, 100),
+        ({"alg_name": PLUS_NAME, "min_batches": 1}, 119, 100),
+        ({"alg_name": PLUS_NAME, "pipeline": "depth_first"}, 119, 100),
+    ],
+)
+def test_few_edits_have_smaller_mini_batches(values, n, size):
+    given = made(**values)
+    assert given.of_edits(n) == dataclasses.replace(given, batch_size=size)
 
 
 def test_unknown_key_gets_the_nearest(written):

@@ -24,7 +24,7 @@ EPOCHS = (1, 2, 4, 8)  # of breadth-first trainings that are looked at, before t
 KINDS = {"FT-M": "lr=1e-3", "LoRA": "tuning=lora,lr=1e-2"}
 PIPELINES = ("depth_first", "breadth_first")
 VARIANTS = {
-    f"{kind}_{pipeline}": f"{how},pipeline={pipeline},batch_size=1"
+    f"{kind}_{pipeline}": f"{how},pipeline={pipeline},batch_size=1,min_batches=null"
     for kind, how in KINDS.items()
     for pipeline in PIPELINES
 }

@@ -33,7 +33,7 @@ STUDY = Study(
     title="mini-batches of the same training",
     paper="larger mini-batches leave more of the general capability, at little less generalization "
     "(figure 4).",
-    variants={str(size): f"batch_size={size}" for size in SIZES},
+    variants={str(size): f"batch_size={size},min_batches=null" for size in SIZES},
     axis="edits in a mini-batch (log scale)",
     x=lambda row: int(row["variant"]),
     claim=claim,

@@ -90,6 +90,7 @@ class Trials:
             augment_model=None,
             preserve=None,
             batch_size=self.batch_size,
+            min_batches=None,
             on_conflict="train",
             prefix_dir=None,
             checkpoint_dir=None,

@@ -146,7 +146,7 @@ class Workload:
         forms = len(ways_of(hparams.wrapped_forms)) - 1
         values: dict[str, Any] = {"epochs": hparams.num_steps, "forms": forms}
         values["forms_per_epoch"] = others_each(hparams.forms_per_epoch, n)
-        values |= {key: getattr(hparams, key) for key in sizes}
+        values |= {key: getattr(hparams.of_edits(n), key) for key in sizes}
         return cls(n=n, **(values | changes))
 
 

@@ -386,7 +386,8 @@ class EditSession:
         progress: bool,
     ) -> Progress:
         """Trains `weights`, from the beginning or from a checkpoint: shows, saves and stops."""
-        h, protection, variants = self.hparams, self._protection, self.training_texts.variants
+        h, protection = self.hparams.of_edits(len(indices)), self._protection
+        variants = self.training_texts.variants
         step = TrainingStep(
             runner,
             weights,
@@ -440,7 +441,7 @@ class EditSession:
 
     def _explained(self, error: Exception, indices: np.ndarray, done: Progress) -> str:
         """Returns what an error of a mini-batch says, and of which requests."""
-        batch = batch_of(indices, self.hparams.batch_size, done)
+        batch = batch_of(indices, self.hparams.of_edits(len(indices)).batch_size, done)
         shown = "; ".join(self._describe(int(i)) for i in batch[:3])
         more = f"; and {len(batch) - 3} more" if len(batch) > 3 else ""
         return (

@@ -21,6 +21,7 @@ from test_gpus import NODE, SMALL, TRAINED
 from locft_easyedit.__main__ import main
 from locft_easyedit.data.tokenization import tokenize_edits
 from locft_easyedit.errors import DataError, HyperParamsError, PlaceError
+from locft_easyedit.hparams import LocFTBFHyperParams, shipped_yamls
 from locft_easyedit.plan.cost import (
     EDITS_PREFIX,
     PROMPTS_PREFIX,
@@ -488,3 +489,9 @@ def test_little_room_leaves_out_nothing():
     plan = confined(machine=machine)
     assert plan.chosen is None
     assert all("measuring what is preserved" in c.reason for c in plan.candidates)
+
+
+@pytest.mark.parametrize(("n", "size"), [(60, 6), (5000, 100)])
+def test_the_mini_batches_of_few_edits(n, size):
+    read = LocFTBFHyperParams.from_hparams(shipped_yamls()["LocFT-BF+/llama3-8b"])
+    assert Workload.from_hparams(read, n).batch_size == size

@@ -108,6 +108,17 @@ def test_every_setting_agrees_with_the_reference(changes):
         assert len(result.losses) < h.num_steps
 
 
+def test_few_edits_are_trained_in_more_mini_batches():
+    def losses(**how):
+        h = hparams_for(DOWN_PROJECTION["llama"], num_steps=2, **how)
+        model = toy_model("llama")
+        return edit_model(model, toy_tokenizer(), toy_requests(11), h, progress=False).step_losses
+
+    found = losses(batch_size=100, min_batches=5)
+    assert len(found) == 2 * 6
+    assert found == losses(batch_size=2)
+
+
 @pytest.mark.parametrize("changes", [{}, {"batch_size": 1}, {"loss_average": "token"}], ids=str)
 def test_depth_first_is_one_mini_batch_after_another(changes):
     h = hparams_for(
