@@ -154,6 +154,11 @@ def count_up(counts: np.ndarray) -> np.ndarray:
     return np.arange(int(counts.sum())) - np.repeat(ends - counts, counts)
 
 
+def spanned(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Returns the numbers in spans: starts[0] and counts[0] - 1 more, then those of the next."""
+    return np.repeat(starts, counts) + count_up(counts)
+
+
 def first_fit(lengths: np.ndarray, starts: np.ndarray, row_tokens: int) -> list[list[int]]:
     """First-fit decreasing: returns the members of each row."""
     capacity = max(row_tokens, int(lengths.max()))

@@ -97,7 +97,8 @@ class Changes:
         with self.trainer.ready():
             numbered, runner = self.trainer.facts.numbered(_groups(book))
             numbers = [fact.number for fact in book.active]
-            texts = self.trainer.lost(numbered, runner, numbered.edits(numbers), clearly=clearly)
+            texts = numbered.checked(numbered.edits(numbers))
+            texts = self.trainer.wrong(runner, texts, clearly=clearly)
             wrong = set(numbered.edits_of(texts).tolist())
         return [n for n in numbers if numbered.edit_of[n] in wrong]
 
@@ -115,7 +116,8 @@ class Changes:
             runner,
             edits,
             np.setdiff1d(active, edits),
-            lambda: trainer.lost(numbered, runner, active),
+            numbered.checked(active),
+            partial(trainer.wrong, runner),
         )
 
     def _anew_(self, groups: Sequence[Sequence[Fact]]) -> Trained:
@@ -155,24 +157,25 @@ class Changes:
         returning = np.arange(n_edits - len(back.texts), n_edits)
         active = numbered.edits([fact.number for fact in after.active])
 
-        def away() -> np.ndarray:
-            return not_back(runner, first_text + back.asked, h.eval_batch_size)
+        asked, kept = first_text + back.asked, numbered.checked(active)
 
-        def lost() -> np.ndarray:
-            return trainer.lost(numbered, runner, active)
+        def not_right(texts: np.ndarray) -> np.ndarray:
+            facts, others = (np.intersect1d(texts, of) for of in (kept, asked))
+            found = trainer.wrong(runner, facts), not_back(runner, others, h.eval_batch_size)
+            return np.concatenate(found)  # what goes comes last
 
         more = dict(zip(returning.tolist(), number_of_text.tolist(), strict=True))
+        checked = np.concatenate([kept, asked])
         settle_ = partial(
-            trainer.settle_, numbered, runner, returning, active,
-            lambda: np.union1d(lost(), away()), more,
-        )  # fmt: skip
+            trainer.settle_, numbered, runner, returning, active, checked, not_right, more
+        )
         as_it_was = self.now
         if goes is not None and remove_(
             trainer, self.base, goes, runner, numbered.texts_of(active)
         ):
-            left = away()
-            if len(left) <= MOST_LEFT * len(back.asked):
-                return settle_(wrong=np.union1d(lost(), left))
+            wrong = not_right(checked)
+            if (wrong >= first_text).sum() <= MOST_LEFT * len(asked):
+                return settle_(wrong=wrong)
             self.put_(as_it_was)
         return settle_()
 

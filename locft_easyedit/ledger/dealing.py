@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..data.batching import length_sorted_batches
+from ..data.packing import spanned
 from ..data.tokenization import TokenizedTexts
 from ..distributed.world import Partition, World
 
@@ -27,9 +28,7 @@ def whole_batches(world: World, lengths: np.ndarray, batch_size: int) -> np.ndar
 
 def tokens_of(texts: TokenizedTexts, some: np.ndarray) -> np.ndarray:
     """Returns the numbers of the tokens that are run of some texts, in their order."""
-    offsets = texts.input_offsets
-    spans = [np.arange(a, b) for a, b in zip(offsets[some], offsets[some + 1], strict=True)]
-    return np.concatenate([np.zeros(0, np.int64), *spans])
+    return spanned(texts.input_offsets[some], texts.input_lengths[some])
 
 
 def joined_partitions(parts: Sequence[Partition]) -> Partition:

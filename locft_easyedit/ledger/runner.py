@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ..data.batching import in_batches
+from ..data.packing import spanned
 from ..data.tokenization import TokenizedTexts
 from ..distributed.world import Partition
 from ..evaluation.predictions import too_close
@@ -130,8 +131,8 @@ class LedgerRunner(TextRunner):
         """Returns the base's outputs at the scored positions of a batch, in their order."""
         assert self.base is not None
         texts = now.batch[now.batch >= self.base.first_text] - self.base.first_text
-        spans = [np.arange(self.base.offsets[i], self.base.offsets[i + 1]) for i in texts]
-        return self.base.outputs[torch.from_numpy(np.concatenate(spans))]
+        starts, counts = self.base.offsets[texts], np.diff(self.base.offsets)[texts]
+        return self.base.outputs[torch.from_numpy(spanned(starts, counts))]
 
     def remember_base_(self, first_text: int, batch_size: int) -> None:
         """Keeps what the model, which now holds the base's matrices, gives for the texts from one.
@@ -154,8 +155,8 @@ class LedgerRunner(TextRunner):
             outputs = self._outputs(now)
             if not kept:
                 kept.append(outputs.new_empty(int(offsets[-1]), outputs.shape[-1]))
-            spans = [np.arange(offsets[i], offsets[i + 1]) for i in batch - first_text]
-            kept[0][torch.from_numpy(np.concatenate(spans))] = outputs
+            which = batch - first_text
+            kept[0][torch.from_numpy(spanned(offsets[which], counts[which]))] = outputs
 
         self._in_batches(texts, keep, batch_size)
         outputs = kept[0].cpu() if kept else torch.zeros(0, 0)  # another process may have all

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..data.packing import count_up
+from ..data.packing import spanned
 from ..data.tokenization import TokenizedTexts
 from ..data.variants import Variants
 
@@ -101,12 +101,12 @@ class Numbered:
         Rewordings are not: some are no good English, and the model may well be right there.
         """
         n_texts = np.minimum(np.diff(self.variants.first)[edits], self.n_forms)
-        return np.repeat(self.variants.first[edits], n_texts) + count_up(n_texts)
+        return spanned(self.variants.first[edits], n_texts)
 
     def texts_of(self, edits: np.ndarray) -> np.ndarray:
         """Returns all texts that stand for these edits."""
         n_texts = np.diff(self.variants.first)[edits]
-        return np.repeat(self.variants.first[edits], n_texts) + count_up(n_texts)
+        return spanned(self.variants.first[edits], n_texts)
 
     def edits_of(self, texts: np.ndarray) -> np.ndarray:
         """Returns the edits that these texts stand for, each once, ascending."""

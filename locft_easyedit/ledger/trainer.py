@@ -122,7 +122,8 @@ class Trainer:
         runner: LedgerRunner,
         new: np.ndarray,
         pool: np.ndarray,
-        not_right: Callable[[], np.ndarray],
+        checked: np.ndarray,
+        not_right: Callable[[np.ndarray], np.ndarray],
         more: Mapping[int, int] | None = None,
         *,
         wrong: np.ndarray | None = None,
@@ -130,14 +131,16 @@ class Trainer:
         """Trains `new` beside others, in place, and what checks find not to be right again.
 
         That is trained text by text: of an edit that does not hold in one of its forms, this form.
-        Where all rounds do not suffice, that with the fewest wrong texts counts.
+        A round ends as soon as its texts are right: every further step would move the others. Where
+        all rounds do not suffice, that with the fewest wrong texts counts.
 
         Args:
             numbered: The texts of all edits.
             runner: What runs them.
             new: Edits to train, [N].
             pool: Edits that are replayed beside them.
-            not_right: Checks all texts, and returns those that are not as they should be.
+            checked: The texts that are checked.
+            not_right: Returns those of some texts that are not as they should be, ascending.
             more: The fact's number of edits that `numbered` has no fact for.
             wrong: What is not right now, where the matrices are nearly as `new` wants them: that
                 alone is trained.
@@ -147,7 +150,7 @@ class Trainer:
             each = others_each(h.forms_per_epoch, len(new))
             texts = Replayed.of(numbered.variants, each, pool, h.seed)
             found.epochs = self._fit_(runner, numbered, new, texts)
-            wrong = not_right()
+            wrong = not_right(checked)
         fewest = wrong
         best = copies_of(self.place.parameters) if len(wrong) else {}
         while len(wrong) and found.repairs < MOST_REPAIRS:
@@ -156,10 +159,12 @@ class Trainer:
             rest = np.setdiff1d(numbered.checked(np.union1d(new, pool)), wrong)
             alone = Variants.own_alone(len(numbered.texts))
             texts = Replayed.of(alone, 0, rest, h.seed)
+            repaired = wrong
             found.epochs += self._fit_(
-                runner, numbered, wrong, texts, found.repairs, min(1.0, rate)
-            )
-            wrong = not_right()
+                runner, numbered, repaired, texts, found.repairs, min(1.0, rate),
+                enough=lambda texts=repaired: not len(not_right(texts)),
+            )  # fmt: skip
+            wrong = not_right(checked)
             if len(wrong) < len(fewest):
                 best, fewest = copies_of(self.place.parameters), wrong
         if len(fewest) < len(wrong):
@@ -170,18 +175,14 @@ class Trainer:
         found.lost = sorted({number_of[edit] for edit in numbered.edits_of(wrong).tolist()})
         return found
 
-    def lost(
-        self, numbered: Numbered, runner: LedgerRunner, edits: np.ndarray, *, clearly: bool = True
-    ) -> np.ndarray:
-        """Returns the checked texts of these edits that the model does not answer, ascending.
+    def wrong(self, runner: LedgerRunner, texts: np.ndarray, *, clearly: bool = True) -> np.ndarray:
+        """Returns those of these texts that the model does not answer, ascending.
 
         Args:
-            numbered: The texts.
-            runner: What runs them.
-            edits: The edits, [N].
+            runner: What runs the texts.
+            texts: The texts, [B].
             clearly: As for `LedgerRunner.wrong`.
         """
-        texts = numbered.checked(edits)
         return runner.wrong(texts, self.hparams.eval_batch_size, clearly=clearly)
 
     def _fit_(
@@ -192,6 +193,7 @@ class Trainer:
         texts: Replayed,
         repair: int = 0,
         rate: float = 1.0,
+        enough: Callable[[], bool] | None = None,
     ) -> int:
         """Trains `new` beside others, in place; returns the epochs that it took.
 
@@ -202,12 +204,15 @@ class Trainer:
             texts: Which texts stand for them, and for those that are replayed.
             repair: Which round of repair this is; 0 for none.
             rate: What the learning rate is multiplied by.
+            enough: As for `train_breadth_first`.
 
         Raises:
             NonFiniteLossError: Training diverged; to restore the weights is up to the caller.
         """
         h, parameters = self.hparams, self.place.parameters
-        if repair:
+        if not repair:
+            h = h.of_edits(len(new))
+        else:
             # A mean below the thresholds may hide what is still wrong: they are lowered each time.
             h = replace(
                 h,
@@ -234,7 +239,7 @@ class Trainer:
             with (
                 nullcontext() if change is None else change.in_force(),
                 runner.running(),
-                closing(train_breadth_first(step, new, h, done, texts)) as steps,
+                closing(train_breadth_first(step, new, h, done, texts, enough)) as steps,
                 progress_bar(
                     total=h.num_steps * n_batches,
                     desc="breadth-first",

@@ -98,6 +98,7 @@ class TextRunner:
         self.device = input_device(model)
         self.ids = torch.from_numpy(texts.ids).to(self.device)
         self._now: Prepared | None = None
+        self._running = False
         self._sides = SideStreams()
 
     @property
@@ -135,7 +136,13 @@ class TextRunner:
 
     @contextmanager
     def running(self) -> Iterator[TextRunner]:
-        """Context manager in which batches can be run; afterwards the module tree is as before."""
+        """Context manager in which batches can be run; afterwards the module tree is as before.
+
+        Within it another one changes nothing.
+        """
+        if self._running:
+            yield self
+            return
         if self.prefix is not None:
             self.prefix.ensure()
         with ExitStack() as stack:
@@ -146,6 +153,8 @@ class TextRunner:
             # What is recorded is the same to the bit with and without.
             if self.fused is not None and not self._records:
                 stack.enter_context(self.fused.running())
+            self._running = True
+            stack.callback(setattr, self, "_running", False)
             yield self
 
     def _scored(self) -> torch.Tensor:

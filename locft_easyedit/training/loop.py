@@ -31,6 +31,7 @@ def train_breadth_first(
     hparams: LocFTBFHyperParams,
     done: Progress,
     variants: Variants,
+    enough: Callable[[], bool] | None = None,
 ) -> Generator[Progress, None, None]:
     """Trains on `edits` in place, from where `done` is; yields `done` after every mini-batch.
 
@@ -40,6 +41,8 @@ def train_breadth_first(
         hparams: Epochs (`num_steps`), `batch_size`, `lr_schedule` and `epoch_loss_threshold`.
         done: How far training has come; brought up to date in place.
         variants: Which texts stand for an edit in an epoch.
+        enough: Asked after each epoch, with the matrices as they are by then: true ends the
+            training there.
 
     Raises:
         NonFiniteLossError: A loss or a weight became NaN or infinite. Restoring the weights is up
@@ -57,7 +60,9 @@ def train_breadth_first(
             yield done
         with step.share.world.warning_of_waits("an epoch's losses"):
             done.end_epoch([len(batch) for batch in batches], next_shuffling)
-        done.converged = done.losses[-1] < hparams.epoch_loss_threshold
+        done.converged = done.losses[-1] < hparams.epoch_loss_threshold or (
+            enough is not None and enough()
+        )
     step.finish_()
     done.finished = True
 

@@ -149,14 +149,14 @@ def failures(folder):
 
 def one_dies(folder):
     """Adds facts, and ends rank 1 while they are checked; returns what rank 0 is told."""
-    ledger, lost = opened(folder), trainer.Trainer.lost
+    ledger, wrong = opened(folder), trainer.Trainer.wrong
 
     def dying(self, *args, **options):
         if get_world().rank == 1:
             os._exit(9)
-        return lost(self, *args, **options)
+        return wrong(self, *args, **options)
 
-    with mock.patch.object(trainer.Trainer, "lost", dying):
+    with mock.patch.object(trainer.Trainer, "wrong", dying):
         try:
             ledger.add(REQUESTS[9:11])
         except LocFTError as error:

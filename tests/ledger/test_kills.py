@@ -37,7 +37,7 @@ def die_at(moment, monkeypatch):
         write(path, line)
 
     if moment == "in the check":
-        monkeypatch.setattr(Trainer, "lost", die)
+        monkeypatch.setattr(Trainer, "wrong", die)
     elif moment == "in the matrices":
         monkeypatch.setattr("locft_easyedit.utils.files.os.replace", die)
     elif moment == "before the line":

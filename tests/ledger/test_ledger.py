@@ -88,9 +88,9 @@ def test_old_facts_hold_beside_new_ones(filled):
 def test_what_a_check_finds_lost_is_trained_again(ledger, monkeypatch):
     fit, calls = Trainer._fit_, []
 
-    def idle_at_first(*args):
+    def idle_at_first(*args, **how):
         calls.append(args)
-        return 0 if len(calls) == 1 else fit(*args)
+        return 0 if len(calls) == 1 else fit(*args, **how)
 
     monkeypatch.setattr(Trainer, "_fit_", idle_at_first)
     added = ledger.add(REQUESTS[6:9])
@@ -100,20 +100,20 @@ def test_what_a_check_finds_lost_is_trained_again(ledger, monkeypatch):
 
 
 def test_what_is_lost_in_one_form_is_trained_in_that_form(tmp_path, monkeypatch):
-    fit, lost, calls, checks = Trainer._fit_, Trainer.lost, [], []
+    fit, wrong, calls, checks = Trainer._fit_, Trainer.wrong, [], []
 
-    def noted(self, runner, numbered, new, texts, *args):
+    def noted(self, runner, numbered, new, texts, *args, **how):
         calls.append((numbered, new, texts))
-        return fit(self, runner, numbered, new, texts, *args)
+        return fit(self, runner, numbered, new, texts, *args, **how)
 
-    def one_question(self, numbered, runner, edits, **how):
-        checks.append(edits)
+    def one_question(self, runner, texts, **how):
+        checks.append(texts)
         if len(checks) == 1:
-            return numbered.checked(edits)[[3]]
-        return lost(self, numbered, runner, edits, **how)
+            return texts[[3]]
+        return wrong(self, runner, texts, **how)
 
     monkeypatch.setattr(Trainer, "_fit_", noted)
-    monkeypatch.setattr(Trainer, "lost", one_question)
+    monkeypatch.setattr(Trainer, "wrong", one_question)
     assert new_ledger(tmp_path, forms=["question_answer"]).add(REQUESTS[:3]).lost == []
     (numbered, new, _), (_, again, texts) = calls[:2]
     assert (new.tolist(), again.tolist()) == ([0, 1, 2], [3])
@@ -125,7 +125,7 @@ def test_what_is_lost_in_one_form_is_trained_in_that_form(tmp_path, monkeypatch)
 
 
 def test_what_cannot_be_made_to_hold_is_said(ledger, monkeypatch):
-    monkeypatch.setattr(Trainer, "_fit_", lambda *_: 0)
+    monkeypatch.setattr(Trainer, "_fit_", lambda *_, **__: 0)
     assert ledger.add(REQUESTS[6:8]).lost == [7, 8]
     assert ledger.log.events[-1].said["trained"]["repairs"] == 10
 
@@ -402,7 +402,7 @@ def test_what_is_interrupted_has_changed_nothing(ledger, action, monkeypatch):
     act(undisturbed)
     before = matrix(ledger.model)
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "lost", lambda *_, **__: raise_(KeyboardInterrupt()))
+        patch.setattr(Trainer, "wrong", lambda *_, **__: raise_(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             act(ledger)
     assert torch.equal(matrix(ledger.model), before)
@@ -415,7 +415,7 @@ def test_facts_that_failed_leave_nothing_to_those_that_take_their_numbers(ledger
     undisturbed = opened(copied(ledger, ledger.path.with_name("undisturbed")))
     undisturbed.add(REQUESTS[8:9])
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "lost", lambda *_, **__: raise_(ValueError("failed")))
+        patch.setattr(Trainer, "wrong", lambda *_, **__: raise_(ValueError("failed")))
         with pytest.raises(ValueError, match="failed"):
             ledger.add(REQUESTS[6:7])
     ledger.add(REQUESTS[8:9])

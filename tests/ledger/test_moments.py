@@ -101,7 +101,7 @@ def test_to_look_at_an_earlier_state_they_are_not_needed(folder):
 def test_what_is_interrupted_leaves_them(folder, expected, monkeypatch):
     ledger = opened(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "lost", interrupted)
+        patch.setattr(Trainer, "wrong", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ledger.add(REQUESTS[6:9])
     ledger.add(REQUESTS[6:9])
@@ -117,7 +117,7 @@ def test_repairs_are_gentle_and_leave_none(tmp_path, monkeypatch):
     rates, after = [], []
     fit = Trainer._fit_
 
-    def noted(self, *args):
+    def noted(self, *args, enough=None):
         found = fit(self, *args)
         after.append(self.moments)
         return found
@@ -129,10 +129,8 @@ def test_repairs_are_gentle_and_leave_none(tmp_path, monkeypatch):
         return TrainingStep(runner, weights, hparams, *args, **options)
 
     monkeypatch.setattr("locft_easyedit.ledger.trainer.TrainingStep", watched)
-    lost = iter([[1], [1], [1], [1], [1], []])
-    monkeypatch.setattr(
-        Trainer, "lost", lambda self, numbered, *_, **__: numbered.edits(next(lost))
-    )
+    lost = iter([1, 1, 1, 1, 1, 0])
+    monkeypatch.setattr(Trainer, "wrong", lambda self, runner, texts: texts[: next(lost)])
     ledger = new_ledger(tmp_path)
     ledger.add(REQUESTS[:3])
     lr = ledger.hparams.lr
@@ -141,20 +139,34 @@ def test_repairs_are_gentle_and_leave_none(tmp_path, monkeypatch):
 
 
 def test_the_round_with_the_fewest_lost_facts_counts(tmp_path, monkeypatch):
-    counts = [[1, 2], [1], [1, 2, 3], *[[1, 2, 3]] * 20]
-    lost, seen = iter(counts), []
+    lost, seen = iter([2, 1, 3, *[3] * 20]), []
 
-    def pretended(self, numbered, *_, **__):
+    def pretended(self, runner, texts):
         seen.append(self.place.parameters[NAME].detach().clone())
-        return numbered.edits(next(lost))
+        return texts[: next(lost)]
 
-    monkeypatch.setattr(Trainer, "lost", pretended)
+    fit = Trainer._fit_
+    monkeypatch.setattr(Trainer, "wrong", pretended)
+    monkeypatch.setattr(Trainer, "_fit_", lambda *args, enough=None: fit(*args))
     ledger = new_ledger(tmp_path)
     added = ledger.add(REQUESTS[:3])
     assert len(seen) == 1 + MOST_REPAIRS
     assert added.lost == [1]
     assert torch.equal(matrix(ledger.model), seen[1])
     assert not torch.equal(seen[1], seen[-1])
+
+
+def test_a_repair_ends_once_all_is_right(tmp_path, monkeypatch):
+    ledger = new_ledger(tmp_path, num_steps=9, batch_loss_threshold=0, epoch_loss_threshold=0)
+    lost = iter([2, 2, 1, 0, 0])  # at first; after the repair's first three epochs; at the end
+
+    def pretended(self, runner, texts):
+        return texts[: next(lost)]
+
+    monkeypatch.setattr(Trainer, "wrong", pretended)
+    trained = ledger.add(REQUESTS[:3]).event.said["trained"]
+    assert (trained["repairs"], trained["epochs"]) == (1, 9 + 3)
+    assert next(lost, None) is None
 
 
 def test_a_low_rank_change_begins_anew(tmp_path):

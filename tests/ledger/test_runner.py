@@ -90,11 +90,11 @@ def test_wrong_counts_near_ties_as_it_is_told(tmp_path):
     model = wide_model()
     trainer = trainer_of(model, tmp_path)
     with trainer.ready():
-        numbered, runner = trainer.facts.numbered([facts(2)])
+        _, runner = trainer.facts.numbered([facts(2)])
         texts = np.arange(2)
         assert runner.wrong(texts, 2, clearly=False).tolist() == [0, 1]
         with torch.no_grad():
             model.lm_head.weight.zero_()  # every token is as likely as every other
         assert runner.wrong(texts, 2, clearly=False).tolist() == []
         assert runner.wrong(texts, 2, clearly=True).tolist() == [0, 1]
-        assert trainer.lost(numbered, runner, np.array([1])).tolist() == [1]
+        assert trainer.wrong(runner, texts[1:]).tolist() == [1]
