@@ -26,7 +26,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import NonFiniteLossError
-from ..modeling.places import owner, unsuitable
+from ..modeling.places import is_linear_weight, owner
 from ..utils.memory import on_cpu_if_full
 from .runner import LedgerRunner
 from .states import Matrices
@@ -54,7 +54,7 @@ def moments(
         texts: The texts, [B].
     """
     model, parameters = trainer.model, trainer.place.parameters
-    if unsuitable(model, parameters, "", ""):
+    if not all(is_linear_weight(model, name) for name in parameters):
         return None
     modules = {name: owner(model, name) for name in parameters}
     return runner.input_moments(texts, modules, _SCORED, trainer.hparams.eval_batch_size)

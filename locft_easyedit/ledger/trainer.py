@@ -159,11 +159,13 @@ class Trainer:
             rest = np.setdiff1d(numbered.checked(np.union1d(new, pool)), wrong)
             alone = Variants.own_alone(len(numbered.texts))
             texts = Replayed.of(alone, 0, rest, h.seed)
-            repaired = wrong
+
+            def enough(repaired: np.ndarray = wrong) -> bool:
+                return not len(not_right(repaired))
+
             found.epochs += self._fit_(
-                runner, numbered, repaired, texts, found.repairs, min(1.0, rate),
-                enough=lambda texts=repaired: not len(not_right(texts)),
-            )  # fmt: skip
+                runner, numbered, wrong, texts, found.repairs, min(1.0, rate), enough
+            )
             wrong = not_right(checked)
             if len(wrong) < len(fewest):
                 best, fewest = copies_of(self.place.parameters), wrong

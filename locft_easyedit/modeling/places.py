@@ -260,8 +260,13 @@ def unsuitable(
         '`rewrite_module_tmp`, for example "model.layers.{}.mlp.down_proj.weight", or set '
         f"{remedy}."
         for name, module in ((name, owner(model, name)) for name in parameters)
-        if not (isinstance(module, (nn.Linear, Conv1D)) and name.endswith(".weight"))
+        if not is_linear_weight(model, name)
     }
+
+
+def is_linear_weight(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is the matrix of a linear layer."""
+    return name.endswith(".weight") and isinstance(owner(model, name), (nn.Linear, Conv1D))
 
 
 def owner(model: nn.Module, name: str) -> nn.Module:

@@ -117,8 +117,8 @@ def test_repairs_are_gentle_and_leave_none(tmp_path, monkeypatch):
     rates, after = [], []
     fit = Trainer._fit_
 
-    def noted(self, *args, enough=None):
-        found = fit(self, *args)
+    def noted(self, *args):
+        found = fit(self, *args[:6])  # without what ends a round early
         after.append(self.moments)
         return found
 
@@ -147,7 +147,7 @@ def test_the_round_with_the_fewest_lost_facts_counts(tmp_path, monkeypatch):
 
     fit = Trainer._fit_
     monkeypatch.setattr(Trainer, "wrong", pretended)
-    monkeypatch.setattr(Trainer, "_fit_", lambda *args, enough=None: fit(*args))
+    monkeypatch.setattr(Trainer, "_fit_", lambda *args: fit(*args[:7]))
     ledger = new_ledger(tmp_path)
     added = ledger.add(REQUESTS[:3])
     assert len(seen) == 1 + MOST_REPAIRS
