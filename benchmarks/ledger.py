@@ -25,7 +25,6 @@ from locft_easyedit.api import edit_model
 from locft_easyedit.compare.commits import commits_of
 from locft_easyedit.data.forms import Forms, ways_of
 from locft_easyedit.data.readers import read_requests
-from locft_easyedit.data.variants import others_each
 from locft_easyedit.evaluation.answers import normalize_answer
 from locft_easyedit.evaluation.divergence import BeforeEdit, Divergence
 from locft_easyedit.evaluation.generated import MAX_NEW_TOKENS, Generated
@@ -92,7 +91,7 @@ def measured(options):
         result = edit_model(model, tokenizer, asked.requests, hparams, progress=False)
         seconds = time.perf_counter() - start
         forms = [form for form in (result.augmented or {}).get("forms", []) if form != PLAIN]
-        each = min(others_each(hparams.forms_per_epoch, options.n), len(ways_of(forms)) - 1)
+        each = min(hparams.forms_per_epoch, len(ways_of(forms)) - 1)
         found["at once"] = asked.figures(asked.answers("at once")) | {
             "epochs": len(result.losses),
             "texts": round(len(result.losses) * options.n * (1 + each)),

@@ -173,9 +173,8 @@ class LocFTBFHyperParams(HyperParamsBase):
             (`question_answer`), after a sentence that has nothing to do with it (`context`).
             `None` is plain alone, with LocFT-BF+ all of them (`chat` where there is a template).
         forms_per_epoch: How many other texts of an edit are trained beside its plain prompt in an
-            epoch: other forms of it and its rewordings, which take turns. `None` is one; with fewer
-            than 50 edits more, so that an epoch has 50 of them as far as there are. 0.5 is one in
-            every second epoch.
+            epoch: other forms of it and its rewordings, which take turns. 0.5 is one in every
+            second epoch.
         augment_model: Who writes rewordings of each edit's prompt, which are trained as those that
             a request brings: `edited`, the model being edited, as it is before the edit; the folder
             of another model; or `endpoint:NAME`, a model behind the OpenAI-compatible address in
@@ -242,7 +241,7 @@ class LocFTBFHyperParams(HyperParamsBase):
     checkpoint_dir: Optional[str] = None  # noqa: UP045
     checkpoint_minutes: Optional[float] = 5.0  # noqa: UP045
     forms: Optional[List[str]] = None  # noqa: UP006, UP045
-    forms_per_epoch: Optional[float] = None  # noqa: UP045
+    forms_per_epoch: float = 1.0
     augment_model: Optional[str] = None  # noqa: UP045
     augment_cache: Optional[str] = None  # noqa: UP045
     preserve: Optional[List[str]] = None  # noqa: UP006, UP045

@@ -140,7 +140,7 @@ def rules(values: Mapping[str, Any]) -> list[Rule]:
         ("max_length", lambda v: v >= 1, at_least_one),
         ("row_tokens", lambda v: v >= 1, at_least_one),
         ("micro_batch_size", lambda v: v is None or v >= 1, f"{at_least_one}, or null"),
-        ("forms_per_epoch", lambda v: v is None or v > 0, "must be above 0, or null"),
+        ("forms_per_epoch", lambda v: v > 0, "must be above 0"),
         # Of NaN the rule before says enough.
         *((name, lambda v: v is None or not v >= _MOST, "must be below 2**31") for name in _COUNTS),
         ("prefix_cut", lambda v: v in (None, *CUTS), f"must be null or one of {', '.join(CUTS)}"),

@@ -171,8 +171,8 @@ BAD_VALUES = [
     ("micro_batch_size", 0, "must be 1 or more, or null"),
     ("min_batches", 0, "must be 1 or more, or null"),
     ("min_batches", 2**31, "must be below 2**31"),
-    ("forms_per_epoch", 0, "must be above 0, or null"),
-    ("forms_per_epoch", "nan", "must be above 0, or null"),
+    ("forms_per_epoch", 0, "must be above 0"),
+    ("forms_per_epoch", "nan", "must be above 0"),
     ("forms_per_epoch", "inf", "must be below 2**31"),
     ("seed", -1, "must be 0 or more"),
     ("seed", 2**64, "seed"),  # torch's generators take 64 bits

@@ -16,7 +16,7 @@ from ..hparams_rules import CHAT, PLAIN
 from .forms import Forms
 from .requests import Edit, EditSet
 from .tokenization import Asked, TokenizedTexts, tokenize_asked, tokenize_edits
-from .variants import Variants, others_each
+from .variants import Variants
 
 logger = logging.getLogger(__name__)
 
@@ -100,9 +100,7 @@ class TrainingTexts:
         n_trained = sum(map(len, wordings)) - len(wordings)
         return cls(
             _joined(own, tokens.subset(np.flatnonzero(fits))).subset(order),
-            Variants.in_turns(
-                counts, others_each(hparams.forms_per_epoch, len(edits)), hparams.seed
-            ),
+            Variants.in_turns(counts, hparams.forms_per_epoch, hparams.seed),
             wordings,
             targets,
             subjects,

@@ -7,21 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Other texts in an epoch below which an edit has more of them: five mini-batches of ten. With fewer
-# a run has too few steps for each form to be learned (6 edits: .61 of the answers in chat were
-# right with one other an epoch, .78 with two, .94 with all seven).
-_FEWEST_OTHERS = 50
 _TURNS = 2**31
-
-
-def others_each(wanted: float | None, n: int) -> float:
-    """Returns how many other texts of an edit are trained in an epoch, as far as it has them.
-
-    Args:
-        wanted: `forms_per_epoch`; `None` is one, and more where there are few edits.
-        n: Edits that are trained.
-    """
-    return wanted or math.ceil(_FEWEST_OTHERS / max(1, n))
 
 
 @dataclass(frozen=True, eq=False)

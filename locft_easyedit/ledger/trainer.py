@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from ..data.variants import Variants, others_each
+from ..data.variants import Variants
 from ..distributed.world import World
 from ..errors import NonFiniteLossError
 from ..hparams import LocFTBFHyperParams
@@ -147,8 +147,7 @@ class Trainer:
         """
         found, before, h = Trained(), runner.n_trained_by_all, self.hparams
         if wrong is None:
-            each = others_each(h.forms_per_epoch, len(new))
-            texts = Replayed.of(numbered.variants, each, pool, h.seed)
+            texts = Replayed.of(numbered.variants, h.forms_per_epoch, pool, h.seed)
             found.epochs = self._fit_(runner, numbered, new, texts)
             wrong = not_right(checked)
         fewest = wrong

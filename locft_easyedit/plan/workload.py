@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.variants import others_each
 from ..errors import HyperParamsError, one_message
 from ..hparams import LocFTBFHyperParams
 
@@ -140,12 +139,12 @@ class Workload:
             "micro_batch_size",
             "eval_batch_size",
             "row_tokens",
+            "forms_per_epoch",
         )
         from ..data.forms import ways_of  # help shows what is assumed, and has no time for it
 
         forms = len(ways_of(hparams.wrapped_forms)) - 1
         values: dict[str, Any] = {"epochs": hparams.num_steps, "forms": forms}
-        values["forms_per_epoch"] = others_each(hparams.forms_per_epoch, n)
         values |= {key: getattr(hparams.of_edits(n), key) for key in sizes}
         return cls(n=n, **(values | changes))
 

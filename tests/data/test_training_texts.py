@@ -12,7 +12,7 @@ from helpers.toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, 
 from locft_easyedit.api import edit_model
 from locft_easyedit.data.requests import distinct_edits
 from locft_easyedit.data.training_texts import TrainingTexts
-from locft_easyedit.data.variants import Variants, others_each
+from locft_easyedit.data.variants import Variants
 from locft_easyedit.training.session import EditSession
 
 # Measured: 3e-6; rounding of packed rows.
@@ -74,19 +74,6 @@ def test_a_part_of_a_rewording_is_one_in_some_epochs(each):
 def test_an_edit_with_fewer_rewordings_than_asked_for_gives_each_once():
     texts = Variants.in_turns(np.array([1]), 3, seed=1).texts(np.array([0]), epoch=4)
     assert texts.tolist() == [0, 1]
-
-
-def test_few_edits_are_trained_in_more_of_their_texts_at_once():
-    hparams, tokenizer = reworded(forms_per_epoch=None, append_eos=False), toy_tokenizer()
-    for n, each in ((60, 1), (20, 3), (4, 13)):
-        requests = toy_requests(n)
-        for request in requests:
-            request["rewordings"] = [f"{word} {request['prompt']}" for word in WORDS]
-        edits = distinct_edits(requests).edits
-        made = TrainingTexts.tokenize(tokenizer, edits, [None] * n, hparams, 256)
-        assert made.variants.each == each
-        assert made.variants.most == 1 + min(each, len(WORDS))
-    assert others_each(2, 4) == 2
 
 
 def test_texts_are_each_edits_own_and_then_its_rewordings():

@@ -66,7 +66,7 @@ def test_the_plan_is_what_a_session_of_the_preset_holds(dtype, tmp_path):
     toy_model("llama").config.save_pretrained(tmp_path)
     hparams = toy_hparams(
         alg_name="LocFT-BF+", forms=FORMS[1:], preserve=["neighbours"], dtype=dtype,
-        prefix_cut="matrix",
+        prefix_cut="matrix", forms_per_epoch=4,
         model_name=str(tmp_path), device="cpu", health_check=False,
     )  # fmt: skip
     model = toy_model("llama").to(getattr(torch, dtype))
@@ -74,7 +74,7 @@ def test_the_plan_is_what_a_session_of_the_preset_holds(dtype, tmp_path):
         texts, store = session.training_texts, session._runner.prefix.store
         change = session._protection.change
         assert len(texts.texts) == 12 * 5
-        assert session.training_texts.variants.most == 5  # of so few edits all forms
+        assert session.training_texts.variants.most == 5
         own = tokenize_edits(toy_tokenizer(), session.edits.edits, append_eos=True)
         longer = (texts.texts.lengths.sum() - own.lengths.sum()) / 48 - own.lengths.mean()
         assert abs(longer) > 0.5  # else nothing shows that it counts
