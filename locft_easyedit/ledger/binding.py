@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..delta.metadata import frozen_samples
 from ..distributed.world import World
 from ..errors import HyperParamsError, LedgerError, one_message
-from ..hparams import LocFTBFHyperParams
+from ..hparams import LocFTBFHyperParams, given_values
 from ..hparams_rules import BREADTH_FIRST, DEPTH_FIRST
 from ..modeling.device_map import left_on_disk
 from ..modeling.devices import input_device
@@ -75,7 +75,8 @@ def hparams_of(init: Event) -> LocFTBFHyperParams:
             f"The ledger was made with `{sorted(unknown)[0]}`, which this version does not know. "
             "Update locft_easyedit."
         )
-    return LocFTBFHyperParams(**values)
+    # A null of another version may stand for what is a number by now.
+    return LocFTBFHyperParams(**given_values(values))
 
 
 def check_supported(hparams: LocFTBFHyperParams) -> None:

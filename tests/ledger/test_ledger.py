@@ -506,3 +506,8 @@ def test_settings_of_a_newer_version_are_refused(ledger):
     ledger.log.events[0].said["hparams"]["speed"] = 3
     with pytest.raises(LedgerError, match="made with `speed`, which this version does not know"):
         ledger.add(REQUESTS[6:7])
+
+
+def test_a_null_of_another_version_is_the_default(ledger):
+    ledger.log.events[0].said["hparams"]["forms_per_epoch"] = None
+    assert ledger.hparams.forms_per_epoch == 1.0
