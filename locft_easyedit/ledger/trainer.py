@@ -211,9 +211,7 @@ class Trainer:
             NonFiniteLossError: Training diverged; to restore the weights is up to the caller.
         """
         h, parameters = self.hparams, self.place.parameters
-        if not repair:
-            h = h.of_edits(len(new))
-        else:
+        if repair:
             # A mean below the thresholds may hide what is still wrong: they are lowered each time.
             h = replace(
                 h,
@@ -221,6 +219,8 @@ class Trainer:
                 batch_loss_threshold=h.batch_loss_threshold * 10.0**-repair,
                 epoch_loss_threshold=h.epoch_loss_threshold * 10.0**-repair,
             )
+        else:
+            h = h.of_edits(len(new))
         change: Reparametrization | None = low_rank_of(self.model, parameters, h)
         lasting = change is None  # a low-rank change is another one at each training
         adam = None

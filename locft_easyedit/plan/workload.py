@@ -145,7 +145,8 @@ class Workload:
 
         forms = len(ways_of(hparams.wrapped_forms)) - 1
         values: dict[str, Any] = {"epochs": hparams.num_steps, "forms": forms}
-        values |= {key: getattr(hparams.of_edits(n), key) for key in sizes}
+        trained = hparams.of_edits(n)
+        values |= {key: getattr(trained, key) for key in sizes}
         return cls(n=n, **(values | changes))
 
 

@@ -88,9 +88,9 @@ def test_old_facts_hold_beside_new_ones(filled):
 def test_what_a_check_finds_lost_is_trained_again(ledger, monkeypatch):
     fit, calls = Trainer._fit_, []
 
-    def idle_at_first(*args, **how):
+    def idle_at_first(*args):
         calls.append(args)
-        return 0 if len(calls) == 1 else fit(*args, **how)
+        return 0 if len(calls) == 1 else fit(*args)
 
     monkeypatch.setattr(Trainer, "_fit_", idle_at_first)
     added = ledger.add(REQUESTS[6:9])
@@ -102,9 +102,9 @@ def test_what_a_check_finds_lost_is_trained_again(ledger, monkeypatch):
 def test_what_is_lost_in_one_form_is_trained_in_that_form(tmp_path, monkeypatch):
     fit, wrong, calls, checks = Trainer._fit_, Trainer.wrong, [], []
 
-    def noted(self, runner, numbered, new, texts, *args, **how):
+    def noted(self, runner, numbered, new, texts, *args):
         calls.append((numbered, new, texts))
-        return fit(self, runner, numbered, new, texts, *args, **how)
+        return fit(self, runner, numbered, new, texts, *args)
 
     def one_question(self, runner, texts, **how):
         checks.append(texts)
@@ -125,7 +125,7 @@ def test_what_is_lost_in_one_form_is_trained_in_that_form(tmp_path, monkeypatch)
 
 
 def test_what_cannot_be_made_to_hold_is_said(ledger, monkeypatch):
-    monkeypatch.setattr(Trainer, "_fit_", lambda *_, **__: 0)
+    monkeypatch.setattr(Trainer, "_fit_", lambda *_: 0)
     assert ledger.add(REQUESTS[6:8]).lost == [7, 8]
     assert ledger.log.events[-1].said["trained"]["repairs"] == 10
 
