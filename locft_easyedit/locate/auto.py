@@ -156,7 +156,9 @@ class _Screen:
         locations = candidates(model, stack, hparams)
         order = np.random.default_rng(_SEED).permutation(len(edits))[:MOST_EDITS]
         sample = [edits[i] for i in sorted(order.tolist())]
-        t = Trials(model, tokenizer, sample, hparams, min(_BATCH, hparams.batch_size))
+        # As many steps an epoch as a sample allows, never larger ones than those of the run.
+        batch_size = min(_BATCH, hparams.of_edits(len(edits)).batch_size)
+        t = Trials(model, tokenizer, sample, hparams, batch_size)
         self.trials = t
         self.tried: list[TriedPlace] = []
         self.scale = 1.0

@@ -174,6 +174,20 @@ def test_the_session_trains_what_was_chosen():
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize(("changes", "size"), [({}, 9), ({"batch_size": 4}, 4),
+                                               ({"min_batches": 3}, 3)])  # fmt: skip
+def test_rates_are_tried_with_the_steps_of_the_run(changes, size, monkeypatch):
+    sizes = []
+
+    def run(self, *args):
+        sizes.append(self.batch_size)
+        return trial.TrialScores(1, 1, 0.1, 0.5)
+
+    monkeypatch.setattr(trial.Trials, "run", run)
+    chosen(**({"batch_size": 9} | changes))
+    assert set(sizes) == {size}
+
+
 @pytest.fixture
 def no_limit(monkeypatch):
     """A budget for everything."""
