@@ -86,10 +86,15 @@ def fixed_shape(length: int, scored: int, cells: int) -> FixedShape:
         cells: Cells of a shape, about as many as keep the device busy.
     """
     columns = -(-max(length, 1) // _COLUMNS) * _COLUMNS
-    rows = max(1, cells // max(columns, _FEW_COLUMNS))
+    rows = min(most_rows(cells), max(1, cells // columns))
     return FixedShape(
         rows, columns, _COLUMNS * 2 ** max(0, math.ceil(math.log2(max(scored, 1) / _COLUMNS)))
     )
+
+
+def most_rows(cells: int) -> int:
+    """Returns the rows of the fixed shape that has most of them."""
+    return max(1, cells // _FEW_COLUMNS)
 
 
 def in_batches(

@@ -21,7 +21,8 @@ from ..modeling.devices import input_device
 from ..modeling.modes import evaluation_mode
 from ..utils.progress import progress_bar
 from .answers import STOPS, up_to_stop
-from .decoding import Done, decode_, end_tokens, stop_tokens
+from .decoding import decode_, end_tokens, stop_tokens
+from .growing_texts import Done
 from .predictions import (
     ArgmaxPredictions,
     ArgmaxPredictor,

@@ -74,6 +74,16 @@ def test_an_evaluation_beside_easyedit_has_equal_figures(run, toy_folder, easyed
     assert row["ratio"] == pytest.approx(row["easyedit"] / row["ours"])
 
 
+def test_answers_in_rows_that_are_filled_again(run, toy_folder):
+    run(
+        FOLDER / "answers.py", *TOY, "--n", 6, "--repeats", 1, "--json", "found.json",
+    )  # fmt: skip
+    whole, refilled = figures_of(toy_folder / "found.json")
+    assert whole["times faster"] == 1.0
+    assert refilled["passes"] != whole["passes"]
+    assert json.loads((toy_folder / "found.json").read_text(encoding="utf-8"))["same"] > 0.5
+
+
 def test_edits_beside_easyedits_ft(run, toy_folder, easyedit):
     run(
         FOLDER / "easyedit_ft.py", *TOY, "--hparams", "toy.yaml", "--n", 2, "--same-place",
