@@ -54,9 +54,6 @@ def decode_refilled(
     A text that its cache has no column left for is read again, in a wider one. So is what was
     written so far where memory runs out; fewer rows run from then on.
 
-    Returns:
-        The texts that are not done, with their tokens: no cache of `span` columns holds them.
-
     Args:
         model: A causal language model, in evaluation mode.
         lengths: Tokens of each text, [N].
@@ -68,6 +65,9 @@ def decode_refilled(
         span: Columns of a cache, at most (see `attention_span`).
         description: Label of the progress bar.
         progress: Show a progress bar.
+
+    Returns:
+        The texts that are not done, with their tokens: no cache of `span` columns holds them.
 
     Raises:
         ModelError: The model's cache is not one of attention over all tokens.
