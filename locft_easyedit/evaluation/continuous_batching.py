@@ -205,6 +205,8 @@ class _Layer(DynamicLayer):
         """Copies the states of some members of a first pass, [B], into rows, [B]."""
         members, rows = members.to(self.device), rows.to(self.device)
         for states, new in zip(self._states, (given.keys, given.values), strict=True):
+            # What a former text has left is masked, but NaN and infinity would come through.
+            states[rows, :, new.shape[2] :] = 0
             states[rows, :, : new.shape[2]] = new[members]
 
 

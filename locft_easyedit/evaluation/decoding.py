@@ -86,7 +86,9 @@ def decode_(
                 description=description,
                 progress=progress,
             )
-            begin, numbers = rest.__getitem__, np.array([*rest], np.int64)
+            numbers = np.array([*rest], np.int64)
+            # A copy: where memory runs out a batch begins anew.
+            begin = lambda i: list(rest[i])  # noqa: E731
             lengths = np.array([*map(len, rest.values())], np.int64)
             batches = fixed_batches(lengths, np.ones_like(lengths), cells)
         else:

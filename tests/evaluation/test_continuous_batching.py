@@ -206,3 +206,27 @@ def test_a_cache_that_changes_the_logits_is_not_used(wrong, monkeypatch):
 def test_a_cache_of_states_has_no_rows_to_fill():
     config = MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4)
     assert static_span(MambaForCausalLM(config).eval(), [5, 6, 7]) == 0
+
+
+def test_numbers_that_are_none_stay_in_their_text():
+    """One row: what the first text has left behind lies beyond the end of the second."""
+    model, last = toy_model(), 4
+    texts, wanted = [[5] * 12, [6, 7]], [15, 10]
+    expected = naive(toy_model(), texts[1:], wanted[1:])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[last] = float("nan")
+    found = {}
+    with evaluation_mode(model), torch.no_grad():
+        decode_refilled(
+            model,
+            np.array([12, 2]),
+            lambda i: list(texts[i]),
+            found.__setitem__,
+            pick=lambda logits, numbers, so_far: torch.where(
+                torch.tensor(numbers) == 0, last, logits.argmax(-1)
+            ),
+            done=lambda i, ids: len(ids) >= wanted[i],
+            cells=16,
+            span=float("inf"),
+        )
+    assert found[1] == expected[0]
