@@ -8,7 +8,7 @@ make them in turn; the first round, which is not counted, measures whether the c
 model. Read the ratio, not the seconds.
 """
 
-from contextlib import nullcontext
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -38,17 +38,14 @@ def main():
 
     def answers(name, span):
         calls.clear()
-        with (
-            nullcontext()
-            if span is None
-            else patch.object(decoding, "static_span", lambda *_: span)
-        ):
+        with patch.object(decoding, "static_span", span):
             measured = evaluation.measure()
         passes[name] = len(calls)
         return [one["wrapped"]["answers"] for one in measured]
 
+    ways = {WHOLE: lambda *_: 0, REFILLED: decoding.static_span}
     seconds, found = interleaved(
-        {WHOLE: lambda: answers(WHOLE, 0), REFILLED: lambda: answers(REFILLED, None)},
+        {name: partial(answers, name, span) for name, span in ways.items()},
         options.repeats,
         model.device,
     )

@@ -49,18 +49,18 @@ def decode_refilled(
     description: str = "",
     progress: bool = False,
 ) -> dict[int, list[int]]:
-    """Appends tokens to each of N texts until it is done; arguments are those of `decode_`.
+    """Appends tokens to each of N texts until it is done, in rows that are filled again.
 
     A text that its cache has no column left for is read again, in a wider one. So is what was
     written so far where memory runs out; fewer rows run from then on.
 
     Args:
         model: A causal language model, in evaluation mode.
-        lengths: Tokens of each text, [N].
+        lengths: As for `decode_`, like what follows: tokens of each text, [N].
         begin: Gives text i's tokens, to be changed.
         end: Takes all tokens of text i when it is done.
         pick: Chooses next tokens.
-        done: Called after each token; a text is asked for at least one.
+        done: Called after each token.
         cells: As for `fixed_shape`.
         span: Columns of a cache, at most (see `attention_span`).
         description: Label of the progress bar.
@@ -72,50 +72,57 @@ def decode_refilled(
     Raises:
         ModelError: The model's cache is not one of attention over all tokens.
     """
-    n_rows = most_rows(cells)
     widths = [cache_width(length, cells) for length in lengths.tolist()]
     rest = {i: begin(i) for i, width in enumerate(widths) if width > span}
-    # The lengths of the texts that are not done.
+    # The lengths of the texts that are not done, and the tokens of those that have begun.
     left = {i: length for i, length in enumerate(lengths.tolist()) if i not in rest}
-    begun: dict[int, list[int]] = {}  # those of them that were interrupted
+    begun: dict[int, list[int]] = {}
+    allowed: dict[int, int] = {}  # rows of a cache, by its width, where memory ran out
 
     def start(i: int) -> list[int]:
-        return begun.pop(i, None) or begin(i)
+        if i not in begun:
+            begun[i] = begin(i)
+        return begun[i]
 
     with progress_bar(total=len(left), desc=description, unit="prompt", show=progress) as bar:
 
-        def ended(i: int, ids: list[int]) -> None:
-            end(i, ids)
+        def ended(i: int) -> None:
+            end(i, begun.pop(i))
             del left[i]
             bar.update()
 
         while left:
             for width, batches in _by_width(left, cells):
-                rows = _Rows(model, n_rows, width, cells, pick, done, ended)
-                full = False
+                rows = _Rows(
+                    model,
+                    allowed.get(width, most_rows(cells)),
+                    width,
+                    cells,
+                    pick,
+                    done,
+                    ended,
+                )
+                n_rows = 0
                 try:
                     rows.run(batches, start)
                 except Exception as error:
+                    n_rows = rows.n_rows
                     if n_rows == 1 or not is_out_of_memory(error):
                         raise
-                    full = True
-                for i, ids in rows.interrupted():
-                    if cache_width(len(ids), cells) > span:
-                        rest[i] = ids
-                        del left[i]
-                    else:
-                        begun[i], left[i] = ids, len(ids)
-                if full:
+                if n_rows:
                     # Outside the handler: the exception's frames hold the tensors that have to go.
                     del rows
                     torch.cuda.empty_cache()
-                    n_rows //= 2
+                    allowed[width] = n_rows // 2
                     logger.warning(
                         "%d rows of a key-value cache do not fit into memory: %d from here on.",
-                        2 * n_rows,
                         n_rows,
+                        n_rows // 2,
                     )
-                    break
+            left |= {i: len(ids) for i, ids in begun.items()}
+            for i in [i for i in begun if cache_width(left[i], cells) > span]:
+                rest[i] = begun.pop(i)
+                del left[i]
     return rest
 
 
@@ -210,21 +217,19 @@ class _Layer(DynamicLayer):
             states[rows, :, : new.shape[2]] = new[members]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Read:
     """Texts that have been read, and wait for rows.
 
     Attributes:
         beginning: What they were read in.
         layers: What that left of each layer.
-        texts: The numbers and tokens of those that wait, B of them.
-        members: The row of `beginning` that each has, [B].
+        texts: Of those that wait the row of `beginning`, the number and the tokens.
     """
 
     beginning: Beginning
     layers: Sequence[Any]
-    texts: list[tuple[int, list[int]]]
-    members: np.ndarray
+    texts: list[tuple[int, int, list[int]]]
 
 
 class _Rows:
@@ -234,6 +239,10 @@ class _Rows:
         model: As for `decode_refilled`, like what follows.
         n_rows: R, if the device's memory allows it.
         width: W, the cache's columns.
+        end: Called with the number of each text that is done.
+
+    Attributes:
+        n_rows: R; from the first pass on that which the device's memory allows.
     """
 
     def __init__(
@@ -244,41 +253,31 @@ class _Rows:
         cells: int,
         pick: Pick,
         done: Done,
-        end: Callable[[int, list[int]], None],
+        end: Callable[[int], None],
     ) -> None:
         self._model, self._cells = model, cells
         self._pick, self._done, self._end = pick, done, end
-        self._n_rows, self._width = n_rows, width
+        self.n_rows, self._width = n_rows, width
         # The number of each row's text; -1 where there is none. None is there before a first pass.
         self._texts = np.full(0, -1)
-        self._waiting: list[tuple[int, list[int]]] = []  # texts that have begun, without a row
         self._read: _Read | None = None
         self._cache: Cache | None = None
 
     def run(self, batches: Sequence[np.ndarray], begin: Callable[[int], list[int]]) -> None:
-        """Decodes batches of texts, each of which is read in one pass."""
+        """Decodes batches of texts, each of which is read in one pass, as far as columns go."""
         queue = list(batches)[::-1]
         while queue or self._read is not None or (self._texts >= 0).any():
             free = np.flatnonzero(self._texts < 0)
             if self._read is not None and len(free):
                 self._take(self._read, free)
             elif queue and (len(free) or self._cache is None):
-                self._read = self._first_pass(queue.pop(), begin)
+                self._first_pass(queue.pop(), begin)
             else:
                 self._step()
 
-    def interrupted(self) -> list[tuple[int, list[int]]]:
-        """Returns the texts that are not done, with their tokens."""
-        read = self._read.texts if self._read is not None else []
-        open_ = np.flatnonzero(self._texts >= 0).tolist()
-        in_rows = [(int(self._texts[row]), self._grown[row]) for row in open_]
-        return [*self._waiting, *read, *in_rows]
-
-    def _first_pass(self, batch: np.ndarray, begin: Callable[[int], list[int]]) -> _Read | None:
-        """Reads texts and appends their first tokens; returns those that go on, if there are."""
-        texts = [(i, begin(i)) for i in batch.tolist()]
-        before, self._waiting = self._waiting, self._waiting + texts
-        grown = [ids for _, ids in texts]
+    def _first_pass(self, batch: np.ndarray, begin: Callable[[int], list[int]]) -> None:
+        """Reads texts and appends their first tokens; those that go on wait for rows."""
+        grown = [begin(i) for i in batch.tolist()]
         beginning = Beginning.of(self._model, grown, self._cells)
         logits, cache = beginning.run(self._model)
         layers = _layers(cache, beginning)
@@ -287,18 +286,16 @@ class _Rows:
         members = np.arange(len(batch))
         tokens = self._pick(logits[: len(batch)], batch, grown)
         going = grow_(grown, members, tokens, batch, self._done)
-        self._waiting = before
-        for member in members[~going].tolist():
-            self._end(*texts[member])
-        members = members[going]
-        if not len(members):
-            return None
-        return _Read(beginning, layers, [texts[member] for member in members], members)
+        for i in batch[~going].tolist():
+            self._end(i)
+        texts = [(member, int(batch[member]), grown[member]) for member in members[going].tolist()]
+        self._read = _Read(beginning, layers, texts) if texts else None
 
     def _set_up(self, layers: Sequence[Any], device: torch.device) -> None:
         dtype, n_columns = self._model.dtype, layers[0].keys.shape[0] * layers[0].keys.shape[2]
         held = sum(states.nbytes for one in layers for states in (one.keys, one.values))
-        n_rows = _affordable(self._n_rows, held // n_columns * self._width, device)
+        n_rows = _affordable(self.n_rows, held // n_columns * self._width, device)
+        self.n_rows = n_rows
         self._texts = np.full(n_rows, -1)
         self._columns = np.zeros(n_rows, np.int64)  # where each text's next states go
         self._grown: list[list[int]] = [[]] * n_rows
@@ -314,22 +311,22 @@ class _Rows:
 
     def _take(self, read: _Read, free: np.ndarray) -> None:
         """Gives as many of the texts that have been read rows as there are free ones, [F]."""
-        taken, texts = read.members[: len(free)], read.texts[: len(free)]
-        free = free[: len(taken)]
-        rows, members = torch.from_numpy(free), torch.from_numpy(taken)
+        texts = read.texts[: len(free)]
+        free = free[: len(texts)]
+        rows, members = torch.from_numpy(free), torch.tensor([member for member, *_ in texts])
         for own, given in zip(self._layers, read.layers, strict=True):
             own.take(given, members, rows)
         device = self._mask.device
         real = read.beginning.mask[members.to(device)]  # [B, T]
-        shown = self._mask.new_full((len(taken), self._width), self._hidden)
+        shown = self._mask.new_full((len(texts), self._width), self._hidden)
         shown[:, : real.shape[1]].masked_fill_(real.bool(), 0)
         self._mask[rows.to(device), 0, 0] = shown
         self._columns[free] = real.shape[1]
-        for row, (i, ids) in zip(free.tolist(), texts, strict=True):
+        for row, (_, i, ids) in zip(free.tolist(), texts, strict=True):
             self._texts[row], self._grown[row] = i, ids
-        rest = _Read(read.beginning, read.layers, read.texts[len(taken) :],
-                     read.members[len(taken) :])  # fmt: skip
-        self._read = rest if rest.texts else None
+        del read.texts[: len(texts)]
+        if not read.texts:
+            self._read = None
 
     def _step(self) -> None:
         """Appends a token to each text."""
@@ -352,9 +349,8 @@ class _Rows:
         tokens = self._pick(logits[rows.to(logits.device)], self._texts[open_], so_far)
         going = grow_(self._grown, open_, tokens, self._texts, self._done)
         self._columns[open_] += 1
-        for row in open_[~going].tolist():
-            self._end(int(self._texts[row]), self._grown[row])
-        full = open_[going & (self._columns[open_] == self._width)]
-        self._waiting += [(int(self._texts[row]), self._grown[row]) for row in full.tolist()]
-        left = np.concatenate([open_[~going], full])
-        self._texts[left], self._columns[left] = -1, 0
+        for i in self._texts[open_[~going]].tolist():
+            self._end(i)
+        # A text that has no column left goes as well: it is not done.
+        going &= self._columns[open_] < self._width
+        self._texts[open_[~going]], self._columns[open_[~going]] = -1, 0
