@@ -126,6 +126,36 @@ def decode_refilled(
     return rest
 
 
+def decode_in_rows(
+    model: Any,
+    texts: np.ndarray,
+    grown: list[list[int]],
+    pick: Pick,
+    done: Done,
+    *,
+    width: int,
+    cells: int,
+) -> None:
+    """Appends tokens to a few texts in one cache of a given width, until they are done.
+
+    Args:
+        model: As for `decode_refilled`, like what follows.
+        texts: The texts' numbers, from 0 on, [B].
+        grown: Their tokens, changed in place.
+        pick: Chooses next tokens.
+        done: Called after each token.
+        width: Columns of the cache; texts without a column left are not done.
+        cells: As for `fixed_shape`.
+
+    Raises:
+        ModelError: The model's cache is not one of attention over all tokens.
+    """
+    lengths = np.array([*map(len, grown)], np.int64)
+    batches = fixed_batches(lengths, np.ones_like(lengths), cells)
+    rows = _Rows(model, most_rows(cells), width, cells, pick, done, lambda _: None)
+    rows.run([texts[batch] for batch in batches], lambda i: grown[i])
+
+
 def cache_width(length: int, cells: int) -> int:
     """Returns the columns of the cache in which a text of so many tokens grows."""
     return -(-(fixed_shape(length, 1, cells).columns + _ROOM) // _COLUMNS) * _COLUMNS

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,16 +27,19 @@ from ..modeling.suitability import generation_ends
 from ..prefix.probes import MOST_TOLERATED, REFUSALS, TOLERANCE, relative_error
 from ..prefix.runner import TextRunner
 from .answers import STOPS
-from .continuous_batching import attention_span, decode_refilled
+from .continuous_batching import attention_span, cache_width, decode_in_rows, decode_refilled
 from .growing_texts import Beginning, Done, Pick, grow_
 from .predictions import fixed_cells
 
 logger = logging.getLogger(__name__)
 
+# Tokens of a trial's longest text, at least.
 _PROBE_TOKENS = 8
-# Cells of a trial with two rows, so that the third text gets a row that another one had.
+# Cells of a trial with two rows: the third text gets the row that the first one had.
 _PROBE_CELLS = 32
-# Of the mean relative error in half precision. SmolLM2 has 0.01 to 0.04, and 0.06 to 0.6 with a
+# Columns of the widest static cache. Longer texts are seldom asked for an answer.
+_WIDEST = 512
+# Of the mean relative error in half precision. SmolLM2 has 0.01 to 0.03, and 0.09 to 0.6 with a
 # wrong mask or position.
 _HALF_TOLERANCE = 5e-2
 # Columns of padding behind a text that show what rounding makes of its logits.
@@ -173,7 +177,7 @@ def can_batch_cache(model: Any, ids: Sequence[int]) -> bool:
     """Returns whether texts that share a cache get the logits that each gets alone.
 
     Measured once for each model: texts of several lengths, padded on the left, of which one leaves
-    the cache after a token. Says so if they do not.
+    the cache before the others. Says so if they do not.
 
     Args:
         model: A causal language model, in evaluation mode.
@@ -193,44 +197,39 @@ def can_batch_cache(model: Any, ids: Sequence[int]) -> bool:
     return _can_batch_cache[model]
 
 
-_static_span: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
+_static_span: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
-def static_span(model: Any, ids: Sequence[int]) -> float:
+def static_span(model: Any, ids: Sequence[int]) -> int:
     """Returns the columns that a static cache may have whose rows are filled again; 0 for none.
 
-    Measured once for each model, like `can_batch_cache`: one text more than rows. As many as a
-    layer sees tokens back.
+    Measured once for each model, like `can_batch_cache`: three short texts in two rows of the
+    widest cache that is used at all, or of as many columns as each layer sees tokens back. Some
+    models take a window from the length of the cache, which shows in a wide one alone.
 
     Args:
         model: A causal language model, in evaluation mode.
-        ids: Tokens of some text.
+        ids: Tokens of some text; the first few count, so that its length does not.
     """
     if model not in _static_span:
-        error, allowed = _cache_error(model, ids, _decode_refilled)
-        _static_span[model] = 0.0
-        if error <= allowed:
-            _static_span[model] = attention_span(model, ids[:_PROBE_TOKENS], _PROBE_CELLS)
-        else:
-            logger.debug("No static cache for %s: %.1e off.", type(model).__name__, error)
+        _static_span[model] = _tried_span(model, ids[:_PROBE_TOKENS])
     return _static_span[model]
 
 
-def _decode_refilled(
-    model: Any, texts: np.ndarray, grown: list[list[int]], pick: Pick, done: Done
-) -> None:
-    """Appends tokens to texts in fewer rows than there are texts."""
-    lengths = np.array([*map(len, grown)])
-    decode_refilled(
-        model,
-        lengths,
-        lambda i: grown[i],
-        lambda *_: None,
-        pick=pick,
-        done=done,
-        cells=_PROBE_CELLS,
-        span=float("inf"),
-    )
+def _tried_span(model: Any, ids: Sequence[int]) -> int:
+    try:
+        width = int(min(attention_span(model, ids, _PROBE_CELLS), _WIDEST))
+    except REFUSALS as refusal:
+        logger.debug("No static cache: %s: %s", type(refusal).__name__, refusal)
+        return 0
+    if width < cache_width(_PROBE_TOKENS, _PROBE_CELLS):
+        return 0
+    decode = partial(decode_in_rows, width=width, cells=_PROBE_CELLS)
+    error, allowed = _cache_error(model, ids, decode)
+    if error > allowed:
+        logger.debug("No static cache for %s: %.1e off.", type(model).__name__, error)
+        return 0
+    return width
 
 
 def _cache_error(
@@ -240,12 +239,14 @@ def _cache_error(
 ) -> tuple[float, float]:
     """Returns the relative error of a few texts' logits in `decode`, and what is allowed.
 
-    In float32 the largest error counts. In half precision the logits of single tokens are up to 0.2
-    off by rounding alone (SmolLM2): there the mean counts, and may be three times what a few
-    columns of padding make of the same tokens. Infinity for a model that refuses.
+    The longest text leaves after its second token, the first one that comes of a cache. In float32
+    the largest error counts. In half precision the logits of single tokens are up to 0.2 off by
+    rounding alone (SmolLM2): there the mean counts, of what comes of a cache, and may be three
+    times what a few columns of padding make of the same tokens. Infinity for a model that refuses.
     """
-    text = (list(ids) * _PROBE_TOKENS)[: max(len(ids), _PROBE_TOKENS)]
-    sequences = [text, text[: len(text) // 2], text[1 : len(text) // 3 + 1]]
+    longest = (list(ids) * _PROBE_TOKENS)[: max(len(ids), _PROBE_TOKENS)]
+    n = len(longest)
+    sequences = [longest, longest[: n // 2], longest[1 : n // 3 + 1]]
     n_steps, errors, rounding = 5, list[float](), list[float]()
     exact = model.dtype == torch.float32
 
@@ -255,7 +256,9 @@ def _cache_error(
         return logits[0, len(known) - 1].float()
 
     def pick(logits: torch.Tensor, texts: np.ndarray, so_far: list[list[int]]) -> torch.Tensor:
-        for row, known in zip(logits, so_far, strict=True):
+        for row, text, known in zip(logits, texts.tolist(), so_far, strict=True):
+            if not exact and len(known) == len(sequences[text]):
+                continue
             alone = logits_of(known, 0)
             errors.append(relative_error(row.float().to(alone.device), alone))
             if not exact:
@@ -263,7 +266,7 @@ def _cache_error(
         return torch.tensor([known[0] for known in so_far])
 
     def done(text: int, known: list[int]) -> bool:
-        return len(known) >= len(sequences[text]) + (1 if text == 0 else n_steps)
+        return len(known) >= len(sequences[text]) + (2 if text == 0 else n_steps)
 
     try:
         decode(model, np.arange(len(sequences)), [list(ids) for ids in sequences], pick, done)

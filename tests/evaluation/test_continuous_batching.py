@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.toys import toy_model
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import GPTNeoConfig, GPTNeoForCausalLM, MambaConfig, MambaForCausalLM
 
 from locft_easyedit.evaluation import continuous_batching as batching
 from locft_easyedit.evaluation import decoding
@@ -161,12 +161,29 @@ def test_a_text_that_outgrows_all_caches_is_given_back():
 def test_in_half_precision_what_does_not_fit_is_decoded_all_the_same():
     texts = [[5, 6, 7], [8] * 60, [9, 10]]
     wanted = [5, 64, 80]
-    narrow = toy_model("gemma3", sliding_window=70).bfloat16()
-    found, _ = decoded_by_choice(narrow, texts, wanted)
+
+    def narrow():
+        return toy_model("gemma3", sliding_window=70).bfloat16()
+
+    found, _ = decoded_by_choice(narrow(), texts, wanted)
     assert [len(ids) for ids in found] == wanted
-    # A text's answer does not depend on what else is asked.
-    assert [decoded_by_choice(narrow, [text], [most])[0][0]
+    # A text's answer does not depend on what else is asked, or was asked first.
+    assert [decoded_by_choice(narrow(), [text], [most])[0][0]
             for text, most in zip(texts, wanted, strict=True)] == found  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [1, 7, 60, 500])
+def test_the_trial_does_not_depend_on_how_long_the_first_text_is(length):
+    assert static_span(toy_model("gemma3", sliding_window=70), [8] * length) == 70
+    assert static_span(toy_model(), [8] * length) == 512
+
+
+def test_a_window_that_follows_from_the_length_of_the_cache_is_noticed():
+    config = GPTNeoConfig(
+        vocab_size=50, hidden_size=16, num_layers=2, attention_types=[[["global", "local"], 1]],
+        num_heads=2, window_size=64, max_position_embeddings=600, initializer_range=0.2,
+    )  # fmt: skip
+    assert static_span(GPTNeoForCausalLM(config).eval(), [5, 6, 7]) == 0
 
 
 def decoded_by_choice(model, texts, wanted):
@@ -181,8 +198,26 @@ def test_half_precision_fills_rows_again(kind, monkeypatch):
     model = toy_model(kind).bfloat16()
     monkeypatch.setattr(decoding, "_decode_cached", None)
     monkeypatch.setattr(decoding, "_decode_anew", None)
-    found, _ = decoded_by_choice(model, some_texts(), lengths_wanted(some_texts()))
+    texts, wanted = some_texts(), lengths_wanted(some_texts())
+    found, _ = decoded_by_choice(model, texts, wanted)
     assert all(found)
+    alone = [decoded_by_choice(toy_model(kind).bfloat16(), [text], [most])[0][0]
+             for text, most in zip(texts, wanted, strict=True)]  # fmt: skip
+    assert alone == found
+
+
+def test_the_trial_fills_a_row_again(monkeypatch):
+    take, taken = batching._Layer.take, set()
+
+    def once(self, given, members, rows):
+        fresh = [row for row in rows.tolist() if (id(self), row) not in taken]
+        taken.update((id(self), row) for row in fresh)
+        if fresh:
+            take(self, given, members[: len(fresh)], torch.tensor(fresh))
+
+    monkeypatch.setattr(batching._Layer, "take", once)
+    assert static_span(toy_model(), [5, 6, 7]) == 0
+    assert static_span(toy_model().bfloat16(), [5, 6, 7]) == 0
 
 
 @pytest.mark.parametrize("wrong", ["positions", "columns"])
@@ -196,8 +231,8 @@ def test_a_cache_that_changes_the_logits_is_not_used(wrong, monkeypatch):
             inputs["attention_mask"] = torch.zeros_like(inputs["attention_mask"])
         return step(model, cache, **inputs)
 
-    assert static_span(toy_model(), [5, 6, 7]) == float("inf")
-    assert static_span(toy_model().bfloat16(), [5, 6, 7]) == float("inf")
+    assert static_span(toy_model(), [5, 6, 7]) == 512
+    assert static_span(toy_model().bfloat16(), [5, 6, 7]) == 512
     monkeypatch.setattr(batching, "run_next", other)
     assert static_span(toy_model(), [5, 6, 7]) == 0
     assert static_span(toy_model().bfloat16(), [5, 6, 7]) == 0
