@@ -169,15 +169,12 @@ class Changes:
         settle_ = partial(
             trainer.settle_, numbered, runner, returning, active, checked, not_right, more
         )
-        as_it_was, stays = self.now, numbered.texts_of(active)
-
-        def enough(wrong: np.ndarray) -> bool:
-            return bool((wrong >= first_text).sum() <= MOST_LEFT * len(asked))
-
-        if goes is not None:
-            going, check = np.arange(first_text, len(numbered.texts)), partial(not_right, checked)
-            wrong = remove_(trainer, self.base, goes, runner, going, stays, check, enough)
-            if wrong is not None:
+        as_it_was = self.now
+        if goes is not None and remove_(
+            trainer, self.base, goes, runner, numbered.texts_of(active)
+        ):
+            wrong = not_right(checked)
+            if (wrong >= first_text).sum() <= MOST_LEFT * len(asked):
                 return settle_(wrong=wrong)
             self.put_(as_it_was)
         return settle_()
