@@ -22,7 +22,7 @@ from helpers.toys import toy_requests, toy_tokenizer
 from locft_easyedit.api import edit_model
 from locft_easyedit.delta.delta import Delta
 from locft_easyedit.errors import LedgerError, OutputError, RequestError
-from locft_easyedit.ledger import changes
+from locft_easyedit.ledger import changes, trainer
 from locft_easyedit.ledger.ledger import Ledger
 from locft_easyedit.ledger.retraction import NEAR
 from locft_easyedit.ledger.states import States
@@ -227,6 +227,27 @@ def test_what_the_closed_form_does_not_take_out_is_trained_from_before(
     assert found[0]["trained"]["texts"] > 0
     assert found[0]["trained"] == found[1]["trained"]
     assert found[0]["state"] == found[1]["state"]
+
+
+def test_what_is_taken_out_is_trained_until_most_is_back(filled, tmp_path, monkeypatch):
+    """Repairs train what is left then."""
+    monkeypatch.setattr(changes, "moments", lambda *_: None)
+    fit, epochs = Trainer._fit_, []
+
+    def noted(*args):
+        epochs.append(fit(*args))
+        return epochs[-1]
+
+    monkeypatch.setattr(Trainer, "_fit_", noted)
+    first = []
+    for left in (-1, 1.0):
+        monkeypatch.setattr(trainer, "_NEARLY", left)
+        gone = opened(copied(filled, tmp_path / str(left))).retract([2])
+        assert gone.not_out == gone.lost == []
+        first.append(epochs[0])
+        assert gone.event.said["trained"]["epochs"] == sum(epochs)
+        epochs.clear()
+    assert first[0] > first[1] == 1
 
 
 def test_retracted_exactly_is_as_if_it_had_never_been_in(ledger, tmp_path):
