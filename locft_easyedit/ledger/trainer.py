@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ MOST_REPAIRS = 10
 _REPAIR_RATE = 0.25
 # Of what is taken out, how much may be left when its training ends and repairs begin, which train
 # that alone. Chosen on the first 100 records of ZsRE, of which ten were taken out: to go on for all
-# epochs took four times the texts, and did not bring back all either.
+# epochs took four times the texts, and left some for repairs as well.
 _NEARLY = 0.2
 
 
@@ -151,32 +152,26 @@ class Trainer:
             wrong: What is not right now, where the matrices are nearly as `new` wants them: that
                 alone is trained.
         """
+
+        def right(texts: np.ndarray, but: float = 0.0) -> bool:
+            return len(not_right(texts)) <= but * len(texts)
+
         found, before, h = Trained(), runner.n_trained_by_all, self.hparams
         if wrong is None:
             texts = Replayed.of(numbered.variants, h.forms_per_epoch, pool, h.seed)
-            asked = numbered.checked(new)
-
-            def nearly() -> bool:
-                return len(not_right(asked)) <= _NEARLY * len(asked)
-
-            ends = nearly if more else None
-            found.epochs = self._fit_(runner, numbered, new, texts, 0, 1.0, ends)
+            enough = partial(right, numbered.checked(new), _NEARLY) if more else None
+            found.epochs = self._fit_(runner, numbered, new, texts, 0, 1.0, enough)
             wrong = not_right(checked)
         fewest = wrong
         best = copies_of(self.place.parameters) if len(wrong) else {}
         while len(wrong) and found.repairs < MOST_REPAIRS:
             found.repairs += 1
-            rate = _REPAIR_RATE * (2 ** ((found.repairs - 1) // 2) if more else 1)
+            rate = min(1.0, _REPAIR_RATE * (2 ** ((found.repairs - 1) // 2) if more else 1))
             rest = np.setdiff1d(numbered.checked(np.union1d(new, pool)), wrong)
             alone = Variants.own_alone(len(numbered.texts))
             texts = Replayed.of(alone, 0, rest, h.seed)
-
-            def enough(repaired: np.ndarray = wrong) -> bool:
-                return not len(not_right(repaired))
-
-            found.epochs += self._fit_(
-                runner, numbered, wrong, texts, found.repairs, min(1.0, rate), enough
-            )
+            enough = partial(right, wrong)
+            found.epochs += self._fit_(runner, numbered, wrong, texts, found.repairs, rate, enough)
             wrong = not_right(checked)
             if len(wrong) < len(fewest):
                 best, fewest = copies_of(self.place.parameters), wrong
