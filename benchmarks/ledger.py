@@ -51,7 +51,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--n", type=int, default=200, help="facts")
-    parser.add_argument("--skip", type=int, default=0, help="records before the first of them")
+    parser.add_argument("--skip", type=int, default=0, help="first records, which come last")
     parser.add_argument("--commits", type=int, default=10)
     parser.add_argument("--take-out", type=int, default=10, help="facts to take out afterwards")
     parser.add_argument("--supersede", type=int, default=20, help="facts with other targets")
@@ -76,7 +76,8 @@ def measured(options):
         lr=options.lr, batch_size=options.batch_size, num_steps=options.epochs, seed=options.seed,
         health_check=False,
     )  # fmt: skip
-    records = read_requests(options.data)[options.skip :]
+    records = read_requests(options.data)
+    records = records[options.skip :] + records[: options.skip]
     asked = Facts(model, tokenizer, records[: options.n])
     asked.remember_base_()
     never = Facts(model, tokenizer, records[options.n : options.n + OTHERS])
