@@ -5,14 +5,11 @@ import statistics
 import time
 import warnings
 from collections import Counter
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-
-from locft_easyedit.modeling.modes import forward_replaced
 
 # The first that a kernel's name has. On a CPU the names are those of PyTorch's operators.
 KINDS = {
@@ -113,21 +110,6 @@ def by_kind(step, device, repeats):
         "first to last ms": (until - events[0][0]) / 1e3 / repeats,
         "most frequent": {name[:60]: n / repeats for name, n in counts.most_common(5)},
     }
-
-
-@contextmanager
-def compiled_layers(session):
-    """The layers above a session's place are compiled, each as a region; not the last.
-
-    There, modules are given the scored positions alone, which a graph of the layer would not see.
-    """
-    place, on_gpu = session.place, next(session.model.parameters()).is_cuda
-    backend = "inductor" if on_gpu else "aot_eager"  # on a CPU: is the script right
-    with ExitStack() as undo:
-        for layer in place.stack.layers[place.first_layer + 1 : -1]:
-            run = torch.compile(layer.forward, dynamic=True, fullgraph=True, backend=backend)
-            undo.enter_context(forward_replaced(layer, run))
-        yield
 
 
 def waits(step, device):

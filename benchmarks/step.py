@@ -24,9 +24,10 @@ from locft_easyedit.training.step import TrainingStep
 from locft_easyedit.training.trained_weights import TrainedWeights
 
 PUBLISHED = "published algorithm"
-# Each variant takes one more thing away from ours, down to a full padded forward pass: what is set
-# otherwise, and parts of a fast forward pass that are left out.
+# What is set otherwise than in ours, and parts of a fast forward pass that are left out: from ours
+# on each variant takes one more thing away, down to a full padded forward pass.
 OURS = {
+    "ours with compiled layers": ({"compile_layers": True}, ()),
     "ours": ({}, ()),
     "- cut at the layer": ({"prefix_cut": "layer"}, ()),
     "- whole last layer": ({"prefix_cut": "layer"}, ("tail",)),

@@ -158,6 +158,8 @@ class LocFTBFHyperParams(HyperParamsBase):
             (FSDP2), and gather a layer when it runs; `None` does so where these do not fit a
             device.
         quantize_frozen: Load what is not trained in `8bit` or `4bit` (bitsandbytes).
+        compile_layers: Compile the layers above the place for training (`torch.compile`): it takes
+            about half a minute, once, and makes each step shorter.
         packing: Put several edits into one row instead of padding each; beginnings that they have
             in common run once, where that makes rows notably fewer.
         tuning: `full` trains the matrices themselves, as published; `lora` a low-rank change of
@@ -234,6 +236,7 @@ class LocFTBFHyperParams(HyperParamsBase):
     stream_frozen: Optional[bool] = None  # noqa: UP045
     shard_frozen: Optional[bool] = None  # noqa: UP045
     quantize_frozen: Optional[str] = None  # noqa: UP045
+    compile_layers: bool = False
     packing: bool = True
     tuning: str = "full"
     lora_rank: int = 8

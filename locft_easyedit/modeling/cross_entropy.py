@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 # 256 MiB in float32: of 128,000 tokens those of 100 edits. Each chunk reads the whole head.
 LOGITS_AT_ONCE = 2**26
@@ -126,6 +127,22 @@ class Head:
             shape = (n_rows, len(self.weight))
             self._room[dtype] = self.weight.new_empty(shape, dtype=dtype)
         return self._room[dtype][:n_rows]
+
+
+def find_head(model: PreTrainedModel) -> Head | None:
+    """Returns the output head with what the configuration says is done to its logits.
+
+    `None` if there is no plain one. Whether its losses are right is for the caller to measure.
+    """
+    module: Any = model.get_output_embeddings()
+    weight = getattr(module, "weight", None)
+    if not torch.is_tensor(weight) or weight.dim() != 2 or not weight.is_floating_point():
+        return None
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(weight, getattr(module, "bias", None), float(scale), softcap)
 
 
 class _TokenLosses(torch.autograd.Function):

@@ -20,9 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .fsdp import sharded_layers
-from .modes import forward_replaced
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from .modes import forward_replaced, has_hooks
 
 
 class FusedLinears:
@@ -222,7 +220,7 @@ def _suitable(
         # Whatever else a module is or does (adapters, quantization, offloading), it does itself.
         if type(module) is nn.Linear
         and "forward" not in vars(module)
-        and not any(getattr(module, hooks) for hooks in _HOOKS)
+        and not has_hooks(module)
         and own(module.weight)
         and own(module.bias)
     }

@@ -12,6 +12,7 @@ from torch import nn
 from .parameter_slices import gradients_of_slices, whole_of
 
 _DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")  # that autocast can be turned on for
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @contextmanager
@@ -85,6 +86,11 @@ def only_trainable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iter
         for parameter, flag in flags:
             if parameter.is_floating_point():
                 parameter.requires_grad_(flag)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Returns whether anything runs with a module's passes."""
+    return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 @contextmanager

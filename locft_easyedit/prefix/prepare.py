@@ -89,6 +89,7 @@ def prepare_runner(
         head=shortcuts.head,
         shared=shortcuts.shared,
         fused=shortcuts.fused,
+        compiled=shortcuts.compiled,
     )
 
 

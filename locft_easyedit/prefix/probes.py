@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..data.tokenization import TokenizedTexts
-from ..modeling.cross_entropy import Head
+from ..modeling.compiled_layers import CompiledLayers, find_compilable
+from ..modeling.cross_entropy import Head, find_head
 from ..modeling.devices import input_device, one_long_row
 from ..modeling.forward import give_masks, mean_by_owner
 from ..modeling.fused_linears import FusedLinears, find_fused
@@ -165,7 +166,7 @@ class Probes:
         if place.stack is None or place.first_layer is None:
             return None  # the head may be what is trained
         with _no_refusal():
-            head = _head_of(self.model)
+            head = find_head(self.model)
             if head is not None and self._loss_error(head, packed) <= self.tolerance:
                 return head
         return None
@@ -202,32 +203,61 @@ class Probes:
                 return (found,), ""
         return tuple(right), why_not
 
-    def fused(self, place: Place, packed: bool, cuts: Sequence[Cut]) -> FusedLinears | None:
+    def fused(
+        self, place: Place, packed: bool, cuts: Sequence[Cut], head: Head | None
+    ) -> FusedLinears | None:
         """Returns the frozen matrices of one input in the layers that every step runs.
 
-        Tried on the logits, and on the gradient of the losses where it leaves these layers.
+        Tried on the losses, and on their gradient where it leaves these layers.
 
         Args:
             place: What is trained.
             packed: Whether rows are packed.
             cuts: Where the frozen prefix may end; without one, every step runs all layers.
+            head: The output head, for losses in chunks; `None` takes the model's own logits.
         """
         if place.stack is None:
             return None
-        layers = place.stack.layers[min((cut.first_layer for cut in cuts), default=0) :]
-        trained = [whole_of(parameter) for parameter in place.parameters.values()]
+        layers, trained = _in_every_step(place.stack.layers, cuts), _trained(place)
         with _no_refusal():
             fused = find_fused(self.model, layers, trained, self._run_one)
             if fused is None:
                 return None
-            plain, runner = (self._runner(packed=packed, fused=one) for one in (None, fused))
-            expected = entry_gradient(layers[0], partial(self._loss, plain))
             with fused.laid_out():
-                gradient = entry_gradient(layers[0], partial(self._loss, runner))
-                error = max(self._error(runner), relative_error(gradient, expected))
+                error = self._error_of_step(layers[0], packed, head, fused=fused)
             if error <= self.tolerance:
                 return fused
             logger.debug("Matrices of one input run each for itself: %.1e off.", error)
+        return None
+
+    def compiled(
+        self, place: Place, packed: bool, cuts: Sequence[Cut], head: Head | None
+    ) -> CompiledLayers | None:
+        """Returns the layers to compile, which are; warns if there are none, or they are not right.
+
+        The last layer, where only the scored positions run, and those that hold a trained parameter
+        run as they are. Tried like `fused`.
+
+        Args:
+            place: What is trained.
+            packed: Whether rows are packed.
+            cuts: Where the frozen prefix may end; without one, every step runs all layers.
+            head: The output head, for losses in chunks; `None` takes the model's own logits.
+        """
+        why_not = "none runs whole in every step without a trained parameter or code of others"
+        layers = [] if place.stack is None else _in_every_step(place.stack.layers, cuts)
+        found = find_compilable(self.model, layers[1:-1], _trained(place))
+        if found is not None:
+            logger.info("Compiling layers (%d of one kind or few) takes about half a minute.",
+                        len(found.layers))  # fmt: skip
+            try:
+                error = self._error_of_step(layers[0], packed, head, compiled=found)
+                if error <= self.tolerance:
+                    return found
+                why_not = f"they change losses or gradients (relative error {error:.1e})"
+            except REFUSALS as failure:
+                why_not = f"{type(failure).__name__}: {failure}"
+        logger.warning("No layer is compiled (`compile_layers`): %s.", why_not)
         return None
 
     def _first_right(self, cut: Cut, packed: bool, on_disk: bool) -> tuple[Cut | None, str]:
@@ -304,15 +334,35 @@ class Probes:
             expected = torch.cat(self.reference[::-1])
         return relative_error(self._logits(runner), expected.float())
 
+    def _error_of_step(
+        self, first: nn.Module, packed: bool, head: Head | None, **shortcut: Any
+    ) -> float:
+        """Returns the relative error of the losses, or of their gradient where it leaves `first`.
+
+        The larger of both, in passes like those of a step.
+        """
+        plain, runner = (self._runner(packed=packed, head=head, **how) for how in ({}, shortcut))
+        expected, found = (self._losses_and_gradient(first, one) for one in (plain, runner))
+        return max(map(relative_error, found, expected))
+
+    def _losses_and_gradient(
+        self, first: nn.Module, runner: TextRunner
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns each text's loss, [B], and the gradient of their sum by what enters `first`."""
+        losses: list[torch.Tensor] = []
+
+        def run() -> torch.Tensor:
+            with runner.running():
+                losses[:] = [runner.edit_losses(np.arange(len(self.texts)))]
+            return 1024 * losses[0].sum()  # keeps gradients from vanishing in float16
+
+        gradient = entry_gradient(first, run)
+        return losses[0].detach(), gradient
+
     def _logits(self, runner: TextRunner) -> torch.Tensor:
         """Returns the logits, [S, V] float32, with the texts in the opposite order."""
         with runner.running():
             return runner.logits(np.arange(len(self.texts))[::-1])[0].float()
-
-    def _loss(self, runner: TextRunner) -> torch.Tensor:
-        """Returns the sum of the losses, times what keeps gradients from vanishing in float16."""
-        with runner.running():
-            return 1024 * runner.edit_losses(np.arange(len(self.texts))).sum()
 
     @torch.no_grad()
     def _loss_error(self, head: Head, packed: bool) -> float:
@@ -327,23 +377,20 @@ class Probes:
         return relative_error(losses, expected.to(losses.device))
 
 
+def _in_every_step(layers: Iterable[nn.Module], cuts: Sequence[Cut]) -> list[nn.Module]:
+    """Returns the layers that run, whole or in part, above the lowest cut."""
+    return list(layers)[min((cut.first_layer for cut in cuts), default=0) :]
+
+
+def _trained(place: Place) -> list[nn.Parameter]:
+    """Returns the whole parameters of which all or a part is trained."""
+    return [whole_of(parameter) for parameter in place.parameters.values()]
+
+
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Returns ||found - expected|| / ||expected||; infinity if it is no number."""
     difference = (found - expected).norm() / expected.norm()
     return float(difference.detach()) if torch.isfinite(difference) else float("inf")
-
-
-def _head_of(model: PreTrainedModel) -> Head | None:
-    """Returns the output head with what the configuration says is done to its logits."""
-    module: Any = model.get_output_embeddings()
-    weight = getattr(module, "weight", None)
-    if not torch.is_tensor(weight) or weight.dim() != 2 or not weight.is_floating_point():
-        return None
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(weight, getattr(module, "bias", None), float(scale), softcap)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..data.packing import Rows
 from ..data.tokenization import TokenizedTexts
+from ..modeling.compiled_layers import CompiledLayers
 from ..modeling.cross_entropy import Head
 from ..modeling.devices import input_device
 from ..modeling.forward import mean_by_owner, run_rows, run_to_head
@@ -69,6 +70,7 @@ class TextRunner:
         shared: Whether beginnings that texts of a packed row have in common run once.
         fused: Frozen matrices that are given the same tensor run as one, laid out for it; `None`
             runs each for itself.
+        compiled: Layers whose passes with gradients are compiled; `None` runs all as they are.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class TextRunner:
         fixed: int = 0,
         shared: bool = False,
         fused: FusedLinears | None = None,
+        compiled: CompiledLayers | None = None,
     ) -> None:
         self.model = model
         self.texts = texts
@@ -95,6 +98,7 @@ class TextRunner:
         self.tail = tail
         self.head = head
         self.fused = fused
+        self.compiled = compiled
         self.device = input_device(model)
         self.ids = torch.from_numpy(texts.ids).to(self.device)
         self._now: Prepared | None = None
@@ -153,6 +157,8 @@ class TextRunner:
             # What is recorded is the same to the bit with and without.
             if self.fused is not None and not self._records:
                 stack.enter_context(self.fused.running())
+            if self.compiled is not None and not self._records:
+                stack.enter_context(self.compiled.running())
             self._running = True
             stack.callback(setattr, self, "_running", False)
             yield self

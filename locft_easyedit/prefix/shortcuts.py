@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..data.tokenization import TokenizedTexts
 from ..errors import ModelError
 from ..hparams import LocFTBFHyperParams
+from ..modeling.compiled_layers import CompiledLayers
 from ..modeling.cross_entropy import Head
 from ..modeling.devices import input_device
 from ..modeling.fsdp import lockstep
@@ -44,6 +45,7 @@ class Shortcuts:
         shared: Beginnings that texts of a packed row have in common run once.
         fused: Frozen matrices above the cut that are given the same tensor, run as one; `None` runs
             each for itself.
+        compiled: Layers above the cut that are compiled in training; `None` runs all as they are.
     """
 
     packed: bool
@@ -53,6 +55,7 @@ class Shortcuts:
     packed_anywhere: bool = False
     shared: bool = False
     fused: FusedLinears | None = None
+    compiled: CompiledLayers | None = None
 
     @property
     def from_layer(self) -> bool:
@@ -79,6 +82,7 @@ def find_shortcuts(
     frozen_prefix: bool = True,
     on_disk: bool = False,
     fused: bool = False,
+    compiled: bool = False,
 ) -> Shortcuts:
     """Returns the shortcuts that leave the logits as they are; warns of those that do not.
 
@@ -89,7 +93,9 @@ def find_shortcuts(
         packing: Allow packed rows.
         frozen_prefix: Allow the frozen prefix.
         on_disk: The layers below the first trained one are not resident.
-        fused: Allow frozen matrices that are given the same tensor to run as one.
+        fused: Allow frozen matrices that are given the same tensor to run as one, unless layers are
+            compiled: each layer would have code of its own then.
+        compiled: Compile layers for training.
 
     Raises:
         ModelError: The model is not causal.
@@ -110,8 +116,9 @@ def find_shortcuts(
                 why_not,
             )
     anywhere, shared = packed and probes.packing_anywhere(), packed and probes.sharing()
-    together = probes.fused(place, packed, cuts) if fused else None
-    return Shortcuts(packed, cuts, tail, head, anywhere, shared, together)
+    faster = probes.compiled(place, packed, cuts, head) if compiled else None
+    together = probes.fused(place, packed, cuts, head) if fused and faster is None else None
+    return Shortcuts(packed, cuts, tail, head, anywhere, shared, together, faster)
 
 
 @contextmanager
@@ -127,7 +134,8 @@ def enabled_shortcuts(
     """Context manager that enables what makes many passes fast; afterwards the model is as before.
 
     Yields what leaves its logits as they are, and what reads frozen layers that are not resident.
-    Of `hparams`, `packing` and `frozen_prefix` count; all else is as for `shortcuts_beside`.
+    Of `hparams`, `packing`, `frozen_prefix` and `compile_layers` count; all else is as for
+    `shortcuts_beside`.
 
     Raises:
         ModelError: Frozen layers are on disk, and the model cannot be split above them.
@@ -167,7 +175,7 @@ def shortcuts_beside(
         model: As for `enabled_shortcuts`, like what follows.
         texts: All edits as tokens.
         place: What is trained.
-        hparams: `packing`, `frozen_prefix`.
+        hparams: `packing`, `frozen_prefix`, `compile_layers`.
         fused: As for `find_shortcuts`; `None` leaves it to `gains_by_fusing`. What is found has yet
             to be laid out.
 
@@ -184,6 +192,7 @@ def shortcuts_beside(
             frozen_prefix=hparams.frozen_prefix or stream is not None,
             on_disk=stream is not None,
             fused=gains_by_fusing(model) if fused is None else fused,
+            compiled=hparams.compile_layers,
         )
     if stream is not None and not shortcuts.cuts:
         raise ModelError(

@@ -60,7 +60,7 @@ def test_a_step_of_the_published_algorithm_and_of_ours(run, toy_folder):
         "--json", "found.json",
     )  # fmt: skip
     rows = {row["variant"]: row for row in figures_of(toy_folder / "found.json")}
-    assert len(rows) == 7
+    assert len(rows) == 8
     published = rows.pop("published algorithm")
     assert all(name in printed for name in rows)
     for row in rows.values():
