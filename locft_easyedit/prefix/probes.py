@@ -248,7 +248,7 @@ class Probes:
         layers = [] if place.stack is None else _in_every_step(place.stack.layers, cuts)
         found = find_compilable(self.model, layers[1:-1], _trained(place))
         if found is not None:
-            logger.info("Compiling layers (%d of one kind or few) takes about half a minute.",
+            logger.info("Compiling %d layers takes about half a minute.",
                         len(found.layers))  # fmt: skip
             try:
                 error = self._error_of_step(layers[0], packed, head, compiled=found)
