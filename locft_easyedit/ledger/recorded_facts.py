@@ -173,6 +173,7 @@ class RecordedFacts:
             head=found.head,
             shared=found.shared,
             fused=found.fused,
+            compiled=found.compiled,
             share=share,
         )
 

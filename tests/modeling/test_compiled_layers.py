@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
+from locft_easyedit.ledger.ledger import Ledger
 from locft_easyedit.modeling import compiled_layers
 from locft_easyedit.prefix import probes
 from locft_easyedit.training.session import EditSession
@@ -174,3 +175,11 @@ def test_one_compilation_serves_all_layers_and_rows(dtype):
     assert len(prepared.shortcuts.compiled.layers) == 6
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
     assert probes.relative_error(*losses) < (1e-5 if dtype == torch.float32 else 3e-2)
+
+
+def test_a_ledger_trains_with_them(compiled, tmp_path):
+    hparams = toy_hparams(layers=[0], num_steps=2, compile_layers=True)
+    ledger = Ledger.init(tmp_path, hparams, toy_model(), toy_tokenizer(), progress=False)
+    ledger.add(toy_requests(4)[:1])
+    # The trial passes once through each of two layers; what follows is training.
+    assert compiled.runs > 2
