@@ -125,6 +125,8 @@ class Ours:
         )
         variants = session.training_texts.variants
         self.texts = variants.texts(edits, epoch=0)
+        if session.hparams.compile_layers and session.shortcuts.compiled is None:
+            raise SystemExit("No layer was compiled; the warning above says why.")
         self.loop_step = TrainingStep(
             session._runner, self.weights, session.hparams, session._share,
             texts_per_edit=variants.most,

@@ -34,6 +34,10 @@ _SHARDED = (
     "ask for answers, in unequal numbers of passes. Set `shard_frozen: false`; layers below the "
     "place can be left on disk (`stream_frozen: true`)."
 )
+_COMPILED = (
+    "what a ledger holds is made anew to the bit, and code that is compiled another time may round "
+    "otherwise. Set `compile_layers: false`."
+)
 _PRESERVED = (
     "what is preserved is measured in the whole model. Set `stream_frozen: false`, on a device "
     "that holds it, or `preserve: []` in another ledger."
@@ -90,6 +94,8 @@ def check_supported(hparams: LocFTBFHyperParams) -> None:
         problems.append(f"`pipeline={DEPTH_FIRST}`: facts are trained {BREADTH_FIRST}. Set that.")
     if hparams.shard_frozen:
         problems.append(f"`shard_frozen=True`: {_SHARDED}")
+    if hparams.compile_layers:
+        problems.append(f"`compile_layers=True`: {_COMPILED}")
     if hparams.stream_frozen and hparams.preserved:
         problems.append(f"`stream_frozen=True` with `preserve`: {_PRESERVED}")
     _refuse(problems)

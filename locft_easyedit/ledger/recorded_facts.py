@@ -173,7 +173,6 @@ class RecordedFacts:
             head=found.head,
             shared=found.shared,
             fused=found.fused,
-            compiled=found.compiled,
             share=share,
         )
 

@@ -93,6 +93,7 @@ class Trials:
             min_batches=None,
             on_conflict="train",
             prefix_dir=None,
+            compile_layers=False,  # takes longer than a trial
             checkpoint_dir=None,
             health_check=False,
         )

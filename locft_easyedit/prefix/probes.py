@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..data.tokenization import TokenizedTexts
+from ..distributed.world import brief
 from ..modeling.compiled_layers import CompiledLayers, find_compilable
 from ..modeling.cross_entropy import Head, find_head
 from ..modeling.devices import input_device, one_long_row
@@ -124,22 +125,14 @@ class Probes:
     def sharing(self) -> bool:
         """Returns whether texts may share the beginning that they have in common in a row.
 
-        Tried on texts that begin like the longest one and go on like others: two branches and more,
-        a text within another, and one of its own.
+        Tried on two branches and more, a text within another, and one of its own.
         """
         if one_long_row(self.model):  # FlashAttention takes no mask of one's own
             return False
-        longest = self.texts.ids[self.texts.offsets[-2] :].tolist()
-        half = max(len(longest) // 2, 1)
-        others = [self.texts.ids[a:b].tolist() for a, b in pairwise(self.texts.offsets.tolist())]
-        branches = [longest[:half] + other[-half:] for other in others[:-1]]
-        sequences = [longest, *branches, longest[: half + 1], others[0]]
-        texts = TokenizedTexts.from_lists(
-            sequences, [max(len(sequence) - half, 1) for sequence in sequences]
-        )
-        every = np.arange(len(texts))
+        texts = self._with_a_common_beginning()
+        row_tokens, every = int(self.texts.lengths[-1]), np.arange(len(texts))
         runners = [
-            TextRunner(self.model, texts, row_tokens=len(longest), packed=shared, prefix=None,
+            TextRunner(self.model, texts, row_tokens=row_tokens, packed=shared, prefix=None,
                        shared=shared)
             for shared in (False, True)
         ]  # fmt: skip
@@ -150,6 +143,17 @@ class Probes:
         if error > self.tolerance:
             logger.debug("Beginnings that texts share run for each: %.1e off.", error)
         return error <= self.tolerance
+
+    def _with_a_common_beginning(self) -> TokenizedTexts:
+        """Returns texts that begin like the longest one and go on like others."""
+        longest = self.texts.ids[self.texts.offsets[-2] :].tolist()
+        half = max(len(longest) // 2, 1)
+        others = [self.texts.ids[a:b].tolist() for a, b in pairwise(self.texts.offsets.tolist())]
+        branches = [longest[:half] + other[-half:] for other in others[:-1]]
+        sequences = [longest, *branches, longest[: half + 1], others[0]]
+        return TokenizedTexts.from_lists(
+            sequences, [max(len(sequence) - half, 1) for sequence in sequences]
+        )
 
     def tail(self, place: Place, packed: bool) -> Tail | None:
         """Returns the end of the model, if it may run at scored positions alone."""
@@ -224,39 +228,53 @@ class Probes:
             if fused is None:
                 return None
             with fused.laid_out():
-                error = self._error_of_step(layers[0], packed, head, fused=fused)
+                every = np.arange(len(self.texts))
+                error = self._error_of_step(
+                    layers[0], packed, head, self.texts, every, {}, fused=fused
+                )
             if error <= self.tolerance:
                 return fused
             logger.debug("Matrices of one input run each for itself: %.1e off.", error)
         return None
 
     def compiled(
-        self, place: Place, packed: bool, cuts: Sequence[Cut], head: Head | None
+        self, place: Place, packed: bool, head: Head | None, shared: bool
     ) -> CompiledLayers | None:
         """Returns the layers to compile, which are; warns if there are none, or they are not right.
 
         The last layer, where only the scored positions run, and those that hold a trained parameter
-        run as they are. Tried like `fused`.
+        run as they are. Tried like `fused`, in rows of each kind that training has.
 
         Args:
             place: What is trained.
             packed: Whether rows are packed.
-            cuts: Where the frozen prefix may end; without one, every step runs all layers.
             head: The output head, for losses in chunks; `None` takes the model's own logits.
+            shared: Whether texts share their beginnings in a row.
         """
-        why_not = "none runs whole in every step without a trained parameter or code of others"
-        layers = [] if place.stack is None else _in_every_step(place.stack.layers, cuts)
-        found = find_compilable(self.model, layers[1:-1], _trained(place))
-        if found is not None:
-            logger.info("Compiling %d layers takes about half a minute.",
-                        len(found.layers))  # fmt: skip
-            try:
-                error = self._error_of_step(layers[0], packed, head, compiled=found)
+        why_not = (
+            "none between the place and the last one is whole on one device, without a trained "
+            "parameter and without hooks"
+        )
+        try:
+            layers = [] if place.stack is None else [*place.stack.layers][place.first_layer :]
+            found = find_compilable(self.model, layers[1:-1], _trained(place))
+            if found is not None:
+                logger.info("Compiling %d layers takes half a minute or more.", len(found.layers))
+                every = np.arange(len(self.texts))
+                cases: list[tuple[TokenizedTexts, np.ndarray, dict[str, bool]]]
+                cases = [(self.texts, every, {}), (self.texts, every[:1], {})]
+                if shared:
+                    trees = self._with_a_common_beginning()
+                    cases.append((trees, np.arange(len(trees)), {"shared": True}))
+                error = max(
+                    self._error_of_step(layers[0], packed, head, *case, compiled=found)
+                    for case in cases
+                )
                 if error <= self.tolerance:
                     return found
                 why_not = f"they change losses or gradients (relative error {error:.1e})"
-            except REFUSALS as failure:
-                why_not = f"{type(failure).__name__}: {failure}"
+        except (*REFUSALS, ImportError) as failure:
+            why_not = brief(failure)
         logger.warning("No layer is compiled (`compile_layers`): %s.", why_not)
         return None
 
@@ -294,12 +312,11 @@ class Probes:
         prefix.record(Layout(self.texts, 1, packed), _N_PROBES)
         return prefix
 
-    def _runner(self, **shortcuts: Any) -> TextRunner:
+    def _runner(self, texts: TokenizedTexts | None = None, **shortcuts: Any) -> TextRunner:
+        texts = self.texts if texts is None else texts
         # Rows of a length that makes several, some of them with several texts.
-        row_tokens = int(self.texts.lengths.max() + self.texts.lengths.min())
-        return TextRunner(
-            self.model, self.texts, row_tokens=row_tokens, **{"prefix": None, **shortcuts}
-        )
+        row_tokens = int(texts.lengths.max() + texts.lengths.min())
+        return TextRunner(self.model, texts, row_tokens=row_tokens, **{"prefix": None, **shortcuts})
 
     @torch.no_grad()
     def _run_one(self) -> None:
@@ -335,29 +352,24 @@ class Probes:
         return relative_error(self._logits(runner), expected.float())
 
     def _error_of_step(
-        self, first: nn.Module, packed: bool, head: Head | None, **shortcut: Any
+        self,
+        first: nn.Module,
+        packed: bool,
+        head: Head | None,
+        texts: TokenizedTexts,
+        batch: np.ndarray,
+        how: Mapping[str, Any],
+        **shortcut: Any,
     ) -> float:
         """Returns the relative error of the losses, or of their gradient where it leaves `first`.
 
         The larger of both, in passes like those of a step.
         """
-        plain, runner = (self._runner(packed=packed, head=head, **how) for how in ({}, shortcut))
-        expected, found = (self._losses_and_gradient(first, one) for one in (plain, runner))
+        plain, runner = (
+            self._runner(texts, packed=packed, head=head, **how, **more) for more in ({}, shortcut)
+        )
+        expected, found = (_losses_and_gradient(first, one, batch) for one in (plain, runner))
         return max(map(relative_error, found, expected))
-
-    def _losses_and_gradient(
-        self, first: nn.Module, runner: TextRunner
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns each text's loss, [B], and the gradient of their sum by what enters `first`."""
-        losses: list[torch.Tensor] = []
-
-        def run() -> torch.Tensor:
-            with runner.running():
-                losses[:] = [runner.edit_losses(np.arange(len(self.texts)))]
-            return 1024 * losses[0].sum()  # keeps gradients from vanishing in float16
-
-        gradient = entry_gradient(first, run)
-        return losses[0].detach(), gradient
 
     def _logits(self, runner: TextRunner) -> torch.Tensor:
         """Returns the logits, [S, V] float32, with the texts in the opposite order."""
@@ -375,6 +387,21 @@ class Probes:
         token_losses = F.cross_entropy(logits, labels, reduction="none")
         expected = mean_by_owner(token_losses, rows.owner.to(logits.device), len(self.texts))
         return relative_error(losses, expected.to(losses.device))
+
+
+def _losses_and_gradient(
+    first: nn.Module, runner: TextRunner, batch: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns each text's loss, [B], and the gradient of their sum by what enters `first`."""
+    losses: list[torch.Tensor] = []
+
+    def run() -> torch.Tensor:
+        with runner.running():
+            losses[:] = [runner.edit_losses(batch)]
+        return 1024 * losses[0].sum()  # keeps gradients from vanishing in float16
+
+    gradient = entry_gradient(first, run)
+    return losses[0].detach(), gradient
 
 
 def _in_every_step(layers: Iterable[nn.Module], cuts: Sequence[Cut]) -> list[nn.Module]:

@@ -116,7 +116,7 @@ def find_shortcuts(
                 why_not,
             )
     anywhere, shared = packed and probes.packing_anywhere(), packed and probes.sharing()
-    faster = probes.compiled(place, packed, cuts, head) if compiled else None
+    faster = probes.compiled(place, packed, head, shared) if compiled else None
     together = probes.fused(place, packed, cuts, head) if fused and faster is None else None
     return Shortcuts(packed, cuts, tail, head, anywhere, shared, together, faster)
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import sys
 import time
 from functools import partial
@@ -30,6 +31,7 @@ def check(monkeypatch, tmp_path):
     return SimpleNamespace(run=run, script=script, file=file)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_every_stage_finds_something(check, capsys):
     status, figures = check.run("--tiny")
     assert status == 0, figures

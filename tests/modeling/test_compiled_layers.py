@@ -8,8 +8,11 @@ import pytest
 import torch
 from helpers.toys import DOWN_PROJECTION, toy_hparams, toy_model, toy_requests, toy_tokenizer
 
-from locft_easyedit.ledger.ledger import Ledger
+from locft_easyedit.data.requests import distinct_edits
+from locft_easyedit.locate.study.cell import Cell
+from locft_easyedit.locate.trial import Trials
 from locft_easyedit.modeling import compiled_layers
+from locft_easyedit.modeling.locations import Location
 from locft_easyedit.prefix import probes
 from locft_easyedit.training.session import EditSession
 
@@ -20,7 +23,9 @@ class Compiled:
     """`torch.compile` with a backend that takes no compiler; counts what ran compiled."""
 
     def __init__(self, monkeypatch):
-        self.runs, self.compile = 0, partial(torch.compile, backend="aot_eager")
+        torch._dynamo.reset()
+        self.runs, self.fails = 0, None
+        self.compile = partial(torch.compile, backend="aot_eager")
         monkeypatch.setattr(compiled_layers.torch, "compile", self)
 
     def __call__(self, forward, **options):
@@ -28,7 +33,7 @@ class Compiled:
 
         def run(*args, **kwargs):
             self.runs += 1
-            return compiled(*args, **kwargs)
+            return (self.fails or compiled)(*args, **kwargs)
 
         return run
 
@@ -120,14 +125,21 @@ def test_the_model_is_as_before_and_passes_without_gradients_as_ever(compiled):
 def test_what_cannot_be_compiled_or_changes_the_step_is_told(monkeypatch, caplog):
     def refusing(forward, **options):
         def run(*args, **kwargs):
-            raise RuntimeError("no compiler was found")
+            raise RuntimeError("no compiler was found\nand many lines")
 
         return run
+
+    def missing(forward, **options):
+        raise ImportError("no triton")
 
     def wrong(forward, **options):
         return lambda *args, **kwargs: forward(*args, **kwargs) * 1.01
 
-    for how, why in ((refusing, "RuntimeError: no compiler was found"), (wrong, "they change")):
+    for how, why in (
+        (refusing, "RuntimeError: no compiler was found"),
+        (missing, "ImportError: no triton"),
+        (wrong, "they change"),
+    ):
         caplog.clear()
         monkeypatch.setattr(compiled_layers.torch, "compile", how)
         with session() as prepared:
@@ -136,12 +148,35 @@ def test_what_cannot_be_compiled_or_changes_the_step_is_told(monkeypatch, caplog
         [told] = [r for r in caplog.records if "compile_layers" in r.getMessage()]
         assert told.levelname == "WARNING"
         assert why in told.getMessage()
+        assert "many lines" not in told.getMessage()
+
+
+def test_where_compilation_fails_later_layers_run_as_they_are(compiled, caplog):
+    with session(compile_layers=False) as plain:
+        expected = plain.train_()
+    with session() as prepared:
+
+        def failing(*args, **kwargs):
+            raise torch._dynamo.exc.TorchDynamoException("no space left")
+
+        compiled.fails = failing
+        found = prepared.train_()
+    assert caplog.text.count("A layer runs as it is, not compiled: TorchDynamoException") == 2
+    np.testing.assert_allclose(found.step_losses, expected.step_losses, rtol=1e-4)
+
+
+def test_trials_of_places_compile_nothing(compiled):
+    edits = distinct_edits(toy_requests(4), None).edits
+    hparams = toy_hparams(layers=[0], compile_layers=True)
+    trials = Trials(toy_model(), toy_tokenizer(), edits, hparams, 4)
+    trials.run(Cell(Location(0, "down", (DOWN_PROJECTION["llama"],)), 1e-3), 1)
+    assert compiled.runs == 0
 
 
 def test_where_there_is_no_layer_to_compile_it_is_told(caplog, compiled):
     with session(layers=[2]) as prepared:  # the last one runs scored positions alone
         assert prepared.shortcuts.compiled is None
-    assert "No layer is compiled (`compile_layers`): none runs whole" in caplog.text
+    assert "No layer is compiled (`compile_layers`): none between the place" in caplog.text
     assert compiled.runs == 0
 
 
@@ -175,11 +210,3 @@ def test_one_compilation_serves_all_layers_and_rows(dtype):
     assert len(prepared.shortcuts.compiled.layers) == 6
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
     assert probes.relative_error(*losses) < (1e-5 if dtype == torch.float32 else 3e-2)
-
-
-def test_a_ledger_trains_with_them(compiled, tmp_path):
-    hparams = toy_hparams(layers=[0], num_steps=2, compile_layers=True)
-    ledger = Ledger.init(tmp_path, hparams, toy_model(), toy_tokenizer(), progress=False)
-    ledger.add(toy_requests(4)[:1])
-    # The trial passes once through each of two layers; what follows is training.
-    assert compiled.runs > 2

@@ -88,7 +88,12 @@ class Bench:
         """
         left = list(rates)
         begin(first := Cell(location, left[0]))
-        h = replace(first.applied(self.hparams), checkpoint_dir=None, health_check=False)
+        h = replace(
+            first.applied(self.hparams),
+            checkpoint_dir=None,
+            health_check=False,
+            compile_layers=False,  # each place would compile anew
+        )
         try:
             with EditSession(
                 self.model,
