@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -15,20 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..data.tokenization import TokenizedTexts
-from ..distributed.world import brief
-from ..modeling.compiled_layers import CompiledLayers, find_compilable
 from ..modeling.cross_entropy import Head, find_head
 from ..modeling.devices import input_device, one_long_row
 from ..modeling.forward import give_masks, mean_by_owner
-from ..modeling.fused_linears import FusedLinears, find_fused
 from ..modeling.last_layer import Tail, find_tail
-from ..modeling.layer_trace import entry_gradient
-from ..modeling.parameter_slices import whole_of
 from ..modeling.places import Place
 from .cut import Cut, find_cuts, layer_cut
 from .frozen_prefix import FrozenPrefix, Layout
@@ -83,7 +77,7 @@ class Probes:
         """
         error = self._error_with_masks()
         if error > self.tolerance:
-            error = min(error, self._error(self._runner(packed=True)))
+            error = min(error, self._error(self.runner(packed=True)))
         if error > self.tolerance:
             logger.warning(
                 "Packed rows change the logits of %s (relative error %.1e, allowed %.0e): rows are "
@@ -103,8 +97,8 @@ class Probes:
         if one_long_row(self.model):
             return error
         give_masks(self.model)
-        with _no_refusal():
-            error = self._error(self._runner(packed=True))
+        with no_refusal():
+            error = self._error(self.runner(packed=True))
         give_masks(self.model, error <= self.tolerance)
         return error
 
@@ -116,8 +110,8 @@ class Probes:
         """
         starts = np.array([3, 0, 4, 2])[: len(self.texts)]
         with torch.no_grad():
-            expected = self._logits(self._runner(packed=False, first_position=starts))
-        error = self._error(self._runner(packed=True, first_position=starts), expected)
+            expected = self._logits(self.runner(packed=False, first_position=starts))
+        error = self._error(self.runner(packed=True, first_position=starts), expected)
         if error > self.tolerance:
             logger.debug("Texts that begin at other positions are not packed: %.1e off.", error)
         return error <= self.tolerance
@@ -129,7 +123,7 @@ class Probes:
         """
         if one_long_row(self.model):  # FlashAttention takes no mask of one's own
             return False
-        texts = self._with_a_common_beginning()
+        texts = self.with_a_common_beginning()
         row_tokens, every = int(self.texts.lengths[-1]), np.arange(len(texts))
         runners = [
             TextRunner(self.model, texts, row_tokens=row_tokens, packed=shared, prefix=None,
@@ -137,14 +131,14 @@ class Probes:
             for shared in (False, True)
         ]  # fmt: skip
         error = math.inf
-        with _no_refusal(), torch.no_grad():
+        with no_refusal(), torch.no_grad():
             expected, found = (runner.logits(every)[0].float() for runner in runners)
             error = relative_error(found, expected)
         if error > self.tolerance:
             logger.debug("Beginnings that texts share run for each: %.1e off.", error)
         return error <= self.tolerance
 
-    def _with_a_common_beginning(self) -> TokenizedTexts:
+    def with_a_common_beginning(self) -> TokenizedTexts:
         """Returns texts that begin like the longest one and go on like others."""
         longest = self.texts.ids[self.texts.offsets[-2] :].tolist()
         half = max(len(longest) // 2, 1)
@@ -159,9 +153,9 @@ class Probes:
         """Returns the end of the model, if it may run at scored positions alone."""
         if place.stack is None:
             return None
-        with _no_refusal():
-            tail = find_tail(place.stack, self._run_one)
-            if tail and self._error(self._runner(packed=packed, tail=tail)) <= self.tolerance:
+        with no_refusal():
+            tail = find_tail(place.stack, self.run_one)
+            if tail and self._error(self.runner(packed=packed, tail=tail)) <= self.tolerance:
                 return tail
         return None
 
@@ -169,7 +163,7 @@ class Probes:
         """Returns the output head, if its losses are those of the model's own logits."""
         if place.stack is None or place.first_layer is None:
             return None  # the head may be what is trained
-        with _no_refusal():
+        with no_refusal():
             head = find_head(self.model)
             if head is not None and self._loss_error(head, packed) <= self.tolerance:
                 return head
@@ -193,8 +187,8 @@ class Probes:
         if place.first_layer is None:
             return (), "a trained parameter lies outside its layers"
         candidates = [layer_cut(place.stack, place.first_layer)]
-        with _no_refusal():
-            candidates = find_cuts(place, self._run_one)
+        with no_refusal():
+            candidates = find_cuts(place, self.run_one)
         right: list[Cut] = []
         for cut in candidates:
             found, why_not = self._first_right(cut, packed, on_disk)
@@ -206,77 +200,6 @@ class Probes:
             if found is not None:
                 return (found,), ""
         return tuple(right), why_not
-
-    def fused(
-        self, place: Place, packed: bool, cuts: Sequence[Cut], head: Head | None
-    ) -> FusedLinears | None:
-        """Returns the frozen matrices of one input in the layers that every step runs.
-
-        Tried on the losses, and on their gradient where it leaves these layers.
-
-        Args:
-            place: What is trained.
-            packed: Whether rows are packed.
-            cuts: Where the frozen prefix may end; without one, every step runs all layers.
-            head: The output head, for losses in chunks; `None` takes the model's own logits.
-        """
-        if place.stack is None:
-            return None
-        layers, trained = _in_every_step(place.stack.layers, cuts), _trained(place)
-        with _no_refusal():
-            fused = find_fused(self.model, layers, trained, self._run_one)
-            if fused is None:
-                return None
-            with fused.laid_out():
-                every = np.arange(len(self.texts))
-                error = self._error_of_step(
-                    layers[0], packed, head, self.texts, every, {}, fused=fused
-                )
-            if error <= self.tolerance:
-                return fused
-            logger.debug("Matrices of one input run each for itself: %.1e off.", error)
-        return None
-
-    def compiled(
-        self, place: Place, packed: bool, head: Head | None, shared: bool
-    ) -> CompiledLayers | None:
-        """Returns the layers to compile, which are; warns if there are none, or they are not right.
-
-        The last layer, where only the scored positions run, and those that hold a trained parameter
-        run as they are. Tried like `fused`, in rows of each kind that training has.
-
-        Args:
-            place: What is trained.
-            packed: Whether rows are packed.
-            head: The output head, for losses in chunks; `None` takes the model's own logits.
-            shared: Whether texts share their beginnings in a row.
-        """
-        why_not = (
-            "none between the place and the last one is whole on one device, without a trained "
-            "parameter and without hooks"
-        )
-        try:
-            layers = [] if place.stack is None else [*place.stack.layers][place.first_layer :]
-            found = find_compilable(self.model, layers[1:-1], _trained(place))
-            if found is not None:
-                logger.info("Compiling %d layers takes half a minute or more.", len(found.layers))
-                every = np.arange(len(self.texts))
-                cases: list[tuple[TokenizedTexts, np.ndarray, dict[str, bool]]]
-                cases = [(self.texts, every, {}), (self.texts, every[:1], {})]
-                if shared:
-                    trees = self._with_a_common_beginning()
-                    cases.append((trees, np.arange(len(trees)), {"shared": True}))
-                error = max(
-                    self._error_of_step(layers[0], packed, head, *case, compiled=found)
-                    for case in cases
-                )
-                if error <= self.tolerance:
-                    return found
-                why_not = f"they change losses or gradients (relative error {error:.1e})"
-        except (*REFUSALS, ImportError) as failure:
-            why_not = brief(failure)
-        logger.warning("No layer is compiled (`compile_layers`): %s.", why_not)
-        return None
 
     def _first_right(self, cut: Cut, packed: bool, on_disk: bool) -> tuple[Cut | None, str]:
         """Returns the form of the cut that leaves most out, or why none is right."""
@@ -297,7 +220,7 @@ class Probes:
         """Returns the cut with its width, or why it does not leave the logits as they are."""
         try:
             prefix = self._recorded(cut, packed)
-            error = self._error(self._runner(packed=packed, prefix=prefix))
+            error = self._error(self.runner(packed=packed, prefix=prefix))
         except REFUSALS as failure:
             # An edit is still possible without it, and the warning says what happened.
             return None, f"its layers cannot be split ({type(failure).__name__}: {failure})"
@@ -312,14 +235,16 @@ class Probes:
         prefix.record(Layout(self.texts, 1, packed), _N_PROBES)
         return prefix
 
-    def _runner(self, texts: TokenizedTexts | None = None, **shortcuts: Any) -> TextRunner:
+    def runner(self, texts: TokenizedTexts | None = None, **shortcuts: Any) -> TextRunner:
+        """Returns a runner of the texts, or of others, with some shortcuts."""
         texts = self.texts if texts is None else texts
         # Rows of a length that makes several, some of them with several texts.
         row_tokens = int(texts.lengths.max() + texts.lengths.min())
         return TextRunner(self.model, texts, row_tokens=row_tokens, **{"prefix": None, **shortcuts})
 
     @torch.no_grad()
-    def _run_one(self) -> None:
+    def run_one(self) -> None:
+        """Runs the untouched model on one text."""
         ids = torch.from_numpy(self.texts.ids[: self.texts.offsets[1]])
         self.model(input_ids=ids[None].to(input_device(self.model)), use_cache=False)
 
@@ -341,7 +266,7 @@ class Probes:
         if self.reference[0].dtype == torch.float32 and not quantized:
             return TOLERANCE
         # Rounding adds up with depth in low precision: ordinary padding shows how much.
-        padded = self._error(self._runner(packed=False))
+        padded = self._error(self.runner(packed=False))
         return min(max(_HALF_TOLERANCE, 3 * padded), MOST_TOLERATED)
 
     @torch.no_grad()
@@ -351,26 +276,6 @@ class Probes:
             expected = torch.cat(self.reference[::-1])
         return relative_error(self._logits(runner), expected.float())
 
-    def _error_of_step(
-        self,
-        first: nn.Module,
-        packed: bool,
-        head: Head | None,
-        texts: TokenizedTexts,
-        batch: np.ndarray,
-        how: Mapping[str, Any],
-        **shortcut: Any,
-    ) -> float:
-        """Returns the relative error of the losses, or of their gradient where it leaves `first`.
-
-        The larger of both, in passes like those of a step.
-        """
-        plain, runner = (
-            self._runner(texts, packed=packed, head=head, **how, **more) for more in ({}, shortcut)
-        )
-        expected, found = (_losses_and_gradient(first, one, batch) for one in (plain, runner))
-        return max(map(relative_error, found, expected))
-
     def _logits(self, runner: TextRunner) -> torch.Tensor:
         """Returns the logits, [S, V] float32, with the texts in the opposite order."""
         with runner.running():
@@ -378,7 +283,7 @@ class Probes:
 
     @torch.no_grad()
     def _loss_error(self, head: Head, packed: bool) -> float:
-        runner = self._runner(packed=packed, head=head)
+        runner = self.runner(packed=packed, head=head)
         with runner.running():
             losses = runner.edit_losses(np.arange(len(self.texts)))
         logits = torch.cat(self.reference).float()
@@ -389,31 +294,6 @@ class Probes:
         return relative_error(losses, expected.to(losses.device))
 
 
-def _losses_and_gradient(
-    first: nn.Module, runner: TextRunner, batch: np.ndarray
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns each text's loss, [B], and the gradient of their sum by what enters `first`."""
-    losses: list[torch.Tensor] = []
-
-    def run() -> torch.Tensor:
-        with runner.running():
-            losses[:] = [runner.edit_losses(batch)]
-        return 1024 * losses[0].sum()  # keeps gradients from vanishing in float16
-
-    gradient = entry_gradient(first, run)
-    return losses[0].detach(), gradient
-
-
-def _in_every_step(layers: Iterable[nn.Module], cuts: Sequence[Cut]) -> list[nn.Module]:
-    """Returns the layers that run, whole or in part, above the lowest cut."""
-    return list(layers)[min((cut.first_layer for cut in cuts), default=0) :]
-
-
-def _trained(place: Place) -> list[nn.Parameter]:
-    """Returns the whole parameters of which all or a part is trained."""
-    return [whole_of(parameter) for parameter in place.parameters.values()]
-
-
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Returns ||found - expected|| / ||expected||; infinity if it is no number."""
     difference = (found - expected).norm() / expected.norm()
@@ -421,7 +301,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @contextmanager
-def _no_refusal() -> Iterator[None]:
+def no_refusal() -> Iterator[None]:
     """A model that cannot be asked is run the plain way."""
     try:
         yield

@@ -27,6 +27,7 @@ from ..modeling.places import Place
 from ..modeling.suitability import check_causal
 from .cut import Cut
 from .probes import Probes
+from .step_probes import StepProbes
 from .streaming import FrozenStream, stream_of
 
 logger = logging.getLogger(__name__)
@@ -116,8 +117,9 @@ def find_shortcuts(
                 why_not,
             )
     anywhere, shared = packed and probes.packing_anywhere(), packed and probes.sharing()
-    faster = probes.compiled(place, packed, head, shared) if compiled else None
-    together = probes.fused(place, packed, cuts, head) if fused and faster is None else None
+    step = StepProbes(probes, place, packed, head, shared)
+    faster = step.compiled() if compiled else None
+    together = step.fused(cuts) if fused and faster is None else None
     return Shortcuts(packed, cuts, tail, head, anywhere, shared, together, faster)
 
 

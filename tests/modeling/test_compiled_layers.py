@@ -16,7 +16,7 @@ from locft_easyedit.modeling.locations import Location
 from locft_easyedit.prefix import probes
 from locft_easyedit.training.session import EditSession
 
-KINDS = ["llama", "gemma3", "gpt2", "mixtral", "gpt_neox"]
+KINDS = ["llama", "gemma3", "gpt2"]
 
 
 class Compiled:

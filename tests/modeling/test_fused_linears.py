@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from locft_easyedit.modeling.fsdp import ShardedLayers, note_sharded
 from locft_easyedit.modeling.fused_linears import FusedLinears, find_fused
-from locft_easyedit.prefix import probes, shortcuts
+from locft_easyedit.prefix import probes, shortcuts, step_probes
 from locft_easyedit.training.session import EditSession
 
 PLACES = DOWN_PROJECTION | {"qwen2_moe": "model.layers.{}.mlp.shared_expert.down_proj.weight"}
@@ -179,8 +179,8 @@ def test_it_is_for_gpus_where_nobody_says_otherwise(monkeypatch):
 
 
 def test_what_changes_the_logits_or_the_gradient_is_not_used(monkeypatch, caplog):
-    caplog.set_level("DEBUG", logger="locft_easyedit.prefix.probes")
-    found = probes.find_fused
+    caplog.set_level("DEBUG", logger="locft_easyedit.prefix")
+    found = step_probes.find_fused
 
     def of_unlike_inputs(*args):
         fused = found(*args)
@@ -188,7 +188,7 @@ def test_what_changes_the_logits_or_the_gradient_is_not_used(monkeypatch, caplog
             group._sizes.sort()  # 16, 16, 32: not those of q, k and v
         return fused
 
-    monkeypatch.setattr(probes, "find_fused", of_unlike_inputs)
+    monkeypatch.setattr(step_probes, "find_fused", of_unlike_inputs)
     model = toy_model("llama")
     with session(model=model) as prepared:
         assert prepared.shortcuts.fused is None
@@ -203,7 +203,7 @@ def test_what_changes_the_logits_or_the_gradient_is_not_used(monkeypatch, caplog
         return fused
 
     caplog.clear()
-    monkeypatch.setattr(probes, "find_fused", without_gradient)
+    monkeypatch.setattr(step_probes, "find_fused", without_gradient)
     with session() as prepared:
         assert prepared.shortcuts.fused is None
     assert "Matrices of one input run each for itself" in caplog.text

@@ -80,7 +80,7 @@ def test_masks_are_given_only_where_they_make_packed_rows_right():
     texts = TokenizedTexts.from_lists([tokenizer(p)["input_ids"] for p in prompts], [1] * 4)
     assert can_pack(model, texts)
     give_masks(model, False)
-    assert Probes(model, texts)._error(Probes(model, texts)._runner(packed=True)) > 1e-3
+    assert Probes(model, texts)._error(Probes(model, texts).runner(packed=True)) > 1e-3
     recurrent = model_types.tiny_model("mamba")
     assert not can_pack(recurrent, texts)
     assert recurrent not in forward._given_masks
