@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -169,15 +169,18 @@ class Changes:
         settle_ = partial(
             trainer.settle_, numbered, runner, returning, active, checked, not_right, more
         )
+        stays = None if goes is None else moments(trainer, runner, numbered.texts_of(active))
+        if goes is None or stays is None:
+            return settle_()
         as_it_was = self.now
-        if goes is not None and remove_(
-            trainer, self.base, goes, runner, numbered.texts_of(active)
-        ):
-            wrong = not_right(checked)
-            if (wrong >= first_text).sum() <= MOST_LEFT * len(asked):
-                return settle_(wrong=wrong)
+        remove_(trainer, self.base, goes, stays)
+        wrong = not_right(checked)
+        suffices = np.count_nonzero(wrong >= first_text) <= MOST_LEFT * len(asked)
+        if not suffices:
             self.put_(as_it_was)
-        return settle_()
+        # A low-rank change is not confined.
+        with trainer.sparing(stays) if h.tuning == "full" else nullcontext():
+            return settle_(wrong=wrong if suffices else None)
 
     def _confine_(self, book: Book) -> None:
         """Lets the trainer have what confines the change: measured on the base, once, and kept."""

@@ -46,7 +46,8 @@ def moments(
 ) -> dict[str, torch.Tensor] | None:
     """Returns the sum of x x^T over what enters each matrix, [in, in], by the parameter's name.
 
-    `None` where not all that is trained are matrices of linear layers that see every token.
+    `None` where not all that is trained are matrices of linear layers that see every token, or a
+    sum is not finite.
 
     Args:
         trainer: Whose matrices they are.
@@ -57,34 +58,28 @@ def moments(
     if not all(is_linear_weight(model, name) for name in parameters):
         return None
     modules = {name: owner(model, name) for name in parameters}
-    return runner.input_moments(texts, modules, _SCORED, trainer.hparams.eval_batch_size)
+    found = runner.input_moments(texts, modules, _SCORED, trainer.hparams.eval_batch_size)
+    finite = found is not None and all(x.isfinite().all() for x in found.values())
+    return found if finite else None
 
 
 def remove_(
     trainer: Trainer,
     base: Matrices,
     goes: Mapping[str, torch.Tensor],
-    runner: LedgerRunner,
-    texts: np.ndarray,
-) -> bool:
+    stays: Mapping[str, torch.Tensor],
+) -> None:
     """Removes the change of the trainer's matrices along what goes, in place.
 
     Args:
         trainer: Whose matrices they are.
         base: The base model's.
-        goes: The `moments` of what goes, in the base model.
-        runner: What runs the texts.
-        texts: Those that are to stay as they are, [B].
-
-    Returns:
-        Whether that was possible.
+        goes: The `moments` of what goes, in the base model, finite.
+        stays: Those of what is to stay as it is, finite.
 
     Raises:
         NonFiniteLossError: A sum overflows the matrices' precision; restoring is up to the caller.
     """
-    stays = moments(trainer, runner, texts)
-    if stays is None or not all(x.isfinite().all() for x in (*stays.values(), *goes.values())):
-        return False
     filters = {} if trainer.filters is None else trainer.filters.of
     for name, parameter in trainer.place.parameters.items():
         transposed = isinstance(owner(trainer.model, name), Conv1D)
@@ -102,7 +97,6 @@ def remove_(
             )
     # The same sums in all processes; unlike GPUs may have rounded them differently.
     trainer.world.broadcast_(trainer.place.parameters.values())
-    return True
 
 
 def least_squares(

@@ -17,8 +17,9 @@ from locft_easyedit.ledger.states import States
 from locft_easyedit.utils.files import locked
 
 # Sums are taken in another order: over the norm of what the ledger changed. Measured: 5e-6, and up
-# to 2e-4 after rounds of repair that settle nothing.
-MATRIX = 1e-3
+# to 5e-3 where facts are taken out by training: Adam begins anew there, and takes whole steps along
+# what of a gradient is rounding.
+MATRIX = 2e-2
 
 pytestmark = pytest.mark.processes
 

@@ -109,6 +109,23 @@ def spectral_filter(
     return (s if moment is None else _REACH * s).float()
 
 
+def spared_filter(
+    moment: torch.Tensor, before: torch.Tensor | None = None, *, strength: float
+) -> torch.Tensor:
+    """Returns S, [in, in] float32, which damps what some inputs carry, and all that S did before.
+
+    Args:
+        moment: C of these inputs, [in, in], finite.
+        before: The S that a change is confined with already; `None` for none.
+        strength: As for `spectral_filter`.
+    """
+    if before is None:
+        return spectral_filter(moment, strength=strength)
+    s = before.double()
+    seen = spectral_filter(s @ moment.double() @ s.T, strength=strength)
+    return (seen.double() @ s / _REACH).float()
+
+
 def output_filter(moment: torch.Tensor, *, strength: float = 1.0) -> torch.Tensor:
     """Returns T, [out, out] float32.
 
