@@ -158,8 +158,9 @@ class LocFTBFHyperParams(HyperParamsBase):
             (FSDP2), and gather a layer when it runs; `None` does so where these do not fit a
             device.
         quantize_frozen: Load what is not trained in `8bit` or `4bit` (bitsandbytes).
-        compile_layers: Compile the layers above the place for training (`torch.compile`), which takes
-            half a minute or more, once. For GPUs: a CPU gains next to nothing. Not in a ledger.
+        compile_layers: Compile the layers above the place for training (`torch.compile`), which
+            takes half a minute or more, once. For GPUs: a CPU gains next to nothing. Not in a
+            ledger.
         packing: Put several edits into one row instead of padding each; beginnings that they have
             in common run once, where that makes rows notably fewer.
         tuning: `full` trains the matrices themselves, as published; `lora` a low-rank change of
