@@ -178,8 +178,9 @@ class Changes:
         suffices = np.count_nonzero(wrong >= first_text) <= MOST_LEFT * len(asked)
         if not suffices:
             self.put_(as_it_was)
-        # A low-rank change is not confined.
-        with trainer.sparing(stays) if h.tuning == "full" else nullcontext():
+        all_right = suffices and not len(wrong)
+        # Nothing is trained then; and a low-rank change is not confined.
+        with nullcontext() if all_right or h.tuning == "lora" else trainer.sparing(stays):
             return settle_(wrong=wrong if suffices else None)
 
     def _confine_(self, book: Book) -> None:

@@ -17,9 +17,11 @@ from locft_easyedit.ledger.states import States
 from locft_easyedit.utils.files import locked
 
 # Sums are taken in another order: over the norm of what the ledger changed. Measured: 5e-6, and up
-# to 5e-3 where facts are taken out by training: Adam begins anew there, and takes whole steps along
-# what of a gradient is rounding.
-MATRIX = 2e-2
+# to 2e-4 after rounds of repair that settle nothing.
+MATRIX = 1e-3
+# And up to 5e-3 where facts were taken out by a training that spares others: Adam begins anew, and
+# takes whole steps along what of a gradient is rounding.
+SPARING = 2e-2
 
 pytestmark = pytest.mark.processes
 
@@ -69,10 +71,12 @@ def test_the_ledger_of_one_process(n, cases, tmp_path):
         value = Delta.load(path).new[NAME].double()
         assert value.sum().item() == pytest.approx(total)
         change = matrix(alone.model).double() - start
-        assert (value - start - change).norm() < MATRIX * change.norm(), case
+        expected = distributed_ledgers.of_events(alone)
+        spared = expected[-1]["trained"]["texts"] and case.get("tuning") != "lora"
+        bound = SPARING if spared else MATRIX
+        assert (value - start - change).norm() < bound * change.norm(), case
         assert problems == []
         assert lost == alone.verify().lost
-        expected = distributed_ledgers.of_events(alone)
         for one, other in zip(events, json.loads(json.dumps(expected)), strict=True):
             assert [one[key] for key in ("facts", "trained")] == [
                 other[key] for key in ("facts", "trained")

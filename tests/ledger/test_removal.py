@@ -5,12 +5,16 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers.ledgers import SEQUENCES, STARTS, facts, trainer_of, wide_model
+from helpers.ledgers import SEQUENCES, STARTS, facts, new_ledger, trainer_of, wide_model
+from helpers.toys import toy_requests
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from locft_easyedit.data.tokenization import TokenizedTexts
+from locft_easyedit.ledger import changes
 from locft_easyedit.ledger.removal import least_squares, moments, remove_
+from locft_easyedit.ledger.trainer import Trainer
+from locft_easyedit.training.preserve.filters import Filters
 from locft_easyedit.training.preserve.input_moments import keys_of
 
 OUT, IN = 6, 40
@@ -160,3 +164,50 @@ def test_a_matrix_that_is_stored_the_other_way_round(tmp_path):
         found[kind] = left.T if kind is Conv1D else left
         assert 0.1 < (found[kind] - change).norm() / change.norm() < 0.9
     assert torch.allclose(found[nn.Linear], found[Conv1D], atol=1e-4)
+
+
+def test_training_that_spares_others_moves_them_less(tmp_path):
+    """What stays is damped, beside what was damped before, and all is as before afterwards."""
+    model = wide_model()
+    trainer = trainer_of(model, tmp_path)
+    [name] = trainer.place.parameters
+    torch.manual_seed(1)
+    before = Filters(
+        {name: torch.randn(512, 512) / 20}, {"of": "text"}, outputs={name: torch.eye(64)}
+    )
+    trainer.moments = moments_before = {name: torch.ones(64, 512)}
+    with trainer.ready():
+        _, runner = trainer.facts.numbered([facts(2)])
+        stays = moments(trainer, runner, np.array([0]))
+        for filters in (None, before):
+            trainer.filters = filters
+            with trainer.sparing(stays):
+                s = trainer.filters.of[name].double()
+                assert trainer.filters.damps
+                assert trainer.filters.outputs == ({} if filters is None else before.outputs)
+                assert trainer.moments is None
+            assert trainer.filters is filters
+            assert trainer.moments is moments_before
+            # Of what S lets through, what stays takes a smaller part than it would without.
+            own = torch.eye(512) if filters is None else filters.of[name]
+            k = stays[name].double()
+            assert share(s, k) < 0.5 * share(own.double(), k)
+
+
+def share(s, k):
+    """The part of what a filter lets through that lies along a moment."""
+    return float(((s @ k) * s).sum() / s.square().sum())
+
+
+@pytest.mark.parametrize(("left", "tuning", "spares"), [
+    (0, "full", 0), (1, "full", 1), (1, "lora", 0),
+])  # fmt: skip
+def test_others_are_spared_where_something_is_trained(tmp_path, monkeypatch, left, tuning, spares):
+    ledger = new_ledger(tmp_path, tuning=tuning)
+    ledger.add(toy_requests(3))
+    sparing, entered = Trainer.sparing, []
+    monkeypatch.setattr(Trainer, "sparing", lambda *args: entered.append(1) or sparing(*args))
+    if left:
+        monkeypatch.setattr(changes, "MOST_LEFT", -1)
+    assert ledger.retract([2]).not_out == []
+    assert len(entered) == spares
