@@ -64,6 +64,8 @@ def one_layer(options, layer):
             for name, (changes, without) in variants.items():
                 hparams = one_step(options, layer, changes)
                 made = stack.enter_context(Ours(model, tokenizer, requests, hparams, without))
+                if hparams.compile_layers and made.session.shortcuts.compiled is None:
+                    raise SystemExit("No layer was compiled; the warning above says why.")
                 steps[f"{name}, {dtype}"] = made.step
         rates = dict.fromkeys(options.dtype, 0.0)
 
@@ -125,8 +127,6 @@ class Ours:
         )
         variants = session.training_texts.variants
         self.texts = variants.texts(edits, epoch=0)
-        if session.hparams.compile_layers and session.shortcuts.compiled is None:
-            raise SystemExit("No layer was compiled; the warning above says why.")
         self.loop_step = TrainingStep(
             session._runner, self.weights, session.hparams, session._share,
             texts_per_edit=variants.most,

@@ -181,14 +181,11 @@ def test_where_there_is_no_layer_to_compile_it_is_told(caplog, compiled):
 
 
 def test_products_are_not_fused_beside_it(compiled):
-    with session() as prepared:
-        prepared.fused = True
-    hparams = toy_hparams(layers=[0], compile_layers=True)
-    with EditSession(
-        toy_model(), toy_tokenizer(), toy_requests(4), hparams, False, fused=True
-    ) as s:
-        assert s.shortcuts.compiled is not None
-        assert s.shortcuts.fused is None
+    made = session()
+    made.fused = True
+    with made as prepared:
+        assert prepared.shortcuts.compiled is not None
+        assert prepared.shortcuts.fused is None
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
