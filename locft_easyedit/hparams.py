@@ -71,6 +71,7 @@ OTHER_METHODS_KEYS = frozenset(
 _PLUS_FORMS = (CHAT, QUESTION_ANSWER, CONTEXT)
 _PLUS_PRESERVE = (SAMPLED, NEIGHBOURS)
 _PLUS_MIN_BATCHES = 10
+_REPAIRS = 10
 
 # What OmegaConf, and the values themselves, raise where they do not suit a field.
 _NOT_OF_THE_TYPE = (
@@ -118,6 +119,9 @@ class LocFTBFHyperParams(HyperParamsBase):
         min_batches: Mini-batches that an epoch has at least, as far as there are edits: with few of
             them, mini-batches are smaller than `batch_size`, since too few steps learn nothing.
             `None` leaves it at `batch_size`, with LocFT-BF+ it is 10.
+        repairs: Rounds at most in which edits that do not hold after the epochs are trained again,
+            at a lower rate and beside others that do; 0 checks nothing, as published. `None` is 0,
+            and 10 with LocFT-BF+ and in a ledger.
         loss_average: Of which a mini-batch's loss is the mean: of its `edit`s, each the mean of its
             target's tokens, as published; or of the `token`s of all its targets. An epoch's loss is
             the mean of its mini-batches', by their edits, in both cases.
@@ -213,6 +217,7 @@ class LocFTBFHyperParams(HyperParamsBase):
     pipeline: str = BREADTH_FIRST
     batch_size: int = 100
     min_batches: Optional[int] = None  # noqa: UP045
+    repairs: Optional[int] = None  # noqa: UP045
     loss_average: str = EDIT
     lr_schedule: str = CONSTANT
     weight_decay: float = 0.0
@@ -299,6 +304,18 @@ class LocFTBFHyperParams(HyperParamsBase):
         if least is None:
             return self
         return dataclasses.replace(self, batch_size=max(1, min(self.batch_size, n // least)))
+
+    @property
+    def rounds_of_repair(self) -> int:
+        """Rounds in which edits that do not hold are trained again, at most."""
+        if self.repairs is None and not (self._plus and self.pipeline == BREADTH_FIRST):
+            return 0
+        return self.most_repairs
+
+    @property
+    def most_repairs(self) -> int:
+        """The same where edits are checked in any case, as in a ledger."""
+        return _REPAIRS if self.repairs is None else self.repairs
 
     @property
     def checkpoint_folder(self) -> str | None:

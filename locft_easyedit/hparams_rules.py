@@ -128,6 +128,13 @@ def rules(values: Mapping[str, Any]) -> list[Rule]:
             lambda v: v is None or values.get("pipeline") != DEPTH_FIRST,
             f"does not go with `pipeline={DEPTH_FIRST}`, which has no epochs; keep one of them",
         ),
+        ("repairs", lambda v: v is None or 0 <= v < _MOST, "must be 0 or more, or null"),
+        (
+            "repairs",
+            lambda v: not v or values.get("pipeline") != DEPTH_FIRST,
+            f"does not go with `pipeline={DEPTH_FIRST}`, which trains each edit until it holds; "
+            "keep one of them",
+        ),
         ("loss_average", lambda v: v in LOSS_AVERAGES, f"must be {EDIT} or {TOKEN}"),
         ("lr_schedule", lambda v: v in LR_SCHEDULES, f"must be {CONSTANT} or {COSINE}"),
         (

@@ -1,11 +1,16 @@
-"""Which texts stand for an edit in an epoch: its own one, and a few others that take turns."""
+"""Which texts stand for an edit in an epoch: its own one, and a few others that take turns.
+
+Beside those of a mini-batch others can be replayed, which are to stay as they are.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+
+from .packing import spanned
 
 _TURNS = 2**31
 
@@ -72,3 +77,55 @@ class Variants:
             nth = (self.turn[batch] + before + k)[there] % n_others[there]
             found.append(own[there] + 1 + nth)
         return np.concatenate(found)
+
+    def edits_of(self, texts: np.ndarray) -> np.ndarray:
+        """Returns the edits that these texts stand for, each once, ascending."""
+        return np.unique(np.searchsorted(self.first, texts, side="right") - 1)
+
+    def first_texts(self, edits: np.ndarray, most: int = _TURNS) -> np.ndarray:
+        """Returns the first texts of each edit: its own one, and others up to `most` in all.
+
+        Args:
+            edits: The edits, [B].
+            most: Texts of an edit, at most.
+        """
+        counts = np.minimum(np.diff(self.first)[edits], most)
+        return spanned(self.first[edits], counts)
+
+
+@dataclass(frozen=True, eq=False)
+class Replayed(Variants):
+    """The texts of edits, which mini-batches of some of them share with as many others.
+
+    Attributes:
+        pool: The others, [P]: those of a mini-batch are drawn from them at random.
+        seed: Seed of the draw.
+    """
+
+    pool: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    seed: int = 0
+
+    @classmethod
+    def of(cls, variants: Variants, each: float, pool: np.ndarray, seed: int) -> Replayed:
+        """Returns the texts of `variants`, with so many others in an epoch, and this pool."""
+        return cls(variants.first, each, variants.turn, pool, seed)
+
+    @property
+    def most(self) -> int:
+        """Texts that come with one edit in an epoch, at most."""
+        return super().most * (2 if len(self.pool) else 1)
+
+    def texts(self, batch: np.ndarray, epoch: int) -> np.ndarray:
+        """Returns the texts of a mini-batch, and those of as many others.
+
+        What is drawn depends on the epoch and the mini-batch alone.
+
+        Args:
+            batch: The edits, [B].
+            epoch: The epoch, from 0.
+        """
+        n = min(len(batch), len(self.pool))
+        if n:
+            draw = np.random.default_rng([self.seed, epoch, int(batch[0])])
+            batch = np.concatenate([batch, draw.choice(self.pool, n, replace=False)])
+        return super().texts(batch, epoch)

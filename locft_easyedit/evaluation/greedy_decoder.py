@@ -19,18 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.tokenization import CHUNK, Asked, GrowingTexts, TokenizedTexts, asked_ids, ids_of
 from ..modeling.devices import input_device
 from ..modeling.modes import evaluation_mode
+from ..modeling.near_ties import too_close
 from ..utils.progress import progress_bar
 from .answers import STOPS, up_to_stop
 from .decoding import decode_, end_tokens, stop_tokens
 from .growing_texts import Done
-from .predictions import (
-    ArgmaxPredictions,
-    ArgmaxPredictor,
-    EvalConfig,
-    Wrapper,
-    fixed_cells,
-    too_close,
-)
+from .predictions import ArgmaxPredictions, ArgmaxPredictor, EvalConfig, Wrapper, fixed_cells
 
 
 class GreedyDecoder:

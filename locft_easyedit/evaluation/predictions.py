@@ -24,6 +24,7 @@ from ..data.tokenization import TokenizedTexts
 from ..modeling.devices import input_device
 from ..modeling.last_layer import Tail
 from ..modeling.modes import evaluation_mode
+from ..modeling.near_ties import too_close
 from ..modeling.suitability import check_ids
 from ..prefix.cut import Cut
 from ..prefix.frozen_prefix import FrozenPrefix, Layout, PrefixRecorder
@@ -35,12 +36,6 @@ from ..training.session import EditSession
 from .prompts import Metrics
 
 logger = logging.getLogger(__name__)
-
-# Rounding could decide between logits that are closer than this many steps of the model's numbers
-# at their size, or than the floor. Batching moves the logits of SmolLM2, of about 20, by up to 1e-4
-# in float32 and 0.4 in bfloat16.
-_STEPS = 4
-_FLOOR = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 class Wrapper(Protocol):
@@ -386,19 +381,6 @@ def warn_close(n: int, of: int) -> None:
         of,
         100 * n / of,
     )
-
-
-def too_close(best: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
-    """Returns where rounding could decide between the two best logits, [S] bool.
-
-    Args:
-        best: The best and the second-best logit, [S, 2].
-        model: The model. Its own precision counts: some give float32 logits of half weights.
-    """
-    dtype = model.dtype if model.dtype in _FLOOR else torch.bfloat16
-    size = best[:, 0].float().abs()
-    margin = (_STEPS * torch.finfo(dtype).eps * size).clamp(min=_FLOOR[dtype])
-    return (best[:, 0] - best[:, 1]).float() < margin
 
 
 def warn_not_finite(n: int, of: int) -> None:

@@ -11,7 +11,7 @@ numbers among all, and answer the same in every process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +22,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ..data.batching import in_batches
 from ..data.packing import spanned
 from ..data.tokenization import TokenizedTexts
 from ..distributed.world import Partition
-from ..evaluation.predictions import too_close
 from ..modeling.forward import Stop, mean_by_owner, run_layout, run_to_head
-from ..modeling.modes import evaluation_mode
 from ..modeling.module_inputs import module_inputs
 from ..prefix.runner import Prepared, TextRunner
 from ..training.preserve.input_moments import add_moment_, input_width, no_moment
+from ..training.repair import run_in_batches
 
 _TOKENS_AT_ONCE = 64  # whose distributions over the vocabulary are held together
 
@@ -158,7 +156,7 @@ class LedgerRunner(TextRunner):
             which = batch - first_text
             kept[0][torch.from_numpy(spanned(offsets[which], counts[which]))] = outputs
 
-        self._in_batches(texts, keep, batch_size)
+        run_in_batches(self, self.share, texts, keep, batch_size)
         outputs = kept[0].cpu() if kept else torch.zeros(0, 0)  # another process may have all
         self.base = BaseOutputs(first_text, offsets, outputs)
 
@@ -200,7 +198,7 @@ class LedgerRunner(TextRunner):
                 run_layout(self.model, now.rows, **inputs)
             known &= len(seen) == len(modules)
 
-        self._in_batches(self.share.positions_of(texts), add, batch_size)
+        run_in_batches(self, self.share, self.share.positions_of(texts), add, batch_size)
         if not all(self.share.world.all_gather(known)):
             return None
         for name, module in modules.items():  # this process may have no texts
@@ -208,39 +206,6 @@ class LedgerRunner(TextRunner):
                 sums[name] = no_moment(input_width(module), self.device)
         self.share.world.sum_(sums[name] for name in modules)
         return sums
-
-    def wrong(self, texts: np.ndarray, batch_size: int, *, clearly: bool) -> np.ndarray:
-        """Returns those of these texts whose targets are not the model's first choices, ascending.
-
-        Args:
-            texts: The texts, [B].
-            batch_size: Texts a forward pass.
-            clearly: A first choice counts only where rounding could not turn it; else a second one
-                counts as well where rounding could make it the first.
-
-        Raises:
-            RankError: Another process has failed.
-        """
-        found: list[int] = []
-
-        def note(batch: np.ndarray) -> None:
-            logits, rows = self.logits(batch)
-            best = logits.topk(2, dim=-1)  # [S, 2]
-            labels = self.ids[rows.label_index].to(logits.device)
-            bad = best.indices[:, 0] != labels
-            if clearly:
-                bad |= too_close(best.values, self.model)
-            else:
-                wanted = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
-                pair = torch.stack([best.values[:, 0], wanted], dim=1)
-                bad &= ~too_close(pair, self.model)
-            bad |= ~torch.isfinite(best.values[:, 0])
-            owners = np.unique(rows.owner.to(logits.device)[bad].cpu().numpy())
-            found.extend(batch[owners].tolist())
-
-        self._in_batches(self.share.positions_of(texts), note, batch_size)
-        of_all = self.share.world.all_gather(self.share.own[np.array(found, np.int64)])
-        return np.sort(np.concatenate(of_all))
 
     def away(self, texts: np.ndarray, batch_size: int, near: float) -> tuple[Any, Any]:
         """Returns how far texts that are to be as in the base are from it.
@@ -277,19 +242,10 @@ class LedgerRunner(TextRunner):
                 bad = ahead[:, 0] - ahead[:, 1] > near
                 wrong[where[np.unique(owner[part][bad].cpu().numpy())]] = True
 
-        self._in_batches(own, note, batch_size)
+        run_in_batches(self, self.share, own, note, batch_size)
         shares = self.share.world.all_gather((self.share.own[own], wrong, divergence))
         numbers, wrong, divergence = (
             np.concatenate(column) for column in zip(*shares, strict=True)
         )
         order = np.argsort(numbers)
         return wrong[order], divergence[order]
-
-    @torch.no_grad()
-    def _in_batches(
-        self, texts: np.ndarray, run: Callable[[np.ndarray], Any], batch_size: int
-    ) -> None:
-        with self.share.world.sharing_errors():
-            if len(texts):
-                with evaluation_mode(self.model), self.running():
-                    in_batches(self.layout.batches(batch_size, texts), run, description="check")

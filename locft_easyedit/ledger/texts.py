@@ -1,53 +1,14 @@
-"""Facts as tokens, group after group, and mini-batches of new facts with old ones beside them."""
+"""Facts as tokens, group after group."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from ..data.packing import spanned
 from ..data.tokenization import TokenizedTexts
 from ..data.variants import Variants
-
-
-@dataclass(frozen=True, eq=False)
-class Replayed(Variants):
-    """The texts of edits, which mini-batches of some of them share with as many others.
-
-    Attributes:
-        pool: The others, [P]: those of a mini-batch are drawn from them at random.
-        seed: Seed of the draw.
-    """
-
-    pool: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    seed: int = 0
-
-    @classmethod
-    def of(cls, variants: Variants, each: float, pool: np.ndarray, seed: int) -> Replayed:
-        """Returns the texts of `variants`, with so many others in an epoch, and this pool."""
-        return cls(variants.first, each, variants.turn, pool, seed)
-
-    @property
-    def most(self) -> int:
-        """Texts that come with one edit in an epoch, at most."""
-        return super().most * (2 if len(self.pool) else 1)
-
-    def texts(self, batch: np.ndarray, epoch: int) -> np.ndarray:
-        """Returns the texts of a mini-batch, and those of as many others.
-
-        What is drawn depends on the epoch and the mini-batch alone.
-
-        Args:
-            batch: The edits, [B].
-            epoch: The epoch, from 0.
-        """
-        n = min(len(batch), len(self.pool))
-        if n:
-            draw = np.random.default_rng([self.seed, epoch, int(batch[0])])
-            batch = np.concatenate([batch, draw.choice(self.pool, n, replace=False)])
-        return super().texts(batch, epoch)
 
 
 def joined_texts(parts: Sequence[TokenizedTexts]) -> TokenizedTexts:
@@ -100,14 +61,12 @@ class Numbered:
 
         Rewordings are not: some are no good English, and the model may well be right there.
         """
-        n_texts = np.minimum(np.diff(self.variants.first)[edits], self.n_forms)
-        return spanned(self.variants.first[edits], n_texts)
+        return self.variants.first_texts(edits, self.n_forms)
 
     def texts_of(self, edits: np.ndarray) -> np.ndarray:
         """Returns all texts that stand for these edits."""
-        n_texts = np.diff(self.variants.first)[edits]
-        return spanned(self.variants.first[edits], n_texts)
+        return self.variants.first_texts(edits)
 
     def edits_of(self, texts: np.ndarray) -> np.ndarray:
         """Returns the edits that these texts stand for, each once, ascending."""
-        return np.unique(np.searchsorted(self.variants.first, texts, side="right") - 1)
+        return self.variants.edits_of(texts)

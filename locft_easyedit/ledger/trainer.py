@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..data.variants import Variants
+from ..data.variants import Replayed
 from ..distributed.world import World
 from ..errors import NonFiniteLossError
 from ..hparams import LocFTBFHyperParams
@@ -25,24 +25,19 @@ from ..training.preserve.confined_change import ConfinedChange
 from ..training.preserve.filters import Filters, adam_of
 from ..training.preserve.spectral_filter import spared_filter
 from ..training.progress import LossNotFiniteError, Progress
+from ..training.repair import again_beside, of_round, repair_, wrong_texts
 from ..training.reparametrization import Reparametrization
 from ..training.step import TrainingStep
-from ..training.trained_weights import TrainedWeights, copies_of, write_
+from ..training.trained_weights import TrainedWeights
 from ..utils.progress import progress_bar
 from .moments import begin_with_, moments_of
 from .recorded_facts import RecordedFacts
 from .runner import LedgerRunner
 from .states import Matrices
-from .texts import Numbered, Replayed
+from .texts import Numbered
 
 logger = logging.getLogger(__name__)
 
-# Rounds in which what a check has found lost is trained again.
-MOST_REPAIRS = 10
-# Of the rate: few facts are behind a repair's gradients, and Adam takes steps of one size whatever
-# they are. Chosen on the first 200 records of ZsRE. What is taken out may need more: there it is
-# twice as much after every two rounds. Where facts are added, that would lose others.
-_REPAIR_RATE = 0.25
 # How strongly what stays is spared while facts are taken out; chosen on 25 of the first 500 records
 # of ZsRE. Without, it took twice the texts: an eighth of what stays was lost, and trained again.
 _SPARED = 0.03
@@ -190,30 +185,30 @@ class Trainer:
             return len(not_right(texts)) <= but * len(texts)
 
         found, before, h = Trained(), runner.n_trained_by_all, self.hparams
+
+        def train_again_(wrong: np.ndarray, number: int) -> int:
+            # What is taken out may need a higher rate, which where facts are added would lose
+            # others.
+            factor = 2 ** ((number - 1) // 2) if more else 1
+            watched = numbered.checked(np.union1d(new, pool))
+            texts = again_beside(len(numbered.texts), watched, wrong, h.seed)
+            of_it = of_round(h, number, factor)
+            return self._fit_(runner, numbered, wrong, texts, of_it, partial(right, wrong))
+
         if wrong is None:
             texts = Replayed.of(numbered.variants, h.forms_per_epoch, pool, h.seed)
             enough = partial(right, numbered.checked(new), _NEARLY) if more else None
-            found.epochs = self._fit_(runner, numbered, new, texts, 0, 1.0, enough)
+            found.epochs = self._fit_(runner, numbered, new, texts, None, enough)
             wrong = not_right(checked)
-        fewest = wrong
-        best = copies_of(self.place.parameters) if len(wrong) else {}
-        while len(wrong) and found.repairs < MOST_REPAIRS:
-            found.repairs += 1
-            rate = min(1.0, _REPAIR_RATE * (2 ** ((found.repairs - 1) // 2) if more else 1))
-            rest = np.setdiff1d(numbered.checked(np.union1d(new, pool)), wrong)
-            alone = Variants.own_alone(len(numbered.texts))
-            texts = Replayed.of(alone, 0, rest, h.seed)
-            enough = partial(right, wrong)
-            found.epochs += self._fit_(runner, numbered, wrong, texts, found.repairs, rate, enough)
-            wrong = not_right(checked)
-            if len(wrong) < len(fewest):
-                best, fewest = copies_of(self.place.parameters), wrong
-        if len(fewest) < len(wrong):
-            write_(self.place.parameters, best)
-            wrong = fewest
+        repaired = repair_(
+            self.place.parameters, wrong, partial(not_right, checked), train_again_, h.most_repairs
+        )
+        found.repairs = repaired.rounds
+        found.epochs += repaired.epochs
         found.texts = runner.n_trained_by_all - before
         number_of = {edit: number for number, edit in numbered.edit_of.items()} | dict(more or {})
-        found.lost = sorted({number_of[edit] for edit in numbered.edits_of(wrong).tolist()})
+        lost = numbered.edits_of(repaired.wrong).tolist()
+        found.lost = sorted({number_of[edit] for edit in lost})
         return found
 
     def wrong(self, runner: LedgerRunner, texts: np.ndarray, *, clearly: bool = True) -> np.ndarray:
@@ -222,9 +217,10 @@ class Trainer:
         Args:
             runner: What runs the texts.
             texts: The texts, [B].
-            clearly: As for `LedgerRunner.wrong`.
+            clearly: As for `wrong_texts`.
         """
-        return runner.wrong(texts, self.hparams.eval_batch_size, clearly=clearly)
+        size = self.hparams.eval_batch_size
+        return wrong_texts(runner, runner.share, texts, size, clearly=clearly)
 
     def _fit_(
         self,
@@ -232,8 +228,7 @@ class Trainer:
         numbered: Numbered,
         new: np.ndarray,
         texts: Replayed,
-        repair: int = 0,
-        rate: float = 1.0,
+        repair: LocFTBFHyperParams | None = None,
         enough: Callable[[], bool] | None = None,
     ) -> int:
         """Trains `new` beside others, in place; returns the epochs that it took.
@@ -243,24 +238,14 @@ class Trainer:
             numbered: The texts of all edits.
             new: Edits to train, [N], as `texts` counts them.
             texts: Which texts stand for them, and for those that are replayed.
-            repair: Which round of repair this is; 0 for none.
-            rate: What the learning rate is multiplied by.
+            repair: The hyper-parameters of the round of repair that this is, if it is one.
             enough: As for `train_breadth_first`.
 
         Raises:
             NonFiniteLossError: Training diverged; to restore the weights is up to the caller.
         """
-        h, parameters = self.hparams, self.place.parameters
-        if repair:
-            # A mean below the thresholds may hide what is still wrong: they are lowered each time.
-            h = replace(
-                h,
-                lr=h.lr * rate,
-                batch_loss_threshold=h.batch_loss_threshold * 10.0**-repair,
-                epoch_loss_threshold=h.epoch_loss_threshold * 10.0**-repair,
-            )
-        else:
-            h = h.of_edits(len(new))
+        parameters = self.place.parameters
+        h = repair or self.hparams.of_edits(len(new))
         change: Reparametrization | None = low_rank_of(self.model, parameters, h)
         lasting = change is None  # a low-rank change is another one at each training
         adam = None
@@ -301,6 +286,6 @@ class Trainer:
             change.merge_()
             # The same sums in all processes; unlike GPUs may have rounded them differently.
             self.world.broadcast_(parameters.values())
-        if lasting and not repair:
+        if lasting and repair is None:
             self.moments = moments_of(step.optimizer, weights.named_masters()) or self.moments
         return done.epoch

@@ -91,6 +91,7 @@ class Trials:
             preserve=None,
             batch_size=self.batch_size,
             min_batches=None,
+            repairs=None,
             on_conflict="train",
             prefix_dir=None,
             compile_layers=False,  # takes longer than a trial

@@ -64,7 +64,7 @@ def write_checkpoint(path: Path, saved: Saved) -> None:
         "format": _FORMAT,
         "identity": saved.identity.to_dict(),
         "notes": saved.notes,
-        "progress": {name: getattr(progress, name) for name in _COUNTS},
+        "progress": {name: getattr(progress, name) for name in (*_COUNTS, "repairs")},
         "crc32": {name: _crc32(value) for name, value in kept.items()},
     }
     with output_errors(path), replacing(path) as temporary:
@@ -140,6 +140,10 @@ def _progress(counts: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> Pr
         raise ValueError(f"its random state: {error}") from error
     values: dict[str, Any] = {name: counts[name] for name in _COUNTS}
     values |= {name: numbers.tolist() for name, numbers in series.items()}
+    repairs = counts.get("repairs")  # older ones lack it
+    if repairs is not None and any(type(n) is not int or n < 0 for n in repairs.values()):
+        raise ValueError(f"its repairs are {repairs!r}")
+    values["repairs"] = repairs
     return Progress(shuffling, **values)
 
 

@@ -241,7 +241,7 @@ class Checkpoints:
         # No rank goes on, or ends, before it is written.
         written = self.world.broadcast_from_main(lambda: self._write(progress, tensors))
         self._last = time.monotonic()
-        self._end_if_asked(progress, written)
+        self.end_if_asked(progress, written)
 
     def finish(self, progress: Progress, weights: TrainedWeights) -> None:
         """Leaves the trained weights alone: whatever comes next, they need not be trained again.
@@ -255,10 +255,14 @@ class Checkpoints:
         written = self.world.broadcast_from_main(lambda: self._write(progress, kept))
         [asked] = self.world.all_max([int(self._interrupts.received or 0)])
         self._asked = signal.Signals(asked) if asked else None
-        self._end_if_asked(progress, written)
+        self.end_if_asked(progress, written)
 
-    def _end_if_asked(self, progress: Progress, written: bool) -> None:
+    def end_if_asked(self, progress: Progress, written: bool = True) -> None:
         """Ends the training if a signal has asked for it.
+
+        Args:
+            progress: How far training has come.
+            written: Whether the checkpoint that it goes on from could be written.
 
         Raises:
             EditInterrupted: It has.

@@ -193,7 +193,11 @@ def check_agreed(identities: Sequence[Identity]) -> None:
 def settings_of(hparams: LocFTBFHyperParams) -> dict[str, Any]:
     """Returns the hyper-parameters that have an effect on the result."""
     # What `alg_name` stands for, where nothing else is said.
-    meant = {"forms": hparams.wrapped_forms, "preserve": hparams.preserved}
+    meant = {
+        "forms": hparams.wrapped_forms,
+        "preserve": hparams.preserved,
+        "repairs": hparams.rounds_of_repair,
+    }
     return {k: v for k, v in (hparams.to_dict() | meant).items() if k not in _WITHOUT_EFFECT}
 
 

@@ -49,6 +49,7 @@ class Progress:
         finished: Whether training is over.
         micro_batch_size: Texts that one forward pass takes.
         seconds: What training has taken, in all its parts.
+        repairs: What repairs came to by now (see `EditTraining`); `None` before they begin.
         depth_first: Whether mini-batches are trained one after the other.
         unsettled: What steps did, as long as it is on the device alone; `step`, `step_losses` and
             `n_updates` are without them.
@@ -64,6 +65,7 @@ class Progress:
     finished: bool = False
     micro_batch_size: int = 0
     seconds: float = 0.0
+    repairs: dict[str, int] | None = None
     depth_first: bool = False
     unsettled: list[Outcome] = field(default_factory=list, repr=False)
 
@@ -114,6 +116,8 @@ class Progress:
 
     def so_far(self) -> str:
         """Returns how much has been trained, as the end of a sentence."""
+        if self.repairs is not None:
+            return "in the repairs that follow the epochs"
         if self.depth_first:
             return f"in mini-batch {self.epoch + 1}, after {self.step} of its steps"
         return f"in epoch {self.epoch + 1}, after {self.step} of its mini-batches"

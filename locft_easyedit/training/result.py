@@ -40,6 +40,9 @@ class EditResult:
         lora: What `tuning: lora` trained: the change from `original` to `new`, before rounding.
         health: Whether the edit has hurt the model; `None` with `health_check: false`.
         choice: What `layers: auto` has chosen, and among what; `None` where the place was given.
+        repairs: What a check after the epochs found, and what was trained again: texts that were
+            checked and wrong, rounds and epochs of repair, edits that are lost all the same; `None`
+            where nothing was checked.
         augmented: The forms and rewordings that were trained, and what was left out; `None` without
             any.
         preserved: What was measured to be preserved, by source; `None` without `preserve`.
@@ -59,6 +62,7 @@ class EditResult:
     lora: LoraAdapter | None = None
     health: HealthReport | None = None
     choice: Choice | None = None
+    repairs: dict[str, int] | None = None
     augmented: dict[str, Any] | None = None
     preserved: dict[str, Any] | None = None
 
@@ -103,6 +107,7 @@ class EditResult:
             "frozen_prefix": self.frozen_prefix,
             "health": None if self.health is None else self.health.to_dict(),
             "choice": None if self.choice is None else self.choice.to_dict(),
+            "repairs": self.repairs,
             "augmented": self.augmented,
             "preserved": self.preserved,
             "seconds": self.timings,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.requests import EditSet, distinct_edits
@@ -19,7 +17,6 @@ from ..data.training_texts import TrainingTexts, subjects_of
 from ..distributed.world import SINGLE_PROCESS, Partition, World, get_world
 from ..errors import HyperParamsError, NonFiniteLossError
 from ..hparams import LocFTBFHyperParams
-from ..hparams_rules import DEPTH_FIRST
 from ..modeling.devices import context_length
 from ..modeling.fsdp import lockstep
 from ..modeling.modes import only_trainable, own_precision, with_gradients
@@ -37,21 +34,18 @@ from ..prefix.shortcuts import Shortcuts, enabled_shortcuts
 from ..prefix.store import Budget
 from ..prefix.streaming import FrozenStream
 from ..utils.files import locked
-from ..utils.progress import progress_bar
 from ..utils.timing import timed
 from .checkpoints import Checkpoints, agreed_checkpoints
 from .edit_runner import EditRunner
+from .edit_training import EditTraining
 from .health import HealthCheck
-from .loop import batch_of, train_breadth_first, train_depth_first
 from .lora import low_rank_of
 from .preserve.protection import Protection, check_protectable, check_resident
 from .preserve.sources import Source, read_sources
-from .progress import LossNotFiniteError, Progress
 from .reparametrization import Reparametrization
 from .result import EditResult
 from .rewordings.writers import check_writer
 from .rewordings.written import with_written_rewordings
-from .step import TrainingStep
 from .trained_weights import TrainedWeights
 
 if TYPE_CHECKING:
@@ -306,6 +300,7 @@ class EditSession:
         changed = weights if change is None else change
         try:
             finished = checkpoints is not None and checkpoints.finished
+            protection = self._protection
             runner = None if finished else edit_runner.complete_runner(self.world, self.timings)
             if self._health is not None and only is None:
                 with lockstep(self.model):
@@ -313,9 +308,24 @@ class EditSession:
             done = None if checkpoints is None or not finished else checkpoints.resume_(weights)
             if done is None:
                 assert runner is not None
-                shown = self.progress if progress is None else progress
-                with nullcontext() if change is None else change.in_force():
-                    done = self._trained_(runner, weights, indices, checkpoints, shown)
+                training = EditTraining(
+                    runner,
+                    weights,
+                    self.edits,
+                    self.training_texts,
+                    self.hparams,
+                    self._share,
+                    adam=None
+                    if protection is None
+                    else protection.adam(len(indices), self.hparams),
+                    checkpoints=checkpoints,
+                    progress=self.progress if progress is None else progress,
+                )
+                with (
+                    nullcontext() if change is None else change.in_force(),
+                    self._timed("train"),
+                ):
+                    done = training.run_(indices)
             if checkpoints is not None:
                 self.timings["train"] = done.seconds  # with what earlier processes spent on it
             if change is not None:
@@ -327,7 +337,7 @@ class EditSession:
                     health = self._health.after(
                         changed.original, new, lr=self.hparams.lr, perplexity=only is None
                     )
-            notes, protection = edit_runner.how_it_ran(checkpoints), self._protection
+            notes = edit_runner.how_it_ran(checkpoints)
             return EditResult(
                 losses=done.losses,
                 step_losses=done.step_losses,
@@ -343,6 +353,7 @@ class EditSession:
                 lora=None if lora is None else lora.adapter(),
                 health=health,
                 choice=self.choice,
+                repairs=done.repairs,
                 augmented=self._augmented(),
                 preserved=None if protection is None else protection.filters.summary,
             )
@@ -377,87 +388,5 @@ class EditSession:
             self.checkpoints.check_preserved(found.filters.digest)
         return found
 
-    def _trained_(
-        self,
-        runner: TextRunner,
-        weights: TrainedWeights,
-        indices: np.ndarray,
-        checkpoints: Checkpoints | None,
-        progress: bool,
-    ) -> Progress:
-        """Trains `weights`, from the beginning or from a checkpoint: shows, saves and stops."""
-        h, protection = self.hparams.of_edits(len(indices)), self._protection
-        variants = self.training_texts.variants
-        step = TrainingStep(
-            runner,
-            weights,
-            h,
-            self._share,
-            texts_per_edit=variants.most,
-            adam=None if protection is None else protection.adam(len(indices), h),
-            target_tokens=self._texts.target_lengths,
-        )
-        n_batches = math.ceil(len(indices) / h.batch_size)
-        depth_first = h.pipeline == DEPTH_FIRST
-        loop = train_depth_first if depth_first else train_breadth_first
-        # Breadth-first, rounds are epochs; depth-first, the steps on a mini-batch, which may end.
-        of_a_round = h.num_steps if depth_first else n_batches
-        done = Progress.start(h.seed, step.micro_batch.size, depth_first=depth_first)
-        if checkpoints is not None:
-            checkpoints.check_room(weights)
-            done = checkpoints.resume_(weights, step.optimizer, n_batches) or done
-            step.micro_batch.size = done.micro_batch_size
-        with ExitStack() as stack:
-            stack.enter_context(self._timed("train"))
-            stack.enter_context(runner.running())
-            stack.enter_context(with_gradients())
-            if checkpoints is not None:
-                stack.enter_context(checkpoints.watching(done))
-            bar = stack.enter_context(
-                progress_bar(
-                    total=h.num_steps * n_batches,
-                    initial=done.epoch * of_a_round + done.step,
-                    desc=h.pipeline.replace("_", "-"),
-                    unit="step",
-                    show=progress,
-                )
-            )
-            # Closed also where the training ends early: its prefetching thread ends with it.
-            steps = stack.enter_context(closing(loop(step, indices, h, done, variants)))
-            try:
-                for _ in steps:
-                    bar.update(max(1, done.epoch * of_a_round + done.step - bar.n))
-                    _show_loss(bar, done)
-                    if checkpoints is not None and checkpoints.due():
-                        with self.world.warning_of_waits("the losses so far"):
-                            done.settle()
-                        checkpoints.save(done, weights, step.optimizer)
-            except LossNotFiniteError as error:
-                raise NonFiniteLossError(self._explained(error, indices, done)) from None
-            _show_loss(bar, done)
-            if checkpoints is not None:
-                checkpoints.finish(done, weights)
-        return done
-
-    def _explained(self, error: Exception, indices: np.ndarray, done: Progress) -> str:
-        """Returns what an error of a mini-batch says, and of which requests."""
-        batch = batch_of(indices, self.hparams.of_edits(len(indices)).batch_size, done)
-        shown = "; ".join(self._describe(int(i)) for i in batch[:3])
-        more = f"; and {len(batch) - 3} more" if len(batch) > 3 else ""
-        return (
-            f"{error} ({shown}{more}). The weights are as they were before the edit. "
-            f"Lower `lr={self.hparams.lr}`, or use `dtype: float32` if it is float16."
-        )
-
-    def _describe(self, index: int) -> str:
-        edit = self.edits.edits[index]
-        return f"request {edit.request}: {edit.prompt!r} -> {edit.target!r}"
-
     def _timed(self, phase: str) -> AbstractContextManager[None]:
         return timed(self.timings, phase, self.model)
-
-
-def _show_loss(bar: tqdm, done: Progress) -> None:
-    if done.losses:
-        name = "mini_batch" if done.depth_first else "epoch"
-        bar.set_postfix({name: done.epoch}, loss=f"{done.losses[-1]:.4f}", refresh=False)

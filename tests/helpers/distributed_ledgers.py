@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from unittest import mock
 
 import torch
 
@@ -10,12 +9,10 @@ from helpers.ledgers import NAME, ledger_hparams, matrix, new_ledger, opened, su
 from helpers.toys import toy_requests
 from locft_easyedit.distributed.world import get_world
 from locft_easyedit.errors import LocFTError
-from locft_easyedit.ledger import trainer
 from locft_easyedit.ledger.ledger import Ledger
 
 REQUESTS = toy_requests(12)
-# Rounds that settle nothing take time alone.
-few_rounds = mock.patch.object(trainer, "MOST_REPAIRS", 3)
+FEW_ROUNDS = 3  # of repair: those that settle nothing take time alone
 
 
 def begun(folder, base=None, **changes):
@@ -26,13 +23,12 @@ def begun(folder, base=None, **changes):
     return Ledger.init(folder, hparams, progress=False)
 
 
-@few_rounds
 def life(folder, **case):
     """Returns a ledger in which facts have come, were replaced and have gone.
 
     Six facts come at first, then one alone, and one that replaces another.
     """
-    ledger = begun(folder, **case)
+    ledger = begun(folder, repairs=FEW_ROUNDS, **case)
     ledger.add(REQUESTS[:6], source="first")
     ledger.add(REQUESTS[6:7])
     ledger.add(superseding(REQUESTS[1:2]) + REQUESTS[7:9])
@@ -66,7 +62,6 @@ def lives(folder, cases):
     return found
 
 
-@few_rounds
 def replayed(folder):
     """Returns what a ledger that is there says of itself when every event is made anew."""
     ledger = opened(folder)
@@ -86,7 +81,6 @@ def exactly(folder):
     return [one.log.events[-1].said["state"] for one in (ledger, never)]
 
 
-@few_rounds
 def after_damage(folder):
     """Opens a ledger of which files are gone, and goes on with it; returns its last state."""
     ledger = opened(folder)

@@ -9,7 +9,7 @@ from helpers.toys import toy_requests
 
 from locft_easyedit.ledger.moments import begin_with_, moments_of
 from locft_easyedit.ledger.states import STEP, States
-from locft_easyedit.ledger.trainer import MOST_REPAIRS, Trainer
+from locft_easyedit.ledger.trainer import Trainer
 from locft_easyedit.training.step import TrainingStep
 
 REQUESTS = toy_requests(9)
@@ -118,7 +118,7 @@ def test_repairs_are_gentle_and_leave_none(tmp_path, monkeypatch):
     fit = Trainer._fit_
 
     def noted(self, *args):
-        found = fit(self, *args[:6])  # without what ends a round early
+        found = fit(self, *args[:5])  # without what ends a round early
         after.append(self.moments)
         return found
 
@@ -147,10 +147,10 @@ def test_the_round_with_the_fewest_lost_facts_counts(tmp_path, monkeypatch):
 
     fit = Trainer._fit_
     monkeypatch.setattr(Trainer, "wrong", pretended)
-    monkeypatch.setattr(Trainer, "_fit_", lambda *args: fit(*args[:7]))
-    ledger = new_ledger(tmp_path)
+    monkeypatch.setattr(Trainer, "_fit_", lambda *args: fit(*args[:6]))
+    ledger = new_ledger(tmp_path, repairs=4)
     added = ledger.add(REQUESTS[:3])
-    assert len(seen) == 1 + MOST_REPAIRS
+    assert len(seen) == 1 + 4
     assert added.lost == [1]
     assert torch.equal(matrix(ledger.model), seen[1])
     assert not torch.equal(seen[1], seen[-1])

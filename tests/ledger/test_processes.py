@@ -105,7 +105,6 @@ def ledger(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / "ledger")
 
 
-@distributed_ledgers.few_rounds
 def test_replayed_by_as_many(ledger):
     alone = opened(ledger)
     found = alone.verify(replay=True)

@@ -9,6 +9,7 @@ from helpers.ledgers import SEQUENCES, STARTS, facts, trainer_of, wide_model
 from torch.nn import functional as F
 
 from locft_easyedit.data.tokenization import TokenizedTexts
+from locft_easyedit.training.repair import wrong_texts
 
 
 def naive(model, sequence, start):
@@ -92,9 +93,9 @@ def test_wrong_counts_near_ties_as_it_is_told(tmp_path):
     with trainer.ready():
         _, runner = trainer.facts.numbered([facts(2)])
         texts = np.arange(2)
-        assert runner.wrong(texts, 2, clearly=False).tolist() == [0, 1]
+        assert wrong_texts(runner, runner.share, texts, 2, clearly=False).tolist() == [0, 1]
         with torch.no_grad():
             model.lm_head.weight.zero_()  # every token is as likely as every other
-        assert runner.wrong(texts, 2, clearly=False).tolist() == []
-        assert runner.wrong(texts, 2, clearly=True).tolist() == [0, 1]
+        assert wrong_texts(runner, runner.share, texts, 2, clearly=False).tolist() == []
+        assert wrong_texts(runner, runner.share, texts, 2, clearly=True).tolist() == [0, 1]
         assert trainer.wrong(runner, texts[1:]).tolist() == [1]

@@ -5,8 +5,8 @@ from helpers.toys import toy_requests, toy_tokenizer
 
 from locft_easyedit.data.requests import distinct_edits
 from locft_easyedit.data.tokenization import tokenize_edits
-from locft_easyedit.data.variants import Variants
-from locft_easyedit.ledger.texts import Numbered, Replayed, joined_texts, joined_variants
+from locft_easyedit.data.variants import Replayed, Variants
+from locft_easyedit.ledger.texts import Numbered, joined_texts, joined_variants
 
 
 def texts_of(requests):

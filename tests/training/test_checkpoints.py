@@ -544,7 +544,7 @@ def test_any_byte_may_change(data, unfinished):
 
 def test_progress_is_kept_whole(unfinished):
     """A field that is added must be kept as well."""
-    kept = {*checkpoint_file._SERIES, *checkpoint_file._COUNTS, "shuffling"}
+    kept = {*checkpoint_file._SERIES, *checkpoint_file._COUNTS, "shuffling", "repairs"}
     fields = {f.name for f in dataclasses.fields(Progress)}
     # The one is empty when a checkpoint is made; the hyper-parameters that are kept say the other.
     assert kept == fields - {"unsettled", "depth_first"}
