@@ -73,7 +73,8 @@ class Bench:
         phases = ("train", "preserve")
         figures |= {f"{p}_seconds": result.timings[p] for p in phases if p in result.timings}
         return self.line(figures, trained=result.n_trained, seconds=result.timings,
-                         updates=result.n_updates, converged=result.converged)  # fmt: skip
+                         updates=result.n_updates, converged=result.converged,
+                         repairs=result.repairs)  # fmt: skip
 
     @contextmanager
     def edited(self, hparams, edits):

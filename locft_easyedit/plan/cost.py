@@ -156,6 +156,11 @@ def phases(run: Run, parts: Sequence[Part]) -> list[Phase]:
         phase(EDITS_PREFIX, flop=recording, checkpoint=from_checkpoint, disk=edits_disk + through),
         _training(run, edits_disk),
     ]
+    if work.checked:
+        checking = work.edit_tokens * evaluation_flop(shapes, work)
+        batches = math.ceil(work.n * work.recorded_texts / run.ranks / work.eval_batch_size)
+        gathered = batches * run.gathered
+        found.append(phase("check of all edits", flop=checking, disk=edits_disk, sent=gathered))
     if not work.evaluate:
         return found
     prompts = work.eval_tokens

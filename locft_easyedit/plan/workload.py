@@ -36,6 +36,8 @@ class Workload:
         eval_batch_size: Sequences in a forward pass without gradients.
         row_tokens: Length of packed rows.
         evaluate: Whether the model is measured before and after.
+        checked: Whether all texts of the edits are run once more after the epochs (`repairs`). How
+            many are trained again is not known beforehand.
         forms: Texts of an edit beside its plain prompt, in other forms (see `Forms`). Rewordings
             that the data may bring are not known beforehand.
         forms_per_epoch: How many of them are trained in an epoch, in the mean.
@@ -51,6 +53,7 @@ class Workload:
     eval_batch_size: int = 64
     row_tokens: int = 64
     evaluate: bool = True
+    checked: bool = False
     forms: int = 0
     forms_per_epoch: float = 1.0
     form_longer: float = 25.0  # SmolLM2's chat template has 30, a question 5, a sentence 9
@@ -144,7 +147,8 @@ class Workload:
         from ..data.forms import ways_of  # help shows what is assumed, and has no time for it
 
         forms = len(ways_of(hparams.wrapped_forms)) - 1
-        values: dict[str, Any] = {"epochs": hparams.num_steps, "forms": forms}
+        checked = hparams.rounds_of_repair > 0
+        values: dict[str, Any] = {"epochs": hparams.num_steps, "forms": forms, "checked": checked}
         trained = hparams.of_edits(n)
         values |= {key: getattr(trained, key) for key in sizes}
         return cls(n=n, **(values | changes))

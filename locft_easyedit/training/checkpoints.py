@@ -224,8 +224,8 @@ class Checkpoints:
 
     def save(
         self, progress: Progress, weights: TrainedWeights, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Replaces the checkpoint by the present state.
+    ) -> bool:
+        """Replaces the checkpoint by the present state; returns whether it could be written.
 
         One that cannot be written is a warning: training goes on, and the last one stays.
 
@@ -242,6 +242,7 @@ class Checkpoints:
         written = self.world.broadcast_from_main(lambda: self._write(progress, tensors))
         self._last = time.monotonic()
         self.end_if_asked(progress, written)
+        return written
 
     def finish(self, progress: Progress, weights: TrainedWeights) -> None:
         """Leaves the trained weights alone: whatever comes next, they need not be trained again.
@@ -257,7 +258,7 @@ class Checkpoints:
         self._asked = signal.Signals(asked) if asked else None
         self.end_if_asked(progress, written)
 
-    def end_if_asked(self, progress: Progress, written: bool = True) -> None:
+    def end_if_asked(self, progress: Progress, written: bool) -> None:
         """Ends the training if a signal has asked for it.
 
         Args:

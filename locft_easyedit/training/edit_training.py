@@ -166,15 +166,16 @@ class EditTraining:
                 for _ in steps:
                     bar.update()
                     if self.checkpoints is not None and self.checkpoints.due():
-                        self.checkpoints.end_if_asked(done)
+                        self.checkpoints.end_if_asked(done, written)
             return again.epoch
 
+        written = False
         wrong = not_right(checked)
         done.repairs = {"checked_texts": len(checked), "wrong_texts": len(wrong)}
         done.finished = not len(wrong)
         if self.checkpoints is not None and not done.finished:
             # Repairs begin from here again, should they be interrupted.
-            self.checkpoints.save(done, self.weights, step.optimizer)
+            written = self.checkpoints.save(done, self.weights, step.optimizer)
         masters = self.weights.named_masters()
         repaired = repair_(
             masters, wrong, lambda: not_right(checked), train_again_, h.rounds_of_repair

@@ -17,6 +17,7 @@ from ..data.batching import in_batches
 from ..data.variants import Replayed, Variants
 from ..distributed.world import Partition
 from ..hparams import LocFTBFHyperParams
+from ..hparams_rules import CONSTANT
 from ..modeling.fsdp import lockstep
 from ..modeling.modes import evaluation_mode
 from ..modeling.near_ties import too_close
@@ -85,6 +86,7 @@ def of_round(hparams: LocFTBFHyperParams, number: int, factor: float = 1.0) -> L
     return replace(
         hparams,
         lr=hparams.lr * min(1.0, _RATE * factor),
+        lr_schedule=CONSTANT,  # a round may end after any epoch
         batch_loss_threshold=hparams.batch_loss_threshold * 10.0**-number,
         epoch_loss_threshold=hparams.epoch_loss_threshold * 10.0**-number,
     )

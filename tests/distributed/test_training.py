@@ -35,6 +35,7 @@ CASES = [
         "preserve": [str(REPOSITORY / "tests" / "helpers" / "kept_prompts.json")],
     },
     {"kind": "mixtral", "rewrite_module_tmp": "model.layers.{}.mlp.experts.down_proj[3]"},
+    {"repairs": 1},
     {"n": 2},  # fewer edits than some worlds have processes
     {"dtype": "bfloat16"},
 ]

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -9,6 +10,7 @@ from helpers.ledgers import NAME, ledger_hparams, matrix, new_ledger, opened, su
 from helpers.toys import toy_requests
 from locft_easyedit.distributed.world import get_world
 from locft_easyedit.errors import LocFTError
+from locft_easyedit.ledger import trainer
 from locft_easyedit.ledger.ledger import Ledger
 
 REQUESTS = toy_requests(12)

@@ -82,10 +82,19 @@ def test_edits_and_metrics_are_those_of_one_process(folder, tmp_path):
         run("lora", folder(), layers=[1], tuning="lora", lora_rank=2, frozen_prefix=False),
         run("low", folder(), layers=[1], dtype="bfloat16"),
         run("last", folder(), layers=[3]),
+        run("repaired", folder(), layers=[1], repairs=1),
         run("whole layers", folder(), layers=[1, 3], rewrite_module_tmp="model.layers.{}."),
     ]
     expected, ranks = compared(3, wanted, tmp_path)
-    layers = {"streamed": 2, "few": 3, "lora": 2, "low": 2, "last": 0, "whole layers": 1}
+    layers = {
+        "streamed": 2,
+        "few": 3,
+        "lora": 2,
+        "low": 2,
+        "last": 0,
+        "repaired": 2,
+        "whole layers": 1,
+    }
     for name, n_layers in layers.items():
         low = {"loss": LOW_LOSS, "matrix": LOW_MATRIX} if name == "low" else {}
         one, several = assert_same(name, expected, ranks, tmp_path, **low)

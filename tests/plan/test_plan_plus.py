@@ -190,6 +190,20 @@ def test_work_of_forms_by_hand():
     assert more == 2 * 2 * (chunks[1] - chunks[0]) * 4096 * 128256
 
 
+def test_the_check_of_all_edits():
+    plan, without = in_forms(repairs=1), in_forms()
+    checking = plan.phases[3]
+    assert checking.name == "check of all edits"
+    assert [p.name for p in plan.phases if p is not checking] == [p.name for p in without.phases]
+    tokens = 3000 * (RUN + N_FORMS * IN_FORM)
+    assert checking.flop == pytest.approx(tokens * evaluation_flop(plan.shapes, plan.work))
+    on_disk = in_forms(repairs=1, machine=replace(LARGE, prefix_gpu=0, prefix_host=0), cut="mlp")
+    assert on_disk.phases[3].disk == on_disk.phases[1].disk > 0
+    assert [Workload.from_hparams(toy_hparams(**keys), 100).checked for keys in (
+        {}, {"repairs": 1}, {"alg_name": "LocFT-BF+"}, {"alg_name": "LocFT-BF+", "repairs": 0},
+    )] == [False, True, True, False]  # fmt: skip
+
+
 def test_an_epoch_reads_a_part_of_the_forms_from_disk():
     machine = replace(LARGE, prefix_gpu=0, prefix_host=0)
     plan = in_forms(machine=machine, cut="mlp")
