@@ -121,7 +121,7 @@ class LocFTBFHyperParams(HyperParamsBase):
             `None` leaves it at `batch_size`, with LocFT-BF+ it is 10.
         repairs: Rounds at most in which edits that do not hold after the epochs are trained again,
             at a lower rate and beside others that do; 0 checks nothing, as published. `None` is 0,
-            and 10 with LocFT-BF+ and in a ledger.
+            and 10 with LocFT-BF+ and in a ledger, which does not take 0.
         loss_average: Of which a mini-batch's loss is the mean: of its `edit`s, each the mean of its
             target's tokens, as published; or of the `token`s of all its targets. An epoch's loss is
             the mean of its mini-batches', by their edits, in both cases.

@@ -146,8 +146,8 @@ def _repairs_line(repairs: Mapping[str, int] | None) -> str:
     wrong, checked, lost = (repairs[k] for k in ("wrong_texts", "checked_texts", "lost_edits"))
     line = f"Check after the epochs: {wrong:,} of {counted(checked, 'text')} did not hold"
     if wrong:
-        now = f"{counted(lost, 'edit')} still do not hold" if lost else "all hold"
-        line += f"; after {counted(repairs['rounds'], 'round')} of repair {now}"
+        now = f"{counted(lost, 'edit')} left that did not" if lost else "all did"
+        line += f", and after {counted(repairs['rounds'], 'round')} of repair {now}"
     return f"{line}.\n"
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from ..errors import RequestError, one_message
 from ..utils.parsing import encodable, shown
 from ..utils.text import as_word
@@ -17,6 +19,7 @@ logger = logging.getLogger(__name__)
 _PART_KEYS = ("prompt", "ground_truth")
 # Arguments whose entries have another name in a request.
 _KEYS = {"prompts": "prompt", "rephrase_prompts": "rephrase_prompt", "loc_prompts": "loc_prompt"}
+_NAMED = 3  # edits that a message names
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,12 @@ class EditSet:
             return list(range(len(self.edits)))
         found = {self.edit_of_request[i] for i in requests}
         return sorted(i for i in found if i is not None)
+
+    def named(self, indices: Sequence[int] | np.ndarray) -> str:
+        """Returns the first of these edits, by request, as a text for a message."""
+        found = [self.edits[int(i)] for i in indices[:_NAMED]]
+        shown = "; ".join(f"request {e.request}: {e.prompt!r} -> {e.target!r}" for e in found)
+        return f"{shown}; and {len(indices) - _NAMED} more" if len(indices) > _NAMED else shown
 
 
 def make_requests(

@@ -34,6 +34,10 @@ _SHARDED = (
     "ask for answers, in unequal numbers of passes. Set `shard_frozen: false`; layers below the "
     "place can be left on disk (`stream_frozen: true`)."
 )
+_REPAIRED = (
+    "facts that are lost would stay lost. Leave it out, or give the rounds of repair that there "
+    "may be."
+)
 _COMPILED = (
     "what a ledger holds is made anew to the bit, and code that is compiled another time may round "
     "otherwise. Set `compile_layers: false`."
@@ -94,6 +98,8 @@ def check_supported(hparams: LocFTBFHyperParams) -> None:
         problems.append(f"`pipeline={DEPTH_FIRST}`: facts are trained {BREADTH_FIRST}. Set that.")
     if hparams.shard_frozen:
         problems.append(f"`shard_frozen=True`: {_SHARDED}")
+    if hparams.repairs == 0:
+        problems.append(f"`repairs=0`: {_REPAIRED}")
     if hparams.compile_layers:
         problems.append(f"`compile_layers=True`: {_COMPILED}")
     if hparams.stream_frozen and hparams.preserved:
@@ -183,7 +189,11 @@ def check_same_settings(init: Event, hparams: LocFTBFHyperParams) -> None:
     Raises:
         HyperParamsError: Lists what differs.
     """
-    lines = differences_of(settings_of(hparams), settings_of(hparams_of(init)))
+    # A ledger repairs by itself, whatever `alg_name` stands for.
+    given, there = (
+        settings_of(one) | {"repairs": one.most_repairs} for one in (hparams, hparams_of(init))
+    )
+    lines = differences_of(given, there)
     if lines:
         raise HyperParamsError(
             one_message(

@@ -157,7 +157,7 @@ def phases(run: Run, parts: Sequence[Part]) -> list[Phase]:
         _training(run, edits_disk),
     ]
     if work.checked:
-        checking = work.edit_tokens * evaluation_flop(shapes, work)
+        checking = work.edit_tokens * evaluation_flop(shapes, work, work.recorded_scored)
         batches = math.ceil(work.n * work.recorded_texts / run.ranks / work.eval_batch_size)
         gathered = batches * run.gathered
         found.append(phase("check of all edits", flop=checking, disk=edits_disk, sent=gathered))
@@ -230,11 +230,18 @@ def step_flop(run: Run) -> float:
     return work.batch_size * work.step_tokens * (token + head)
 
 
-def evaluation_flop(shapes: ModelShapes, work: Workload) -> float:
-    """Returns the operations a token of the layers from the first trained one up, and the head."""
+def evaluation_flop(shapes: ModelShapes, work: Workload, scored: float | None = None) -> float:
+    """Returns the operations a token of the layers from the first trained one up, and the head.
+
+    Args:
+        shapes: Those of the model.
+        work: The work.
+        scored: The part of the tokens that is scored; by default that of plain prompts.
+    """
+    scored = work.scored if scored is None else scored
     flop = sum(_forward(one, shapes, work) for one in (shapes.first, *shapes.above))
-    flop -= 2.0 * shapes.layers[-1].late * (1 - work.scored)
-    return flop + 2.0 * shapes.hidden * shapes.vocab * work.scored
+    flop -= 2.0 * shapes.layers[-1].late * (1 - scored)
+    return flop + 2.0 * shapes.hidden * shapes.vocab * scored
 
 
 def _forward(layer: LayerShape, shapes: ModelShapes, work: Workload) -> float:

@@ -128,6 +128,11 @@ class Workload:
         """The part of a step's tokens that is scored."""
         return self.texts * self.targets / self.step_tokens
 
+    @property
+    def recorded_scored(self) -> float:
+        """The part of the tokens in the prefix that is scored."""
+        return self.recorded_texts * self.targets / self.recorded_tokens
+
     @classmethod
     def from_hparams(
         cls, hparams: LocFTBFHyperParams, n: int, **changes: float | int | bool

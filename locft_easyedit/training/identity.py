@@ -196,7 +196,7 @@ def settings_of(hparams: LocFTBFHyperParams) -> dict[str, Any]:
     meant = {
         "forms": hparams.wrapped_forms,
         "preserve": hparams.preserved,
-        "repairs": hparams.rounds_of_repair,
+        "repairs": hparams.rounds_of_repair or None,
     }
     return {k: v for k, v in (hparams.to_dict() | meant).items() if k not in _WITHOUT_EFFECT}
 

@@ -1,13 +1,16 @@
 """Edits that do not hold after a training are trained again, until a check of all finds none.
 
-An edit holds where its target is the model's first choice at every token: then it is what greedy
-decoding answers. With a frozen prefix to look at all of them takes one pass of the upper layers.
+An edit holds where its target is the model's first choice at every token, by more than rounding
+could turn: then it is what greedy decoding answers. With a frozen prefix to look at all of them
+takes one pass of the upper layers. A change that is trained beside a matrix in half precision is
+looked at before it is added to it, which rounds once more.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,13 +19,16 @@ import torch
 from ..data.batching import in_batches
 from ..data.variants import Replayed, Variants
 from ..distributed.world import Partition
+from ..errors import NonFiniteLossError
 from ..hparams import LocFTBFHyperParams
 from ..hparams_rules import CONSTANT
 from ..modeling.fsdp import lockstep
 from ..modeling.modes import evaluation_mode
 from ..modeling.near_ties import too_close
 from ..prefix.runner import TextRunner
-from .trained_weights import copies_of, write_
+from .trained_weights import write_
+
+logger = logging.getLogger(__name__)
 
 # Of the rate: few edits are behind a repair's gradients, and Adam takes steps of one size whatever
 # they are. Chosen on the first 200 records of ZsRE.
@@ -34,14 +40,14 @@ class Repaired:
     """What repairs came to.
 
     Attributes:
-        rounds: Rounds of training.
+        rounds: Rounds of training, with those before.
         epochs: Passes over what was trained, in all rounds.
         wrong: Texts that are not right after all rounds, [W] ascending.
     """
 
     rounds: int
     epochs: int
-    wrong: np.ndarray
+    wrong: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 def repair_(
@@ -50,28 +56,51 @@ def repair_(
     not_right: Callable[[], np.ndarray],
     train_again_: Callable[[np.ndarray, int], int],
     rounds: int,
+    *,
+    begun: Repaired = Repaired(0, 0),
+    patience: int | None = None,
+    better: Callable[[Repaired], None] = lambda _: None,
 ) -> Repaired:
     """Trains again what is wrong, in place, until nothing is; else the best state counts.
+
+    A round that diverges is the last one, and a warning: the best state before it counts.
 
     Args:
         parameters: What is trained, by name.
         wrong: The texts that are not right now, [W] ascending.
         not_right: Returns those that are not right by then, ascending.
         train_again_: Trains some texts; gets them and the round, from 1, and returns its epochs.
-        rounds: At most so many.
+        rounds: At most so many, with those of `begun`.
+        begun: What rounds before have come to, of which this is the best state.
+        patience: Rounds without fewer wrong texts, after which there are no more; `None` sets no
+            limit.
+        better: Told what they came to after each round with fewer wrong texts than any before.
     """
-    fewest, best = wrong, copies_of(parameters) if len(wrong) and rounds else {}
-    done = epochs = 0
-    while len(wrong) and done < rounds:
-        done += 1
-        epochs += train_again_(wrong, done)
+    fewest, n, epochs, since = wrong, begun.rounds, begun.epochs, 0
+    # On the host: a device may be full.
+    best = {name: _on_host(p) for name, p in parameters.items()} if len(wrong) else {}
+    while len(wrong) and n < rounds and since != patience:
+        n, since = n + 1, since + 1
+        try:
+            epochs += train_again_(wrong, n)
+        except NonFiniteLossError:
+            logger.warning("Round %d of repair diverged; the best state before it counts.", n)
+            write_(parameters, best)
+            wrong = fewest
+            break
         wrong = not_right()
         if len(wrong) < len(fewest):
-            best, fewest = copies_of(parameters), wrong
+            fewest, since = wrong, 0
+            write_(best, parameters)
+            better(Repaired(n, epochs, wrong))
     if len(fewest) < len(wrong):
         write_(parameters, best)
         wrong = fewest
-    return Repaired(done, epochs, wrong)
+    return Repaired(n, epochs, wrong)
+
+
+def _on_host(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.detach().to("cpu", copy=True)
 
 
 def of_round(hparams: LocFTBFHyperParams, number: int, factor: float = 1.0) -> LocFTBFHyperParams:

@@ -195,8 +195,11 @@ def test_the_check_of_all_edits():
     checking = plan.phases[3]
     assert checking.name == "check of all edits"
     assert [p.name for p in plan.phases if p is not checking] == [p.name for p in without.phases]
-    tokens = 3000 * (RUN + N_FORMS * IN_FORM)
-    assert checking.flop == pytest.approx(tokens * evaluation_flop(plan.shapes, plan.work))
+    # Two operations a weight, the end of the last layer and the head at scored tokens alone.
+    layer, late = 4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * TRAINED, 4096 * 4096 + 3 * TRAINED
+    tokens, scored = 3000 * (RUN + N_FORMS * IN_FORM), 3000 * (1 + N_FORMS) * 4.3
+    flop = tokens * (10 * (2 * layer + 4 * 64 * 4096) - 2 * late)
+    assert checking.flop == pytest.approx(flop + scored * 2 * (late + 4096 * 128256))
     on_disk = in_forms(repairs=1, machine=replace(LARGE, prefix_gpu=0, prefix_host=0), cut="mlp")
     assert on_disk.phases[3].disk == on_disk.phases[1].disk > 0
     assert [Workload.from_hparams(toy_hparams(**keys), 100).checked for keys in (

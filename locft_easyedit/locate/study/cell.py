@@ -93,6 +93,7 @@ class Bench:
             checkpoint_dir=None,
             health_check=False,
             compile_layers=False,  # each place would compile anew
+            repairs=0,  # a place is told by what its epochs learn
         )
         try:
             with EditSession(

@@ -21,6 +21,7 @@ from locft_easyedit.locate.score import Drift, score
 from locft_easyedit.locate.study.cell import Bench, figures_of, measure_before
 from locft_easyedit.locate.study.study_outcome import DIVERGED, FAILED, OK, OUT_OF_MEMORY
 from locft_easyedit.modeling.locations import Location, find_locations, select_locations
+from locft_easyedit.training.edit_training import EditTraining
 from locft_easyedit.training.health import health_texts
 from locft_easyedit.training.session import EditSession
 
@@ -141,10 +142,11 @@ def test_figures_that_are_no_numbers_are_a_divergence(monkeypatch):
         (PlaceError("it is tied"), FAILED, "it is tied"),
     ],
 )
-@pytest.mark.parametrize("where", ["_trained_", "__enter__"])
+@pytest.mark.parametrize("where", ["run_", "__enter__"])
 def test_an_error_marks_its_cells_alone(monkeypatch, error, state, reason, where):
     bench = make_bench()
-    original, calls = getattr(EditSession, where), []
+    owner = EditTraining if where == "run_" else EditSession
+    original, calls = getattr(owner, where), []
 
     def fails_first(self, *args):
         calls.append(self)
@@ -152,10 +154,10 @@ def test_an_error_marks_its_cells_alone(monkeypatch, error, state, reason, where
             raise error
         return original(self, *args)
 
-    monkeypatch.setattr(EditSession, where, fails_first)
+    monkeypatch.setattr(owner, where, fails_first)
     first = tried(bench, rates=[1e-2, 2e-2])
     # An error of the session is one of all its rates.
-    assert [one.state for one in first] == [state, OK if where == "_trained_" else state]
+    assert [one.state for one in first] == [state, OK if where == "run_" else state]
     assert first[0].reason.startswith(reason)
     [after] = tried(bench)
     assert after.state == OK
