@@ -106,7 +106,7 @@ def run_edit(
     health = [] if run.result.health is None else [health_table(run.result.health)]
     summary = summarize(run.metrics)
     show(metrics_table(summary), *health, seconds_table(run.seconds))
-    sys.stdout.write(_repairs_line(run.result.repairs))
+    sys.stdout.write(repairs_line(run.result.repairs))
     for what, path in written.items():
         sys.stdout.write(f"{what}: {path}\n")
     sys.stdout.write(_how_to_ask(str(hparams.model_name), written))
@@ -132,21 +132,22 @@ def _show_again(folder: Path) -> Mapping[str, Any]:
             "resume=false."
         ) from error
     show(*tables)
-    sys.stdout.write(_repairs_line(found["training"].get("repairs")))
+    sys.stdout.write(repairs_line(found["training"].get("repairs")))
     sys.stdout.write(f"This run was finished; its results are in {folder}. ")
     sys.stdout.write("resume=false makes it again.\n")
     means: Mapping[str, Any] = found["summary"]["post"]
     return means
 
 
-def _repairs_line(repairs: Mapping[str, int] | None) -> str:
+def repairs_line(repairs: Mapping[str, int] | None) -> str:
     """Returns the line that says what repairs came to; empty if nothing was checked."""
     if repairs is None:
         return ""
     wrong, checked, lost = (repairs[k] for k in ("wrong_texts", "checked_texts", "lost_edits"))
     line = f"Check after the epochs: {wrong:,} of {counted(checked, 'text')} did not hold"
     if wrong:
-        now = f"{counted(lost, 'edit')} left that did not" if lost else "all did"
+        were = "was" if lost == 1 else "were"
+        now = f"{counted(lost, 'edit')} {were} left" if lost else "all did"
         line += f", and after {counted(repairs['rounds'], 'round')} of repair {now}"
     return f"{line}.\n"
 

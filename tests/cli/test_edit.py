@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from locft_easyedit.__main__ import main
 from locft_easyedit.api import edit_model
+from locft_easyedit.cli.edit import repairs_line
 from locft_easyedit.delta.delta import Delta
 from locft_easyedit.hparams import LocFTBFHyperParams
 
@@ -55,6 +56,30 @@ def test_edit_writes_what_there_is_to_see(toy_folder):
     assert delta.metadata["requests"]["count"] == 5
     assert delta.metadata["metrics"]["post"].keys() == metrics["summary"]["post"].keys()
     assert delta.verify(model).state == "applied"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "rounds", "lost", "line"),
+    [
+        (0, 0, 0, "1,200 texts did not hold."),
+        (7, 1, 0, "1,200 texts did not hold, and after 1 round of repair all did."),
+        (7, 4, 2, "1,200 texts did not hold, and after 4 rounds of repair 2 edits were left."),
+    ],
+)
+def test_what_is_said_of_repairs(wrong, rounds, lost, line):
+    repairs = {"checked_texts": 1200, "wrong_texts": wrong, "rounds": rounds, "lost_edits": lost}
+    assert repairs_line(repairs) == f"Check after the epochs: {wrong} of {line}\n"
+    assert repairs_line(None) == ""
+
+
+def test_a_run_with_repairs_says_so_twice(toy_folder):
+    arguments = ["--config-name", "toy.yaml", "data=edits.json", "n=3", "repairs=1", "output=out"]
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "Check after the epochs: 3 of 3 texts did not hold, and after 1 round" in done.stdout
+    assert "3 of 3 edits do not hold" in done.stdout
+    again = run(*arguments)
+    assert "Check after the epochs: 3 of 3 texts did not hold, and after 1 round" in again.stdout
 
 
 def test_edit_saves_the_whole_model_where_asked(toy_folder):

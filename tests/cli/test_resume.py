@@ -124,6 +124,7 @@ def test_a_finished_run_is_shown_again_and_replaced_only_if_asked(folder):
     again = run("output=out")
     assert again.returncode == 0, again.stderr
     assert "This run was finished" in again.stdout
+    assert "Check after the epochs" not in again.stdout
     tables = first.stdout[first.stdout.index("Metrics:") : first.stdout.index("metrics: ")]
     assert tables in again.stdout
     assert {p: p.stat().st_mtime_ns for p in written} == written

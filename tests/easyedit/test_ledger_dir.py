@@ -55,3 +55,7 @@ def test_other_settings_are_refused(easyedit, tmp_path):
     edit(editor_of(easyedit, tmp_path / "ledger"), REQUESTS[:2], sequential_edit=True)
     with pytest.raises(HyperParamsError, match=r"made with other settings.*\n.*`lr="):
         editor_of(easyedit, tmp_path / "ledger", lr=5e-3)
+    # What a ledger repairs in any case, unless it is told another number.
+    editor_of(easyedit, tmp_path / "ledger", repairs=10)
+    with pytest.raises(HyperParamsError, match=r"`repairs=10` there; now 3"):
+        editor_of(easyedit, tmp_path / "ledger", repairs=3)

@@ -497,7 +497,7 @@ def test_diff(ledger):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("shard_frozen", True), ("pipeline", "depth_first"), ("compile_layers", True)],
+    [("shard_frozen", True), ("pipeline", "depth_first"), ("compile_layers", True), ("repairs", 0)],
 )
 def test_settings_that_are_refused(tmp_path, key, value):
     with pytest.raises(LedgerError, match=f"`{key}={value}`"):
