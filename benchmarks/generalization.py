@@ -42,8 +42,8 @@ from locft_easyedit.utils.run_folder import differences_of, refuse_differences
 
 VARIANTS = {
     "published": {},
-    "forms": {"alg_name": "LocFT-BF+", "preserve": []},
-    "preserve": {"alg_name": "LocFT-BF+", "forms": []},
+    "forms": {"alg_name": "LocFT-BF+", "preserve": [], "repairs": 0},
+    "preserve": {"alg_name": "LocFT-BF+", "forms": [], "repairs": 0},
     "LocFT-BF+": {"alg_name": "LocFT-BF+"},
 }
 HALVES = ("report", "choose")

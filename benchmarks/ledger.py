@@ -15,6 +15,7 @@ prepares anew, which takes most of the time). Seconds are of one run on one mach
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -76,6 +77,7 @@ def measured(options):
         lr=options.lr, batch_size=options.batch_size, num_steps=options.epochs, seed=options.seed,
         health_check=False,
     )  # fmt: skip
+    unrepaired = replace(hparams, repairs=0)  # as the epochs leave it: a ledger alone repairs
     records = read_requests(options.data)
     records = records[options.skip :] + records[: options.skip]
     asked = Facts(model, tokenizer, records[: options.n])
@@ -86,10 +88,10 @@ def measured(options):
     base = asked.answers("base")
     found = {"base": asked.figures(base)}
     if options.naive:
-        found["naive"] = naive(asked, hparams, commits)
+        found["naive"] = naive(asked, unrepaired, commits)
     with asked.undone():
         start = time.perf_counter()
-        result = edit_model(model, tokenizer, asked.requests, hparams, progress=False)
+        result = edit_model(model, tokenizer, asked.requests, unrepaired, progress=False)
         seconds = time.perf_counter() - start
         forms = [form for form in (result.augmented or {}).get("forms", []) if form != PLAIN]
         each = min(hparams.forms_per_epoch, len(ways_of(forms)) - 1)

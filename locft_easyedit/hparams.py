@@ -98,8 +98,8 @@ class LocFTBFHyperParams(HyperParamsBase):
     thresholds are those of "Fine-tuning Done Right in Model Editing" (arXiv 2509.22072).
 
     Attributes:
-        alg_name: `LocFT-BF`, the published method, or `LocFT-BF+`, the same with `forms` and
-            `preserve` on.
+        alg_name: `LocFT-BF`, the published method, or `LocFT-BF+`, the same with `forms`,
+            `preserve`, `min_batches` and `repairs` on.
         model_name: Folder or hub name of a causal language model; in EasyEdit also a pair
             `(model, tokenizer)` that is loaded already.
         device: `cpu`, `cuda`, `cuda:N` or the number N; `None` takes a GPU where there is one.

@@ -31,7 +31,8 @@ class EditResult:
         new: Their values after.
         timings: Seconds by phase: `prepare` (checks and tokens), `preserve` (what is to be kept is
             measured), `prefix`, `train`.
-        n_updates: Mini-batches that made an update.
+        n_updates: Mini-batches that made an update, of the epochs; so are the losses. What came
+            after them is in `repairs`.
         converged: Whether training stopped because the loss fell below the threshold.
         n_trained: Distinct edits that were trained.
         edits: The distinct edits, and how many requests were merged, in conflict or left out.
