@@ -220,6 +220,11 @@ def assumptions(plan: Plan) -> list[str]:
             f"{work.form_longer:g} tokens longer; an epoch trains "
             f"{min(work.forms, work.forms_per_epoch):g} beside it."
         )
+    if work.checked:
+        lines.append(
+            "The check after the epochs is counted; what it finds, and `repairs` train again, is "
+            "not known beforehand."
+        )
     if confined:
         lines.append(
             f"The time of sampling and measuring for `preserve` ({', '.join(confined.preserve)}) "

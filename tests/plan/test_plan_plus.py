@@ -192,6 +192,8 @@ def test_work_of_forms_by_hand():
 
 def test_the_check_of_all_edits():
     plan, without = in_forms(repairs=1), in_forms()
+    assert any("`repairs` train again" in line for line in assumptions(plan))
+    assert not any("`repairs`" in line for line in assumptions(without))
     checking = plan.phases[3]
     assert checking.name == "check of all edits"
     assert [p.name for p in plan.phases if p is not checking] == [p.name for p in without.phases]
