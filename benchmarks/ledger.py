@@ -84,6 +84,7 @@ def measured(options):
     asked.remember_base_()
     never = Facts(model, tokenizer, records[options.n : options.n + OTHERS])
     in_base = {"never": never.in_chat(), "facts": asked.in_chat()}
+    never_plain = never.words("base")
     commits = commits_of(options.n, options.commits)
     base = asked.answers("base")
     found = {"base": asked.figures(base)}
@@ -108,10 +109,12 @@ def measured(options):
         }
         found["superseded"] = superseded(ledger, asked, options.supersede)
         found["taken out"] = taken_out(ledger, asked, options, base, in_base["facts"])
-        if in_base["never"]:
+        if never.requests:
             found["never edited"] = {
                 "prompts": len(never.requests),
-                "as in the base, chat": mean(map(same, never.in_chat(), in_base["never"])),
+                "as in the base, plain": mean(map(same, never.words("ledger"), never_plain)),
+                "as in the base, chat": in_base["never"]
+                and mean(map(same, never.in_chat(), in_base["never"])),
             }
     return found
 
@@ -154,6 +157,11 @@ class Facts:
         keys = ["prompt", "target_new", "target_aliases"] + ["rephrase_prompt"] * rephrases
         records = [{k: self.requests[i][k] for k in keys if k in self.requests[i]} for i in which]
         return Generated(self.model, self.tokenizer, records, HOW).measure(label)
+
+    def words(self, label):
+        """Greedy answers to all prompts and rephrases, plainly."""
+        found = self.answers(label) if self.requests else []
+        return [text for one in found for text in (one["answer"], *one.get("rephrase_answers", []))]
 
     def in_chat(self, which=None):
         """Greedy answers of some facts in chat; `None` without a chat template."""
