@@ -23,7 +23,7 @@ from ..errors import CheckpointError
 from ..hparams_rules import CUTS, DEPTH_FIRST
 from ..utils.files import output_errors, replacing
 from .identity import Identity
-from .progress import Progress
+from .progress import REPAIRS, Progress
 
 _FORMAT = 2
 _KEY = "locft_checkpoint"
@@ -141,7 +141,9 @@ def _progress(counts: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> Pr
     values: dict[str, Any] = {name: counts[name] for name in _COUNTS}
     values |= {name: numbers.tolist() for name, numbers in series.items()}
     repairs = counts.get("repairs")  # older ones lack it
-    if repairs is not None and any(type(n) is not int or n < 0 for n in repairs.values()):
+    if repairs is not None and not (
+        repairs.keys() == set(REPAIRS) and all(type(n) is int and n >= 0 for n in repairs.values())
+    ):
         raise ValueError(f"its repairs are {repairs!r}")
     values["repairs"] = repairs
     return Progress(shuffling, **values)

@@ -12,6 +12,10 @@ import torch
 
 from ..errors import NonFiniteLossError
 
+# What is noted of repairs: texts that were checked, and of them did not hold after the epochs;
+# rounds and epochs of repair; edits that do not hold after the best round so far.
+REPAIRS = ("checked_texts", "wrong_texts", "rounds", "epochs", "lost_edits")
+
 
 class LossNotFiniteError(NonFiniteLossError):
     """A mini-batch's loss or gradient is NaN or infinite; the session adds its requests."""
@@ -49,7 +53,7 @@ class Progress:
         finished: Whether training is over.
         micro_batch_size: Texts that one forward pass takes.
         seconds: What training has taken, in all its parts.
-        repairs: What repairs came to by now (see `EditTraining`); `None` before they begin.
+        repairs: What repairs came to by now, by the names in `REPAIRS`; `None` before they begin.
         depth_first: Whether mini-batches are trained one after the other.
         unsettled: What steps did, as long as it is on the device alone; `step`, `step_losses` and
             `n_updates` are without them.
