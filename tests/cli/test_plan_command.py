@@ -81,6 +81,7 @@ def test_arguments_override_the_yaml(capsys, folder):
     assert found["work"] == {
         "n": 10, "tokens": 20, "targets": 3, "epochs": 2, "batch_size": 5,
         "micro_batch_size": None, "eval_batch_size": 64, "row_tokens": 64, "evaluate": False,
+        "checked": False,
     }  # fmt: skip
     machine = found["machine"]
     assert (machine["gpu"], machine["host"], machine["disk"]) == (80 << 30, 64 << 30, 10**12)

@@ -13,7 +13,7 @@ from locft_easyedit.api import edit_model
 from locft_easyedit.distributed.world import World
 from locft_easyedit.errors import NonFiniteLossError
 from locft_easyedit.prefix.runner import Prepared, TextRunner
-from locft_easyedit.training import session as editing
+from locft_easyedit.training import edit_training as editing
 from locft_easyedit.training.step import MicroBatch, TrainingStep
 from locft_easyedit.training.trained_weights import TrainedWeights
 
