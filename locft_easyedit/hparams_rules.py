@@ -32,6 +32,7 @@ _COUNTS = (
     "num_steps",
     "batch_size",
     "min_batches",
+    "repairs",
     "eval_batch_size",
     "max_length",
     "row_tokens",
@@ -128,7 +129,7 @@ def rules(values: Mapping[str, Any]) -> list[Rule]:
             lambda v: v is None or values.get("pipeline") != DEPTH_FIRST,
             f"does not go with `pipeline={DEPTH_FIRST}`, which has no epochs; keep one of them",
         ),
-        ("repairs", lambda v: v is None or 0 <= v < _MOST, "must be 0 or more, or null"),
+        ("repairs", lambda v: v is None or v >= 0, "must be 0 or more, or null"),
         (
             "repairs",
             lambda v: not v or values.get("pipeline") != DEPTH_FIRST,
