@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from ..errors import RequestError, one_message
 from ..utils.parsing import encodable, shown
 from ..utils.text import as_word
@@ -68,11 +66,11 @@ class EditSet:
         found = {self.edit_of_request[i] for i in requests}
         return sorted(i for i in found if i is not None)
 
-    def named(self, indices: Sequence[int] | np.ndarray) -> str:
+    def named(self, indices: Sequence[int]) -> str:
         """Returns the first of these edits, by request, as a text for a message."""
-        found = [self.edits[int(i)] for i in indices[:_NAMED]]
-        shown = "; ".join(f"request {e.request}: {e.prompt!r} -> {e.target!r}" for e in found)
-        return f"{shown}; and {len(indices) - _NAMED} more" if len(indices) > _NAMED else shown
+        found = [self.edits[i] for i in indices[:_NAMED]]
+        text = "; ".join(f"request {e.request}: {e.prompt!r} -> {e.target!r}" for e in found)
+        return f"{text}; and {len(indices) - _NAMED} more" if len(indices) > _NAMED else text
 
 
 def make_requests(

@@ -25,7 +25,7 @@ from ..training.preserve.confined_change import ConfinedChange
 from ..training.preserve.filters import Filters, adam_of
 from ..training.preserve.spectral_filter import spared_filter
 from ..training.progress import LossNotFiniteError, Progress
-from ..training.repair import again_beside, of_round, repair_, wrong_texts
+from ..training.repair import Repaired, again_beside, of_round, repair_, wrong_texts
 from ..training.reparametrization import Reparametrization
 from ..training.step import TrainingStep
 from ..training.trained_weights import TrainedWeights
@@ -201,7 +201,11 @@ class Trainer:
             found.epochs = self._fit_(runner, numbered, new, texts, None, enough)
             wrong = not_right(checked)
         repaired = repair_(
-            self.place.parameters, wrong, partial(not_right, checked), train_again_, h.most_repairs
+            self.place.parameters,
+            Repaired(0, 0, wrong),
+            partial(not_right, checked),
+            train_again_,
+            h.most_repairs,
         )
         found.repairs = repaired.rounds
         found.epochs += repaired.epochs

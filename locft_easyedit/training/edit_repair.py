@@ -16,7 +16,7 @@ from ..hparams import LocFTBFHyperParams
 from ..utils.progress import progress_bar
 from .checkpoints import Checkpoints
 from .loop import train_breadth_first
-from .progress import Progress
+from .progress import REPAIRS, Progress
 from .repair import Repaired, again_beside, of_round, repair_, wrong_texts
 from .step import TrainingStep
 
@@ -69,17 +69,18 @@ class EditRepair:
         done.finished = False
         wrong = self._all_wrong()
         if done.repairs is None:
-            done.repairs = {"checked_texts": len(self._checked), "wrong_texts": len(wrong)}
-        begun = Repaired(done.repairs.get("rounds", 0), done.repairs.get("epochs", 0), wrong)
-        self._keep(begun)
+            found = {"checked_texts": len(self._checked), "wrong_texts": len(wrong)}
+            done.repairs = dict.fromkeys(REPAIRS, 0) | found
+            self._keep(Repaired(0, 0, wrong))
+        else:  # the checkpoint that this goes on from
+            self._saved = True
         weights = self.step.weights
         repaired = repair_(
             weights.named_masters(),
-            wrong,
+            Repaired(done.repairs["rounds"], done.repairs["epochs"], wrong),
             self._all_wrong,
             self._train_again_,
             h.rounds_of_repair,
-            begun=begun,
             patience=_PATIENCE,
             better=self._keep,
         )
@@ -95,7 +96,7 @@ class EditRepair:
                 len(lost),
                 len(alone),
                 repaired.rounds,
-                self.edits.named(lost),
+                self.edits.named(lost.tolist()),
             )
 
     def _all_wrong(self) -> np.ndarray:

@@ -111,10 +111,10 @@ class EditTraining:
                             done.settle()
                         checkpoints.save(done, weights, step.optimizer)
             except LossNotFiniteError as error:
-                batch = batch_of(indices, h.batch_size, done)
+                named = self.edits.named(batch_of(indices, h.batch_size, done).tolist())
                 raise NonFiniteLossError(
-                    f"{error} ({self.edits.named(batch)}). The weights are as they were before the "
-                    f"edit. Lower `lr={h.lr}`, or use `dtype: float32` if it is float16."
+                    f"{error} ({named}). The weights are as they were before the edit. "
+                    f"Lower `lr={h.lr}`, or use `dtype: float32` if it is float16."
                 ) from None
             _show_loss(bar, done)
             bar.close()

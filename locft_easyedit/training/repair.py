@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -47,17 +47,16 @@ class Repaired:
 
     rounds: int
     epochs: int
-    wrong: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    wrong: np.ndarray
 
 
 def repair_(
     parameters: Mapping[str, torch.Tensor],
-    wrong: np.ndarray,
+    begun: Repaired,
     not_right: Callable[[], np.ndarray],
     train_again_: Callable[[np.ndarray, int], int],
     rounds: int,
     *,
-    begun: Repaired = Repaired(0, 0),
     patience: int | None = None,
     better: Callable[[Repaired], None] = lambda _: None,
 ) -> Repaired:
@@ -67,16 +66,17 @@ def repair_(
 
     Args:
         parameters: What is trained, by name.
-        wrong: The texts that are not right now, [W] ascending.
-        not_right: Returns those that are not right by then, ascending.
+        begun: What is wrong now, and what rounds before have come to, of which this is the best
+            state.
+        not_right: Returns the texts that are not right by then, ascending.
         train_again_: Trains some texts; gets them and the round, from 1, and returns its epochs.
         rounds: At most so many, with those of `begun`.
-        begun: What rounds before have come to, of which this is the best state.
         patience: Rounds without fewer wrong texts, after which there are no more; `None` sets no
             limit.
         better: Told what they came to after each round with fewer wrong texts than any before.
     """
-    fewest, n, epochs, since = wrong, begun.rounds, begun.epochs, 0
+    n, epochs, wrong, since = begun.rounds, begun.epochs, begun.wrong, 0
+    fewest = wrong
     # On the host: a device may be full.
     best = {name: _on_host(p) for name, p in parameters.items()} if len(wrong) else {}
     while len(wrong) and n < rounds and since != patience:
