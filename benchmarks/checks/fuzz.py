@@ -38,7 +38,7 @@ from locft_easyedit.delta.delta import Delta
 from locft_easyedit.errors import LocFTError
 from locft_easyedit.evaluation.prompts import Questions
 from locft_easyedit.hparams import LocFTBFHyperParams
-from locft_easyedit.modeling.loading import check_model_name
+from locft_easyedit.modeling.model_name import check_model_name
 from locft_easyedit.prefix.state_file import StateFile
 from locft_easyedit.training.checkpoint_file import Saved, read_checkpoint, write_checkpoint
 from locft_easyedit.training.identity import Identity

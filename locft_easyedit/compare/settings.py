@@ -22,7 +22,8 @@ from ..errors import HyperParamsError, LocFTError, one_message
 from ..evaluation.metric_names import DEFAULT_METRICS, check_metrics
 from ..hparams import LocFTBFHyperParams
 from ..ledger.binding import check_supported
-from ..modeling.loading import check_model_name, model_without_weights, resolve_device
+from ..modeling.loading import model_without_weights, resolve_device
+from ..modeling.model_name import check_model_name
 from ..modeling.places import match_parameters
 from ..training.rewordings.writers import check_writer
 from ..utils.output import prepare_folder

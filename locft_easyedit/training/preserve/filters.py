@@ -23,6 +23,7 @@ from ...modeling.places import Place, sides
 from ...utils.hashing import json_sha256
 from ...utils.progress import progress_bar
 from .input_moments import check_finite, end_moments, input_width, keys_of
+from .kept_prompts import check_few, prompt_keys
 from .neighbours import neighbours_of
 from .output_gradients import gradient_moments
 from .source_statistics import (
@@ -30,9 +31,7 @@ from .source_statistics import (
     answered_ids,
     asked_moments,
     chat_moments,
-    check_few,
     prompt_ids,
-    prompt_keys,
     text_moments,
 )
 from .sources import PROMPTS, TEXT, Source

@@ -36,7 +36,11 @@ def input_width(module: nn.Module) -> int:
     return int(weight.shape[0 if type(module).__name__ == "Conv1D" else 1])
 
 
-def check_modules(model: nn.Module, modules: Sequence[str], title: str) -> None:
+def check_modules(
+    model: nn.Module,
+    modules: Sequence[str],
+    title: str = "What enters the trained matrices cannot be measured:",
+) -> None:
     """Checks that all `modules` can be measured.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Statistics of what enters the trained matrices ("keys"): second moments, or the keys themselves.
+"""Statistics of what enters the trained matrices ("keys"): their second moments.
 
 A change T A S of a matrix leaves its output for a key k as it was where S k = 0. The second moment,
 the mean of k k^T over the tokens of a text, says how much of the text lies in which direction.
@@ -27,7 +27,6 @@ from .input_moments import (
     check_finite,
     check_modules,
     input_width,
-    keys_of,
     second_moments,
     within_context,
 )
@@ -35,7 +34,6 @@ from .moment_cache import Origin, read_moments, write_moments
 from .sampled_text import asked_prompts, sampled_text
 from .sources import Source
 
-_TITLE = "What enters the trained matrices cannot be measured:"
 # Fewer keys than directions say nothing of some directions; twice as many is the least to go by.
 _LEAST_FACTOR = 2
 _SAMPLED_FACTOR = 4
@@ -222,7 +220,7 @@ def _widths(model: Any, modules: Sequence[str]) -> dict[str, int]:
     Raises:
         ModelError: A module does not exist or is not linear.
     """
-    check_modules(model, modules, _TITLE)
+    check_modules(model, modules)
     return {module: input_width(model.get_submodule(module)) for module in modules}
 
 
@@ -299,7 +297,7 @@ def moments_of(
         DataError: There is no token.
     """
     modules = list(dict.fromkeys(modules))
-    check_modules(model, modules, _TITLE)
+    check_modules(model, modules)
     sums, n_tokens = second_moments(
         model,
         within_context(model, sequences),
@@ -314,40 +312,6 @@ def moments_of(
         second[module] = sums.pop(module).div_(n_tokens).to("cpu", torch.float32)
         check_finite(second[module], module)
     return Moments(second, n_tokens, json_sha256(sequences))
-
-
-def prompt_keys(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    modules: Sequence[str],
-    prompts: Sequence[str],
-    *,
-    progress: bool = False,
-) -> dict[str, torch.Tensor]:
-    """Returns the keys of all tokens of prompts, [T, D] float32 on the host, by module.
-
-    Prompt after prompt, special tokens included, as the tokenizer gives them; a prompt is cut to
-    the model's context.
-
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
-        modules: Full names of linear modules.
-        prompts: The prompts.
-        progress: Show a progress bar.
-
-    Raises:
-        ModelError: A module does not exist, is not linear or not run, or gets a NaN or an infinite
-            number.
-        DataError: There is no token.
-    """
-    modules = list(dict.fromkeys(modules))
-    check_modules(model, modules, _TITLE)
-    sequences = within_context(model, ids_of(tokenizer, prompts))
-    keys = keys_of(model, sequences, modules, description="keys of prompts", progress=progress)
-    for module, found in keys.items():
-        check_finite(found, module)
-    return keys
 
 
 def _parts(
@@ -371,39 +335,6 @@ def _parts(
     context = context_length(model) or max(map(len, sequences), default=1)
     # Of scripts with several tokens a letter a piece may be longer than the context.
     return [[ids[i : i + context] for ids in sequences for i in range(0, len(ids), context)]]
-
-
-def check_few(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    modules: Sequence[str],
-    prompts: Sequence[str],
-) -> None:
-    """Checks that prompts can be kept exactly, before anything is computed of them.
-
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
-        modules: Full names of linear modules.
-        prompts: The prompts.
-
-    Raises:
-        PreserveError: Their keys would span nearly everything.
-    """
-    width = min(input_width(model.get_submodule(module)) for module in modules)
-    different: set[int] = set()
-    for ids in ids_of(tokenizer, prompts):
-        before = 0
-        for token in ids:  # a key depends on its token and on those before it
-            before = hash((before, token))
-            different.add(before)
-        if len(different) > width:
-            raise PreserveError(
-                f"The prompts of `preserve` have more than {width} tokens, as many as the matrix "
-                "has inputs; exactly kept prompts may take half of these directions, or too little "
-                "is left to edit with. Give fewer or shorter prompts, or the same as a .txt file, "
-                "which is kept nearly."
-            )
 
 
 def _check_enough(source: Source, n_tokens: int, width: int, module: str) -> None:

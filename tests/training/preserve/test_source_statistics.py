@@ -10,8 +10,9 @@ from locft_easyedit.errors import DataError, ModelError, OutputError, PreserveEr
 from locft_easyedit.modeling import sampling
 from locft_easyedit.training.preserve import sampled_text as sampled
 from locft_easyedit.training.preserve import source_statistics as statistics
+from locft_easyedit.training.preserve.kept_prompts import prompt_keys
 from locft_easyedit.training.preserve.sampled_text import BEGINNINGS, OPENINGS, sampled_text
-from locft_easyedit.training.preserve.source_statistics import moments_of, prompt_keys, text_moments
+from locft_easyedit.training.preserve.source_statistics import moments_of, text_moments
 from locft_easyedit.training.preserve.sources import Source
 
 DOWN = "model.layers.{}.mlp.down_proj"
