@@ -301,6 +301,6 @@ def _listening(
 
     with module_inputs({name: model.get_submodule(name) for name in modules}, of_real) as seen:
         yield
-    if len(seen) < len(modules):
-        unseen = [name for name in modules if name not in seen]
+    unseen = [name for name in modules if name not in seen]
+    if unseen:
         raise ModelError(f"The model does not run {', '.join(unseen)}. Name other modules.")

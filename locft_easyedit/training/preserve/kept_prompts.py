@@ -71,7 +71,6 @@ def prompt_keys(
             number.
         DataError: There is no token.
     """
-    modules = list(dict.fromkeys(modules))
     check_modules(model, modules)
     sequences = within_context(model, ids_of(tokenizer, prompts))
     keys = keys_of(model, sequences, modules, description="keys of prompts", progress=progress)
